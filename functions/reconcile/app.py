@@ -1,0 +1,20 @@
+"""On a schedule: help the runs whose events were lost."""
+
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from tunedrop.aws import Aws
+from tunedrop.observability import logger, metrics, tracer
+from tunedrop.stages.reconcile import ReconcileSettings, reconcile
+
+
+@logger.inject_lambda_context(correlation_id_path="id")
+@tracer.capture_lambda_handler(capture_response=False)
+@metrics.log_metrics(capture_cold_start_metric=True)
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Handle a scheduled event."""
+    settings = ReconcileSettings.from_environment()
+    looked_at = reconcile(settings, Aws(settings))
+    metrics.add_metric(name="RunsReconciled", unit="Count", value=looked_at)
+    return {"looked_at": looked_at}

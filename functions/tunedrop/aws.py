@@ -1,0 +1,75 @@
+"""The one place where AWS clients are made and settings are read; everything else is handed them."""
+
+import os
+from functools import cached_property
+from typing import Any, Self
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from pydantic import BaseModel
+
+from tunedrop.runs import RunTable
+
+_CONFIG = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=5, read_timeout=60)
+
+
+class Settings(BaseModel):
+    """What every function reads from its environment; each adds its own."""
+
+    data_bucket: str
+    artifact_bucket: str
+    run_table: str
+    event_bus: str
+    job_prefix: str
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the settings from the upper-case environment variables. Raises ValidationError naming what is missing."""
+        return cls.model_validate({name.lower(): value for name, value in os.environ.items()})
+
+
+class Aws:
+    """AWS clients, each made when first used: a cold start loads the models of only the services that it calls."""
+
+    def __init__(self, settings: Settings, session: boto3.Session | None = None):
+        self._settings = settings
+        self._session = session or boto3.Session()
+
+    @cached_property
+    def s3(self) -> Any:
+        """The S3 client."""
+        return self._session.client("s3", config=_CONFIG)
+
+    @cached_property
+    def events(self) -> Any:
+        """The EventBridge client."""
+        return self._session.client("events", config=_CONFIG)
+
+    @cached_property
+    def sagemaker(self) -> Any:
+        """The SageMaker client."""
+        return self._session.client("sagemaker", config=_CONFIG)
+
+    @cached_property
+    def sns(self) -> Any:
+        """The SNS client."""
+        return self._session.client("sns", config=_CONFIG)
+
+    @cached_property
+    def runs(self) -> RunTable:
+        """The run table."""
+        return RunTable(self._session.resource("dynamodb", config=_CONFIG).Table(self._settings.run_table))
+
+    def read(self, bucket: str, key: str) -> bytes | None:
+        """Return an object's bytes, None if there is no such object."""
+        try:
+            body: bytes = self.s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+        except self.s3.exceptions.NoSuchKey:
+            return None
+        return body
+
+
+def error_code(error: ClientError) -> str:
+    """Return the code of an AWS error, such as `ResourceInUse`."""
+    return str(error.response["Error"]["Code"])

@@ -1,0 +1,59 @@
+"""Where objects lie in the two buckets, and how datasets, runs and jobs are named. Users and tests rely on these names."""
+
+import re
+from typing import NamedTuple
+
+TRAINING_DATA = "training_data/"
+LAUNCH_PLANS = "launch_plans/"
+CURRENT_PLAN = LAUNCH_PLANS + "current.json"
+SLUG_LENGTH = 23  # <prefix ≤ 16>-train-<slug>-<12 hex>-<attempt> fits SageMaker's 63 characters
+
+
+def dataset_of(key: str) -> str:
+    """`training_data/cars.jsonl` → `cars`; folders below `training_data/` are part of the name."""
+    return key.removeprefix(TRAINING_DATA).rpartition(".")[0]
+
+
+def config_key(dataset: str) -> str:
+    """Return where a dataset's run config is looked for."""
+    return f"{TRAINING_DATA}{dataset}.yaml"
+
+
+def tests_keys(dataset: str) -> tuple[str, str]:
+    """Return where a dataset's inference tests are looked for, in order."""
+    return f"inference_test/{dataset}.json", "inference_test/evaluations.json"
+
+
+def model_prefix(model: str) -> str:
+    """Return the folder of a base model's files in the data bucket."""
+    return f"models/{model}/"
+
+
+def run_key(run_id: str, name: str = "") -> str:
+    """Return the key of a run's object in the artifact bucket (its folder without `name`)."""
+    return f"runs/{run_id}/{name}"
+
+
+def slug(dataset: str) -> str:
+    """Return the part of a run id that people recognise: the dataset's name in characters a job name may have."""
+    return re.sub(r"[^a-zA-Z0-9]+", "-", dataset).strip("-")[:SLUG_LENGTH].strip("-") or "dataset"
+
+
+class JobName(NamedTuple):
+    """`<prefix>-<train|test>-<run_id>-<attempt>`, unique per account and region: the last lock of an attempt."""
+
+    prefix: str
+    kind: str
+    run_id: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.prefix}-{self.kind}-{self.run_id}-{self.attempt}"
+
+    @classmethod
+    def parse(cls, name: str, prefix: str) -> "JobName":
+        """Take a job name apart. Raises ValueError if it is not one of this stack's."""
+        match = re.fullmatch(rf"{re.escape(prefix)}-(train|test)-(.+-[0-9a-f]{{12}})-(\d+)", name)
+        if match is None:
+            raise ValueError(f"'{name}' is not a job of the stack with the prefix '{prefix}'")
+        return cls(prefix, match[1], match[2], int(match[3]))

@@ -1,0 +1,26 @@
+"""An object was created under `training_data/`: validate the dataset."""
+
+from typing import Any
+
+from aws_lambda_powertools.utilities.parser import parse
+from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from tunedrop.aws import Aws
+from tunedrop.events import Upload
+from tunedrop.observability import logger, metrics, tracer
+from tunedrop.stages.validate_dataset import ValidateSettings, validate_upload
+
+
+@logger.inject_lambda_context(correlation_id_path="id")
+@tracer.capture_lambda_handler(capture_response=False)
+@metrics.log_metrics(capture_cold_start_metric=True)
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Handle an S3 "Object Created" event from EventBridge."""
+    upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
+    settings = ValidateSettings.from_environment()
+    run = validate_upload(upload, settings, Aws(settings))
+    if run is None:
+        return {}
+    metrics.add_metric(name=f"Dataset{run.state.title()}", unit="Count", value=1)
+    return {"run_id": run.run_id, "status": run.state}

@@ -1,0 +1,80 @@
+"""Write down which fields the pinned TRL and PEFT accept, so that a Lambda can check a run config without torch.
+
+    python -m trainer.fields > functions/tunedrop/config_fields.json
+
+A test fails when the committed file no longer says what the installed packages say.
+"""
+
+import dataclasses
+import enum
+import json
+import sys
+import types
+import typing
+from typing import Any
+
+# TRL and Transformers type these as plain strings and check them only when training starts. The values are those that
+# trl/trainer/grpo_trainer.py, grpo_config.py and transformers' training_args.py compare with.
+CHOICES = {
+    "loss_type": ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"],
+    "scale_rewards": ["group", "batch", "none"],
+    "importance_sampling_level": ["token", "sequence"],
+    "multi_objective_aggregation": ["sum_then_normalize", "normalize_then_sum"],
+    "vllm_mode": ["colocate", "server"],
+    "vllm_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+}
+
+
+def _json_types(annotation: Any) -> tuple[set[str], list[Any]]:
+    """The JSON types and, for enums and literals, the values that an annotation admits."""
+    origin = typing.get_origin(annotation)
+    if origin in {typing.Union, types.UnionType}:
+        parts = [_json_types(part) for part in typing.get_args(annotation)]
+        return set().union(*(kinds for kinds, _ in parts)), [value for _, values in parts for value in values]
+    if origin is typing.Literal:
+        values = list(typing.get_args(annotation))
+        return {type(value).__name__ for value in values}, values
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return {"str"}, [member.value for member in annotation]
+    kind = origin or annotation
+    if kind is types.NoneType:
+        return {"null"}, []
+    if kind in {bool, int, float, str, list, dict}:
+        return {kind.__name__}, []
+    return ({"list"}, []) if kind is tuple else ({"dict"}, [])  # the rest are nested dataclasses, given as mappings
+
+
+def _fields(cls: type) -> dict[str, dict[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    described = {}
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        kinds, choices = _json_types(hints[field.name])
+        entry: dict[str, Any] = {"types": sorted(kinds)}
+        choices = CHOICES.get(field.name) or list(field.metadata.get("choices") or choices)
+        # A literal beside a free-form type (LoRA's init_lora_weights: bool or a name) limits the strings only.
+        names = [value for value in choices if isinstance(value, str)]
+        # "pissa_niter_[number of iters]" stands for a family of names: such a field is checked by PEFT alone.
+        if names and not any("[" in name for name in names):
+            entry["choices"] = names
+        if isinstance(field.default, bool | int | float | str) and not isinstance(field.default, enum.Enum):
+            entry["default"] = field.default
+        elif isinstance(field.default, enum.Enum):
+            entry["default"] = field.default.value
+        described[field.name] = entry
+    return dict(sorted(described.items()))
+
+
+def describe() -> dict[str, Any]:
+    """Return `{"versions": {...}, "grpo": {field: {"types", "choices"?, "default"?}}, "lora": {...}}`."""
+    import peft
+    import transformers
+    import trl
+
+    versions = {module.__name__: module.__version__ for module in (peft, transformers, trl)}
+    return {"versions": versions, "grpo": _fields(trl.GRPOConfig), "lora": _fields(peft.LoraConfig)}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(describe(), indent=1) + "\n")
