@@ -23,7 +23,6 @@ PUBLISHED = "Results Published"
 class Upload(msgspec.Struct, frozen=True):
     """An object that was put into the data bucket."""
 
-    bucket: str
     key: str
     version_id: str
     sequencer: str
@@ -32,7 +31,7 @@ class Upload(msgspec.Struct, frozen=True):
     def from_event(cls, event: S3EventNotificationEventBridgeModel) -> "Upload":
         """Read an S3 "Object Created" event. Its key is plain text: EventBridge, unlike S3's own, does not encode it."""
         s3_object = event.detail.object
-        return cls(event.detail.bucket.name, s3_object.key, s3_object.version_id or "null", s3_object.sequencer or "")
+        return cls(s3_object.key, s3_object.version_id or "null", s3_object.sequencer or "")
 
 
 class JobDetail(BaseModel):

@@ -173,7 +173,7 @@ class RunTable:
 
         The same content joins the run that has it, whatever state it is in.
         """
-        item = {"id": RUN + run.run_id, "open": run.state.value} | msgspec.to_builtins(run)
+        item = msgspec.to_builtins(run) | {"id": RUN + run.run_id, "open": run.state.value}
         try:
             self._table.put_item(
                 Item={key: value for key, value in item.items() if value is not None},

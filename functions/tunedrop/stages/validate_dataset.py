@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from botocore.exceptions import ClientError
 
 from tunedrop import events, layout
 from tunedrop.announcements import AnnounceSettings, notify
-from tunedrop.aws import Aws
+from tunedrop.aws import Aws, Settings, error_code
 from tunedrop.events import RunEvent, Upload
 from tunedrop.launch_plan import current_digest
 from tunedrop.observability import logger
@@ -44,7 +45,13 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / f"data{Path(upload.key).suffix.lower()}"
-        size, digest = _download(upload, data, aws)
+        try:
+            size, digest = _download(upload, data, settings, aws)
+        except ClientError as error:
+            if error_code(error) not in {"NoSuchKey", "NoSuchVersion"}:
+                raise
+            logger.info("ignored an upload that is gone")
+            return None
         config_raw = aws.read(settings.data_bucket, layout.config_key(dataset)) or b""
         tests_raw = next(
             (raw for key in layout.tests_keys(dataset) if (raw := aws.read(settings.data_bucket, key)) is not None),
@@ -70,7 +77,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             reason=str(check.problems[0])[:500] if check.problems else None,
         )
         source = {
-            "bucket": upload.bucket,
+            "bucket": settings.data_bucket,
             "key": upload.key,
             "version_id": upload.version_id,
             "bytes": size,
@@ -95,10 +102,10 @@ def announce(run: Run, settings: ValidateSettings, aws: Aws) -> None:
         aws.runs.close(run)
 
 
-def _download(upload: Upload, to: Path, aws: Aws) -> tuple[int, str]:
+def _download(upload: Upload, to: Path, settings: Settings, aws: Aws) -> tuple[int, str]:
     """Download the version that the event names; return its size and its SHA-256 as hex."""
     version = {} if upload.version_id == "null" else {"VersionId": upload.version_id}
-    answer = aws.s3.get_object(Bucket=upload.bucket, Key=upload.key, **version)
+    answer = aws.s3.get_object(Bucket=settings.data_bucket, Key=upload.key, **version)
     digest = hashlib.sha256()
     with closing(answer["Body"]) as body, to.open("wb") as out:
         for chunk in iter(lambda: body.read(1024**2), b""):

@@ -1,0 +1,52 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunedrop.layout import JobName, dataset_of, slug
+from tunedrop.runs import run_id
+
+PREFIXES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)
+
+
+@given(st.text(), PREFIXES, st.sampled_from(["train", "test"]), st.integers(1, 999))
+def test_every_dataset_has_a_job_name_that_sagemaker_takes(dataset, prefix, kind, attempt):
+    job = JobName(prefix, kind, run_id(dataset, [b"data"]), attempt)
+    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", str(job))
+    assert JobName.parse(str(job), prefix) == job
+
+
+@pytest.mark.parametrize(
+    "name", ["other-train-cars-0123456789ab-1", "tunedrop-train-cars-1", "tunedrop-cars-0123456789ab-1", ""]
+)
+def test_foreign_jobs_are_told_apart(name):
+    with pytest.raises(ValueError, match="not a job of the stack"):
+        JobName.parse(name, "tunedrop")
+
+
+@pytest.mark.parametrize(
+    ("key", "dataset", "expected"),
+    [
+        ("training_data/cars.jsonl", "cars", "cars"),
+        ("training_data/a b/c+d 100%.csv", "a b/c+d 100%", "a-b-c-d-100"),
+        ("training_data/größe.json", "größe", "gr-e"),
+        ("training_data/日本.json", "日本", "dataset"),
+        ("training_data/" + "x" * 90 + ".json", "x" * 90, "x" * 23),
+    ],
+)
+def test_datasets_and_slugs(key, dataset, expected):
+    assert dataset_of(key) == dataset
+    assert slug(dataset) == expected
+
+
+def test_run_ids_depend_on_every_part_and_on_where_a_part_ends():
+    ids = {
+        run_id("cars", ["a", "b"]),
+        run_id("cars", ["ab", ""]),
+        run_id("cars", ["", "ab"]),
+        run_id("cars", ["a", "c"]),
+        run_id("vans", ["a", "b"]),
+    }
+    assert len(ids) == 5
+    assert run_id("cars", ["a", b"b"]) == run_id("cars", ["a", "b"])
