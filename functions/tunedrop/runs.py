@@ -166,7 +166,7 @@ class RunTable:
     def get(self, run_id: str) -> Run | None:
         """Return a run, None if there is none of this id."""
         item = self._table.get_item(Key={"id": RUN + run_id}, ConsistentRead=True).get("Item")
-        return _run(item) if item else None
+        return run_of_item(item) if item else None
 
     def create(self, run: Run) -> Run:
         """Create a run, or begin the next attempt of a failed one that another upload triggered; return what is there.
@@ -209,7 +209,7 @@ class RunTable:
             retried = self.get(run.run_id)
             assert retried is not None
             return retried
-        return _run(item)
+        return run_of_item(item)
 
     def move(self, run: Run, to: State, *, next_attempt: bool = False, **values: Any) -> Run:
         """Move a run to another state and set `values` on it. Made already: a no-op that returns the run as it is.
@@ -237,7 +237,7 @@ class RunTable:
             if there is not None and there.state == to and there.attempt == attempt:
                 return there
             raise StaleMoveError(f"{run.run_id} cannot move to {to} in attempt {attempt}: it is {there}") from None
-        return _run(item)
+        return run_of_item(item)
 
     def close(self, run: Run) -> None:
         """Take a finished run off the list of open ones, after its end has been announced."""
@@ -255,9 +255,9 @@ class RunTable:
         """Return the runs whose work in `state` is not finished, the oldest first."""
         query: dict[str, Any] = {"IndexName": "open", "KeyConditionExpression": Key("open").eq(state.value)}
         if limit is not None:
-            return [_run(item) for item in self._table.query(**query, Limit=limit)["Items"]]
+            return [run_of_item(item) for item in self._table.query(**query, Limit=limit)["Items"]]
         pages = self._table.meta.client.get_paginator("query").paginate(TableName=self._table.name, **query)
-        return [_run(item) for page in pages for item in page["Items"]]
+        return [run_of_item(item) for page in pages for item in page["Items"]]
 
     # --- capacity ---
 
@@ -283,7 +283,8 @@ class RunTable:
         )
 
 
-def _run(item: dict[str, Any]) -> Run:
+def run_of_item(item: dict[str, Any]) -> Run:
+    """Return the run that a run item of the table holds."""
     return msgspec.convert({key: int(value) if key in {"attempt", "rows"} else value for key, value in item.items()}, Run)
 
 

@@ -7,17 +7,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import boto3
 import msgspec
 import pytest
+from fake_stack import ARTIFACTS, DATA, create_resources
 from moto import mock_aws
 
 from tunedrop.aws import Aws, Settings
 from tunedrop.runs import Run
 
-DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
-PLAN = "f00d"
-IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.9.0-gpu-py312-cu130-ubuntu22.04-sagemaker"
 GOOD_DATA = b"".join(b'{"question": "%d+1?", "answer": "%d"}\n' % (n, n + 1) for n in range(30))
 CONTEXT = SimpleNamespace(
     function_name="f",
@@ -26,24 +23,6 @@ CONTEXT = SimpleNamespace(
     aws_request_id="request",
     get_remaining_time_in_millis=lambda: 30_000,
 )
-
-
-def plan_request(kind: str) -> dict[str, Any]:
-    """What trainer/release.py captures of ModelTrainer, in the parts that the functions read or replace."""
-    return {
-        "TrainingJobName": "captured",
-        "AlgorithmSpecification": {
-            "TrainingImage": IMAGE,
-            "TrainingInputMode": "File",
-            "ContainerEntrypoint": ["/bin/bash"],
-            "ContainerArguments": ["-c", f"exec python -m trainer.job {kind}"],
-        },
-        "RoleArn": "arn:aws:iam::123456789012:role/SageMakerRole",
-        "InputDataConfig": [],
-        "OutputDataConfig": {"S3OutputPath": "s3://captured/", "CompressionType": "NONE"},
-        "ResourceConfig": {"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 30},
-        "StoppingCondition": {"MaxRuntimeInSeconds": 3600},
-    }
 
 
 @dataclass
@@ -166,59 +145,11 @@ class World:
         return [event["DetailType"] for event in self.sent_events]
 
 
-def create_resources() -> None:
-    """Create what template.yaml does, in the parts that the functions touch."""
-    s3 = boto3.client("s3")
-    for bucket in (DATA, ARTIFACTS):
-        s3.create_bucket(Bucket=bucket)
-        s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    boto3.client("dynamodb").create_table(
-        TableName=TABLE,
-        BillingMode="PAY_PER_REQUEST",
-        KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
-        AttributeDefinitions=[{"AttributeName": name, "AttributeType": "S"} for name in ("id", "open", "arrived")],
-        GlobalSecondaryIndexes=[
-            {
-                "IndexName": "open",
-                "KeySchema": [
-                    {"AttributeName": "open", "KeyType": "HASH"},
-                    {"AttributeName": "arrived", "KeyType": "RANGE"},
-                ],
-                "Projection": {"ProjectionType": "ALL"},
-            }
-        ],
-    )
-    boto3.client("events").create_event_bus(Name=BUS)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        s3.put_object(Bucket=DATA, Key=f"models/base/{name}", Body=b"x")
-    plan = {"digest": PLAN, "train": plan_request("train"), "test": plan_request("test")}
-    s3.put_object(Bucket=ARTIFACTS, Key=f"launch_plans/{PLAN}.json", Body=json.dumps(plan).encode())
-    s3.put_object(Bucket=ARTIFACTS, Key="launch_plans/current.json", Body=json.dumps({"digest": PLAN}).encode())
-    boto3.client("sagemaker").create_model_package_group(ModelPackageGroupName="models")
-
-
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
     """A deployed stack, empty but for a base model and a launch plan."""
     with mock_aws():
-        create_resources()
-        topic = boto3.client("sns").create_topic(Name="topic")["TopicArn"]
-        environment = {
-            "DATA_BUCKET": DATA,
-            "ARTIFACT_BUCKET": ARTIFACTS,
-            "RUN_TABLE": TABLE,
-            "EVENT_BUS": BUS,
-            "JOB_PREFIX": PREFIX,
-            "INSTANCE_TYPES": "ml.g6e.4xlarge,ml.g5.4xlarge",
-            "USE_SPOT": "true",
-            "MAX_CONCURRENT_JOBS": "2",
-            "DEFAULT_MODEL": "base",
-            "TOPIC_ARN": topic,
-            "MODEL_PACKAGE_GROUP": "models",
-            "POWERTOOLS_METRICS_NAMESPACE": "Tunedrop",
-            "POWERTOOLS_SERVICE_NAME": "test",
-        }
-        for name, value in environment.items():
+        for name, value in create_resources().items():
             monkeypatch.setenv(name, value)
         world = World(Aws(Settings.from_environment()), load_event)
         _record(world, monkeypatch)

@@ -1,0 +1,255 @@
+"""The `tunedrop` command: run the whole application on this machine, and use it, here or on AWS."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import update_wrapper
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from local_app import base_model
+from local_app.deployment import Deployment
+from local_app.sample import CONFIG, DATA, TESTS
+from local_app.stack import PROJECT, Stack, StackError
+from local_app.watch import follow
+from tunedrop.problems import Problem
+from tunedrop.runs import FINAL, Run, State
+
+DEFAULT_FOLDER = PROJECT / ".tunedrop"
+console = Console(highlight=False, soft_wrap=True)
+
+file_path = click.Path(exists=True, dir_okay=False, path_type=Path)
+folder_path = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--state", type=click.Path(path_type=Path), default=DEFAULT_FOLDER, help="Folder of the local app.")
+@click.pass_context
+def cli(context: click.Context, state: Path) -> None:
+    """Drop a dataset, get back a model tuned with GRPO + LoRA, tested against its base, and a report."""
+    context.obj = state
+
+
+def _deployment(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the deployment it works on: the local one, or one on AWS when a profile or region is named."""
+
+    @click.option("--profile", help="AWS profile: use a stack on AWS.")
+    @click.option("--region", help="AWS region: use a stack on AWS.")
+    @click.option("--stack", default="tunedrop", show_default=True, help="Name of the stack on AWS.")
+    @click.pass_obj
+    def wrapped(state: Path, profile: str | None, region: str | None, stack: str, **options: Any) -> Any:
+        on_aws = profile or region
+        deployment = Deployment.on_aws(state, profile, region, stack) if on_aws else Deployment.local(Stack(state))
+        return command(deployment, **options)
+
+    return update_wrapper(wrapped, command)
+
+
+def _say(line: str) -> None:
+    console.print(line, style="dim")
+
+
+def _start(state: Path) -> Stack:
+    """Bring the local stack up: servers, stack, base model, launch plan; what is there already stays."""
+    stack = Stack(state, progress=_say)
+    stack.up()
+    deployment = Deployment.local(stack)
+    _say(f"base model: {base_model.NAME}")
+    deployment.upload_model(base_model.fetch(PROJECT / ".tunedrop" / "models"))
+    _say("launch plan: python -m trainer.release")
+    released = subprocess.run(  # noqa: S603 - our own command, in a process of its own for the SageMaker SDK it loads
+        [sys.executable, "-m", "trainer.release", "--stack", "tunedrop", "--region", stack.region],
+        env=stack.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if released.returncode:
+        raise StackError(f"The launch plan could not be released:\n{released.stderr[-2000:]}")
+    return stack
+
+
+@cli.command()
+@click.option("--detach", "-d", is_flag=True, help="Return when everything is up, instead of following what happens.")
+@click.pass_obj
+def up(state: Path, detach: bool) -> None:
+    """Start the application on this machine and follow what happens in it.
+
+    Example: tunedrop up
+    """
+    stack = _start(state)
+    outputs = stack.outputs
+    console.print(f"endpoint:        {stack.endpoint}  (AWS_ENDPOINT_URL)")
+    console.print(f"SageMaker:       {stack.sagemaker_endpoint}  (AWS_ENDPOINT_URL_SAGEMAKER)")
+    console.print(f"data bucket:     s3://{outputs.data_bucket}")
+    console.print(f"artifact bucket: s3://{outputs.artifact_bucket}")
+    if detach:
+        return
+    console.print("Drop a dataset with `tunedrop drop FILE`. Ctrl-C stops following; `tunedrop down` ends the application.")
+    seen: dict[str, tuple[State, int]] = {}
+    deployment = Deployment.local(stack)
+    while True:
+        for run in reversed(deployment.all_runs()):
+            if seen.get(run.run_id) != (run.state, run.attempt):
+                seen[run.run_id] = (run.state, run.attempt)
+                console.print(
+                    f"{run.updated[11:19]} {run.run_id} {run.state.lower()} {run.reason or run.verdict or ''}".rstrip()
+                )
+        time.sleep(1)
+
+
+@cli.command()
+@click.pass_obj
+def down(state: Path) -> None:
+    """End everything that `tunedrop up` started; what it has done stays in its folder.
+
+    Example: tunedrop down
+    """
+    Stack(state, progress=console.print).down()
+
+
+@cli.command()
+@click.argument("file", type=file_path)
+@click.option("--config", type=file_path, help="Run config (YAML) for this dataset.")
+@click.option("--tests", type=file_path, help="Inference tests (JSON) for this dataset.")
+@click.option("--model", type=folder_path, help="Base model folder to upload and tune.")
+@click.option("--wait", is_flag=True, help="Follow the run to its end.")
+@_deployment
+def drop(
+    deployment: Deployment, file: Path, config: Path | None, tests: Path | None, model: Path | None, wait: bool
+) -> None:
+    """Upload a dataset, which starts a run.
+
+    Example: tunedrop drop cars.jsonl --config cars.yaml --tests cars.tests.json --wait
+    """
+    run = deployment.drop(file, config, tests, model)
+    if wait or run.state == State.REJECTED:
+        run = follow(deployment, run, console)
+        _finish(run, _end_of(deployment, run))
+    else:
+        console.print(f"{run.run_id}: {run.state.lower()}. `tunedrop logs {run.run_id} --follow` shows its jobs.")
+
+
+def _rejection(deployment: Deployment, run: Run) -> list[str]:
+    receipt = deployment.read_json(run, "validation.json")
+    problems = [msgspec.convert(error, Problem) for error in receipt["errors"]]
+    lines = [f"{run.run_id}: rejected", *(f"  {problem.code}: {problem}" for problem in problems)]
+    more = sum(receipt["error_counts"].values()) - len(problems)
+    return [*lines, f"  and {more} more: {receipt['error_counts']}"] if more else lines
+
+
+def _end_of(deployment: Deployment, run: Run) -> list[str]:
+    """Return the lines that say how a run ended."""
+    if run.state == State.REJECTED:
+        return _rejection(deployment, run)
+    if run.state != State.PUBLISHED:
+        return [f"{run.run_id}: {run.state.lower().replace('_', ' ')}: {run.reason}"]
+    result = deployment.read_json(run, "result.json")
+    comparison = result["comparison"]
+    scores = f"base {comparison['base_score']:.3f} → tuned {comparison['tuned_score']:.3f} over {comparison['tests']} tests"
+    return [
+        f"verdict: {result['verdict']}: {scores}",
+        *(f"  {reason}" for reason in result["reasons"]),
+        f"model: {result['artifacts']['merged_model']}",
+        f"published: {deployment.save_report(run)}",
+    ]
+
+
+def _finish(run: Run, lines: list[str]) -> None:
+    """Print how a run ended; exit 1 if it ended without a model."""
+    console.print("\n".join(lines), markup=False)
+    if run.state != State.PUBLISHED:
+        sys.exit(1)
+
+
+@cli.command()
+@_deployment
+def runs(deployment: Deployment) -> None:
+    """List the runs, the newest first.
+
+    Example: tunedrop runs
+    """
+    table = Table("run", "state", "attempt", "rows", "arrived", "verdict or reason", box=None)
+    for run in deployment.all_runs():
+        last = (run.verdict or run.reason or "").split("\n")[0][:80]
+        table.add_row(run.run_id, run.state.lower(), str(run.attempt), str(run.rows), run.arrived[:19], last)
+    console.print(table)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_deployment
+def show(deployment: Deployment, run: str, as_json: bool) -> None:
+    """Show a run, named by its id, the beginning of its id, or its dataset.
+
+    Example: tunedrop show cars
+    """
+    found = deployment.find(run)
+    everything = msgspec.to_builtins(found) | {
+        "receipt": deployment.read_json(found, "validation.json"),
+        "result": deployment.read_json(found, "result.json"),
+    }
+    if as_json:
+        print(json.dumps(everything, indent=1))  # noqa: T201 - for programs: no wrapping, no colours
+        return
+    for name, value in msgspec.to_builtins(found).items():
+        if value not in {None, False}:
+            console.print(f"{name:14} {value}", markup=False)
+    if found.state in FINAL:
+        console.print("\n".join(_end_of(deployment, found)), markup=False)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--follow", "-f", "keep_on", is_flag=True, help="Go on until the run has ended.")
+@_deployment
+def logs(deployment: Deployment, run: str, keep_on: bool) -> None:
+    """Print the logs of a run's jobs.
+
+    Example: tunedrop logs cars --follow
+    """
+    seen: dict[str, str] = {}
+    while True:
+        found = deployment.find(run)
+        for job in filter(None, (found.train_job, found.test_job)):
+            for line in deployment.log_lines(job, seen):
+                print(line, flush=True)  # noqa: T201 - a job's own words, as they are
+        if not keep_on or found.open is None:
+            return
+        time.sleep(1)
+
+
+@cli.command()
+@click.pass_context
+def demo(context: click.Context) -> None:
+    """Start the application, drop the sample dataset, wait for its published model, and end the application.
+
+    Example: tunedrop demo
+    """
+    stack = _start(context.obj)
+    try:
+        deployment = Deployment.local(stack)
+        run = follow(deployment, deployment.drop(DATA, CONFIG, TESTS), console)
+        lines = _end_of(deployment, run)
+    finally:
+        stack.down()
+    _finish(run, lines)
+
+
+def main() -> None:
+    """Run the command; a mistake that a person can mend is a message and exit code 1."""
+    try:
+        cli()
+    except StackError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,169 @@
+"""A deployed stack, seen from a user's machine: upload a dataset, find its run, read what became of it.
+
+The stack is the local one (`.tunedrop/`) or one on AWS; everything here works on both alike.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import msgspec
+import yaml
+from boto3.dynamodb.conditions import Attr
+
+from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
+from tunedrop import layout
+from tunedrop.records import DATA_SUFFIXES
+from tunedrop.runs import RUN, Run, RunTable, run_of_item
+
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+
+
+class Deployment:
+    """A stack's clients and outputs; `folder` is where reports are kept on this machine."""
+
+    def __init__(self, connect: Callable[[str, str], Any], outputs: Outputs, folder: Path):
+        self._connect = connect
+        self.outputs = outputs
+        self.folder = folder
+        self.s3 = connect("client", "s3")
+        self.logs = connect("client", "logs")
+        self._table = connect("resource", "dynamodb").Table(outputs.run_table)
+        self.runs = RunTable(self._table)
+
+    @classmethod
+    def local(cls, stack: Stack) -> "Deployment":
+        """Return the stack that runs on this machine. Raises StackError when none does."""
+        return cls(stack.connect, stack.outputs, stack.folder)
+
+    @classmethod
+    def on_aws(cls, folder: Path, profile: str | None, region: str | None, stack_name: str = STACK_NAME) -> "Deployment":
+        """Return a stack on AWS. Raises StackError when there is no such stack."""
+        session = boto3.Session(profile_name=profile, region_name=region)
+
+        def connect(kind: str, service: str) -> Any:
+            return getattr(session, kind)(service)
+
+        outputs = outputs_of(session.client("cloudformation"), stack_name)
+        if outputs is None:
+            raise StackError(
+                f"There is no deployed stack '{stack_name}' in {session.region_name}. Deploy it with `make deploy`."
+            )
+        return cls(connect, outputs, folder)
+
+    # --- dropping ---
+
+    def upload_model(self, folder: Path) -> str:
+        """Upload a base model's folder to `models/<its name>/`, but for files that are there already; return the name."""
+        prefix = layout.model_prefix(folder.name)
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.outputs.data_bucket, Prefix=prefix)
+        there = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            key = prefix + file.relative_to(folder).as_posix()
+            if there.get(key) != file.stat().st_size:
+                self.s3.upload_file(str(file), self.outputs.data_bucket, key)
+        return folder.name
+
+    def drop(self, data: Path, config: Path | None = None, tests: Path | None = None, model: Path | None = None) -> Run:
+        """Upload a dataset, what belongs to it first, and return its run once it is validated or rejected.
+
+        Raises StackError for a file that cannot be a dataset, or when nothing comes of the upload.
+        """
+        if data.suffix.lower() not in DATA_SUFFIXES:
+            raise StackError(f"'{data.name}' is none of {', '.join(DATA_SUFFIXES)}: Tunedrop would not notice it.")
+        bucket, dataset = self.outputs.data_bucket, data.stem
+        name = self.upload_model(model) if model else None
+        if config or name:
+            raw = _with_model(config.read_bytes() if config else b"", name)
+            self.s3.put_object(Bucket=bucket, Key=layout.config_key(dataset), Body=raw)
+        if tests:
+            self.s3.upload_file(str(tests), bucket, layout.tests_keys(dataset)[0])
+        key = f"{layout.TRAINING_DATA}{data.name}"
+        with data.open("rb") as body:
+            version = self.s3.put_object(Bucket=bucket, Key=key, Body=body)["VersionId"]
+        return self._run_of_upload(key, version)
+
+    def _run_of_upload(self, key: str, version: str, timeout: float = 900) -> Run:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            item = self.runs.upload(key)
+            if item and item["version_id"] == version and "run_id" in item and item["state"] != "VALIDATING":
+                run = self.runs.get(item["run_id"])
+                assert run is not None  # written before the upload item names it
+                return run
+            time.sleep(0.3)
+        raise StackError(f"No receipt for {key} after {timeout:.0f} s: look at the log of the function validate_dataset.")
+
+    # --- looking ---
+
+    def all_runs(self) -> list[Run]:
+        """Return every run, the newest first."""
+        pages = self._table.meta.client.get_paginator("scan").paginate(
+            TableName=self._table.name, FilterExpression=Attr("id").begins_with(RUN)
+        )
+        runs = [run_of_item(item) for page in pages for item in page["Items"]]
+        return sorted(runs, key=lambda run: run.arrived, reverse=True)
+
+    def find(self, name: str) -> Run:
+        """Return a run by its id, the beginning of its id, or its dataset (the newest). Raises StackError."""
+        exact = self.runs.get(name)
+        if exact:
+            return exact
+        found = [run for run in self.all_runs() if run.dataset == name or run.run_id.startswith(name)]
+        if not found:
+            raise StackError(f"There is no run '{name}'. `tunedrop runs` lists them.")
+        return found[0]
+
+    def read(self, run: Run, name: str) -> bytes | None:
+        """Return the bytes of `runs/<run_id>/<name>`, None if it is not there."""
+        try:
+            body: bytes = self.s3.get_object(Bucket=self.outputs.artifact_bucket, Key=layout.run_key(run.run_id, name))[
+                "Body"
+            ].read()
+        except self.s3.exceptions.NoSuchKey:
+            return None
+        return body
+
+    def read_json(self, run: Run, name: str) -> Any:
+        """Return the content of `runs/<run_id>/<name>`, None if it is not there."""
+        raw = self.read(run, name)
+        return None if raw is None else msgspec.json.decode(raw)
+
+    def save_report(self, run: Run) -> Path:
+        """Download a published run's report and return its path on this machine."""
+        path = self.folder / "reports" / f"{run.run_id}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.read(run, "report.html") or b"")
+        return path
+
+    def log_lines(self, job: str, seen: dict[str, str]) -> Iterator[str]:
+        """Yield the log lines of a job that came since the last call with the same `seen` (stream → position)."""
+        try:
+            streams = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
+        except self.logs.exceptions.ResourceNotFoundException:
+            return
+        for stream in (stream["logStreamName"] for stream in streams):
+            while True:
+                more = {"nextToken": seen[stream]} if stream in seen else {}
+                page = self.logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **more)
+                yield from (event["message"].rstrip("\n") for event in page["events"])
+                if not page["events"] or seen.get(stream) == page["nextForwardToken"]:
+                    break
+                seen[stream] = page["nextForwardToken"]
+
+
+def _with_model(config: bytes, model: str | None) -> bytes:
+    """Return a config that names `model`. Raises StackError when it names another."""
+    if model is None:
+        return config
+    try:
+        given = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return config  # its receipt will say what is wrong with it
+    named = given.get("model") if isinstance(given, dict) else None
+    if named not in {None, model}:
+        raise StackError(f"The config names the model '{named}', --model the folder '{model}': leave one of them out.")
+    return config if named else re.sub(rb"\A(\xef\xbb\xbf)?", b"model: " + model.encode() + b"\n", config, count=1)

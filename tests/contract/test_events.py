@@ -1,0 +1,77 @@
+"""What is sent and who takes it: every event of `events/` reaches its function, every event we emit reads back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from aws_lambda_powertools.utilities.parser import parse
+from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
+
+from local_app.aws_emulator import matches_pattern
+from tunedrop.events import DatasetValidated, JobStateChange, RunEvent, Upload
+from tunedrop.runs import Run, State
+
+EVENTS = Path(__file__).parents[2] / "events"
+NAMES = sorted(path.stem for path in EVENTS.glob("*.json"))
+# One more than the rules let through: a function that is invoked by hand, or twice, must take it too.
+OUTSIDE_RULES = {"validate_dataset.outside", "reconcile.scheduled"}
+
+
+def test_there_is_an_event_for_every_function():
+    assert {name.split(".")[0] for name in NAMES} == {
+        "validate_dataset", "start_training", "test_model", "publish_results", "reconcile",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_events_parse_in_their_consumers(name, load_event):
+    event = load_event(name)
+    if event["source"] == "aws.s3":
+        upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
+        assert upload.key == event["detail"]["object"]["key"]
+    elif event["source"] == "aws.sagemaker":
+        job = parse(event, model=JobStateChange).detail
+        assert job.final
+        assert job.started == (name != "test_model.train_no_capacity")
+    elif event["source"] == "tunedrop":
+        assert parse(event, model=DatasetValidated).detail.run_id == event["detail"]["run_id"]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - OUTSIDE_RULES - {"start_training.job_ended"}))
+def test_the_templates_rules_take_the_events(name, load_event, rules):
+    event = load_event(name)
+    takers = {rule.function for rule in rules if matches_pattern(rule.pattern, event)}
+    function = name.split(".")[0]
+    # Every final job also goes to start_training: it frees a place.
+    assert takers == ({function, "start_training"} if event["source"] == "aws.sagemaker" else {function})
+
+
+def test_what_we_emit_is_what_the_rule_and_the_consumer_expect(rules):
+    run = Run(
+        run_id="cars-0123456789ab",
+        dataset="Größe & Co",
+        state=State.VALIDATED,
+        attempt=1,
+        trigger="k@1",
+        key="k",
+        version_id="v",
+        arrived="2026-01-01T00:00:00+00:00",
+        updated="2026-01-01T00:00:00+00:00",
+        model="m",
+        plan="p",
+    )
+    entry = RunEvent(detail_type="Dataset Validated", run=run, links={"receipt": "s3://b/k"}).entry("bus")
+    event = {
+        "version": "0",
+        "id": "1",
+        "source": entry["Source"],
+        "detail-type": entry["DetailType"],
+        "account": "1",
+        "time": entry["Time"].isoformat(),
+        "region": "us-east-1",
+        "resources": [],
+        "detail": json.loads(entry["Detail"]),
+    }
+    assert {rule.function for rule in rules if matches_pattern(rule.pattern, event)} == {"start_training"}
+    assert parse(event, model=DatasetValidated).detail.run_id == run.run_id
+    assert event["detail"].keys() >= {"id", "run_id", "dataset", "status", "receipt"}
