@@ -17,13 +17,14 @@ from rich.table import Table
 from local_app import base_model
 from local_app.deployment import Deployment
 from local_app.sample import CONFIG, DATA, TESTS
-from local_app.stack import PROJECT, Stack, StackError
+from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from local_app.watch import follow
 from tunedrop.problems import Problem
 from tunedrop.runs import FINAL, Run, State
 
 DEFAULT_FOLDER = PROJECT / ".tunedrop"
-console = Console(highlight=False, soft_wrap=True)
+# A pipe has no width: nothing is cut there.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
 file_path = click.Path(exists=True, dir_okay=False, path_type=Path)
 folder_path = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -42,9 +43,9 @@ def _deployment(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option("--profile", help="AWS profile: use a stack on AWS.")
     @click.option("--region", help="AWS region: use a stack on AWS.")
-    @click.option("--stack", default="tunedrop", show_default=True, help="Name of the stack on AWS.")
+    @click.option("--stack", default=STACK_NAME, show_default=True, help="Name of the stack on AWS.")
     @click.pass_obj
-    def wrapped(state: Path, profile: str | None, region: str | None, stack: str, **options: Any) -> Any:
+    def wrapped(state: Path, /, profile: str | None, region: str | None, stack: str, **options: Any) -> Any:
         on_aws = profile or region
         deployment = Deployment.on_aws(state, profile, region, stack) if on_aws else Deployment.local(Stack(state))
         return command(deployment, **options)
@@ -56,23 +57,25 @@ def _say(line: str) -> None:
     console.print(line, style="dim")
 
 
+def _python(stack: Stack, module: str, *arguments: str) -> str:
+    """Run one of our modules against the local stack, in a process of its own for the SDKs it loads; return what it says."""
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", module, *arguments], env=stack.environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise StackError(f"`python -m {module}` failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip()
+
+
 def _start(state: Path) -> Stack:
     """Bring the local stack up: servers, stack, base model, launch plan; what is there already stays."""
     stack = Stack(state, progress=_say)
     stack.up()
     deployment = Deployment.local(stack)
     _say(f"base model: {base_model.NAME}")
-    deployment.upload_model(base_model.fetch(PROJECT / ".tunedrop" / "models"))
+    deployment.upload_model(Path(_python(stack, "local_app.base_model", str(PROJECT / ".tunedrop" / "models"))))
     _say("launch plan: python -m trainer.release")
-    released = subprocess.run(  # noqa: S603 - our own command, in a process of its own for the SageMaker SDK it loads
-        [sys.executable, "-m", "trainer.release", "--stack", "tunedrop", "--region", stack.region],
-        env=stack.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if released.returncode:
-        raise StackError(f"The launch plan could not be released:\n{released.stderr[-2000:]}")
+    _python(stack, "trainer.release", "--stack", STACK_NAME, "--region", stack.region)
     return stack
 
 
@@ -176,7 +179,9 @@ def runs(deployment: Deployment) -> None:
 
     Example: tunedrop runs
     """
-    table = Table("run", "state", "attempt", "rows", "arrived", "verdict or reason", box=None)
+    table = Table(box=None)
+    for column in ("run", "state", "attempt", "rows", "arrived", "verdict or reason"):
+        table.add_column(column, no_wrap=True)
     for run in deployment.all_runs():
         last = (run.verdict or run.reason or "").split("\n")[0][:80]
         table.add_row(run.run_id, run.state.lower(), str(run.attempt), str(run.rows), run.arrived[:19], last)

@@ -28,22 +28,18 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
     """Show a run's stages and its jobs' progress until it has ended and that has been announced; return it then."""
     if not console.is_terminal:
         return _follow(deployment, run, console.print, lambda _done, _total, text: console.print(f"  {text}"), every)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, text="")
-        return _follow(
-            deployment,
-            run,
-            lambda text: (bar.update(task, description=text, completed=0, total=None, text=""), bar.print(text)),
-            lambda done, total, text: bar.update(task, completed=done, total=total, text=text),
-            every,
-        )
+
+        def stage(text: str) -> None:
+            bar.reset(task, description=text, total=None, text="")
+            bar.print(text)
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, text=text)
+
+        return _follow(deployment, run, stage, progress, every)
 
 
 def _follow(

@@ -1,0 +1,371 @@
+"""The whole application on this machine, under one folder: `Stack(folder).up()` starts and deploys, `down()` ends it.
+
+Everything that `up` starts carries the folder's path in its environment (`MARKER`). That is how a second `up` finds what
+still runs, and how `down` ends all of it, even after a crash, and nothing else: no list of process ids can go stale.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from local_app.aws_emulator import MARKER, REGION
+
+PROJECT = Path(__file__).resolve().parent.parent
+STACK_NAME = "tunedrop"
+# One job at a time is what a laptop can train; a lost event shows after a minute, not fifteen.
+PARAMETERS = {"MaxConcurrentJobs": "1", "ReconcileInterval": "rate(1 minute)"}
+STARTUP_SECONDS = 60.0
+SHUTDOWN_SECONDS = 15.0
+
+
+class StackError(Exception):
+    """Something about the local stack that a person has to look at; the message says what and where."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The template's outputs that the local app uses."""
+
+    data_bucket: str
+    artifact_bucket: str
+    event_bus_name: str
+    run_table: str
+    topic_arn: str
+    dead_letter_queue_url: str
+    sagemaker_role_arn: str
+    model_package_group: str
+    training_image_uri: str
+    job_prefix: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """What `sam build` made: the template to deploy and the folder with the code that all functions share."""
+
+    template: Path
+    code: Path
+    digest: str
+
+
+class Stack:
+    """Tunedrop on this machine. State, logs and ports live under `folder` and survive `down` and crashes.
+
+    `parameters` are template parameters on top of the local defaults; `progress` is told in one line what goes on.
+    """
+
+    access_key_id = "test"
+    secret_access_key = "test"  # noqa: S105 - the emulator has no secrets; any non-empty value does
+    region = REGION
+
+    def __init__(
+        self,
+        folder: Path = PROJECT / ".tunedrop",
+        *,
+        parameters: Mapping[str, str] | None = None,
+        progress: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self.folder = folder.resolve()
+        self.logs = self.folder / "logs"
+        self._parameters = {**PARAMETERS, **(parameters or {})}
+        self._progress = progress
+
+    # ---- for users of a running stack --------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """URL of every AWS service but SageMaker."""
+        return f"http://127.0.0.1:{self._ports['aws']}"
+
+    @property
+    def sagemaker_endpoint(self) -> str:
+        """URL of SageMaker."""
+        return f"http://127.0.0.1:{self._ports['sagemaker']}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment in which boto3, `sam` and `python -m trainer.release` talk to this stack and to nothing else."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        return ours | {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
+            "AWS_REGION": self.region,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    def connect(self, kind: str, service: str) -> Any:
+        """Return this stack's boto3 `client` or `resource` (the `kind`) of a service."""
+        import boto3
+
+        session = boto3.Session(self.access_key_id, self.secret_access_key, region_name=self.region)
+        endpoint = self.sagemaker_endpoint if service == "sagemaker" else self.endpoint
+        return getattr(session, kind)(service, endpoint_url=endpoint)
+
+    def client(self, service: str) -> Any:
+        """Return a boto3 client of this stack, for example `client("s3")`."""
+        return self.connect("client", service)
+
+    @functools.cached_property
+    def outputs(self) -> Outputs:
+        """The deployed stack's outputs; StackError when it is not up."""
+        if not self.running:
+            raise StackError(f"Tunedrop is not running in {self.folder}. Start it with `tunedrop up`.")
+        outputs = outputs_of(self.client("cloudformation"), STACK_NAME)
+        if outputs is None:
+            raise StackError(f"Tunedrop is running in {self.folder} but not deployed. Finish with `tunedrop up`.")
+        return outputs
+
+    @property
+    def running(self) -> bool:
+        """Whether both servers answer."""
+        return (self.folder / "ports.json").exists() and _healthy(self.endpoint) and _healthy(self.sagemaker_endpoint)
+
+    # ---- up and down -------------------------------------------------------------------------------------------------
+
+    def up(self) -> Outputs:
+        """Start what does not run, build and deploy what has changed, and return the outputs. Safe to repeat."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / "lock"):
+            started = time.monotonic()
+            self._choose_ports()
+            servers = self._start_servers()
+            built = build(self._progress, self.logs / "sam.log")
+            for name, url in (("aws", self.endpoint), ("sagemaker", self.sagemaker_endpoint)):
+                self._wait(name, url, servers.get(name))
+            self._deploy(built)
+            self.__dict__.pop("outputs", None)  # a deploy may have changed them
+            outputs = self.outputs
+            self._progress(f"up after {time.monotonic() - started:.1f} s: AWS at {self.endpoint}")
+            return outputs
+
+    def down(self) -> None:
+        """End everything that was started in this folder, in order where it still runs in order; state stays."""
+        # SageMaker first: it stops jobs and notes their state while there is an S3 to write to.
+        for module in ("local_app.sagemaker_emulator", "local_app.aws_emulator"):
+            self._end([process for process in self._processes() if module in process.cmdline()])
+        self._end(self._processes())
+        self._progress(f"down: nothing runs in {self.folder} any more")
+
+    def _end(self, processes: list[psutil.Process]) -> None:
+        for process in processes:
+            _signal(process.terminate)
+        _, stubborn = psutil.wait_procs(processes, timeout=SHUTDOWN_SECONDS)
+        for process in stubborn:
+            _signal(process.kill)
+        psutil.wait_procs(stubborn, timeout=SHUTDOWN_SECONDS)
+
+    def _processes(self) -> list[psutil.Process]:
+        """Return every live process that was started in this folder, whoever its parent is."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARKER) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:  # another user's, or gone since it was listed
+                continue
+        return [process for process in found if process.pid != os.getpid()]
+
+    # ---- servers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _ports(self) -> dict[str, int]:
+        try:
+            ports: dict[str, int] = json.loads((self.folder / "ports.json").read_text())
+        except FileNotFoundError:
+            raise StackError(f"Tunedrop has never run in {self.folder}. Start it with `tunedrop up`.") from None
+        return ports
+
+    def _choose_ports(self) -> None:
+        """Keep the ports of the last time where we still hold them or they are free: the functions know them."""
+        file = self.folder / "ports.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        held = {name for name in ("aws", "sagemaker") if self._server(name)}
+        chosen = {
+            name: port if (port := known.get(name)) and (name in held or _is_free(port)) else _free_port()
+            for name in ("aws", "sagemaker")
+        }
+        file.write_text(json.dumps(chosen))
+
+    def _server(self, name: str) -> psutil.Process | None:
+        return next((p for p in self._processes() if f"local_app.{name}_emulator" in p.cmdline()), None)
+
+    def _start_servers(self) -> dict[str, subprocess.Popen[bytes]]:
+        ports, state = self._ports, self.folder
+        options = {
+            "aws": [],
+            "sagemaker": ["--s3-endpoint", self.endpoint, "--event-sink", f"{self.endpoint}/_tunedrop/events"],
+        }
+        started = {}
+        for name, more in options.items():
+            if self._server(name):
+                continue
+            command = [sys.executable, "-m", f"local_app.{name}_emulator", "--port", str(ports[name])]
+            command += ["--state-dir", str(state / name), *more]
+            with (self.logs / f"{name}.log").open("ab") as log:
+                started[name] = subprocess.Popen(  # noqa: S603 - our own command
+                    command,
+                    cwd=self.folder,
+                    env={**self.environment, MARKER: str(self.folder)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C in the terminal is for `tunedrop`, which ends these in order
+                )
+        return started
+
+    def _wait(self, name: str, url: str, process: subprocess.Popen[bytes] | None) -> None:
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while not _healthy(url):
+            if (process and process.poll() is not None) or time.monotonic() > deadline:
+                log = self.logs / f"{name}.log"
+                raise StackError(f"The {name} emulator does not answer at {url}. The end of {log}:\n{_tail(log)}")
+            time.sleep(0.1)
+
+    # ---- deploy ------------------------------------------------------------------------------------------------------
+
+    def _deploy(self, built: Build) -> None:
+        parameters = self._parameters | {"SageMakerEndpointUrl": self.sagemaker_endpoint}
+        wanted = hashlib.sha256(json.dumps([built.digest, parameters], sort_keys=True).encode()).hexdigest()
+        stamp = self.folder / "deployed"
+        if stamp.exists() and stamp.read_text() == wanted and outputs_of(self.client("cloudformation"), STACK_NAME):
+            self._progress("stack: nothing changed since it was deployed")
+            return
+        self._progress("stack: sam deploy")
+        overrides = [f'{name}="{value}"' for name, value in parameters.items()]
+        options = ["--template-file", str(built.template), "--stack-name", STACK_NAME, "--parameter-overrides", *overrides]
+        _sam(["deploy", *options], self.environment, self.logs / "sam.log")
+        stamp.write_text(wanted)
+
+
+def outputs_of(cloudformation: Any, stack_name: str) -> Outputs | None:
+    """Return the outputs of a stack, local or on AWS; None when there is no such stack in working order."""
+    good = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
+    stacks = cloudformation.get_paginator("describe_stacks").paginate().build_full_result()["Stacks"]
+    stack = next((s for s in stacks if s["StackName"] == stack_name and s["StackStatus"] in good), None)
+    if stack is None:
+        return None
+    values = {output["OutputKey"].lower(): output.get("OutputValue", "") for output in stack["Outputs"]}
+    return Outputs(**{field.name: values[field.name.replace("_", "")] for field in dataclasses.fields(Outputs)})
+
+
+def build(progress: Callable[[str], None] = lambda _line: None, log: Path = PROJECT / ".aws-sam/local.log") -> Build:
+    """Run `sam build`, unless neither the template nor anything under functions/ has changed since the last time.
+
+    All functions share one CodeUri, so one is built and its artefact is what all of them get: built for each, it would
+    be copied and zipped five times, which takes most of a minute and changes nothing.
+    """
+    folder = PROJECT / ".aws-sam" / "local"
+    built = Build(folder / "one-artefact.yaml", folder / "ValidateDatasetFunction", _source_digest())
+    stamp = folder / "built"
+    folder.parent.mkdir(exist_ok=True)
+    with _locked(folder.parent / "local.lock"):
+        if stamp.exists() and stamp.read_text() == built.digest:
+            progress("functions: nothing changed since they were built")
+            return built
+        progress("functions: sam build")
+        # The function's interpreter is this one, wherever the caller's PATH points.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        _sam(["build", built.code.name], {**os.environ, "PATH": path}, log)
+        shutil.make_archive(str(folder / "functions"), "zip", built.code)
+        template = yaml.safe_load((folder / "template.yaml").read_text())
+        for resource in template["Resources"].values():
+            if resource["Type"] == "AWS::Serverless::Function":
+                resource["Properties"]["CodeUri"] = "functions.zip"
+        built.template.write_text(yaml.safe_dump(template, sort_keys=False))
+        stamp.write_text(built.digest)
+    return built
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    sources = [p for p in (PROJECT / "functions").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    for file in [PROJECT / "template.yaml", PROJECT / "samconfig.toml", *sorted(sources)]:
+        digest.update(f"{file.relative_to(PROJECT)}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _sam(arguments: list[str], environment: Mapping[str, str], log: Path) -> None:
+    """Run `sam`, from its own environment beside ours, with the settings of samconfig.toml's `local`."""
+    sam = PROJECT / ".venv-sam" / "bin" / "sam"
+    if not sam.exists():
+        raise StackError(f"{sam} is missing. `make install` puts aws-sam-cli there.")
+    config = ["--config-file", str(PROJECT / "samconfig.toml"), "--config-env", "local"]
+    command = [str(sam), *arguments[:1], *config, *arguments[1:]]
+    with log.open("ab") as output:
+        done = subprocess.run(  # noqa: S603 - our own command
+            command,
+            cwd=PROJECT,
+            env={**environment, "SAM_CLI_TELEMETRY": "0"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise StackError(f"`sam {arguments[0]}` failed. The end of {log}:\n{_tail(log)}")
+
+
+# ---- small things ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock that other processes of this machine respect; the system frees it when a process dies."""
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _signal(send: Callable[[], None]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+        send()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/_tunedrop/health", timeout=2):  # noqa: S310 - our own http URL
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _tail(file: Path, lines: int = 30) -> str:
+    return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])

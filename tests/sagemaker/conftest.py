@@ -1,0 +1,281 @@
+"""A SageMaker emulator per test, over one S3 and CloudWatch Logs (moto's server) for the whole folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from moto.server import ThreadedMotoServer
+
+from local_app.sagemaker_emulator import SageMakerEmulator, serve
+from local_app.sagemaker_model import service_model, shape_problems
+
+Json = dict[str, Any]
+ROLE = "arn:aws:iam::000000000000:role/SageMakerRole"
+FINAL = ("Completed", "Failed", "Stopped")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+    return result
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "local")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "local")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        server.start()
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket="art")
+        yield url
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(endpoint: str) -> Any:
+    return boto3.client("s3", endpoint_url=endpoint)
+
+
+@pytest.fixture(scope="session")
+def logs(endpoint: str) -> Any:
+    return boto3.client("logs", endpoint_url=endpoint)
+
+
+@dataclass
+class Local:
+    """An emulator as a test sees it: a boto3 client, the events that came out, and helpers around jobs."""
+
+    client: Any
+    s3: Any
+    url: str
+    events: list[Json] = field(default_factory=list)
+    close: Callable[[], None] = lambda: None
+
+    def create(self, name: str, script: str, **changes: Any) -> str:
+        """Create a job whose entry point is `script` (bash), which comes in by its `code` channel."""
+        self.client.create_training_job(**self.request(name, script, **changes))
+        return name
+
+    def request(self, name: str, script: str, *, specification: Json | None = None, **changes: Any) -> Json:
+        self.s3.put_object(Bucket="art", Key=f"code/{name}/run.sh", Body=script)
+        request = {
+            "TrainingJobName": name,
+            "RoleArn": ROLE,
+            "AlgorithmSpecification": {
+                "TrainingImage": "000000000000.dkr.ecr.us-east-1.amazonaws.com/train:1",
+                "TrainingInputMode": "File",
+                "ContainerEntrypoint": ["/bin/bash"],
+                "ContainerArguments": ["/opt/ml/input/data/code/run.sh"],
+                **(specification or {}),
+            },
+            "InputDataConfig": [self.channel("code", f"s3://art/code/{name}/")],
+            "OutputDataConfig": {"S3OutputPath": f"s3://art/out/{name}", "CompressionType": "NONE"},
+            "ResourceConfig": {"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50},
+            "StoppingCondition": {"MaxRuntimeInSeconds": 3600},
+        }
+        return request | changes
+
+    @staticmethod
+    def channel(name: str, uri: str, **more: Any) -> Json:
+        source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
+        return {"ChannelName": name, "DataSource": {"S3DataSource": source}, **more}
+
+    @staticmethod
+    def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
+        return wait_for(condition, seconds)
+
+    def interrupt(self, name: str) -> int:
+        """Ask for a spot interruption; returns the HTTP status."""
+        request = urllib.request.Request(f"{self.url}/_tunedrop/interrupt/{name}", method="POST")
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def post(self, operation: str, request: Json | bytes) -> tuple[int, Json]:
+        """Call the API without botocore's own checks."""
+        body = request if isinstance(request, bytes) else json.dumps(request).encode()
+        http = urllib.request.Request(self.url, data=body, headers={"X-Amz-Target": f"SageMaker.{operation}"})
+        try:
+            with urllib.request.urlopen(http) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def statuses(self, name: str) -> list[str]:
+        return [transition["Status"] for transition in self.describe(name)["SecondaryStatusTransitions"]]
+
+    def describe(self, name: str) -> Json:
+        return self.client.describe_training_job(TrainingJobName=name)
+
+    def wait(self, name: str, *statuses: str) -> Json:
+        """Wait for one of the statuses (or secondary statuses); for any final one when none is named."""
+
+        def arrived() -> Json | None:
+            job = self.describe(name)
+            return job if {job["TrainingJobStatus"], job["SecondaryStatus"]} & set(statuses or FINAL) else None
+
+        return wait_for(arrived)
+
+    def keys(self, prefix: str) -> list[str]:
+        return [item["Key"] for item in self.s3.list_objects_v2(Bucket="art", Prefix=prefix).get("Contents", [])]
+
+    def text(self, key: str) -> str:
+        return self.s3.get_object(Bucket="art", Key=key)["Body"].read().decode()
+
+    def wait_for_key(self, key: str) -> str:
+        wait_for(lambda: key in self.keys(key))
+        return self.text(key)
+
+
+def sagemaker_client(url: str) -> Any:
+    """A boto3 client that also checks every answer against the output shape of botocore's model."""
+    client = boto3.client("sagemaker", endpoint_url=url, config=Config(retries={"total_max_attempts": 1}))
+
+    def check(http_response: Any, model: Any, **_: Any) -> None:
+        if http_response.status_code == 200 and model.output_shape:
+            problems = shape_problems(model.output_shape, json.loads(http_response.content))
+            assert not problems, f"{model.name}: {problems}"
+
+    client.meta.events.register("after-call.sagemaker", check)
+    return client
+
+
+def launch(endpoint: str, s3: Any, folder: Path, **options: Any) -> Local:
+    events: list[Json] = []
+    settings: Json = {"on_state_change": events.append, "grace": 2, "checkpoint_interval": 0.2} | options
+    emulator = SageMakerEmulator(folder, endpoint, **settings)
+    server = serve(emulator)
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        emulator.close()
+
+    url = f"http://127.0.0.1:{server.server_port}"
+    return Local(client=sagemaker_client(url), s3=s3, url=url, events=events, close=close)
+
+
+@pytest.fixture
+def start(endpoint: str, s3: Any, tmp_path: Path) -> Iterator[Callable[..., Local]]:
+    """Start an emulator in this process; keyword arguments as SageMakerEmulator's, the folder is always the same."""
+    started: list[Local] = []
+
+    def begin(**options: Any) -> Local:
+        started.append(launch(endpoint, s3, tmp_path / "state", **options))
+        return started[-1]
+
+    yield begin
+    for local in started:
+        local.close()
+
+
+@pytest.fixture(scope="session")
+def idle(endpoint: str, s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """One emulator for all tests that start no job."""
+    local = launch(endpoint, s3, tmp_path_factory.mktemp("idle") / "state")
+    yield local
+    local.close()
+
+
+@pytest.fixture
+def local(start: Callable[..., Local]) -> Local:
+    return start()
+
+
+class Sink:
+    """What the AWS emulator is for the command line: it takes events by POST; `broken` makes it refuse them."""
+
+    def __init__(self) -> None:
+        self.events: list[Json] = []
+        self.broken = False
+        sink = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(503 if sink.broken else 204)
+                self.end_headers()
+                if not sink.broken:
+                    sink.events.append(json.loads(body))
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/_tunedrop/events"
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    sink = Sink()
+    yield sink
+    sink.server.shutdown()
+    sink.server.server_close()
+
+
+@pytest.fixture
+def command(
+    endpoint: str, s3: Any, sink: Sink, tmp_path: Path
+) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], Local]]]:
+    """Start the emulator as its users do, by its command line; the state folder is the same each time."""
+    processes = []
+
+    def begin(*options: str) -> tuple[subprocess.Popen[bytes], Local]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        arguments = ["--port", str(port), "--state-dir", str(tmp_path / "state"), "--s3-endpoint", endpoint]
+        arguments += ["--event-sink", sink.url, "--grace", "2", *options]
+        process = subprocess.Popen([sys.executable, "-m", "local_app.sagemaker_emulator", *arguments])
+        processes.append(process)
+        url = f"http://127.0.0.1:{port}"
+
+        def healthy() -> bool:
+            try:
+                with urllib.request.urlopen(f"{url}/_tunedrop/health") as answer:
+                    return json.load(answer)["status"] == "ok"
+            except OSError:
+                assert process.poll() is None
+                return False
+
+        wait_for(healthy)
+        return process, Local(client=sagemaker_client(url), s3=s3, url=url, events=sink.events)
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def supported_shapes() -> list[Any]:
+    from local_app.sagemaker_emulator import OPERATIONS
+
+    operations = [service_model().operation_model(name) for name in OPERATIONS]
+    return [shape for operation in operations for shape in (operation.input_shape, operation.output_shape) if shape]

@@ -1,0 +1,339 @@
+"""The SAM template: valid, buildable, least privilege, nothing lost, and stacks that do not see each other's jobs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from samtranslator.parser.parser import Parser
+from samtranslator.translator.translator import Translator
+
+from local_app.aws_emulator import matches_pattern
+from local_app.stack import PROJECT, Build, build
+from tunedrop.aws import Settings
+from tunedrop.stages.publish_results import PublishSettings
+from tunedrop.stages.reconcile import ReconcileSettings
+from tunedrop.stages.start_training import JobSettings
+from tunedrop.stages.validate_dataset import ValidateSettings
+
+Json = dict[str, Any]
+SAM = PROJECT / ".venv-sam" / "bin"
+
+SETTINGS: dict[str, type[Settings]] = {
+    "validate_dataset": ValidateSettings,
+    "start_training": JobSettings,
+    "test_model": JobSettings,
+    "publish_results": PublishSettings,
+    "reconcile": ReconcileSettings,
+}
+# AWS knows no narrower resource for these
+# (https://docs.aws.amazon.com/service-authorization/latest/reference/reference_policies_actions-resources-contextkeys.html).
+ON_EVERYTHING = ["xray:Put*", "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "ec2:Describe*"]
+
+
+@pytest.fixture(scope="session")
+def built() -> Build:
+    return build()
+
+
+@pytest.fixture(scope="session")
+def transformed(built: Build) -> Json:
+    """The template as CloudFormation gets it: SAM's own transform applied, intrinsic functions left in place."""
+    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+    template = yaml.safe_load(built.template.read_text())
+    for function in of_type(template, "AWS::Serverless::Function").values():
+        function["CodeUri"] = "s3://bucket/functions.zip"  # as `sam package` writes it
+    translated: Json = Translator({}, Parser()).translate(template, {})
+    return translated
+
+
+def of_type(template: Json, kind: str) -> dict[str, Json]:
+    return {name: r["Properties"] for name, r in template["Resources"].items() if r["Type"] == kind}
+
+
+def functions(template: Json) -> dict[str, Json]:
+    return of_type(template, "AWS::Lambda::Function")
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def statements(template: Json) -> list[tuple[str, Json]]:
+    """Every statement of an identity policy, with the resource it is in; conditional ones included."""
+    found = []
+    for name, role in of_type(template, "AWS::IAM::Role").items():
+        found += [(name, s) for p in role.get("Policies", []) for s in p["PolicyDocument"]["Statement"]]
+    for name, policy in of_type(template, "AWS::IAM::ManagedPolicy").items():
+        found += [(name, s) for s in policy["PolicyDocument"]["Statement"]]
+    return [(name, s["Fn::If"][1] if "Fn::If" in s else s) for name, s in found]
+
+
+def resolve(value: Any, known: dict[str, str]) -> Any:
+    """Replace Ref, Fn::GetAtt and Fn::Sub by `known` values, by name or `Name.Attribute`."""
+    if isinstance(value, list):
+        return [resolve(item, known) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"Ref": name}:
+            return known[name]
+        case {"Fn::GetAtt": [name, attribute]}:
+            return known[f"{name}.{attribute}"]
+        case {"Fn::Sub": str(text)}:
+            return re.sub(r"\$\{([^}]+)}", lambda match: known[match[1]], text)
+    return {key: resolve(item, known) for key, item in value.items()}
+
+
+# ---- valid and buildable ---------------------------------------------------------------------------------------------
+
+
+def run(*command: str | Path) -> None:
+    environment = {**os.environ, "SAM_CLI_TELEMETRY": "0", "AWS_DEFAULT_REGION": "us-east-1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sam_finds_nothing_to_say() -> None:
+    run(SAM / "sam", "validate", "--lint")
+
+
+def test_cfn_lint_finds_nothing_to_say_about_the_transformed_template(transformed: Json, tmp_path: Path) -> None:
+    file = tmp_path / "transformed.json"
+    file.write_text(json.dumps(transformed))
+    # Beside the SAM template: S3 circular dependencies, for one, show only here.
+    run(SAM / "cfn-lint", "--regions", "us-east-1", "--template", file)
+
+
+def test_the_artefact_is_small_and_all_that_the_handlers_need(built: Build) -> None:
+    size = sum(file.stat().st_size for file in built.code.rglob("*") if file.is_file())
+    assert size <= 80e6, f"{size / 1e6:.1f} MB"
+    # No site-packages, no PYTHONPATH, no working directory; only the standard library and the artefact.
+    code = f"import sys; sys.path.insert(0, {str(built.code)!r})\n"
+    code += "".join(f"import {name}.app; assert callable({name}.app.handler)\n" for name in SETTINGS)
+    code += "import arro3.io, yaml\n"
+    code += "print(*{m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)}, sep='\\n')"
+    environment = {"POWERTOOLS_SERVICE_NAME": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    done = subprocess.run(
+        [sys.executable, "-B", "-S", "-I", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    strange = [line for line in done.stdout.splitlines() if not line.startswith((str(built.code), sys.base_prefix))]
+    assert strange == []
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+
+
+def test_every_function_is_one_of_the_five_with_its_own_role_and_log_group(transformed: Json) -> None:
+    found = functions(transformed)
+    assert {f["Handler"] for f in found.values()} == {f"{name}.app.handler" for name in SETTINGS}
+    assert len({json.dumps(f["Role"]) for f in found.values()}) == len(found)
+    groups = of_type(transformed, "AWS::Logs::LogGroup")
+    for function in found.values():
+        assert function["Runtime"] == "python3.11"
+        assert function["Architectures"] == ["x86_64"]
+        assert function["TracingConfig"] == {"Mode": "Active"}
+        group = groups[function["LoggingConfig"]["LogGroup"]["Ref"]]
+        assert group["RetentionInDays"] == {"Ref": "LogRetentionDays"}
+        assert group["LogGroupName"]["Fn::Sub"] == "/aws/lambda/" + function["FunctionName"]["Fn::Sub"]
+
+
+def test_every_function_gets_the_settings_it_reads(transformed: Json) -> None:
+    for function in functions(transformed).values():
+        variables = function["Environment"]["Variables"]
+        name = variables["POWERTOOLS_SERVICE_NAME"]
+        assert function["Handler"] == f"{name}.app.handler"
+        needed = {field.upper() for field, info in SETTINGS[name].model_fields.items() if info.is_required()}
+        own = {v for v in variables if not v.startswith(("POWERTOOLS_", "AWS_"))}
+        assert needed == own, name
+
+
+# ---- nothing lost ----------------------------------------------------------------------------------------------------
+
+DEAD_LETTERS = {"Fn::GetAtt": ["DeadLetterQueue", "Arn"]}
+
+
+def test_every_rule_has_a_dead_letter_queue_that_takes_its_events(transformed: Json) -> None:
+    rules = of_type(transformed, "AWS::Events::Rule")
+    assert len(rules) == 6
+    for name, rule in rules.items():
+        assert all(target["DeadLetterConfig"] == {"Arn": DEAD_LETTERS} for target in rule["Targets"]), name
+    (policy,) = of_type(transformed, "AWS::SQS::QueuePolicy").values()
+    allow = next(s for s in policy["PolicyDocument"]["Statement"] if s["Effect"] == "Allow")
+    assert allow["Resource"] == DEAD_LETTERS
+    allowed = {arn["Fn::GetAtt"][0] for arn in allow["Condition"]["ArnEquals"]["aws:SourceArn"]}
+    assert allowed == rules.keys()
+
+
+def test_every_function_has_an_on_failure_destination_that_it_may_send_to(transformed: Json) -> None:
+    configs = of_type(transformed, "AWS::Lambda::EventInvokeConfig").values()
+    assert {c["FunctionName"]["Ref"] for c in configs} == functions(transformed).keys()
+    assert all(c["DestinationConfig"]["OnFailure"] == {"Destination": DEAD_LETTERS} for c in configs)
+    shared = [s for name, s in statements(transformed) if name == "FunctionPolicy"]
+    assert any(s["Action"] == "sqs:SendMessage" and s["Resource"] == DEAD_LETTERS for s in shared)
+    for function in functions(transformed).values():
+        role = of_type(transformed, "AWS::IAM::Role")[function["Role"]["Fn::GetAtt"][0]]
+        assert role["ManagedPolicyArns"] == [{"Ref": "FunctionPolicy"}]
+
+
+@pytest.mark.parametrize("name", ["DataBucket", "ArtifactBucket", "RunTable", "ModelPackageGroup"])
+def test_what_people_made_outlives_the_stack(transformed: Json, name: str) -> None:
+    resource = transformed["Resources"][name]
+    assert resource["DeletionPolicy"] == resource["UpdateReplacePolicy"] == "Retain"
+
+
+# ---- no one let in ---------------------------------------------------------------------------------------------------
+
+
+def test_no_policy_allows_every_action_or_more_resources_than_it_must(transformed: Json) -> None:
+    for name, statement in statements(transformed):
+        assert statement["Effect"] == "Allow"
+        for action in listed(statement["Action"]):
+            assert "*" not in action, f"{name}: {action}"
+            if statement["Resource"] == "*":
+                assert any(fnmatch(action, known) for known in ON_EVERYTHING), f"{name}: {action} on *"
+    assert not any("Policies" in f or "Policy" in f for f in functions(transformed).values())
+    # Roles that SAM would make bring managed policies with broad resources.
+    assert {n for n in of_type(transformed, "AWS::IAM::Role") if n.endswith("FunctionRole")} == set()
+
+
+def test_only_the_sagemaker_role_is_passed_and_only_to_sagemaker(transformed: Json) -> None:
+    passes = [(name, s) for name, s in statements(transformed) if "iam:PassRole" in listed(s["Action"])]
+    assert {name for name, _ in passes} == {"StartTrainingRole", "TestModelRole", "ReconcileRole"}
+    for _, statement in passes:
+        assert statement["Resource"] == {"Fn::GetAtt": ["SageMakerRole", "Arn"]}
+        assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
+
+
+def test_buckets_are_private_versioned_and_encrypted_and_only_data_tells_eventbridge(transformed: Json) -> None:
+    buckets = of_type(transformed, "AWS::S3::Bucket")
+    assert buckets.keys() == {"DataBucket", "ArtifactBucket"}
+    policies = {
+        p["Bucket"]["Ref"]: p["PolicyDocument"]["Statement"] for p in of_type(transformed, "AWS::S3::BucketPolicy").values()
+    }
+    for name, bucket in buckets.items():
+        assert bucket["VersioningConfiguration"] == {"Status": "Enabled"}
+        assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
+        (rule,) = bucket["BucketEncryption"]["ServerSideEncryptionConfiguration"]
+        assert [d["SSEAlgorithm"] for d in rule["ServerSideEncryptionByDefault"]["Fn::If"][1:]] == ["aws:kms", "AES256"]
+        denials = {s["Sid"]: s for s in policies[name]}
+        assert denials["TlsOnly"]["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+        assert all(s["Effect"] == "Deny" and s["Action"] == "s3:*" for s in denials.values())
+        assert ("NotificationConfiguration" in bucket) == (name == "DataBucket")
+
+
+# ---- interface -------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_and_outputs(transformed: Json) -> None:
+    assert transformed["Parameters"].keys() == {
+        *("JobPrefix", "InstanceTypes", "UseSpot", "MaxConcurrentJobs", "BaseModel", "TrainingImageUri"),
+        *("NotificationEmail", "ReconcileInterval", "LogRetentionDays"),
+        *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds", "SageMakerEndpointUrl"),
+    }
+    assert transformed["Outputs"].keys() == {
+        *("DataBucket", "ArtifactBucket", "EventBusName", "RunTable", "TopicArn", "DeadLetterQueueUrl"),
+        *("SageMakerRoleArn", "ModelPackageGroup", "TrainingImageUri", "JobPrefix"),
+        *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fits"),
+    [("tunedrop", True), ("a", True), ("a" * 16, True), ("a" * 17, False), ("-a", False), ("a-", False), ("A", False)],
+)
+def test_job_prefix(transformed: Json, prefix: str, fits: bool) -> None:
+    assert bool(re.fullmatch(transformed["Parameters"]["JobPrefix"]["AllowedPattern"], prefix)) == fits
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def takers(template: Json, known: dict[str, str], bus: str, event: Json) -> set[str]:
+    """The functions of a stack (with these values) whose rules on this bus take the event."""
+    taken = set()
+    for rule in of_type(template, "AWS::Events::Rule").values():
+        if "EventPattern" not in rule or resolve(rule["EventBusName"], known) != bus:
+            continue
+        if matches_pattern(resolve(rule["EventPattern"], known), event):
+            taken |= {target["Arn"]["Fn::GetAtt"][0] for target in rule["Targets"]}
+    return taken
+
+
+def stack(prefix: str) -> dict[str, str]:
+    return {
+        "JobPrefix": prefix,
+        "DataBucket": f"{prefix}-data",
+        "EventBus": prefix,
+        "SageMakerRole.Arn": f"arn:aws:iam::111122223333:role/{prefix}",
+    }
+
+
+def event(source: str, detail_type: str, detail: Json) -> Json:
+    envelope = {"version": "0", "id": "1", "account": "111122223333", "region": "us-east-1", "resources": []}
+    return {**envelope, "time": "2026-01-01T00:00:00Z", "source": source, "detail-type": detail_type, "detail": detail}
+
+
+def job_event(name: str, status: str, role: str) -> Json:
+    detail = {"TrainingJobName": name, "TrainingJobStatus": status, "RoleArn": f"arn:aws:iam::111122223333:role/{role}"}
+    return event("aws.sagemaker", "SageMaker Training Job State Change", detail)
+
+
+@pytest.mark.parametrize("status", ["Completed", "Failed", "Stopped"])
+def test_final_jobs_reach_the_next_stage_and_whoever_waits(transformed: Json, status: str) -> None:
+    def taken(name: str) -> set[str]:
+        return takers(transformed, stack("one"), "default", job_event(name, status, "one"))
+
+    assert taken("one-train-cars-0123456789ab-1") == {"TestModelFunction", "StartTrainingFunction"}
+    assert taken("one-test-cars-0123456789ab-1") == {"PublishResultsFunction", "StartTrainingFunction"}
+    assert taken("one-other-cars-0123456789ab-1") == set()
+
+
+@pytest.mark.parametrize("status", ["InProgress", "Stopping"])
+def test_unfinished_jobs_reach_nobody(transformed: Json, status: str) -> None:
+    assert takers(transformed, stack("one"), "default", job_event("one-train-cars-1", status, "one")) == set()
+
+
+@pytest.mark.parametrize("other", ["two", "one-train", "one-test", "on"])
+def test_stacks_do_not_see_each_others_jobs(transformed: Json, other: str) -> None:
+    for kind in ("train", "test"):
+        for mine, theirs in (("one", other), (other, "one")):
+            happened = job_event(f"{theirs}-{kind}-cars-1", "Completed", theirs)
+            assert takers(transformed, stack(mine), "default", happened) == set()
+            assert takers(transformed, stack(theirs), "default", happened) != set()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "key", "taken"),
+    [
+        ("one-data", "training_data/cars.jsonl", True),
+        ("one-data", "training_data/cars.json", True),
+        ("one-data", "training_data/cars.csv", True),
+        ("one-data", "training_data/cars.parquet", True),
+        ("one-data", "training_data/a b+c%20ü.jsonl", True),
+        ("one-data", "training_data/cars.yaml", False),
+        ("one-data", "training_data/cars.jsonl.tmp", False),
+        ("one-data", "inference_test/cars.json", False),
+        ("one-data", "old/training_data/cars.json", False),
+        ("two-data", "training_data/cars.jsonl", False),
+    ],
+)
+def test_only_datasets_dropped_into_this_stacks_bucket_are_validated(
+    transformed: Json, bucket: str, key: str, taken: bool
+) -> None:
+    dropped = event("aws.s3", "Object Created", {"bucket": {"name": bucket}, "object": {"key": key}})
+    assert takers(transformed, stack("one"), "default", dropped) == ({"ValidateDatasetFunction"} if taken else set())
+
+
+def test_only_validated_datasets_of_this_stack_start_training(transformed: Json) -> None:
+    validated = event("tunedrop", "Dataset Validated", {})
+    assert takers(transformed, stack("one"), "one", validated) == {"StartTrainingFunction"}
+    assert takers(transformed, stack("one"), "two", validated) == set()
+    assert takers(transformed, stack("one"), "one", event("tunedrop", "Dataset Rejected", {})) == set()
