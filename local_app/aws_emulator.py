@@ -383,6 +383,14 @@ def _application(invocations: AsyncInvocations) -> Callable[[Scope, Receive, Sen
     return application
 
 
+def _throw_away(folder: Path) -> None:
+    """Remove a folder in the background: the unpacked artefacts of five functions are many files."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"trash-{time.time_ns()}"))
+    for old in folder.parent.glob("trash-*"):
+        threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True).start()
+
+
 def _configure(port: int, state_dir: Path) -> str:
     """Set MiniStack's environment, which it reads when imported, and return the SageMaker endpoint.
 
@@ -391,7 +399,7 @@ def _configure(port: int, state_dir: Path) -> str:
     sagemaker_endpoint = os.environ["AWS_ENDPOINT_URL_SAGEMAKER"]
     for name in os.environ.keys() - {"PATH", "HOME", "LANG", MARKER}:
         del os.environ[name]
-    shutil.rmtree(state_dir / "tmp", ignore_errors=True)  # what functions of a killed emulator left
+    _throw_away(state_dir / "tmp")  # what the functions of an earlier emulator left
     for name, folder in {"STATE_DIR": "services", "S3_DATA_DIR": "s3", "TMPDIR": "tmp"}.items():
         (state_dir / folder).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(state_dir / folder)

@@ -170,10 +170,9 @@ class Stack:
     def _end(self, processes: list[psutil.Process]) -> None:
         for process in processes:
             _signal(process.terminate)
-        _, stubborn = psutil.wait_procs(processes, timeout=SHUTDOWN_SECONDS)
-        for process in stubborn:
+        for process in _wait_gone(processes):
             _signal(process.kill)
-        psutil.wait_procs(stubborn, timeout=SHUTDOWN_SECONDS)
+        _wait_gone(processes)
 
     def _processes(self) -> list[psutil.Process]:
         """Return every live process that was started in this folder, whoever its parent is."""
@@ -340,6 +339,23 @@ def _locked(file: Path) -> Iterator[None]:
 def _signal(send: Callable[[], None]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
         send()
+
+
+def _wait_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Wait until the processes have ended and return those that have not; one its parent has not reaped has ended."""
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    while True:
+        alive = [process for process in processes if process.is_running() and _status(process) != psutil.STATUS_ZOMBIE]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.05)
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return str(process.status())
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_ZOMBIE
 
 
 def _healthy(url: str) -> bool:

@@ -1,0 +1,198 @@
+"""The whole application as a user runs it: the `tunedrop` command, a real deploy, real jobs with a tiny model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import make_tiny_model
+
+from local_app.deployment import Deployment
+from local_app.stack import STACK_NAME, Stack
+from tunedrop.runs import State
+
+# The kind of file people have: several pretty-printed objects one after another, curly quotes in the texts.
+FAQ = [
+    {"Index": n, "Question": f"Say “{letter}” again", "Answer": f"{letter}", "Reasoning": f"It’s “{letter}”"}
+    for n, letter in enumerate("abcdefgh", 1)
+]
+TESTS = {
+    "evaluations": [{"id": f"t{n}", "prompt": f"Say {letter}", "description": letter} for n, letter in enumerate("abcd")]
+}
+SYSTEM_PROMPT = "It's a \"test\" of $(touch /tmp/tunedrop-pwned) and `id`;\nanswer 'short' \\n"
+CONFIG = f"""
+model: tiny
+system_prompt: {json.dumps(SYSTEM_PROMPT)}
+rewards: [{{type: contains}}, {{type: length, maximum: 8, unit: characters, weight: 0.1}}]
+lora: {{r: 4, lora_alpha: 8}}
+grpo: {{max_steps: 2, num_generations: 4, per_device_train_batch_size: 8, max_completion_length: 8, learning_rate: 1e-2}}
+max_prompt_length: 200
+"""
+
+
+class App:
+    """The local app in a folder of its own, used through its command."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.stack = Stack(folder / "state")
+        self.stack.up()
+        environment = self.stack.environment
+        release = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", self.stack.region]
+        subprocess.run(release, env=environment, check=True, capture_output=True)
+        self.deployment = Deployment.local(self.stack)
+        self.model = make_tiny_model(folder / "tiny")
+
+    def tunedrop(self, *arguments: str | Path, code: int = 0) -> str:
+        """Run the command and return what it printed."""
+        command = [str(Path(sys.executable).with_name("tunedrop")), "--state", str(self.stack.folder), *map(str, arguments)]
+        done = subprocess.run(command, check=False, cwd=self.folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    def write(self, name: str, content: str) -> Path:
+        """Write a file for the command to upload."""
+        (self.folder / name).write_text(content)
+        return self.folder / name
+
+    def job_request(self, job: str) -> dict[str, Any]:
+        """Return a job as SageMaker describes it."""
+        return self.stack.client("sagemaker").describe_training_job(TrainingJobName=job)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        app = App(tmp_path_factory.mktemp("app"))
+        yield app
+        app.stack.down()
+
+
+@pytest.fixture(scope="module")
+def notifications(app):
+    """What an HTTP subscriber of the stack's topic receives."""
+    received: list[dict[str, Any]] = []
+    sns = app.stack.client("sns")
+
+    class Subscriber(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            message = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+            if message["Type"] == "SubscriptionConfirmation":
+                sns.confirm_subscription(TopicArn=message["TopicArn"], Token=message["Token"])
+            else:
+                received.append(message)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Subscriber)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sns.subscribe(TopicArn=app.stack.outputs.topic_arn, Protocol="http", Endpoint=f"http://127.0.0.1:{server.server_port}/")
+    yield received
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def published(app, notifications):
+    """A run that was dropped with its config, tests and model, and followed to its end: what was printed, and the run."""
+    data = app.write("faq.json", "\n".join(json.dumps(record, indent=2, ensure_ascii=False) for record in FAQ))
+    config, tests = app.write("faq.yaml", CONFIG), app.write("tests.json", json.dumps(TESTS))
+    printed = app.tunedrop("drop", data, "--config", config, "--tests", tests, "--model", app.model, "--wait")
+    return printed, app.deployment.find("faq")
+
+
+def test_a_dropped_file_becomes_a_published_model(app, published):
+    printed, run = published
+    assert run.state == State.PUBLISHED
+    path = Path(re.search(r"published: (.+)", printed)[1])
+    assert "<svg" in path.read_text()
+    assert re.search(r"step 2/2 reward=", printed)
+    assert re.search(r"tuned 4/4", printed)
+    result = app.deployment.read_json(run, "result.json")
+    assert (result["comparison"]["tests"], result["verdict"]) == (4, run.verdict)
+    bucket, prefix = result["artifacts"]["merged_model"].removeprefix("s3://").split("/", 1)
+    names = {
+        item["Key"].removeprefix(prefix)
+        for item in app.deployment.s3.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+    }
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json"}
+    package = app.stack.client("sagemaker").describe_model_package(ModelPackageName=result["model_package"])
+    assert package["ModelApprovalStatus"] in {"PendingManualApproval", "Rejected"}  # four tests never approve
+
+
+def test_the_jobs_are_the_launch_plans(app, published):
+    _, run = published
+    for kind, job in (("train", run.train_job), ("test", run.test_job)):
+        request = app.job_request(job)
+        channels = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in request["InputDataConfig"]}
+        assert f"/trainer/{run.plan}/{kind}/" in channels["sm_drivers"]
+        assert "sm_train.sh" in " ".join(request["AlgorithmSpecification"]["ContainerArguments"])
+        assert f"+ exec python -m trainer.job {kind}" in "\n".join(app.deployment.log_lines(job, {}))
+
+
+def test_hostile_text_arrives_unchanged_and_runs_nothing(app, published):
+    _, run = published
+    trained = app.deployment.read_json(run, f"training/{run.train_job}/output/model/run_config.json")
+    assert trained["system_prompt"] == SYSTEM_PROMPT
+    assert not Path("/tmp/tunedrop-pwned").exists()
+
+
+def test_the_end_is_notified(published, notifications):
+    _, run = published
+    (message,) = [message for message in notifications if run.run_id in message["Message"]]
+    assert message["Subject"] == f"Results Published: {run.verdict}: faq"
+
+
+def test_the_commands_that_look_at_runs(app, published):
+    _, run = published
+    assert run.run_id in app.tunedrop("runs")
+    assert f"verdict: {run.verdict}" in app.tunedrop("show", "faq")
+    assert json.loads(app.tunedrop("show", run.run_id, "--json"))["result"]["run_id"] == run.run_id
+    assert "max_steps=2" in app.tunedrop("logs", "faq")
+    assert "There is no run 'nothing'" in app.tunedrop("show", "nothing", code=1)
+
+
+def test_the_same_bytes_again_join_the_run(app, published):
+    _, run = published
+    assert run.run_id in app.tunedrop("drop", app.folder / "faq.json")
+    assert app.deployment.find("faq") == run
+
+
+def test_a_broken_dataset_is_rejected_with_its_line(app):
+    data = app.write("broken.jsonl", '{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n{oops}\n')
+    printed = app.tunedrop("drop", data, "--wait", code=1)
+    assert "BAD_JSON: line 3: not valid JSON" in printed
+    assert app.deployment.find("broken").state == State.REJECTED
+
+
+def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
+    broken = make_tiny_model(app.folder / "unreadable")
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    data = app.write("fails.jsonl", "".join(f'{{"question": "{n}", "answer": "{n}"}}\n' for n in range(20)))
+    printed = app.tunedrop("drop", data, "--model", broken, "--wait", code=1)
+    assert "training failed: AlgorithmError: " in printed
+    assert "safetensors" in printed.lower() or "header" in printed.lower()
+    run = app.deployment.find("fails")
+    again = app.deployment.drop(data)
+    assert (again.run_id, again.attempt) == (run.run_id, 2)
+    assert app.tunedrop("logs", "fails", "--follow")
+    ended = app.deployment.find("fails")
+    assert (ended.state, ended.train_job) == (State.TRAINING_FAILED, f"tunedrop-train-{run.run_id}-2")
+
+
+def test_down_ends_everything_and_up_goes_on_with_what_was_there(app, published):
+    _, run = published
+    app.tunedrop("down")
+    assert not app.stack.running
+    app.stack.up()
+    assert Deployment.local(app.stack).find(run.run_id) == run
