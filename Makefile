@@ -35,6 +35,10 @@ lint: install
 test: lint
 	.venv/bin/python -m pytest
 
+# What is slow by nature.
+soak: install
+	.venv/bin/python -m pytest -m soak
+
 # To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
 deploy: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv-sam/bin/sam build

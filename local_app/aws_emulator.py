@@ -391,7 +391,7 @@ def _throw_away(folder: Path) -> None:
         threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True).start()
 
 
-def _configure(port: int, state_dir: Path) -> str:
+def _configure(host: str, port: int, state_dir: Path) -> str:
     """Set MiniStack's environment, which it reads when imported, and return the SageMaker endpoint.
 
     MiniStack hands its environment on to the functions: so nothing of the caller's stays but where programs are.
@@ -405,7 +405,7 @@ def _configure(port: int, state_dir: Path) -> str:
         os.environ[name] = str(state_dir / folder)
     os.environ |= {
         "GATEWAY_PORT": str(port),
-        "MINISTACK_HOST": "127.0.0.1",
+        "MINISTACK_HOST": host,
         "MINISTACK_REGION": REGION,
         "PERSIST_STATE": "1",
         "S3_PERSIST": "1",
@@ -419,13 +419,13 @@ def _configure(port: int, state_dir: Path) -> str:
     return sagemaker_endpoint
 
 
-async def serve(port: int, invocations: AsyncInvocations) -> None:
-    """Serve AWS on 127.0.0.1 until SIGTERM or SIGINT; state is saved at the end."""
+async def serve(host: str, port: int, invocations: AsyncInvocations) -> None:
+    """Serve AWS until SIGTERM or SIGINT; state is saved at the end."""
     import hypercorn.asyncio
     from hypercorn.config import Config
 
     config = Config()
-    config.bind = [f"127.0.0.1:{port}"]
+    config.bind = [f"{host}:{port}"]
     config.keep_alive_timeout = 75
     logging.getLogger("persistence").setLevel(logging.WARNING)  # it would tell of every save
     saver = asyncio.create_task(state.keep_saving())
@@ -436,18 +436,19 @@ async def serve(port: int, invocations: AsyncInvocations) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the emulator; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m local_app.aws_emulator", description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--state-dir", type=Path, required=True)
     options = parser.parse_args(argv)
     state_dir = options.state_dir.resolve()
-    sagemaker_endpoint = _configure(options.port, state_dir)
+    sagemaker_endpoint = _configure(options.host, options.port, state_dir)
 
-    invocations = AsyncInvocations(state_dir / "invocations", f"http://127.0.0.1:{options.port}")
+    invocations = AsyncInvocations(state_dir / "invocations", f"http://{options.host}:{options.port}")
     _hook_interpreter(state_dir / "tmp")
     _hook_s3_events()
     _hook_async_invocations(invocations)
     _hook_model_package_group(sagemaker_endpoint)
-    asyncio.run(serve(options.port, invocations))
+    asyncio.run(serve(options.host, options.port, invocations))
 
 
 if __name__ == "__main__":

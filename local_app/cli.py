@@ -67,9 +67,9 @@ def _python(stack: Stack, module: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _start(state: Path) -> Stack:
+def _start(state: Path, host: str = "127.0.0.1") -> Stack:
     """Bring the local stack up: servers, stack, base model, launch plan; what is there already stays."""
-    stack = Stack(state, progress=_say)
+    stack = Stack(state, host=host, progress=_say)
     stack.up()
     deployment = Deployment.local(stack)
     _say(f"base model: {base_model.NAME}")
@@ -81,13 +81,14 @@ def _start(state: Path) -> Stack:
 
 @cli.command()
 @click.option("--detach", "-d", is_flag=True, help="Return when everything is up, instead of following what happens.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.pass_obj
-def up(state: Path, detach: bool) -> None:
+def up(state: Path, detach: bool, host: str) -> None:
     """Start the application on this machine and follow what happens in it.
 
     Example: tunedrop up
     """
-    stack = _start(state)
+    stack = _start(state, host)
     outputs = stack.outputs
     console.print(f"endpoint:        {stack.endpoint}  (AWS_ENDPOINT_URL)")
     console.print(f"SageMaker:       {stack.sagemaker_endpoint}  (AWS_ENDPOINT_URL_SAGEMAKER)")
@@ -106,6 +107,30 @@ def up(state: Path, detach: bool) -> None:
                     f"{run.updated[11:19]} {run.run_id} {run.state.lower()} {run.reason or run.verdict or ''}".rstrip()
                 )
         time.sleep(1)
+
+
+@cli.command()
+@click.pass_obj
+def env(state: Path) -> None:
+    """Print the environment in which `sam local invoke` runs a function against the local application.
+
+    Its container reaches the application at Docker's bridge address: start that with `tunedrop up --host`.
+
+    Example: tunedrop env > env.json && sam local invoke --env-vars env.json -e events/validate_dataset.upload.json
+    """
+    stack = Stack(state)
+    outputs = stack.outputs
+    variables = {
+        "AWS_ENDPOINT_URL": stack.endpoint,
+        "AWS_ENDPOINT_URL_SAGEMAKER": stack.sagemaker_endpoint,
+        "DATA_BUCKET": outputs.data_bucket,
+        "ARTIFACT_BUCKET": outputs.artifact_bucket,
+        "RUN_TABLE": outputs.run_table,
+        "EVENT_BUS": outputs.event_bus_name,
+        "TOPIC_ARN": outputs.topic_arn,
+        "MODEL_PACKAGE_GROUP": outputs.model_package_group,
+    }
+    print(json.dumps({"Parameters": variables}, indent=1))  # noqa: T201 - for a program
 
 
 @cli.command()

@@ -240,9 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
         logger.debug(format, *args)
 
 
-def serve(emulator: SageMakerEmulator, port: int = 0) -> ThreadingHTTPServer:
-    """Serve the emulator on 127.0.0.1 from a background thread; `server_port` tells the port when `port` is 0."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"emulator": emulator}))
+def serve(emulator: SageMakerEmulator, port: int = 0, host: str = "127.0.0.1") -> ThreadingHTTPServer:
+    """Serve the emulator from a background thread; `server_port` tells the port when `port` is 0."""
+    server = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), {"emulator": emulator}))
     threading.Thread(target=server.serve_forever, args=(0.05,), name="http", daemon=True).start()
     return server
 
@@ -252,7 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m local_app.sagemaker_emulator", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one, see the log)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one, see the log)")
     parser.add_argument("--state-dir", type=Path, required=True, help="where jobs and their state live")
     parser.add_argument("--s3-endpoint", required=True, help="URL of the account's S3 and CloudWatch Logs")
     parser.add_argument("--event-sink", required=True, help="URL that gets each state change event by POST")
@@ -281,8 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     except EnvironmentProblem as error:
         sys.exit(f"The SageMaker emulator cannot start. {error}")
     with emulator:
-        server = serve(emulator, options.port)
-        logger.info("SageMaker emulator: http://127.0.0.1:%s, state in %s", server.server_port, options.state_dir)
+        server = serve(emulator, options.port, options.host)
+        logger.info("SageMaker emulator: http://%s:%s, state in %s", options.host, server.server_port, options.state_dir)
         end.wait()
         server.shutdown()
 

@@ -68,7 +68,8 @@ class Build:
 class Stack:
     """Tunedrop on this machine. State, logs and ports live under `folder` and survive `down` and crashes.
 
-    `parameters` are template parameters on top of the local defaults; `progress` is told in one line what goes on.
+    `host` is the address that its servers listen on; `parameters` are template parameters on top of the local defaults;
+    `progress` is told in one line what goes on.
     """
 
     access_key_id = "test"
@@ -79,11 +80,13 @@ class Stack:
         self,
         folder: Path = PROJECT / ".tunedrop",
         *,
+        host: str = "127.0.0.1",
         parameters: Mapping[str, str] | None = None,
         progress: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self.folder = folder.resolve()
         self.logs = self.folder / "logs"
+        self._host = host
         self._parameters = {**PARAMETERS, **(parameters or {})}
         self._progress = progress
 
@@ -92,12 +95,12 @@ class Stack:
     @property
     def endpoint(self) -> str:
         """URL of every AWS service but SageMaker."""
-        return f"http://127.0.0.1:{self._ports['aws']}"
+        return f"http://{self._address['host']}:{self._address['aws']}"
 
     @property
     def sagemaker_endpoint(self) -> str:
         """URL of SageMaker."""
-        return f"http://127.0.0.1:{self._ports['sagemaker']}"
+        return f"http://{self._address['host']}:{self._address['sagemaker']}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -139,7 +142,7 @@ class Stack:
     @property
     def running(self) -> bool:
         """Whether both servers answer."""
-        return (self.folder / "ports.json").exists() and _healthy(self.endpoint) and _healthy(self.sagemaker_endpoint)
+        return (self.folder / "address.json").exists() and _healthy(self.endpoint) and _healthy(self.sagemaker_endpoint)
 
     # ---- up and down -------------------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class Stack:
         self.logs.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / "lock"):
             started = time.monotonic()
-            self._choose_ports()
+            self._choose_address()
             servers = self._start_servers()
             built = build(self._progress, self.logs / "sam.log")
             for name, url in (("aws", self.endpoint), ("sagemaker", self.sagemaker_endpoint)):
@@ -188,29 +191,33 @@ class Stack:
     # ---- servers -----------------------------------------------------------------------------------------------------
 
     @property
-    def _ports(self) -> dict[str, int]:
+    def _address(self) -> dict[str, Any]:
         try:
-            ports: dict[str, int] = json.loads((self.folder / "ports.json").read_text())
+            address: dict[str, Any] = json.loads((self.folder / "address.json").read_text())
         except FileNotFoundError:
             raise StackError(f"Tunedrop has never run in {self.folder}. Start it with `tunedrop up`.") from None
-        return ports
+        return address
 
-    def _choose_ports(self) -> None:
+    def _choose_address(self) -> None:
         """Keep the ports of the last time where we still hold them or they are free: the functions know them."""
-        file = self.folder / "ports.json"
+        file = self.folder / "address.json"
         known = json.loads(file.read_text()) if file.exists() else {}
         held = {name for name in ("aws", "sagemaker") if self._server(name)}
-        chosen = {
-            name: port if (port := known.get(name)) and (name in held or _is_free(port)) else _free_port()
+        if held and known["host"] != self._host:
+            raise StackError(f"Tunedrop already listens on {known['host']}. End it with `tunedrop down` to move it.")
+        ports = {
+            name: port
+            if (port := known.get(name)) and (name in held or _is_free(self._host, port))
+            else _free_port(self._host)
             for name in ("aws", "sagemaker")
         }
-        file.write_text(json.dumps(chosen))
+        file.write_text(json.dumps({"host": self._host, **ports}))
 
     def _server(self, name: str) -> psutil.Process | None:
         return next((p for p in self._processes() if f"local_app.{name}_emulator" in p.cmdline()), None)
 
     def _start_servers(self) -> dict[str, subprocess.Popen[bytes]]:
-        ports, state = self._ports, self.folder
+        address, state = self._address, self.folder
         options = {
             "aws": [],
             "sagemaker": ["--s3-endpoint", self.endpoint, "--event-sink", f"{self.endpoint}/_tunedrop/events"],
@@ -219,7 +226,15 @@ class Stack:
         for name, more in options.items():
             if self._server(name):
                 continue
-            command = [sys.executable, "-m", f"local_app.{name}_emulator", "--port", str(ports[name])]
+            command = [
+                sys.executable,
+                "-m",
+                f"local_app.{name}_emulator",
+                "--host",
+                self._host,
+                "--port",
+                str(address[name]),
+            ]
             command += ["--state-dir", str(state / name), *more]
             with (self.logs / f"{name}.log").open("ab") as log:
                 started[name] = subprocess.Popen(  # noqa: S603 - our own command
@@ -366,19 +381,19 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _is_free(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
 

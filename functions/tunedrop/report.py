@@ -35,12 +35,14 @@ def _reward_chart(metrics: list[dict[str, Any]]) -> str:
     from pygal import XY
     from pygal.style import CleanStyle
 
+    names = sorted({name for point in metrics for name in point["rewards"]})
     chart = XY(
         style=CleanStyle(font_family="inherit"),
         x_title="step",
         y_title="mean reward",
         width=900,
-        height=360,
+        height=380,
+        show_legend=len(names) > 1,
         dots_size=2,
         show_x_guides=False,
         legend_at_bottom=True,
@@ -49,7 +51,6 @@ def _reward_chart(metrics: list[dict[str, Any]]) -> str:
         disable_xml_declaration=True,
     )
     chart.add("reward", [(point["step"], point["reward"]) for point in metrics])
-    names = sorted({name for point in metrics for name in point["rewards"]})
     for name in names if len(names) > 1 else []:
         chart.add(name, [(point["step"], point["rewards"].get(name)) for point in metrics], stroke_style={"width": 1})
     svg: str = chart.render(is_unicode=True)

@@ -71,6 +71,7 @@ def app(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
+        patch.setenv("OMP_NUM_THREADS", "1")  # a tiny model's jobs only lose time on more threads
         app = App(tmp_path_factory.mktemp("app"))
         yield app
         app.stack.down()

@@ -1,0 +1,44 @@
+"""How big the functions' artefact is and how long each handler takes to import, beside the SageMaker SDK.
+
+    .venv/bin/python benchmarks/cold_start.py
+
+Each import is a fresh process that sees the built artefact alone; the median of several is shown.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from local_app.stack import build
+
+RUNS = 7
+HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")
+TIMED = "import sys, time; sys.path[:0] = {paths!r}; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+
+
+def import_seconds(statement: str, paths: list[str], *options: str) -> float:
+    """Return the median seconds that an import statement takes in a fresh interpreter."""
+    environment = {"PATH": os.environ["PATH"], "AWS_DEFAULT_REGION": "us-east-1", "POWERTOOLS_SERVICE_NAME": "benchmark"}
+    command = [sys.executable, *options, "-c", TIMED.format(paths=paths, statement=statement)]
+    runs = [
+        float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
+        for _ in range(RUNS + 1)
+    ]
+    return statistics.median(runs[1:])  # the first one writes the byte code
+
+
+def main() -> None:
+    """Print the figures."""
+    artefact: Path = build(print).code
+    size = sum(path.stat().st_size for path in artefact.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    print(f"artefact: {size / 1e6:.1f} MB unzipped")
+    for handler in HANDLERS:
+        print(f"{handler + '.app':24} {import_seconds(f'import {handler}.app', [str(artefact)], '-S'):.3f} s")
+    sdk = "from sagemaker.train import ModelTrainer"
+    print(f"{sdk}: {import_seconds(sdk, []):.3f} s")
+
+
+if __name__ == "__main__":
+    main()

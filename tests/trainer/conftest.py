@@ -1,0 +1,81 @@
+"""A job's folders with a tiny model in them; importing TRL is the expensive part, so everything runs in this process."""
+
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_model
+
+# Small and quick: 16 answers of 6 characters a step.
+GRPO = {
+    "learning_rate": 2e-2,
+    "lr_scheduler_type": "constant",
+    "max_steps": 3,
+    "num_generations": 8,
+    "per_device_train_batch_size": 16,
+    "max_completion_length": 6,
+    "activation_checkpointing": False,
+}
+
+
+class Job:
+    """The folders and environment of a training or test job."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch, model: Path):
+        self.root, self.patch = root, patch
+        patch.chdir(root)
+        patch.delenv("SM_MODEL_DIR", raising=False)
+        patch.setenv("SM_OUTPUT_FAILURE", str(root / "failure"))
+        patch.setenv("SM_CHANNEL_MODELS", str(model))
+        self.model = root / "output/model"
+
+    def channel(self, name: str, filename: str, content: str) -> Path:
+        path = self.root / "input" / name / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        self.patch.setenv(f"SM_CHANNEL_{name.upper()}", str(path.parent))
+        return path
+
+    def config(self, **given: Any) -> None:
+        given = {"model": "tiny", "rewards": [{"type": "contains", "text": "e"}]} | given
+        given["grpo"] = GRPO | given.get("grpo", {})
+        self.channel("run", "config.json", json.dumps(given))
+
+    def rows(self, count: int = 12, filename: str = "train.jsonl", **extra: Any) -> None:
+        rows = [
+            {"id": f"r{i}", "prompt": [{"role": "user", "content": f"say {i}"}], "answer": str(i), **extra}
+            for i in range(count)
+        ]
+        self.channel("training", filename, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def failure(self) -> str:
+        return (self.root / "failure").read_text()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.model / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    import torch
+
+    torch.set_num_threads(1)  # on matrices this small threads only wait for each other
+    return tiny_model.make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, tiny) -> Job:
+    return Job(tmp_path, monkeypatch, tiny)
+
+
+@pytest.fixture(autouse=True)
+def _process_state() -> Iterator[None]:
+    """A job owns its process: it sets log handlers and a SIGTERM handler, which the next test should not have."""
+    handlers, on_term = logging.root.handlers[:], signal.getsignal(signal.SIGTERM)
+    yield
+    logging.root.handlers[:] = handlers
+    signal.signal(signal.SIGTERM, on_term)

@@ -1,0 +1,322 @@
+"""The training job on a tiny model, in this process."""
+
+import json
+import re
+
+import pytest
+
+from trainer import train
+from trainer.job import JobError
+from tunedrop.problems import RejectedError
+from tunedrop.run_config import RunConfig
+
+NASTY = 'It\'s "quoted", $(touch executed) `touch executed`\nand a second line; \\ é'
+
+
+class Letter:
+    """A reward that is trivially learnable (lower-case letters), and remembers what it was given."""
+
+    __name__, weight = "letter", 2.0
+
+    def __init__(self):
+        self.prompts, self.columns = [], []
+
+    def __call__(self, prompts, completions, **columns):
+        self.prompts += prompts
+        self.columns.append(columns)
+        return [sum(letter.islower() for letter in completion[0]["content"]) / 6 for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    """One training run that several tests look at: the job, its reward, what it logged."""
+    from .conftest import Job
+
+    with pytest.MonkeyPatch.context() as patch:
+        job, letter = Job(tmp_path_factory.mktemp("trained"), patch, tiny), Letter()
+        job.config(system_prompt=NASTY, grpo={"max_steps": 12}, lora={"r": 4})
+        job.rows(extra={"mixed": [1, "x"]})
+        patch.setattr(train, "build_rewards", lambda _specs: [letter])
+        lines = []
+        patch.setattr("trainer.progress.log.info", lambda text, *args: lines.append(text % args if args else text))
+        train.train(train.parse_flags(["--run-id", "run-1"]))
+        yield job, letter, lines
+
+
+def test_a_learnable_reward_rises(trained):
+    job, _, _ = trained
+    steps = job.metrics()
+    assert [step["step"] for step in steps] == list(range(1, 13))
+    assert steps[-1]["reward"] > 2 * steps[0]["reward"]
+    assert steps[0]["reward"] == pytest.approx(2 * steps[0]["rewards"]["letter"])  # the weight counts once
+    summary = json.loads((job.model / "training.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["reward_last"] > summary["reward_first"]
+    assert summary["run_id"] == "run-1"
+
+
+def test_adapter_weights_move_and_base_weights_do_not(trained, tiny):
+    from safetensors.torch import load_file
+
+    job, _, _ = trained
+    adapter = load_file(job.model / "adapter/adapter_model.safetensors")
+    config = json.loads((job.model / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    lora_b = [weights for name, weights in adapter.items() if "lora_B" in name]
+    assert lora_b
+    assert all(weights.abs().max() > 0 for weights in lora_b)  # PEFT starts B at zero
+    assert {name.split(".")[-2] for name in adapter} == {"lora_A", "lora_B"}
+    base, merged = load_file(tiny / "model.safetensors"), load_file(job.model / "merged/model.safetensors")
+    untouched = [name for name in base if "proj" not in name]
+    assert untouched
+    for name in untouched:
+        assert merged[name].equal(base[name].bfloat16())
+
+
+def test_merged_model_answers_like_base_with_adapter(trained, tiny):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    job, _, _ = trained
+    merged = AutoModelForCausalLM.from_pretrained(job.model / "merged")
+    assert merged.dtype == torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    both = PeftModel.from_pretrained(base, job.model / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(job.model / "merged")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say 3"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        theirs, ours = both(ids).logits.log_softmax(-1), merged.float()(ids).logits.log_softmax(-1)
+        with both.disable_adapter():
+            plain = both(ids).logits.log_softmax(-1)
+    assert (theirs - plain).abs().max() > 1  # the adapter says something
+    assert (theirs - ours).abs().max() < 0.1  # bf16 has 8 bits of mantissa
+    assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_prompts_arrive_unchanged_and_execute_nothing(trained):
+    job, letter, _ = trained
+    assert {prompt[0]["content"] for prompt in letter.prompts} == {NASTY}
+    assert json.loads((job.model / "run_config.json").read_text())["system_prompt"] == NASTY
+    assert not list(job.root.rglob("executed"))
+
+
+def test_rewards_see_the_rows_own_columns(trained):
+    _, letter, _ = trained
+    columns = letter.columns[0]
+    assert columns["extra"][0] == {"mixed": [1, "x"]}
+    questions = [prompt[-1]["content"] for prompt in letter.prompts[:16]]
+    assert [f"say {answer}" for answer in columns["answer"]] == questions
+
+
+def test_log_lines_are_what_the_metric_definitions_read(trained):
+    from trainer.release import METRIC_NAMES, metric_definitions
+
+    _, _, lines = trained
+    line = next(line for line in lines if line.startswith("step=3 "))
+    found = {name: re.findall(regex, line) for name, regex in metric_definitions().items()}
+    assert {name for name, values in found.items() if len(values) == 1} >= {"reward", "loss", "step_seconds"}
+    assert all(len(values) <= 1 for values in found.values())
+    assert re.search(r" max_steps=12 .* eta_seconds=\d", line)
+    assert len(METRIC_NAMES) <= 40
+
+
+def test_resumes_from_the_newest_whole_checkpoint(job):
+    job.config(grpo={"max_steps": 2, "save_steps": 1})
+    job.rows()
+    train.train(train.parse_flags([]))
+    torn = job.root / "output/checkpoints/checkpoint-9"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 9, "log_')
+    before = job.metrics()
+    job.config(grpo={"max_steps": 4, "save_steps": 1})
+    train.train(train.parse_flags([]))
+    assert [step["step"] for step in job.metrics()] == [1, 2, 3, 4]
+    assert [step["reward"] for step in job.metrics()[:2]] == [step["reward"] for step in before]
+    assert sorted(path.name for path in (job.root / "output/checkpoints").glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+
+
+def test_four_bit_base_trains_and_merges_into_bf16(job):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    job.config(lora={"load_in_4bit": True, "r": 4}, grpo={"max_steps": 1})
+    job.rows()
+    train.train(train.parse_flags([]))
+    merged = AutoModelForCausalLM.from_pretrained(job.model / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    assert {weights.dtype for weights in merged.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_reward_that_raises_fails_the_job_with_its_traceback(job, monkeypatch):
+    class Broken:
+        __name__, weight = "broken", 1.0
+
+        def __call__(self, prompts, completions, **columns):
+            return [1 / 0 for _ in completions]
+
+    job.config()
+    job.rows()
+    monkeypatch.setattr(train, "build_rewards", lambda _specs: [Broken()])
+    with pytest.raises(ZeroDivisionError):
+        train.main([])
+    assert job.failure().startswith("ZeroDivisionError: division by zero\n")
+    assert "return [1 / 0 for _ in completions]" in job.failure()
+    assert len(job.failure()) <= 1024
+    assert not (job.model / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "No model 'tiny' in the models channel: expected config.json"),
+        (["config.json"], "No weights for model 'tiny'"),
+        (["config.json", "pytorch_model.bin"], "No weights for model 'tiny'"),
+    ],
+)
+def test_missing_model_files_are_named(job, tmp_path, files, message):
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in files:
+        (models / name).write_text("{}")
+    job.patch.setenv("SM_CHANNEL_MODELS", str(models))
+    job.config()
+    job.rows()
+    with pytest.raises(SystemExit, match=message):
+        train.main([])
+    assert job.failure().startswith(message)
+    assert "Traceback" not in job.failure()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model-name", "a/b"], {"model": "a/b"}),
+        (["--max-seq-length", "2048"], {"max_seq_length": 2048}),
+        (["--max-prompt-length", "99"], {"max_prompt_length": 99}),
+        (["--lora-rank", "32"], {"lora.r": 32}),
+        (["--load-in-4bit", "False"], {"lora.load_in_4bit": False}),
+        (["--load-in-4bit", "true"], {"lora.load_in_4bit": True}),
+        (["--load-in-4bit"], {"lora.load_in_4bit": True}),
+        (["--learning-rate", "5e-3"], {"grpo.learning_rate": 0.005}),
+        (["--num-train-epochs", "3"], {"grpo.num_train_epochs": 3.0}),
+        (["--per-device-train-batch-size", "4"], {"grpo.per_device_train_batch_size": 4}),
+        (["--gradient-accumulation-steps", "2"], {"grpo.gradient_accumulation_steps": 2}),
+        (["--num-generations", "4"], {"grpo.num_generations": 4}),
+        (["--max-completion-length", "64"], {"grpo.max_completion_length": 64}),
+        (["--temperature", "0.7"], {"grpo.temperature": 0.7}),
+        (["--beta", "0.04"], {"grpo.beta": 0.04}),
+        (["--use-vllm", "FALSE"], {"grpo.use_vllm": False}),
+        (["--logging-steps", "5"], {"grpo.logging_steps": 5.0}),
+        ([], {"model": "tiny", "grpo.max_steps": 3}),
+    ],
+)
+def test_flags_win_over_the_config_channel(job, flags, expected):
+    job.config(lora={"load_in_4bit": True} if "FALSE" not in flags else {})
+    config = train.read_config(train.parse_flags(flags)).model_dump()
+    for key, value in expected.items():
+        found = config
+        for part in key.split("."):
+            found = found[part]
+        assert found == value, key
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning-rat", "1"], "unrecognized arguments: --learning-rat 1 .valid hyperparameters"),
+        (["--lora-rank", "many"], "argument --lora-rank: invalid int value: 'many'"),
+        (["--load-in-4bit", "maybe"], "'maybe' is neither true nor false"),
+    ],
+)
+def test_bad_flags_are_named(flags, message):
+    with pytest.raises(JobError, match=message):
+        train.parse_flags(flags)
+
+
+def test_a_contradiction_in_the_config_is_the_users_error(job):
+    job.config(grpo={"per_device_train_batch_size": 12})
+    job.rows()
+    with pytest.raises(SystemExit, match="must be divisible by num_generations"):
+        train.main([])
+
+
+def test_too_few_rows_for_a_step_is_said(job):
+    job.config()
+    job.rows(count=1)
+    with pytest.raises(JobError, match="1 rows are too few for one step, which takes 2 prompts"):
+        train.train(train.parse_flags([]))
+
+
+@pytest.mark.parametrize(
+    ("files", "filename", "chosen"),
+    [
+        (["train.jsonl", "heldout.jsonl", "a.csv"], None, "train.jsonl"),
+        (["b.json", "a.parquet", "notes.txt"], None, "a.parquet"),
+        (["b.json", "a.parquet"], "b.json", "b.json"),
+    ],
+)
+def test_the_file_to_train_on(job, files, filename, chosen):
+    for name in files:
+        job.channel("training", name, "")
+    assert train.dataset_file(filename).name == chosen
+
+
+@pytest.mark.parametrize(("files", "filename"), [([], None), (["notes.txt"], None), (["a.csv"], "b.csv")])
+def test_no_file_to_train_on(job, files, filename):
+    job.channel("training", "empty", "").unlink()
+    for name in files:
+        job.channel("training", name, "")
+    with pytest.raises(JobError, match="No data file"):
+        train.dataset_file(filename)
+
+
+def test_a_broken_row_stops_the_job_with_its_line(job):
+    job.config()
+    path = job.channel("training", "cars.jsonl", '{"question": "a", "answer": "b"}\n{"question": \n')
+    with pytest.raises(RejectedError, match="line 2"):
+        train.load_rows(path, RunConfig(model="tiny"), None)
+    assert len(train.load_rows(path, RunConfig(model="tiny"), max_samples=1)) == 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    from trainer.models import load_tokenizer
+
+    return load_tokenizer(str(tiny))
+
+
+ROWS = [
+    {"id": "short", "prompt": [{"role": "user", "content": "hi"}], "answer": "1"},
+    {"id": "long", "prompt": [{"role": "user", "content": "0123456789" * 3}], "answer": "2"},
+]
+
+
+def test_long_prompts_are_dropped_cut_or_rejected(tokenizer):
+    def fit(**given):
+        return train.fit_prompts(ROWS, tokenizer, RunConfig(model="tiny", **given))
+
+    # The tiny tokenizer: a token per character, three for the chat template.
+    assert fit(max_prompt_length=33) == (ROWS, 0, 0)
+    assert fit(max_prompt_length=32) == (ROWS[:1], 1, 0)
+    cut = fit(max_prompt_length=13, prompt_overflow="truncate")
+    assert (cut.dropped, cut.truncated) == (0, 1)
+    assert cut.rows[1]["prompt"] == [{"role": "user", "content": "0123456789"}]
+    assert len(ROWS[1]["prompt"][0]["content"]) == 30
+    with pytest.raises(JobError, match="prompt of row 'long' has 33 tokens, more than the limit of 32"):
+        fit(max_prompt_length=32, prompt_overflow="reject")
+    with pytest.raises(JobError, match="All 2 prompts are longer"):
+        fit(max_prompt_length=2)
+
+
+def test_max_seq_length_bounds_prompt_and_completion():
+    grpo = {"max_completion_length": 100}
+    assert train.prompt_limit(RunConfig(model="m", max_seq_length=2048, grpo=grpo)) == 512
+    assert train.prompt_limit(RunConfig(model="m", max_seq_length=150, grpo=grpo)) == 50
+    with pytest.raises(JobError, match="leaves no room for a prompt"):
+        train.prompt_limit(RunConfig(model="m", max_seq_length=100, grpo=grpo))
