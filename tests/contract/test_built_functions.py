@@ -85,7 +85,12 @@ def invoke(
             process = subprocess.Popen(
                 command,
                 cwd=artefact,
-                env={"PATH": os.environ["PATH"], "AWS_LAMBDA_FUNCTION_TIMEOUT": "60", **environment},
+                env={
+                    "PATH": os.environ["PATH"],
+                    "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                    **environment,
+                },
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
