@@ -5,7 +5,7 @@ from typing import Any
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import Aws
+from tunedrop.aws import connect
 from tunedrop.events import JobStateChange
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.runs import StaleMoveError
@@ -20,7 +20,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     job = parse(event, model=JobStateChange).detail
     settings = PublishSettings.from_environment()
     try:
-        run = testing_ended(job, settings, Aws(settings))
+        run = testing_ended(job, settings, connect(settings.run_table))
     except StaleMoveError as error:
         logger.info("another delivery was faster", detail=str(error))
         return {}

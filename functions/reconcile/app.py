@@ -4,7 +4,7 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import Aws
+from tunedrop.aws import connect
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.stages.reconcile import ReconcileSettings, reconcile
 
@@ -15,6 +15,6 @@ from tunedrop.stages.reconcile import ReconcileSettings, reconcile
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Handle a scheduled event."""
     settings = ReconcileSettings.from_environment()
-    looked_at = reconcile(settings, Aws(settings))
+    looked_at = reconcile(settings, connect(settings.run_table))
     metrics.add_metric(name="RunsReconciled", unit="Count", value=looked_at)
     return {"looked_at": looked_at}

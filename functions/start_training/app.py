@@ -6,7 +6,7 @@ from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from tunedrop import events
-from tunedrop.aws import Aws
+from tunedrop.aws import connect
 from tunedrop.events import DatasetValidated
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.runs import StaleMoveError
@@ -19,7 +19,7 @@ from tunedrop.stages.start_training import JobSettings, start_run, start_waiting
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Handle "Dataset Validated" and, of final jobs, "SageMaker Training Job State Change"."""
     settings = JobSettings.from_environment()
-    aws = Aws(settings)
+    aws = connect(settings.run_table)
     if event.get("detail-type") != events.VALIDATED:
         start_waiting(settings, aws)
         return {}

@@ -1,7 +1,7 @@
 """The one place where AWS clients are made and settings are read; everything else is handed them."""
 
 import os
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Self
 
 import boto3
@@ -32,9 +32,9 @@ class Settings(BaseModel):
 class Aws:
     """AWS clients, each made when first used: a cold start loads the models of only the services that it calls."""
 
-    def __init__(self, settings: Settings, session: boto3.Session | None = None):
-        self._settings = settings
-        self._session = session or boto3.Session()
+    def __init__(self, run_table: str):
+        self._run_table = run_table
+        self._session = boto3.Session()
 
     @cached_property
     def s3(self) -> Any:
@@ -59,7 +59,7 @@ class Aws:
     @cached_property
     def runs(self) -> RunTable:
         """The run table."""
-        return RunTable(self._session.resource("dynamodb", config=_CONFIG).Table(self._settings.run_table))
+        return RunTable(self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table))
 
     def read(self, bucket: str, key: str) -> bytes | None:
         """Return an object's bytes, None if there is no such object."""
@@ -68,6 +68,10 @@ class Aws:
         except self.s3.exceptions.NoSuchKey:
             return None
         return body
+
+
+# A process keeps its clients from one invocation to the next.
+connect = cache(Aws)
 
 
 def error_code(error: ClientError) -> str:

@@ -50,6 +50,7 @@ def _reward_chart(metrics: list[dict[str, Any]]) -> str:
         js=[],
         disable_xml_declaration=True,
     )
+    chart.uuid = "reward"  # a random one would make each rendering other bytes
     chart.add("reward", [(point["step"], point["reward"]) for point in metrics])
     for name in names if len(names) > 1 else []:
         chart.add(name, [(point["step"], point["rewards"].get(name)) for point in metrics], stroke_style={"width": 1})

@@ -6,7 +6,7 @@ from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import Aws
+from tunedrop.aws import connect
 from tunedrop.events import Upload
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.stages.validate_dataset import ValidateSettings, validate_upload
@@ -19,7 +19,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Handle an S3 "Object Created" event from EventBridge."""
     upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
     settings = ValidateSettings.from_environment()
-    run = validate_upload(upload, settings, Aws(settings))
+    run = validate_upload(upload, settings, connect(settings.run_table))
     if run is None:
         return {}
     metrics.add_metric(name=f"Dataset{run.state.title()}", unit="Count", value=1)

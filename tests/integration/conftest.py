@@ -3,16 +3,19 @@
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from fake_stack import ARTIFACTS, DATA, create_resources
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
+from fake_stack import ARTIFACTS, DATA, TABLE, create_resources
 from moto import mock_aws
 
-from tunedrop.aws import Aws, Settings
+from tunedrop.aws import Aws, connect
 from tunedrop.runs import Run
 
 GOOD_DATA = b"".join(b'{"question": "%d+1?", "answer": "%d"}\n' % (n, n + 1) for n in range(30))
@@ -36,6 +39,9 @@ class World:
     job_requests: list[dict[str, Any]] = field(default_factory=list)
     failing_jobs: list[str] = field(default_factory=list)  # error codes that the next CreateTrainingJob calls answer
     uploads: int = 0
+    calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
+    trouble_at: int = -1  # the call of the next invocation that trouble happens to
+    trouble: Callable[[Callable[[], Any]], Any] | None = None  # what happens to it, given how to make it
 
     def put(self, key: str, body: bytes) -> str:
         """Put an object into the data bucket and return its version."""
@@ -54,6 +60,7 @@ class World:
 
     def handle(self, function: str, event: dict[str, Any]) -> dict[str, Any]:
         """Invoke a handler."""
+        self.calls.clear()
         return importlib.import_module(f"{function}.app").handler(event, CONTEXT)
 
     def drop(self, key: str = "training_data/cars.jsonl", body: bytes = GOOD_DATA) -> Run:
@@ -145,28 +152,45 @@ class World:
         return [event["DetailType"] for event in self.sent_events]
 
 
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
+@contextmanager
+def deployed(load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
     """A deployed stack, empty but for a base model and a launch plan."""
-    with mock_aws():
+    with mock_aws(), pytest.MonkeyPatch.context() as patch:
         for name, value in create_resources().items():
-            monkeypatch.setenv(name, value)
-        world = World(Aws(Settings.from_environment()), load_event)
-        _record(world, monkeypatch)
+            patch.setenv(name, value)
+        world = World(connect(TABLE), load_event)
+        _record(world, patch)
+        yield world
+
+
+@pytest.fixture
+def deploy(load_event: Callable[[str], dict[str, Any]]) -> Callable[[], AbstractContextManager[World]]:
+    """Make stacks, one after another."""
+    return lambda: deployed(load_event)
+
+
+@pytest.fixture
+def world(load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
+    """One stack."""
+    with deployed(load_event) as world:
         yield world
 
 
 def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Note what every client sends, and let CreateTrainingJob fail on demand."""
-    from botocore.client import BaseClient
-    from botocore.exceptions import ClientError
-
+    """Note what every client sends, make trouble where it was asked for, and mend what moto does unlike AWS."""
     make_api_call = BaseClient._make_api_call
+    packages: dict[str, Any] = {}
 
-    def recording(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+    def call(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
         if operation == "CreateTrainingJob" and world.failing_jobs:
             code = world.failing_jobs.pop(0)
             raise ClientError({"Error": {"Code": code, "Message": f"{code} for {arguments['TrainingJobName']}"}}, operation)
+        if operation == "CreateTrainingJob" and arguments["TrainingJobName"] in {
+            request["TrainingJobName"] for request in world.job_requests
+        }:  # moto would create it again
+            raise ClientError({"Error": {"Code": "ResourceInUse", "Message": "names must be unique"}}, operation)
+        if operation == "CreateModelPackage" and arguments["ClientToken"] in packages:
+            return packages[arguments["ClientToken"]]  # moto would register it again
         answer = make_api_call(client, operation, arguments)
         if operation == "PutEvents":
             world.sent_events += arguments["Entries"]
@@ -176,6 +200,13 @@ def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
             answer["ModelArtifacts"] = {"S3ModelArtifacts": world.artifacts(arguments["TrainingJobName"])}
         elif operation == "CreateTrainingJob":
             world.job_requests.append(arguments)
+        elif operation == "CreateModelPackage":
+            packages[arguments["ClientToken"]] = answer
         return answer
+
+    def recording(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        world.calls.append(operation)
+        trouble = world.trouble if len(world.calls) - 1 == world.trouble_at else None
+        return trouble(lambda: call(client, operation, arguments)) if trouble else call(client, operation, arguments)
 
     monkeypatch.setattr(BaseClient, "_make_api_call", recording)

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from botocore.exceptions import ClientError
+from msgspec import structs
 from pydantic import BeforeValidator
 
 from tunedrop import events, launch_plan, layout
@@ -70,18 +71,28 @@ def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
         announce_failure(run, settings, aws)
         return run
     if request is None:
-        if run.state == State.WAITING:
-            aws.runs.release(run)
-            return run
-        run = aws.runs.move(run, State.WAITING)  # before the release: a run that another delivery started keeps its place
+        if run.state == State.VALIDATED:
+            announce_waiting(run, settings, aws)
+            run = aws.runs.move(run, State.WAITING)  # before the release: a run started elsewhere keeps its place
         aws.runs.release(run)
-        events.put_event(aws.events, settings.event_bus, RunEvent(detail_type=events.WAITING, run=run))
         return run
     job, instance = request["TrainingJobName"], request["ResourceConfig"]["InstanceType"]
-    run = aws.runs.move(run, State.TRAINING, train_job=job, instance_type=instance)
-    event = RunEvent(detail_type=events.STARTED, run=run, extra={"training_job": job, "instance_type": instance})
+    event = RunEvent(
+        detail_type=events.STARTED,
+        run=structs.replace(run, state=State.TRAINING),
+        extra={"training_job": job, "instance_type": instance},
+    )
     events.put_event(aws.events, settings.event_bus, event)
-    return run
+    return aws.runs.move(run, State.TRAINING, train_job=job, instance_type=instance)
+
+
+def announce_waiting(run: Run, settings: JobSettings, aws: Aws) -> None:
+    """Say that a run is about to wait.
+
+    Everything but a run's end is announced before the move that follows: whoever dies in between announces it again.
+    """
+    event = RunEvent(detail_type=events.WAITING, run=structs.replace(run, state=State.WAITING))
+    events.put_event(aws.events, settings.event_bus, event)
 
 
 def start_waiting(settings: JobSettings, aws: Aws) -> None:

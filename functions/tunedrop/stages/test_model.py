@@ -1,5 +1,7 @@
 """A training job ended: start the inference tests, or say why there is no model to test."""
 
+from msgspec import structs
+
 from tunedrop import events
 from tunedrop.announcements import announce_failure
 from tunedrop.aws import Aws
@@ -7,7 +9,7 @@ from tunedrop.events import JobDetail, RunEvent
 from tunedrop.layout import JobName
 from tunedrop.observability import logger
 from tunedrop.runs import Run, State
-from tunedrop.stages.start_training import JobRefusedError, JobSettings, create_job
+from tunedrop.stages.start_training import JobRefusedError, JobSettings, announce_waiting, create_job
 
 # How SageMaker says that there was no machine to be had; it arrives late, as the reason of a failed job
 # (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_DescribeTrainingJob.html).
@@ -41,10 +43,7 @@ def training_ended(job: JobDetail, settings: JobSettings, aws: Aws) -> Run | Non
         run = _after_training(run, job, settings, aws)
     if run.state == State.TRAINED:
         return start_tests(run, settings, aws)
-    if run.state == State.WAITING:
-        events.put_event(aws.events, settings.event_bus, RunEvent(detail_type=events.WAITING, run=run))
-        aws.runs.release(run)
-    elif run.failed:
+    if run.failed:
         announce_failure(run, settings, aws)
     return run
 
@@ -56,16 +55,26 @@ def _after_training(run: Run, job: JobDetail, settings: JobSettings, aws: Aws) -
         return aws.runs.move(run, State.TRAINED, artifacts=job.artifacts)
     if job.TrainingJobStatus == "Failed":
         if job.FailureReason.startswith(CAPACITY_REASONS):
-            return aws.runs.move(run, State.WAITING, next_attempt=True, reason=job.FailureReason[:1024])
+            return _wait_again(run, job.FailureReason[:1024], settings, aws)
         return aws.runs.move(run, State.TRAINING_FAILED, reason=job.FailureReason[:1024] or "SageMaker gave no reason")
     if at_limit and not job.started:
-        return aws.runs.move(run, State.WAITING, next_attempt=True, reason="no instance came within the waiting time")
+        return _wait_again(run, "no instance came within the waiting time", settings, aws)
     if at_limit and job.artifacts and _saved(job.artifacts, settings, aws):
         return aws.runs.move(run, State.TRAINED, artifacts=job.artifacts, bounded=True)
     if at_limit:
         reason = "the job reached its time limit before it had saved a model: raise compute.max_runtime"
         return aws.runs.move(run, State.TRAINING_FAILED, reason=reason)
     return aws.runs.move(run, State.CANCELLED, reason="the training job was stopped")
+
+
+def _wait_again(run: Run, reason: str, settings: JobSettings, aws: Aws) -> Run:
+    """Let a run whose job found no machine wait for its next attempt.
+
+    The move comes last: with it the job is of an earlier attempt, whose event does nothing any more.
+    """
+    aws.runs.release(run)
+    announce_waiting(structs.replace(run, attempt=run.attempt + 1, reason=reason), settings, aws)
+    return aws.runs.move(run, State.WAITING, next_attempt=True, reason=reason)
 
 
 def _saved(artifacts: str, settings: JobSettings, aws: Aws) -> bool:
@@ -85,7 +94,8 @@ def start_tests(run: Run, settings: JobSettings, aws: Aws) -> Run:
     if request is None:
         logger.info("no room for the test job yet", run_id=run.run_id)
         return run
-    run = aws.runs.move(run, State.TESTING, test_job=request["TrainingJobName"])
-    event = RunEvent(detail_type=events.TESTS_STARTED, run=run, extra={"test_job": request["TrainingJobName"]})
+    job = request["TrainingJobName"]
+    testing = structs.replace(run, state=State.TESTING)
+    event = RunEvent(detail_type=events.TESTS_STARTED, run=testing, extra={"test_job": job})
     events.put_event(aws.events, settings.event_bus, event)
-    return run
+    return aws.runs.move(run, State.TESTING, test_job=job)

@@ -1,0 +1,230 @@
+"""A search for the call after which a handler must not die.
+
+For every invocation of a scenario and every AWS call it makes (found by recording a run without trouble), one thing goes
+wrong at that call; then the event is delivered again, as EventBridge and Lambda do, and the scenario goes on. At the end the
+world must be the one without trouble: the same run, objects, jobs, model package, and the same happenings announced.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError, ReadTimeoutError
+from fake_stack import ARTIFACTS
+
+from tunedrop import runs
+from tunedrop.runs import State
+from tunedrop.stages import validate_dataset
+
+Deliveries = Iterator[tuple[str, dict[str, Any]]]
+Call = Callable[[], Any]
+
+
+class KilledError(Exception):
+    """The process is gone. (An ordinary exception, since transfers run in threads; nothing of ours catches it.)"""
+
+
+def die_before(call: Call) -> Any:
+    raise KilledError
+
+
+def die_after(call: Call) -> Any:
+    call()
+    raise KilledError
+
+
+def throttle(call: Call) -> Any:
+    raise ClientError({"Error": {"Code": "ThrottlingException", "Message": "Rate exceeded"}}, "AnyOperation")
+
+
+def break_down(call: Call) -> Any:
+    raise ClientError({"Error": {"Code": "InternalServerError", "Message": "Try again"}}, "AnyOperation")
+
+
+def time_out(call: Call) -> Any:
+    call()
+    raise ReadTimeoutError(endpoint_url="https://aws")
+
+
+def take_no_entry(call: Call) -> Any:
+    """PutEvents' way to refuse an event is an answer of 200; other calls cannot fail like this."""
+    return {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "InternalFailure", "ErrorMessage": "Try again"}]}
+
+
+# --- scenarios: what is delivered, one after another ---
+
+
+def published(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield from trained(world, newest(world))
+    run = world.run(newest(world))
+    world.save_tests(run, [outcome(n) for n in range(30)])
+    yield "publish_results", world.job_event("publish_results.test_completed", run.test_job)
+    yield "start_training", world.job_event("start_training.job_ended", run.test_job)
+
+
+def trained(world, run_id: str) -> Deliveries:
+    yield "start_training", validated(world, run_id)
+    run = world.run(run_id)
+    world.save_training(run)
+    yield "test_model", world.job_event("test_model.train_completed", run.train_job)
+    yield "start_training", world.job_event("start_training.job_ended", run.train_job)
+
+
+def rejected(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", b'{"question": "a"}\n')
+
+
+def training_failed(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield "start_training", validated(world, newest(world))
+    yield "test_model", world.job_event("test_model.train_failed", world.run(newest(world)).train_job)
+    # Dropping the same bytes again is the next attempt.
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield "start_training", validated(world, newest(world))
+
+
+def untested(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield from trained(world, newest(world))
+    yield "publish_results", world.job_event("publish_results.test_failed", world.run(newest(world)).test_job)
+
+
+def no_capacity(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield "start_training", validated(world, newest(world))
+    job = world.run(newest(world)).train_job
+    yield "test_model", world.job_event("test_model.train_no_capacity", job)
+    yield "start_training", world.job_event("start_training.job_ended", job)
+
+
+def refused(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    world.failing_jobs = ["ValidationException"] * 2  # for the delivery in trouble and the one after it
+    yield "start_training", validated(world, newest(world))
+    world.failing_jobs = []
+
+
+def newest(world) -> str:
+    item = world.aws.runs.upload("training_data/cars.jsonl")
+    return item["run_id"]
+
+
+def validated(world, run_id: str) -> dict[str, Any]:
+    event = world.load_event("start_training.dataset_validated")
+    event["detail"]["run_id"] = run_id
+    return event
+
+
+def outcome(n: int) -> dict[str, Any]:
+    case = {"id": f"t{n}", "prompt": [{"role": "user", "content": "?"}], "reference": "!", "tags": [], "weight": 1.0}
+    return case | {
+        "must_pass": False,
+        "base": {"text": "", "score": 0.0, "rewards": {}},
+        "tuned": {"text": "!", "score": 1.0, "rewards": {}},
+    }
+
+
+# --- the search ---
+
+
+def fingerprint(world) -> dict[str, Any]:
+    """All that there is in the end, but for the versions that S3 gave the uploads."""
+    items = sorted(world.aws.runs._table.scan()["Items"], key=lambda item: item["id"])
+    versions = {item["version_id"] for item in items if "version_id" in item}
+    objects = {
+        item["Key"]: world.aws.read(ARTIFACTS, item["Key"]).decode()
+        for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix="runs/")["Contents"]
+    }
+    jobs = sorted(request["TrainingJobName"] for request in world.job_requests)
+    packages = world.aws.sagemaker.list_model_packages(ModelPackageGroupName="models")["ModelPackageSummaryList"]
+    everything = {
+        "table": json.loads(
+            json.dumps(items, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        ),
+        "objects": objects,
+        "jobs": jobs,
+        "packages": [(package["ModelPackageArn"], package["ModelApprovalStatus"]) for package in packages],
+        "events": sorted({json.loads(event["Detail"])["id"] for event in world.sent_events}),
+        "notified": sorted({message["MessageAttributes"]["id"]["StringValue"] for message in world.notifications}),
+    }
+    text = json.dumps(everything)
+    for version in versions:
+        text = text.replace(version, "VERSION")
+    return json.loads(text)
+
+
+def play(deploy, scenario, trouble=None, delivery: int = -1, at: int = -1) -> tuple[list[list[str]], dict[str, Any]]:
+    """Play a scenario with trouble at one call of one delivery; return the calls of each delivery, and the end."""
+    with deploy() as world:
+        calls = []
+        for number, (function, event) in enumerate(scenario(world)):
+            if number == delivery:
+                world.trouble, world.trouble_at = trouble, at
+                try:
+                    world.handle(function, event)
+                except Exception:  # noqa: BLE001 - whatever the trouble turned into
+                    assert len(world.calls) > at  # it died of the trouble, not of something before it
+                finally:
+                    world.trouble_at = -1
+            world.handle(function, event)
+            calls.append(list(world.calls))
+        return calls, fingerprint(world)
+
+
+def search(deploy, scenario, troubles) -> int:
+    """Play a scenario once for every call and trouble; return how many were tried."""
+    calls, expected = play(deploy, scenario)
+    tried = 0
+    for delivery, operations in enumerate(calls):
+        for at, operation in enumerate(operations):
+            for trouble in troubles:
+                if trouble is take_no_entry and operation != "PutEvents":
+                    continue
+                tried += 1
+                _, ended = play(deploy, scenario, trouble, delivery, at)
+                assert ended == expected, f"{trouble.__name__} at {operation}, call {at} of delivery {delivery}"
+    return tried
+
+
+@pytest.fixture(autouse=True)
+def still_time(monkeypatch):
+    """A clock that stands still, so that what differs in the end is not the time."""
+    for module in (runs, validate_dataset):
+        monkeypatch.setattr(module, "now", lambda: "2026-01-01T00:00:00.000000+00:00")
+
+
+def test_a_published_run_survives_death_at_every_call(deploy, capsys):
+    tried = search(deploy, published, [die_before, die_after])
+    with capsys.disabled():
+        print(f"\n{tried} crash points of a published run")
+    assert tried >= 80
+
+
+SCENARIOS = [published, rejected, training_failed, untested, no_capacity, refused]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_every_scenario_survives_every_trouble_at_every_call(deploy, scenario, capsys):
+    tried = search(deploy, scenario, [die_before, die_after, throttle, break_down, time_out, take_no_entry])
+    with capsys.disabled():
+        print(f"\n{tried} troubles of a run that ends {scenario.__name__}")
+
+
+def test_the_scenarios_end_as_they_say(deploy):
+    ends = {}
+    for scenario in SCENARIOS:
+        with deploy() as world:
+            for function, event in scenario(world):
+                world.handle(function, event)
+            ends[scenario.__name__] = (world.run(newest(world)).state, world.run(newest(world)).attempt)
+    assert ends == {
+        "published": (State.PUBLISHED, 1),
+        "rejected": (State.REJECTED, 1),
+        "training_failed": (State.TRAINING, 2),
+        "untested": (State.TESTING_FAILED, 1),
+        "no_capacity": (State.TRAINING, 2),
+        "refused": (State.TRAINING_FAILED, 1),
+    }
