@@ -19,6 +19,7 @@ from local_app.deployment import Deployment
 from local_app.sample import CONFIG, DATA, TESTS
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from local_app.watch import follow
+from tunedrop.config_help import config_defaults, config_schema
 from tunedrop.problems import Problem
 from tunedrop.runs import FINAL, Run, State
 
@@ -107,6 +108,16 @@ def up(state: Path, detach: bool, host: str) -> None:
                     f"{run.updated[11:19]} {run.run_id} {run.state.lower()} {run.reason or run.verdict or ''}".rstrip()
                 )
         time.sleep(1)
+
+
+@cli.command()
+@click.option("--schema", is_flag=True, help="Print the JSON Schema that editors complete a run config with.")
+def config(schema: bool) -> None:
+    """Print a run config with every key, its default and what it does.
+
+    Example: tunedrop config > training.yaml
+    """
+    print(json.dumps(config_schema(), indent=1) if schema else config_defaults())  # noqa: T201 - for a file
 
 
 @cli.command()

@@ -1,5 +1,7 @@
 """Write down which fields the pinned TRL and PEFT accept, so that a Lambda can check a run config without torch.
 
+For each field: its JSON types, choices, range, default and help text.
+
     python -m trainer.fields > functions/tunedrop/config_fields.json
 
 A test fails when the committed file no longer says what the installed packages say.
@@ -23,6 +25,32 @@ CHOICES = {
     "vllm_mode": ["colocate", "server"],
     "vllm_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
 }
+
+# Ranges that TRL, Transformers and PEFT state in their documentation or fail on later, in JSON Schema's words.
+_AT_LEAST_1 = """
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size
+    steps_per_generation num_iterations max_completion_length save_total_limit vllm_max_model_length
+    vllm_tensor_parallel_size torch_empty_cache_steps ref_model_sync_steps dataloader_prefetch_factor r lora_alpha
+"""
+_NOT_NEGATIVE = """
+    warmup_steps weight_decay max_grad_norm beta epsilon epsilon_high top_k neftune_noise_alpha
+    dataloader_num_workers off_policy_mask_threshold router_aux_loss_coef
+"""
+_POSITIVE = """
+    learning_rate num_train_epochs logging_steps save_steps adam_epsilon delta repetition_penalty temperature
+    sapo_temperature_neg sapo_temperature_pos vllm_server_timeout
+"""
+_BOUNDS: list[tuple[str, dict[str, float]]] = [
+    (_POSITIVE, {"exclusiveMinimum": 0}),
+    (_NOT_NEGATIVE, {"minimum": 0}),
+    (_AT_LEAST_1, {"minimum": 1}),
+    ("num_generations", {"minimum": 2}),
+    ("max_steps", {"minimum": -1}),
+    ("min_p top_entropy_quantile label_smoothing_factor ref_model_mixup_alpha", {"minimum": 0, "maximum": 1}),
+    ("top_p vllm_gpu_memory_utilization", {"exclusiveMinimum": 0, "maximum": 1}),
+    ("adam_beta1 adam_beta2 lora_dropout", {"minimum": 0, "exclusiveMaximum": 1}),
+]
+RANGES = {name: bounds for names, bounds in _BOUNDS for name in names.split()}
 
 
 def _json_types(annotation: Any) -> tuple[set[str], list[Any]]:
@@ -62,12 +90,15 @@ def _fields(cls: type) -> dict[str, dict[str, Any]]:
             entry["default"] = field.default
         elif isinstance(field.default, enum.Enum):
             entry["default"] = field.default.value
+        entry |= RANGES.get(field.name, {})
+        # argparse, for which these texts are written, needs "%%" for a percent sign.
+        entry["help"] = " ".join(field.metadata["help"].replace("%%", "%").split())
         described[field.name] = entry
     return dict(sorted(described.items()))
 
 
 def describe() -> dict[str, Any]:
-    """Return `{"versions": {...}, "grpo": {field: {"types", "choices"?, "default"?}}, "lora": {...}}`."""
+    """Return `{"versions": {...}, "grpo": {field: {"types", "choices"?, "default"?, "help", …}}, "lora": {...}}`."""
     import peft
     import transformers
     import trl

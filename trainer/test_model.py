@@ -83,7 +83,8 @@ def test(location: str, tests: list[InferenceTest], config: RunConfig, name: str
         build_rewards(config.rewards),
         [case.prompt for case in tests],
         [[{"role": "assistant", "content": text}] for text in texts],
-        {"answer": [case.reference for case in tests]},
+        {"answer": [case.reference for case in tests], "id": [case.id for case in tests]}
+        | {name: [case.columns.get(name) for case in tests] for name in {name for case in tests for name in case.columns}},
     )
     return [{"text": text} | scored for text, scored in zip(texts, scores, strict=True)]
 

@@ -2,16 +2,19 @@
 
 import os
 from functools import cache, cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from tunedrop.runs import RunTable
 
 _CONFIG = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=5, read_timeout=60)
+
+
+InstanceTypes = Annotated[list[str], BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)]
 
 
 class Settings(BaseModel):

@@ -1,7 +1,8 @@
 """Inference tests: what the base and the tuned model are asked, how their answers compare, and the gate.
 
 A test file is `{"evaluations": [{"id", "prompt", "description"}, …]}`, `description` being the expected answer. Accepted
-beside or instead of these: `messages` for `prompt`, `reference_answer` for `description`, and `tags`, `weight`, `must_pass`.
+beside or instead of these: `messages` for `prompt`, `reference_answer` for `description`, and `tags`, `weight`,
+`must_pass` and `columns` (what rewards read of a row beside its answer).
 """
 
 import random
@@ -22,7 +23,7 @@ FEW_TESTS = 20
 
 
 class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
-    """One case: the messages to answer and the answer that the run's rewards compare with."""
+    """One case: the messages to answer, the answer that rewards compare with, and the columns that some rewards read."""
 
     id: str
     prompt: list[dict[str, str]]
@@ -30,6 +31,7 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    columns: dict[str, Any] = {}
 
 
 class _Case(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,6 +45,7 @@ class _Case(msgspec.Struct, forbid_unknown_fields=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    columns: dict[str, Any] = {}
 
 
 class _TestFile(msgspec.Struct):
@@ -101,12 +104,22 @@ def _inference_test(case: _Case, row: int, config: RunConfig) -> InferenceTest:
         tags=case.tags,
         weight=case.weight,
         must_pass=case.must_pass,
+        columns=case.columns,
     )
 
 
 def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
     """Make inference tests of held-out rows, for a dataset that came without a test file."""
-    return [InferenceTest(id=row["id"], prompt=row["prompt"], reference=row["answer"]) for row in rows]
+    own = {"id", "prompt", "answer"}
+    return [
+        InferenceTest(
+            id=row["id"],
+            prompt=row["prompt"],
+            reference=row["answer"],
+            columns={name: value for name, value in row.items() if name not in own},
+        )
+        for row in rows
+    ]
 
 
 def dump_tests(tests: Iterable[InferenceTest]) -> bytes:
@@ -119,6 +132,7 @@ def dump_tests(tests: Iterable[InferenceTest]) -> bytes:
             "tags": test.tags,
             "weight": test.weight,
             "must_pass": test.must_pass,
+            "columns": test.columns,
         }
         for test in tests
     ]

@@ -3,6 +3,7 @@
 import hashlib
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import msgspec
 from tunedrop.inference_tests import InferenceTest, dump_tests, parse_tests, tests_from_rows
 from tunedrop.problems import Problem, RejectedError
 from tunedrop.records import Row, read_rows
-from tunedrop.run_config import RunConfig, load_run_config
+from tunedrop.rewards import RewardError, build_rewards
+from tunedrop.run_config import RunConfig, check_instances, check_steps, config_warnings, load_run_config
 
 LISTED_ERRORS = 100
 MAX_HELDOUT = 256
@@ -52,6 +54,8 @@ class Check:
             "rows": self.rows,
             "errors": msgspec.to_builtins(self.problems),
             "error_counts": dict(sorted(self.error_counts.items())),
+            "warnings": config_warnings(self.config),
+            "fixes": self.config.fixes,
             "columns": self.columns,
             "stats": self.stats,
             "heldout": self.heldout,
@@ -59,10 +63,19 @@ class Check:
         }
 
 
-def check_dataset(data: Path, config_raw: bytes, tests_raw: bytes | None, folder: Path, *, default_model: str) -> Check:
+def check_dataset(
+    data: Path,
+    config_raw: bytes,
+    tests_raw: bytes | None,
+    folder: Path,
+    *,
+    default_model: str,
+    instance_types: Sequence[str],
+) -> Check:
     """Check a dataset file with its config and tests, and write the run's input files into `folder`.
 
-    `tests_raw` is None where no test file was given: the held-out rows are the tests then. The files are `config.json`,
+    `tests_raw` is None where no test file was given: the held-out rows are the tests then. `default_model` and
+    `instance_types` are the deployment's, for a config that names none. The files are `config.json`,
     `train.jsonl`, `heldout.jsonl` and `inference_tests.json`; they are complete only if the check is `ok`.
     """
     try:
@@ -71,6 +84,11 @@ def check_dataset(data: Path, config_raw: bytes, tests_raw: bytes | None, folder
         # Go on with the defaults: the dataset's mistakes belong in the same receipt as the config's.
         check = Check(RunConfig(model=default_model))
         check.add(*error.problems)
+    check.add(*check_instances(check.config, check.config.compute.instance_type or instance_types))
+    try:
+        build_rewards(check.config.rewards)
+    except RewardError as error:
+        check.add(Problem("REWARD_NOT_ALLOWED", str(error), "use a reward that this deployment allows", key="rewards"))
     tests: list[InferenceTest] = []
     if tests_raw is not None:
         try:
@@ -83,6 +101,7 @@ def check_dataset(data: Path, config_raw: bytes, tests_raw: bytes | None, folder
         check.add(Problem("NO_ROWS", f"the dataset has {check.rows} usable rows", f"at least {MIN_ROWS} are needed"))
     if check.ok:
         heldout = _split(rows_file, ranks, folder, check)
+        check.add(*check_steps(check.config, check.rows - check.heldout))
         tests = tests or tests_from_rows(heldout)
         if not tests:
             check.add(Problem("NO_TESTS", "there are no inference tests", "give a test file or heldout_fraction above 0"))

@@ -149,6 +149,18 @@ def test_a_broken_dataset_gets_a_receipt_and_no_job(world, name, body, code, lin
         ),
         ("training_data/cars.yaml", b"lora: {r: many}", {"key": "lora.r", "code": "CONFIG_VALUE"}),
         ("training_data/cars.yaml", b"model: missing", {"key": "model", "code": "MODEL_MISSING"}),
+        (
+            "training_data/cars.yaml",
+            b"{lora: {load_in_4bit: true}, compute: {instance_type: ml.c5.xlarge}}",
+            {"key": "lora.load_in_4bit", "code": "CONFIG_INSTANCE"},
+        ),
+        ("training_data/cars.yaml", b"grpo: {per_device_train_batch_size: 512}", {"code": "CONFIG_STEPS"}),
+        ("training_data/cars.yaml", b"rewards: [{type: judge, model: m}]", {"code": "REWARD_NOT_ALLOWED"}),
+        (
+            "models/base/config.json",
+            b'{"max_position_embeddings": 600}',
+            {"code": "CONFIG_LENGTH", "key": "max_prompt_length"},
+        ),
         ("inference_test/cars.json", b'{"evaluations": [{"id": "a"}]}', {"code": "BAD_TEST", "row": 1}),
         ("inference_test/evaluations.json", b"{", {"code": "TESTS_SYNTAX"}),
     ],
@@ -160,6 +172,16 @@ def test_a_wrong_config_or_test_file_is_rejected_naming_what_is_wrong(world, key
     (error,) = world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
     assert problem.items() <= error.items()
     assert world.event_types == ["Dataset Rejected"]
+
+
+def test_what_is_fixed_or_unlikely_to_be_meant_is_in_the_receipt(world):
+    world.put("training_data/cars.yaml", b"grpo: {generation_batch_size: 12, learning_rate: 0.01}")
+    run = world.drop()
+    assert run.state == State.VALIDATED
+    receipt = world.read_json(f"runs/{run.run_id}/validation.json")
+    assert any("generation_batch_size 12 → 16" in fix for fix in receipt["fixes"])
+    assert any("learning_rate 0.01 is high" in warning for warning in receipt["warnings"])
+    assert world.read_json(f"runs/{run.run_id}/input/config.json")["grpo"]["generation_batch_size"] == 16
 
 
 def test_mistakes_in_config_and_data_are_in_one_receipt(world):

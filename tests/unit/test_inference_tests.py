@@ -21,7 +21,7 @@ def test_the_plain_format():
 
 def test_tests_survive_the_way_to_the_job():
     tests = parse(
-        {"id": 1, "prompt": "a", "description": "b", "tags": ["x"], "weight": 2, "must_pass": True},
+        {"id": 1, "prompt": "a", "description": "b", "tags": ["x"], "weight": 2, "must_pass": True, "columns": {"k": [1]}},
         {"messages": [{"role": "user", "content": "c"}], "reference_answer": "d"},
     )
     assert [test.id for test in tests] == ["1", "test-2"]

@@ -1,9 +1,26 @@
 import json
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
+from tunedrop.config_help import config_defaults, config_schema
+from tunedrop.instances import gpus, has_bf16
 from tunedrop.problems import RejectedError
-from tunedrop.run_config import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields, load_run_config, parse_run_config
+from tunedrop.rewards import REWARDS
+from tunedrop.run_config import (
+    GRPO_DEFAULTS,
+    MANAGED_GRPO,
+    MANAGED_LORA,
+    check_instances,
+    check_lengths,
+    check_steps,
+    config_fields,
+    config_warnings,
+    load_run_config,
+    optimizer_steps,
+    parse_run_config,
+)
 
 
 def load(text: str | bytes):
@@ -41,11 +58,18 @@ MISTAKES = [
     ("grpo: {lerning_rate: 1}", "CONFIG_KEY", "grpo.lerning_rate", "did you mean 'learning_rate'"),
     ("lora: {lora_alfa: 1}", "CONFIG_KEY", "lora.lora_alfa", "did you mean 'lora_alpha'"),
     ("compute: {spott: true}", "CONFIG_KEY", "compute.spott", "did you mean 'spot'"),
-    ("grpo: {learning_rate: fast}", "CONFIG_VALUE", "grpo", "'learning_rate' must be float, got str 'fast'"),
-    ("grpo: {num_generations: 2.5}", "CONFIG_VALUE", "grpo", "must be int or null, got float"),
-    ("grpo: {bf16: 1}", "CONFIG_VALUE", "grpo", "must be bool or null, got int"),
-    ("grpo: {loss_type: dap}", "CONFIG_VALUE", "grpo", "must be one of grpo, bnpo"),
-    ("grpo: {output_dir: /tmp}", "CONFIG_VALUE", "grpo", "set by Tunedrop"),
+    ("grpo: {learning_rate: fast}", "CONFIG_VALUE", "grpo.learning_rate", "must be float, not str, got 'fast'"),
+    ("grpo: {learning_rate: 0}", "CONFIG_VALUE", "grpo.learning_rate", "above 0"),
+    ("grpo: {learning_rate: .nan}", "CONFIG_VALUE", "grpo.learning_rate", "a finite number"),
+    ("grpo: {num_generations: 2.5}", "CONFIG_VALUE", "grpo.num_generations", "must be int or null, not float"),
+    ("grpo: {top_p: 1.5}", "CONFIG_VALUE", "grpo.top_p", "at most 1"),
+    ("grpo: {adam_beta1: 1.0}", "CONFIG_VALUE", "grpo.adam_beta1", "below 1"),
+    ("grpo: {temperature: 0}", "CONFIG_VALUE", "grpo.temperature", "above 0"),
+    ("grpo: {bf16: 1}", "CONFIG_VALUE", "grpo.bf16", "must be bool or null, not int"),
+    ("grpo: {loss_type: dap}", "CONFIG_VALUE", "grpo.loss_type", "(did you mean 'dapo'?)"),
+    ("grpo: {output_dir: /tmp}", "CONFIG_VALUE", "grpo.output_dir", "set by Tunedrop"),
+    ("grpo: {eval_strategy: steps}", "CONFIG_VALUE", "grpo.eval_strategy", "set by Tunedrop"),
+    ("lora: {lora_dropout: 1.0}", "CONFIG_VALUE", "lora.lora_dropout", "below 1"),
     ("grpo: 3", "CONFIG_VALUE", "grpo", "dictionary"),
     ("lora: {r: x}", "CONFIG_VALUE", "lora.r", "valid integer"),
     ("rewards: []", "CONFIG_VALUE", "rewards", "at least 1"),
@@ -53,8 +77,8 @@ MISTAKES = [
     ("rewards: [{type: regex}]", "CONFIG_VALUE", "rewards.0.pattern", "required"),
     ("rewards: [{type: length}, {type: length}]", "CONFIG_VALUE", None, "two rewards are called 'length'"),
     ("rewards: [{type: length, weight: 0}]", "CONFIG_VALUE", None, "nothing to learn"),
-    ("grpo: {num_generations: 1}", "CONFIG_VALUE", None, "at least 2"),
-    ("{lora: {load_in_4bit: true}, grpo: {use_vllm: true}}", "CONFIG_VALUE", None, "do not work together"),
+    ("rewards: [{type: length, only_if: x}]", "CONFIG_VALUE", None, "no reward listed above it"),
+    ("rewards: [{type: length, clip: [1, 0]}]", "CONFIG_VALUE", "rewards.0", "lower bound 1 must be below"),
     ("compute: {max_runtime: 3 hours}", "CONFIG_VALUE", "compute.max_runtime", "such as 3h"),
     ("compute: {instance_type: g5.xlarge}", "CONFIG_VALUE", "compute.instance_type.0", "pattern"),
     ("model: ../secrets", "CONFIG_VALUE", "model", "pattern"),
@@ -86,8 +110,257 @@ def test_a_syntax_error_names_its_line():
 
 def test_all_mistakes_are_reported_at_once():
     with pytest.raises(RejectedError) as caught:
-        load("{modle: x, gates: {}, compute: {spott: 1}}")
-    assert {problem.key for problem in caught.value.problems} == {"modle", "gates", "compute.spott"}
+        load("{modle: x, gates: {}, compute: {spott: 1}, grpo: {betta: 1, temperature: 0, top_p: 2}, lora: {bias: x}}")
+    assert {problem.key for problem in caught.value.problems} == {
+        *("modle", "gates", "compute.spott", "grpo.betta", "grpo.temperature", "grpo.top_p", "lora.bias")
+    }
+
+
+RULES = [
+    # what contradicts itself, the key to change, words of the reason, and what is as near to it but fine
+    ("grpo: {num_generations: 1}", "grpo.num_generations", "at least 2", "grpo: {num_generations: 2}"),
+    ("grpo: {num_generations: null}", "grpo.num_generations", "compares answers within a group", "grpo: {}"),
+    (
+        "{lora: {load_in_4bit: true}, grpo: {use_vllm: true}}",
+        "lora.load_in_4bit",
+        "do not work together",
+        "{lora: {load_in_4bit: true}, grpo: {use_vllm: false}}",
+    ),
+    ("grpo: {fp16: true, bf16: true}", "grpo.fp16", "exclude each other", "grpo: {fp16: true, bf16: false}"),
+    (
+        "grpo: {generation_batch_size: 16, steps_per_generation: 2}",
+        "grpo.generation_batch_size",
+        "give one of them",
+        "grpo: {generation_batch_size: 16}",
+    ),
+    (
+        "grpo: {auto_find_batch_size: true}",
+        "grpo.auto_find_batch_size",
+        "whole groups",
+        "grpo: {auto_find_batch_size: false}",
+    ),
+    ("grpo: {sync_ref_model: true, beta: 0.1}", "grpo.sync_ref_model", "no reference model", "grpo: {beta: 0.1}"),
+    ("grpo: {lr_scheduler_type: greedy}", "grpo.lr_scheduler_type", "none of", "grpo: {lr_scheduler_type: cosine}"),
+    (
+        "grpo: {max_completion_length: null}",
+        "grpo.max_completion_length",
+        "may never end",
+        "grpo: {max_completion_length: 1}",
+    ),
+    ("max_seq_length: 256", "max_seq_length", "no room for a prompt", "max_seq_length: 257"),
+    (
+        "grpo: {dataloader_prefetch_factor: 2}",
+        "grpo.dataloader_prefetch_factor",
+        "only workers",
+        "grpo: {dataloader_prefetch_factor: 2, dataloader_num_workers: 1}",
+    ),
+    (
+        "grpo: {vllm_importance_sampling_clip_min: 3.0}",
+        "grpo.vllm_importance_sampling_clip_min",
+        "must be below",
+        "grpo: {vllm_importance_sampling_clip_min: 0.5}",
+    ),
+    (
+        "lora: {target_modules: [q_proj, lm_head]}",
+        "lora.target_modules",
+        "never be trained",
+        "lora: {target_modules: [q_proj]}",
+    ),
+    (
+        "lora: {layers_to_transform: [0]}",
+        "lora.target_modules",
+        "a list of module names",
+        "lora: {layers_to_transform: [0], target_modules: [q_proj]}",
+    ),
+    ("lora: {lora_bias: true, use_dora: true}", "lora.lora_bias", "no bias for DoRA", "lora: {lora_bias: true}"),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "words", "fine"), RULES, ids=[rule[1] for rule in RULES])
+def test_contradictions_are_refused_with_the_reason(text, key, words, fine):
+    with pytest.raises(RejectedError) as caught:
+        load(text)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.key) == ("CONFIG_VALUE", key)
+    assert words in problem.message
+    load(fine)
+
+
+FIXES = [
+    # config, what the receipt says
+    ("grpo: {}", []),
+    ("grpo: {num_generations: 4}", []),
+    ("grpo: {num_generations: 16}", ["grpo.gradient_accumulation_steps 1 → 2: "]),
+    ("grpo: {num_generations: 6}", ["grpo.gradient_accumulation_steps 1 → 3: "]),
+    ("grpo: {num_generations: 6, gradient_accumulation_steps: 4}", ["grpo.gradient_accumulation_steps 4 → 6: "]),
+    ("grpo: {num_generations: 16, steps_per_generation: 3}", ["grpo.steps_per_generation 3 → 4: "]),
+    ("grpo: {generation_batch_size: 12}", ["grpo.generation_batch_size 12 → 16: a multiple of num_generations (8)"]),
+    ("grpo: {generation_batch_size: 12, per_device_train_batch_size: 4, num_generations: 3}", []),
+    # four GPUs take four times as much at once
+    ("{grpo: {num_generations: 16}, compute: {instance_type: ml.g5.12xlarge}}", []),
+    (
+        "{grpo: {generation_batch_size: 8}, compute: {instance_type: ml.g5.12xlarge}}",
+        ["grpo.generation_batch_size 8 → 32: "],
+    ),
+    (
+        "{grpo: {num_generations: 16}, compute: {instance_type: [ml.g5.12xlarge, ml.g5.xlarge]}}",
+        ["grpo.gradient_accumulation_steps 1 → 2: "],
+    ),
+    ("{grpo: {num_generations: 16}, compute: {instance_count: 2}}", []),
+]
+
+
+@pytest.mark.parametrize(("text", "fixes"), FIXES)
+def test_what_can_be_fixed_is_fixed_and_said(text, fixes):
+    config = load(text)
+    assert len(config.fixes) == len(fixes)
+    assert all(fix.startswith(begin) for fix, begin in zip(config.fixes, fixes, strict=True))
+    trained = parse_run_config(json.loads(config.model_dump_json()))
+    assert (trained.grpo, trained.fixes) == (config.grpo, [])  # the trainer has nothing left to fix
+    for name in config.compute.instance_type or ["ml.g5.xlarge"]:
+        assert config.generation_batch(config.compute.instance_count * gpus(name)) % config.grpo["num_generations"] == 0
+        assert check_instances(config, [name]) == []
+
+
+INSTANCES = [
+    # config, instance types, the keys that are wrong
+    ("lora: {load_in_4bit: true}", ["ml.m5.xlarge"], ["lora.load_in_4bit"]),
+    ("lora: {load_in_4bit: true}", ["ml.g5.xlarge", "ml.c7i.large"], ["lora.load_in_4bit"]),
+    ("lora: {load_in_4bit: true}", ["ml.g5.xlarge"], []),
+    ("lora: {load_in_4bit: true}", [], []),
+    ("lora: {load_in_4bit: true}", ["ml.x99.large"], []),  # not known: not refused
+    ("grpo: {use_vllm: true}", ["ml.c5.xlarge"], ["grpo.use_vllm"]),
+    ("grpo: {bf16: true}", ["ml.g4dn.xlarge"], ["grpo.bf16"]),
+    ("grpo: {bf16: true}", ["ml.p3.2xlarge"], ["grpo.bf16"]),
+    ("grpo: {bf16: true}", ["ml.g6e.4xlarge", "ml.p4d.24xlarge"], []),
+    ("grpo: {fp16: true}", ["ml.g4dn.xlarge"], []),
+    ("grpo: {generation_batch_size: 8}", ["ml.g5.12xlarge"], ["grpo.generation_batch_size"]),
+    ("grpo: {generation_batch_size: 32}", ["ml.g5.12xlarge"], []),
+]
+
+
+@pytest.mark.parametrize(("text", "types", "keys"), INSTANCES)
+def test_what_an_instance_type_cannot_run_is_named(text, types, keys):
+    problems = check_instances(load(text), types)
+    assert [problem.key for problem in problems] == keys
+    assert all(problem.code == "CONFIG_INSTANCE" and problem.hint for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "bf16"),
+    [
+        ("ml.m5.large", 0, True),
+        ("ml.g4dn.12xlarge", 4, False),
+        ("ml.g5.16xlarge", 1, True),
+        ("ml.p5.48xlarge", 8, True),
+        ("ml.p3.16xlarge", 8, False),
+        ("ml.trn1.2xlarge", None, True),
+    ],
+)
+def test_instance_types(name, count, bf16):
+    assert (gpus(name), has_bf16(name)) == (count, bf16)
+
+
+LENGTHS = [
+    ("{}", 2048, None),
+    ("{}", 768, None),
+    ("{}", 767, "max_prompt_length"),
+    ("{}", 200, "grpo.max_completion_length"),
+    ("max_seq_length: 1024", 1024, None),
+    ("max_seq_length: 1025", 1024, "max_seq_length"),
+]
+
+
+@pytest.mark.parametrize(("text", "context", "key"), LENGTHS)
+def test_lengths_beyond_the_models_context_are_named(text, context, key):
+    assert [problem.key for problem in check_lengths(load(text), context)] == ([key] if key else [])
+
+
+STEPS = [
+    # config, rows, GPUs, steps
+    ("{}", 10, 1, 10),
+    ("grpo: {num_generations: 2}", 10, 1, 2),  # four prompts a step, an incomplete one dropped
+    ("grpo: {num_generations: 2, num_train_epochs: 3}", 10, 1, 6),
+    ("grpo: {num_train_epochs: 0.01}", 10, 1, 1),
+    ("grpo: {gradient_accumulation_steps: 4}", 10, 1, 2),
+    ("grpo: {steps_per_generation: 4}", 8, 1, 8),
+    ("grpo: {num_iterations: 2}", 10, 1, 20),
+    ("grpo: {max_steps: 7}", 10, 1, 7),
+    ("{}", 10, 4, 2),
+    ("grpo: {num_generations: 2}", 3, 1, 0),
+    ("{}", 3, 4, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "rows", "processes", "steps"), STEPS)
+def test_steps_are_counted_and_too_few_rows_named(text, rows, processes, steps):
+    config = load(text)
+    assert optimizer_steps(config, rows, processes) == steps
+    assert [problem.code for problem in check_steps(config, rows, processes)] == (["CONFIG_STEPS"] if steps == 0 else [])
+
+
+WARNINGS = [
+    ("{}", None),
+    ("grpo: {learning_rate: 1.0e-2}", "learning_rate 0.01 is high"),
+    ("grpo: {learning_rate: 1e-9}", "learning_rate 1e-09 is low"),
+    ("grpo: {temperature: 0.1}", "answers to one prompt will be alike"),
+    ("grpo: {temperature: 2.0}", "noise"),
+    ("grpo: {num_generations: 2}", "noisy advantage"),
+    ("grpo: {beta: 1.0}", "close to its base"),
+    ("grpo: {max_completion_length: 8}", "cut off"),
+    ("max_seq_length: 512", "leaves prompts 256 tokens"),
+    ("lora: {r: 512}", "lora.r 512 is large"),
+    ("rewards: [{type: exact_match}, {type: xml_format, weight: 2}]", "more for the format than for the answer"),
+    ("rewards: [{type: exact_match}, {type: xml_format, weight: 0.5}]", None),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WARNINGS)
+def test_what_is_unlikely_to_be_meant_warns(text, words):
+    warnings = config_warnings(load(text))
+    assert len(warnings) == (words is not None)
+    assert words is None or words in warnings[0]
+
+
+def test_the_defaults_are_a_config_and_name_every_key():
+    text = config_defaults()
+    config = load(text)
+    assert config == load("model: SmolLM2-135M-Instruct")
+    for section, managed in (("grpo", MANAGED_GRPO), ("lora", MANAGED_LORA)):
+        for name in config_fields()[section]:
+            assert (f"  #{name}: " in text or f"  {name}: " in text) == (name not in managed), name
+    assert all(f"{{type: {name}" in text for name in REWARDS)
+
+
+SCHEMA = Draft202012Validator(config_schema())
+
+
+def test_the_schema_accepts_what_the_model_accepts():
+    Draft202012Validator.check_schema(config_schema())
+    accepted = [fine for *_, fine in RULES] + [text for text, _ in FIXES + WARNINGS] + [config_defaults()]
+    accepted += ["rewards: [{type: length}, {type: regex, pattern: a, clip: [0, 1], only_if: length}]"]
+    accepted += ["compute: {instance_type: ml.g5.xlarge, max_runtime: 3h, spot: true}", "lora: {r: 8, use_dora: true}"]
+    for text in accepted:
+        # An editor reads numbers as YAML 1.2 does.
+        given = yaml.safe_load(text.replace("1e-9", "1.0e-9").replace("1e-05", "1.0e-05")) or {}
+        assert [error.message for error in SCHEMA.iter_errors(given)] == [], text
+
+
+@pytest.mark.parametrize(
+    "text", [text for text, code, key, _ in MISTAKES if code != "CONFIG_SYNTAX" and key and "nan" not in text]
+)
+def test_the_schema_marks_what_the_model_refuses(text):
+    # Rules in code rather than in a range or a pattern are not an editor's to know.
+    assert "clip: [1, 0]" in text or not SCHEMA.is_valid(yaml.safe_load(text))
+
+
+def test_the_schema_explains_every_key():
+    schema = config_schema()
+    for fields in (schema["properties"]["grpo"], schema["$defs"]["Lora"]):
+        assert all(len(field["description"]) > 3 for field in fields["properties"].values())
+    rewards = schema["properties"]["rewards"]["items"]["oneOf"]
+    assert {reward["title"] for reward in rewards} == set(REWARDS)
+    assert all(reward["description"] for reward in rewards)
 
 
 def test_managed_fields_exist_in_the_pinned_versions():

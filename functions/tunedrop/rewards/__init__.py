@@ -1,114 +1,280 @@
-"""Rewards: named in a run config, called in TRL's contract, and used again to score the inference tests."""
+"""Rewards: named in a run config, called in TRL's contract, and used again to score the inference tests.
+
+A reward is a plain function whose keyword-only parameters are what a config may set. Its first parameter says what it
+looks at: `sample`, one completion at a time, or `samples`, a whole batch, together with the `Deployment` it runs in.
+"""
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tunedrop.problems import nearest
-from tunedrop.rewards import functions
-from tunedrop.rewards.functions import Sample
+from tunedrop.rewards import code, functions, openai, remote, structured
+from tunedrop.rewards.base import TEXT_ONLY, Deployment, RewardError, Sample, content_text, text_of
 
-REWARDS: dict[str, Callable[..., float | None]] = {
+REWARDS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         functions.exact_match,
+        functions.numeric,
+        functions.math,
+        functions.multiple_choice,
         functions.contains,
         functions.regex,
         functions.xml_format,
         functions.think_format,
-        functions.numeric,
         functions.length,
+        functions.overlong_penalty,
+        functions.repetition_penalty,
+        functions.similarity,
+        functions.rouge,
         functions.relevance,
+        functions.keywords,
+        functions.citations,
+        functions.quotes,
+        structured.json_valid,
+        structured.json_schema,
+        structured.tool_call,
+        openai.openai_grader,
+        code.code_tests,
+        remote.http,
+        remote.judge,
+        remote.python,
     )
+} | {"lambda": remote.reward_lambda}
+
+# What a deployment must give or allow for a reward to be used, and what to say where it does not.
+_NEEDS: dict[str, tuple[Callable[[Deployment], Any], str]] = {
+    "code_tests": (lambda deployment: deployment.allow_code, "runs programs that a model wrote, which is not allowed here"),
+    "python": (lambda deployment: deployment.python_folder, "runs a Python file, which is not allowed here"),
+    "lambda": (lambda deployment: deployment.client, "calls AWS Lambda, but there is no access to AWS here"),
+    "judge": (lambda deployment: deployment.client, "calls Amazon Bedrock, but there is no access to AWS here"),
 }
+# Lists that TRL passes beside the dataset's columns.
+_TRAINER_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "prompt_ids", "environments"})
 
 
-def _parameters(function: Callable[..., float | None]) -> type[BaseModel]:
+def _parameters(name: str, function: Callable[..., Any]) -> type[BaseModel]:
     """A model of a reward's keyword-only parameters, so that a config is checked against the function itself."""
     fields: dict[str, Any] = {
         name: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    return create_model(f"{function.__name__}_parameters", __config__=ConfigDict(extra="forbid"), **fields)
+    with warnings.catch_warnings():
+        # json_schema's 'schema' hides a deprecated method of pydantic's that nobody calls here.
+        warnings.filterwarnings("ignore", message='Field name "schema"')
+        return create_model(
+            f"{name}_parameters", __config__=ConfigDict(extra="forbid", defer_build=True), __doc__=function.__doc__, **fields
+        )
 
 
-PARAMETERS = {name: _parameters(function) for name, function in REWARDS.items()}
+PARAMETERS = {name: _parameters(name, function) for name, function in REWARDS.items()}
+
+
+class OnlyIf(BaseModel):
+    """A condition on another reward's score of the same completion; written short, its name alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reward: str
+    at_least: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
+def _ascending(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and value[0] >= value[1]:
+        raise ValueError(f"the lower bound {value[0]:g} must be below the upper bound {value[1]:g}")
+    return value
 
 
 class RewardSpec(BaseModel):
-    """One entry of a config's `rewards`: a type, its weight, and that type's own parameters beside them."""
+    """One entry of a config's `rewards`: a type, its weight, and that type's own parameters beside them.
+
+    `clip` bounds the score. `only_if` pays it only where another reward, listed above, gave at least its threshold.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: str
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    clip: tuple[float, float] | None = None
+    only_if: Annotated[
+        OnlyIf | None, BeforeValidator(lambda value: {"reward": value} if isinstance(value, str) else value)
+    ] = None
+
+    @property
+    def label(self) -> str:
+        """What the reward is called in metrics and results."""
+        return self.name or self.type
 
     @model_validator(mode="after")
     def _check(self) -> "RewardSpec":
         if self.type not in REWARDS:
             raise ValueError(f"unknown reward '{self.type}': {nearest(self.type, REWARDS)}")
+        _ascending(self.clip)
         unknown = set(self.model_extra or {}) - set(PARAMETERS[self.type].model_fields)
         if unknown:
             key = min(unknown)
-            valid = [*PARAMETERS[self.type].model_fields, "type", "weight", "name"]
+            valid = [*PARAMETERS[self.type].model_fields, *RewardSpec.model_fields]
             raise ValueError(f"reward '{self.type}' has no parameter '{key}': {nearest(key, valid)}")
         PARAMETERS[self.type].model_validate(self.model_extra or {})
         return self
 
 
-class RewardError(Exception):
-    """A reward returned something that is no score. It fails the job: a broken reward must not train as 0.0."""
-
-
-def text_of(completion: Any) -> str:
-    """Return the text of a completion: a string, or the content of its messages (TRL's conversational format)."""
-    return completion if isinstance(completion, str) else "".join(str(message["content"]) for message in completion)
+def check_names(specs: Sequence[RewardSpec]) -> None:
+    """Raise ValueError where two rewards have one name, or `only_if` names none that is listed above."""
+    above: list[str] = []
+    for spec in specs:
+        if spec.label in above:
+            raise ValueError(f"two rewards are called '{spec.label}': give one of them another name with 'name:'")
+        if spec.only_if and spec.only_if.reward not in above:
+            hint = nearest(spec.only_if.reward, above) if above else "there is none"
+            raise ValueError(f"'{spec.label}' has only_if '{spec.only_if.reward}', no reward listed above it: {hint}")
+        above.append(spec.label)
 
 
 def _question(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return next((str(message["content"]) for message in reversed(prompt) if message["role"] == "user"), "")
+    return next((content_text(message.get("content")) for message in reversed(prompt) if message["role"] == "user"), "")
+
+
+def _messages(value: Any, role: str) -> list[dict[str, Any]]:
+    """A prompt or completion as messages; a bare text is one message."""
+    return ([{"role": role, "content": value}] if value else []) if isinstance(value, str) else list(value)
 
 
 class Reward:
-    """A configured reward. Calling it follows TRL: `reward(prompts, completions, **columns) -> list[float | None]`."""
+    """A configured reward. Calling it follows TRL: `reward(prompts, completions, **columns) -> list[float | None]`.
 
-    def __init__(self, spec: RewardSpec):
-        self.__name__ = spec.name or spec.type  # TRL names the metric rewards/<__name__>/mean
+    `deployment` is what the place gives and allows; `gate` is the reward that `only_if` names. Raises RewardError when
+    the deployment does not allow this type.
+    """
+
+    def __init__(self, spec: RewardSpec, deployment: Deployment = TEXT_ONLY, gate: "Reward | None" = None):
+        self.__name__ = spec.label  # TRL names the metric rewards/<__name__>/mean
         self.weight = spec.weight
+        available, refusal = _NEEDS.get(spec.type, (lambda _: True, ""))
+        if not available(deployment):
+            raise RewardError(f"reward '{self.__name__}' {refusal}")
+        self._spec = spec
+        self._deployment = deployment
+        self._gate = gate
         self._function = REWARDS[spec.type]
         self._parameters = dict(PARAMETERS[spec.type].model_validate(spec.model_extra or {}))
+        self._per_batch = "samples" in inspect.signature(self._function).parameters
+        self._last: tuple[tuple[list[Any], ...], list[float | None]] | None = None
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **columns: Any
+        self, /, prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str] | None = None, **columns: Any
     ) -> list[float | None]:
-        """Score each completion against its row's answer; None abstains.
+        """Score each completion against its row's answer (TRL's column `answer`, empty where there is none); None abstains.
 
-        Raises RewardError, naming the row's question, when a score is not a finite number. Whatever the reward itself
-        raises passes through.
+        Where the gate abstains, so does this reward; where the gate is not met, it is 0.0. Raises RewardError, naming the
+        row, when a score is no finite number, when there are not as many as completions, or when the reward fails.
         """
-        # TRL also passes trainer objects; only per-row lists are columns.
-        rows = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == len(completions)}
-        scores: list[float | None] = []
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            row = {key: value[index] for key, value in rows.items()}
-            sample = Sample(text_of(completion), answer[index], _question(prompt), row)
-            score = self._function(sample, **self._parameters)
-            if score is not None and not math.isfinite(score):
-                raise RewardError(f"reward '{self.__name__}' returned {score} for the row asking {sample.question[:200]!r}")
-            scores.append(score)
+        samples = _samples(prompts, completions, answer, columns)
+        scores: list[float | None] = [None] * len(samples)
+        chosen = list(range(len(samples)))
+        if self._gate and self._spec.only_if:
+            gates = self._gate._recalled(prompts, completions, answer, columns)
+            scores = [None if gate is None else 0.0 for gate in gates]
+            chosen = [at for at, gate in enumerate(gates) if gate is not None and gate >= self._spec.only_if.at_least]
+        for at, value in zip(chosen, self._score([samples[at] for at in chosen]), strict=True):
+            scores[at] = self._checked(value, samples[at])
+        self._last = (_asked(prompts, completions, answer), scores)
+        return list(scores)
+
+    def _recalled(
+        self, prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str] | None, columns: dict[str, Any]
+    ) -> list[float | None]:
+        """The scores of a batch for the rewards that this one gates: a judge that gave them should not be asked again."""
+        if self._last is None or self._last[0] != _asked(prompts, completions, answer):
+            self(prompts, completions, answer, **columns)
+        assert self._last is not None
+        return self._last[1]
+
+    def _score(self, samples: list[Sample]) -> Sequence[Any]:
+        if not samples:
+            return []
+        if not self._per_batch:
+            return [self._one(sample) for sample in samples]
+        try:
+            scores = self._function(samples, self._deployment, **self._parameters)
+        except Exception as error:
+            where = f"on {len(samples)} completions, the first of {_row(samples[0])}"
+            raise RewardError(f"reward '{self.__name__}' failed {where}: {_reason(error)}") from error
+        if not isinstance(scores, Sequence) or len(scores) != len(samples):
+            got = f"{len(scores)} scores" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
+            raise RewardError(
+                f"reward '{self.__name__}' returned {got} for {len(samples)} completions, the first of {_row(samples[0])}"
+            )
         return scores
 
+    def _one(self, sample: Sample) -> Any:
+        try:
+            return self._function(sample, **self._parameters)
+        except Exception as error:
+            raise RewardError(f"reward '{self.__name__}' failed on {_row(sample)}: {_reason(error)}") from error
 
-def build_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
-    """Make the rewards of a config, in its order."""
-    return [Reward(spec) for spec in specs]
+    def _checked(self, value: Any, sample: Sample) -> float | None:
+        if value is None:
+            return None
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise RewardError(f"reward '{self.__name__}' returned {value!r} for {_row(sample)}")
+        low, high = self._spec.clip or (-math.inf, math.inf)
+        return min(high, max(low, float(value)))
+
+
+def _asked(*batch: Sequence[Any] | None) -> tuple[list[Any], ...]:
+    return tuple(list(each or []) for each in batch)
+
+
+def _samples(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str] | None, columns: dict[str, Any]
+) -> list[Sample]:
+    # TRL also passes trainer objects; only per-row lists are columns.
+    rows = {
+        key: value
+        for key, value in columns.items()
+        if isinstance(value, list) and len(value) == len(completions) and key not in _TRAINER_COLUMNS
+    }
+    answers = [""] * len(completions) if answer is None else answer
+    return [
+        Sample(
+            text_of(completion),
+            answers[at],
+            _question(prompt),
+            {key: value[at] for key, value in rows.items()},
+            _messages(prompt, "user"),
+            _messages(completion, "assistant"),
+        )
+        for at, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+    ]
+
+
+def _row(sample: Sample) -> str:
+    id_ = f" '{sample.columns['id']}'" if "id" in sample.columns else ""
+    return f"the row{id_} asking {sample.question[:200]!r}"
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+
+
+def build_rewards(specs: Sequence[RewardSpec], deployment: Deployment = TEXT_ONLY) -> list[Reward]:
+    """Make the rewards of a config, in its order. Raises RewardError for one that the deployment does not allow."""
+    check_names(specs)
+    built: dict[str, Reward] = {}
+    for spec in specs:
+        built[spec.label] = Reward(spec, deployment, built[spec.only_if.reward] if spec.only_if else None)
+    return list(built.values())
 
 
 def score(
@@ -118,7 +284,8 @@ def score(
 
     Returns one `{"score": float, "rewards": {name: float | None}}` per completion.
     """
-    by_reward = [reward(prompts, completions, **columns) for reward in rewards]
+    others = {name: values for name, values in columns.items() if name not in _TRAINER_COLUMNS}
+    by_reward = [reward(prompts, completions, **others) for reward in rewards]
     return [
         {
             "score": sum(reward.weight * value for reward, value in zip(rewards, values, strict=True) if value is not None),
@@ -126,3 +293,19 @@ def score(
         }
         for values in zip(*by_reward, strict=True)
     ]
+
+
+__all__ = [
+    "PARAMETERS",
+    "REWARDS",
+    "Deployment",
+    "OnlyIf",
+    "Reward",
+    "RewardError",
+    "RewardSpec",
+    "Sample",
+    "build_rewards",
+    "check_names",
+    "score",
+    "text_of",
+]

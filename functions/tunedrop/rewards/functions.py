@@ -1,11 +1,23 @@
-"""The reward functions: each scores one completion, and tests score with the same function that trained.
+"""Rewards that look at the text of one completion. Tests score with the same function that trained.
 
 Every function takes a `Sample` and keyword-only parameters, which are what a run config may set, and returns a score
-(1.0 is the best answer) or None to abstain.
+(1.0 is the best answer; penalties are at most 0.0) or None to abstain.
 """
 
+import logging
 import re
-from typing import Any, Literal, NamedTuple
+import threading
+import unicodedata
+from collections import Counter
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunedrop.rewards.base import RewardError, Sample, final_answer
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Unit = Literal["words", "characters"]
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _WORD = re.compile(r"\w+")
@@ -17,36 +29,94 @@ _STOPWORDS = frozenset(
 )
 
 
-class Sample(NamedTuple):
-    """What a reward sees: a completion's text, its row's answer, last user message and other columns."""
-
-    completion: str
-    answer: str
-    question: str = ""
-    columns: dict[str, Any] = {}  # noqa: RUF012 - never written to: a NamedTuple default is shared on purpose
-
-
-def final_answer(completion: str) -> str:
-    """Return what the completion gives as its answer.
-
-    The content of the last `<answer>` element if there is one, else what follows the last `</think>`, else everything.
-    """
-    tagged = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    return (tagged[-1] if tagged else completion.rpartition("</think>")[2]).strip()
-
-
 def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .!?,;:\"'`*")
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .!?,;:\"'`*")
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
 
 
 def _terms(text: str) -> set[str]:
-    return {word for word in _WORD.findall(text.casefold()) if word not in _STOPWORDS}
+    return {word for word in _words(text) if word not in _STOPWORDS}
+
+
+def _size(text: str, unit: Unit) -> int:
+    return len(text.split() if unit == "words" else text)
+
+
+# --- is it the right answer ---
 
 
 def exact_match(sample: Sample, *, normalize: bool = True) -> float:
     """1.0 when the final answer is the row's answer; `normalize` ignores case, spacing and outer punctuation."""
     found = final_answer(sample.completion)
     return float(_normal(found) == _normal(sample.answer) if normalize else found == sample.answer)
+
+
+def numeric(
+    sample: Sample, *, tolerance: Annotated[float, Field(ge=0)] = 0.0, relative: Annotated[float, Field(ge=0)] = 0.0
+) -> float | None:
+    """1.0 when the final answer's last number is the row's; abstains if the row has none.
+
+    It may differ by `tolerance`, or by the share `relative` of the row's number.
+    """
+    expected, found = _last_number(sample.answer), _last_number(final_answer(sample.completion))
+    if expected is None:
+        return None
+    return float(found is not None and abs(found - expected) <= max(tolerance, relative * abs(expected)))
+
+
+def _last_number(text: str) -> float | None:
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def math(sample: Sample) -> float | None:
+    r"""1.0 when the final answer equals the row's as mathematics (math-verify): 0.5 is 1/2 is \frac{1}{2}, {1,2} is {2,1}.
+
+    LaTeX, `\boxed{}` and plain expressions are read; abstains if the row's answer is no mathematics.
+    """
+    from math_verify import parse, verify  # type: ignore[import-untyped]
+
+    # math-verify's time-outs are SIGALRM's, which only the main thread can set; elsewhere it warns at every call.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+    def read(text: str) -> list[object]:
+        # A bare LaTeX answer, as datasets have it, is only found within dollars.
+        wrapped = f"${text}$" if "\\" in text and not re.search(r"\$|\\boxed|\\\(|\\\[", text) else text
+        found: list[object] = parse(wrapped, parsing_timeout=seconds)
+        return found
+
+    expected = read(sample.answer)
+    if not expected:
+        return None
+    return float(verify(expected, read(final_answer(sample.completion)), timeout_seconds=seconds))
+
+
+def multiple_choice(sample: Sample, *, choices: Annotated[str, Field(pattern=r"^[A-Z]{2,26}$")] = "ABCD") -> float | None:
+    """1.0 when the completion picks the row's letter; abstains if the row's answer names none.
+
+    Read as a pick: a letter alone, `(B)`, `B.`, `\\boxed{B}`, `the answer is B`; the last one counts.
+    """
+    expected, found = _choice(sample.answer, choices), _choice(final_answer(sample.completion), choices)
+    return None if expected is None else float(found == expected)
+
+
+def _choice(text: str, choices: str) -> str | None:
+    # A small letter is a pick only where nothing follows: "the answer is a" but not "the answer is a cat".
+    letter = rf"([{choices}]|[{choices.lower()}](?=[).]|\W*$))"
+    stripped = text.strip(" \n.:()[]*`\"'")
+    if re.fullmatch(letter, stripped):
+        return stripped.upper()
+    mark = r"[*(\[\"'`]*"
+    said = re.findall(
+        rf"(?:(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*{mark}|\\boxed\{{\s*(?:\\text\{{)?){letter}\b", text
+    )
+    if not said:  # a letter with its mark at the beginning of a line: "B) Paris", "(B) Paris", "B. Paris"
+        said = re.findall(rf"(?m)^\s*[*(\[]*{letter}[)\].:*]", text)
+    return str(said[-1]).upper() if said else None
 
 
 def contains(sample: Sample, *, text: str | None = None, ignore_case: bool = True) -> float:
@@ -60,50 +130,118 @@ def regex(sample: Sample, *, pattern: re.Pattern[str], full: bool = False) -> fl
     return float(bool(pattern.fullmatch(sample.completion) if full else pattern.search(sample.completion)))
 
 
+# --- is it well-formed ---
+
+
 def xml_format(
-    sample: Sample, *, mode: Literal["strict", "soft"] = "strict", tags: tuple[str, ...] = ("reasoning", "answer")
+    sample: Sample,
+    *,
+    mode: Literal["strict", "soft", "partial"] = "strict",
+    tags: Annotated[tuple[str, ...], Field(min_length=1)] = ("reasoning", "answer"),
 ) -> float:
     """1.0 when the completion is exactly the `tags` elements in order, each once and not empty.
 
-    `soft` gives each tag an equal share, half for `<tag>` and half for `</tag>` appearing exactly once.
+    `soft` allows text around and between them. `partial` gives each tag an equal share, half for `<tag>` and half for
+    `</tag>` appearing exactly once.
     """
     text = sample.completion
-    if mode == "soft":
-        marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
-        return sum(text.count(mark) == 1 for mark in marks) / len(marks)
-    elements = r"\s*".join(
-        rf"<{re.escape(tag)}>(?!\s*</)((?:(?!</?{re.escape(tag)}>).)*)</{re.escape(tag)}>" for tag in tags
-    )
-    return float(bool(re.fullmatch(rf"\s*{elements}\s*", text, re.DOTALL)))
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    once = [text.count(mark) == 1 for mark in marks]
+    if mode == "partial":
+        return sum(once) / len(marks)
+    if not all(once):
+        return 0.0
+    between = r"\s*" if mode == "strict" else ".*"
+    elements = between.join(rf"<{re.escape(tag)}>(?!\s*</{re.escape(tag)}>).*</{re.escape(tag)}>" for tag in tags)
+    return float(bool(re.fullmatch(rf"{between}{elements}{between}", text, re.DOTALL)))
 
 
-def think_format(sample: Sample) -> float:
-    """1.0 when the completion is one `<think>…</think>` and then an answer (as TRL's think_format_reward)."""
-    return float(bool(re.fullmatch(r"<think>(?!.*<think>)(.*?)</think>(?!.*</think>)\s*\S.*", sample.completion, re.DOTALL)))
+def think_format(sample: Sample, *, mode: Literal["strict", "soft", "partial"] = "strict") -> float:
+    """1.0 when the completion is one `<think>…</think>` and then an answer (as TRL's think_format_reward).
+
+    `soft` lets `<think>` be missing, for models whose chat template already writes it. `partial` gives a third each for
+    beginning with `<think>`, for exactly one `</think>`, and for an answer after it.
+    """
+    before, closed, after = sample.completion.partition("</think>")
+    opened = before.lstrip().startswith("<think>")
+    parts = [opened and sample.completion.count("<think>") == 1, sample.completion.count("</think>") == 1]
+    parts.append(bool(closed and after.strip()))
+    if mode == "partial":
+        return sum(parts) / 3
+    if mode == "soft" and "<think>" not in sample.completion:
+        parts[0] = True
+    return float(all(parts))
 
 
-def numeric(sample: Sample, *, tolerance: float = 0.0) -> float | None:
-    """1.0 when the final answer's last number is the row's, within `tolerance`; abstains if the row has none."""
-    expected, found = _last_number(sample.answer), _last_number(final_answer(sample.completion))
-    if expected is None:
-        return None
-    return float(found is not None and abs(found - expected) <= tolerance)
+# --- how long, how repetitive ---
 
 
-def _last_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
-
-
-def length(sample: Sample, *, minimum: int = 0, maximum: int = 200, unit: Literal["words", "characters"] = "words") -> float:
+def length(sample: Sample, *, minimum: Annotated[int, Field(ge=0)] = 0, maximum: Count = 200, unit: Unit = "words") -> float:
     """1.0 inside [`minimum`, `maximum`], falling linearly to 0.0 at nothing below and at twice the maximum above."""
-    size = len(sample.completion.split() if unit == "words" else sample.completion)
+    size = _size(sample.completion, unit)
     if size < minimum:
         return size / minimum
     return max(0.0, min(1.0, 2.0 - size / maximum)) if size > maximum else 1.0
 
 
-def relevance(sample: Sample, *, reference_weight: float = 0.7) -> float | None:
+def overlong_penalty(sample: Sample, *, maximum: Count = 200, buffer: Count = 50, unit: Unit = "words") -> float:
+    """DAPO's soft over-length penalty: 0.0 up to `maximum` - `buffer`, then falling linearly to -1.0 at `maximum`."""
+    over = _size(sample.completion, unit) - (maximum - buffer)
+    return -min(1.0, max(0.0, over / buffer))
+
+
+def repetition_penalty(sample: Sample, *, ngram: Count = 3, max_penalty: Annotated[float, Field(le=0)] = -1.0) -> float:
+    """`max_penalty` times the share of the completion's word `ngram`s that repeat another one (Yeo et al., 2025)."""
+    words = _words(sample.completion)
+    grams = list(zip(*(words[start:] for start in range(ngram)), strict=False))
+    return max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
+
+
+# --- how near, how relevant ---
+
+
+def similarity(
+    sample: Sample, *, method: Literal["ratio", "partial", "token_sort", "token_set", "weighted"] = "ratio"
+) -> float:
+    """How alike the final answer and the row's answer are, from 0 to 1 (rapidfuzz), after folding case and spacing."""
+    return similar(final_answer(sample.completion), sample.answer, method)
+
+
+def similar(one: str, other: str, method: str = "ratio") -> float:
+    """Return the rapidfuzz similarity of two texts, 0 to 1."""
+    from rapidfuzz import fuzz
+
+    name = {"ratio": "ratio", "weighted": "WRatio"}.get(method, f"{method}_ratio")
+    return float(getattr(fuzz, name)(_normal(one), _normal(other))) / 100
+
+
+def rouge(
+    sample: Sample,
+    *,
+    variant: Literal["1", "2", "3", "4", "5", "l"] = "l",
+    measure: Literal["f1", "precision", "recall"] = "f1",
+) -> float:
+    """ROUGE of the final answer against the row's: shared word n-grams, or the longest common subsequence (`l`)."""
+    return rouge_score(final_answer(sample.completion), sample.answer, variant, measure)
+
+
+def rouge_score(candidate: str, reference: str, variant: str = "l", measure: str = "f1") -> float:
+    """Return ROUGE-N or ROUGE-L (Lin, 2004) of two texts, over case-folded words."""
+    said, expected = _words(candidate), _words(reference)
+    if variant == "l":
+        from rapidfuzz.distance import LCSseq
+
+        shared, sizes = LCSseq.similarity(said, expected), (len(said), len(expected))
+    else:
+        grams = [Counter(zip(*(words[start:] for start in range(int(variant))), strict=False)) for words in (said, expected)]
+        shared, sizes = (grams[0] & grams[1]).total(), (grams[0].total(), grams[1].total())
+    if not shared:
+        return 0.0
+    precision, recall = shared / sizes[0], shared / sizes[1]
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall)}[measure]
+
+
+def relevance(sample: Sample, *, reference_weight: Share = 0.7) -> float | None:
     """Share of the reference's terms, and of the question's, that the completion uses; abstains when neither has terms.
 
     Terms are case-folded words less stop words; `reference_weight` weighs the reference against the question.
@@ -113,3 +251,38 @@ def relevance(sample: Sample, *, reference_weight: float = 0.7) -> float | None:
     parts = [(terms, weight) for terms, weight in parts if terms and weight > 0]
     total = sum(weight for _, weight in parts)
     return sum(weight * len(terms & said) / len(terms) for terms, weight in parts) / total if parts else None
+
+
+def keywords(sample: Sample, *, terms: list[str] | None = None, column: str | None = None) -> float | None:
+    """Share of `terms`, or of the list in the row's `column`, that the completion has as whole words; abstains on none."""
+    wanted = terms if column is None else sample.column(column)
+    if not isinstance(wanted, list):
+        raise RewardError("keywords needs 'terms', or a 'column' that holds a list of terms")
+    found = [re.search(rf"(?<!\w){re.escape(str(term).casefold())}(?!\w)", sample.completion.casefold()) for term in wanted]
+    return sum(match is not None for match in found) / len(wanted) if wanted else None
+
+
+def citations(sample: Sample, *, minimum: Count = 1, column: str | None = None) -> float:
+    """1.0 when the completion cites at least `minimum` sources as `[1]`, `[2]`, …; fewer give their share.
+
+    With `column`, a list of the row's sources, the score is multiplied by the share of the cited numbers that exist.
+    """
+    cited = {
+        int(number) for group in re.findall(r"\[(\d+(?:\s*,\s*\d+)*)\]", sample.completion) for number in group.split(",")
+    }
+    if not cited:
+        return 0.0
+    real = cited if column is None else {number for number in cited if 1 <= number <= len(sample.column(column))}
+    return min(1.0, len(real) / minimum) * len(real) / len(cited)
+
+
+def quotes(sample: Sample, *, column: str | None = None, minimum_words: Count = 3) -> float:
+    """Share of the completion's quotations that stand word for word in the row's `column`, or else in the question.
+
+    A quotation is `minimum_words` or more within double quotes; a completion without one scores 0.0.
+    """
+    source = sample.question if column is None else sample.column(column)
+    words = " ".join(_words(source if isinstance(source, str) else " ".join(map(str, source))))
+    quoted = [_words(text) for text in re.findall(r"[\"“„«]([^\"“”„«»]+)[\"”“»]", sample.completion)]
+    quoted = [each for each in quoted if len(each) >= minimum_words]
+    return sum(f" {' '.join(each)} " in f" {words} " for each in quoted) / len(quoted) if quoted else 0.0

@@ -1,14 +1,13 @@
 """A run was validated, or a place became free: start training jobs, as many as there is room for."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from botocore.exceptions import ClientError
 from msgspec import structs
-from pydantic import BeforeValidator
 
 from tunedrop import events, launch_plan, layout
 from tunedrop.announcements import AnnounceSettings, announce_failure
-from tunedrop.aws import Aws, error_code
+from tunedrop.aws import Aws, InstanceTypes, error_code
 from tunedrop.events import RunEvent
 from tunedrop.observability import logger
 from tunedrop.run_config import RunConfig
@@ -20,7 +19,7 @@ OLDEST = 10  # waiting runs that one freed place is offered to
 class JobSettings(AnnounceSettings):
     """The environment of the functions that create SageMaker jobs."""
 
-    instance_types: Annotated[list[str], BeforeValidator(lambda text: text.split(",") if isinstance(text, str) else text)]
+    instance_types: InstanceTypes
     use_spot: bool
     max_concurrent_jobs: int
 

@@ -11,12 +11,13 @@ from botocore.exceptions import ClientError
 
 from tunedrop import events, layout
 from tunedrop.announcements import AnnounceSettings, notify
-from tunedrop.aws import Aws, Settings, error_code
+from tunedrop.aws import Aws, InstanceTypes, Settings, error_code
 from tunedrop.events import RunEvent, Upload
 from tunedrop.launch_plan import current_digest
 from tunedrop.observability import logger
 from tunedrop.problems import Problem
 from tunedrop.receipt import Check, check_dataset
+from tunedrop.run_config import check_lengths
 from tunedrop.runs import Run, State, now, run_id
 
 INPUT_FILES = ("config.json", "train.jsonl", "heldout.jsonl", "inference_tests.json")
@@ -26,6 +27,7 @@ class ValidateSettings(AnnounceSettings):
     """The environment of validate_dataset."""
 
     default_model: str
+    instance_types: InstanceTypes
 
 
 def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
@@ -57,7 +59,14 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             (raw for key in layout.tests_keys(dataset) if (raw := aws.read(settings.data_bucket, key)) is not None),
             None,
         )
-        check = check_dataset(data, config_raw, tests_raw, folder, default_model=settings.default_model)
+        check = check_dataset(
+            data,
+            config_raw,
+            tests_raw,
+            folder,
+            default_model=settings.default_model,
+            instance_types=settings.instance_types,
+        )
         data.unlink()
         identity = _model_identity(check, settings, aws)
         this = run_id(dataset, [digest, config_raw, tests_raw or b"", identity, plan])
@@ -128,7 +137,18 @@ def _model_identity(check: Check, settings: ValidateSettings, aws: Aws) -> str:
     if missing:
         message = f"the base model '{model}' lacks {', '.join(missing)} in s3://{settings.data_bucket}/{prefix}"
         check.add(Problem("MODEL_MISSING", message, "upload its files there, or name another model", key="model"))
+    elif context := _context(aws.read(settings.data_bucket, f"{prefix}config.json")):
+        check.add(*check_lengths(check.config, context))
     return msgspec.json.encode(files, order="deterministic").decode()
+
+
+def _context(raw: bytes | None) -> int | None:
+    """Return how many tokens a model reads at most, from its `config.json`; None where that does not say."""
+    try:
+        context = msgspec.json.decode(raw or b"").get("max_position_embeddings")
+    except (msgspec.DecodeError, AttributeError):
+        return None
+    return context if isinstance(context, int) else None
 
 
 def _write(run: Run, check: Check, source: dict[str, Any], folder: Path, settings: ValidateSettings, aws: Aws) -> None:

@@ -1,0 +1,79 @@
+"""What every reward is written against: the sample it scores, the deployment it runs in, the error it fails with."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class RewardError(Exception):
+    """A reward cannot score, or returned something that is no score. It fails the job: it must not train as 0.0."""
+
+
+class Sample(NamedTuple):
+    """What a reward sees of one completion.
+
+    `completion` is its text, `answer` and `columns` are its row's, `question` is the last user message; `prompt` and
+    `turns` are the prompt's and the completion's messages (`{"role", "content", …}`).
+    """
+
+    completion: str
+    answer: str
+    question: str = ""
+    columns: dict[str, Any] = {}  # noqa: RUF012 - never written to: a NamedTuple default is shared on purpose
+    prompt: list[dict[str, Any]] = []  # noqa: RUF012
+    turns: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def column(self, name: str) -> Any:
+        """Return a column of the sample's row. Raises RewardError when the row has none of that name."""
+        if name not in self.columns:
+            names = ", ".join(sorted(self.columns)) or "none beside prompt and answer"
+            raise RewardError(f"the row has no column '{name}' (columns: {names})")
+        return self.columns[name]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What the place a reward runs in gives and allows; the default allows only what needs nothing but the text.
+
+    `client` gives an AWS client by its service name, as `functools.cache(boto3.client)` does: it is asked for every
+    batch, and the client's own time-outs and retries hold. `allow_code` lets rewards run programs
+    that models wrote. `python_folder` holds the files that `python` rewards may come from.
+    """
+
+    client: Callable[[str], Any] | None = None
+    allow_code: bool = False
+    python_folder: Path | None = None
+
+
+TEXT_ONLY = Deployment()
+
+
+def text_of(completion: Any) -> str:
+    """Return the text of a completion: a string, or the content of its messages (TRL's conversational format)."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(content_text(message.get("content")) for message in completion)
+
+
+def content_text(content: Any) -> str:
+    """Return the text of a message's content: a string, content parts, or nothing (a bare tool call)."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return "" if content is None else str(content)
+
+
+def final_answer(completion: str) -> str:
+    """Return what the completion gives as its answer.
+
+    The content of the last `<answer>` element if there is one, else what follows the last `</think>`, else everything.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    return (tagged[-1] if tagged else completion.rpartition("</think>")[2]).strip()
+
+
+def fenced(text: str, languages: str) -> str | None:
+    """Return the content of the last Markdown code block in one of the `languages` (a regex), or None."""
+    blocks = re.findall(rf"```(?:{languages})?[ \t]*\r?\n(.*?)```", text, re.DOTALL)
+    return blocks[-1].strip() if blocks else None

@@ -1,0 +1,180 @@
+"""OpenAI's grader JSON as a reward: `string_check`, `text_similarity` and `multi`, which combines them in a formula.
+
+Graders that call a model or run Python (`score_model`, `label_model`, `python`) are refused by name.
+"""
+
+import ast
+import json
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from tunedrop.problems import nearest
+from tunedrop.rewards.base import RewardError, Sample
+from tunedrop.rewards.functions import rouge_score, similar
+
+_TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
+# What an item's expected answer is called; records keep it as `answer`, whatever the dataset called it.
+_ANSWERS = frozenset("answer correct_answer expected_answer ground_truth label reference reference_answer target".split())
+_CHECKS: dict[str, Callable[[str, str], bool]] = {
+    "eq": lambda text, reference: text == reference,
+    "ne": lambda text, reference: text != reference,
+    "like": lambda text, reference: reference in text,
+    "ilike": lambda text, reference: reference.casefold() in text.casefold(),
+}
+_METRICS: dict[str, Callable[[str, str], float]] = {
+    "fuzzy_match": similar,
+    "gleu": lambda text, reference: _gleu(text.split(), reference.split()),
+} | {f"rouge_{variant}": partial(rouge_score, variant=variant) for variant in "12345l"}
+_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "min": min,
+    "max": max,
+    "abs": abs,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "exp": math.exp,
+    "sqrt": math.sqrt,
+    "log": math.log,
+}
+
+
+def _gleu(text: list[str], reference: list[str]) -> float:
+    """Sentence GLEU (Wu et al., 2016): shared 1- to 4-grams over the larger of both counts."""
+    counts = [
+        Counter(tuple(words[at : at + n]) for n in range(1, 5) for at in range(len(words) - n + 1))
+        for words in (text, reference)
+    ]
+    most = max(each.total() for each in counts)
+    return (counts[0] & counts[1]).total() / most if most else 0.0
+
+
+def _checked(grader: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a grader that cannot be run here, with the reason."""
+    kind = grader.get("type")
+    if kind == "multi":
+        graders = grader.get("graders")
+        if not isinstance(graders, dict) or not all(isinstance(each, dict) for each in graders.values()) or not graders:
+            raise ValueError("multi needs 'graders', a mapping of names to graders")
+        for each in graders.values():
+            _checked(each)
+        _formula(grader.get("calculate_output"), set(graders))
+        return grader
+    choices: dict[Any, tuple[str, Collection[str]]] = {
+        "string_check": ("operation", _CHECKS),
+        "text_similarity": ("evaluation_metric", _METRICS),
+    }
+    if kind not in choices:
+        raise ValueError(
+            f"graders of type '{kind}' cannot be imported (those that can: string_check, text_similarity, multi)"
+        )
+    key, known = choices[kind]
+    if grader.get(key) not in known:
+        raise ValueError(f"{kind} has no {key} '{grader.get(key)}' here: {nearest(str(grader.get(key)), known)}")
+    for part in ("input", "reference"):
+        text = grader.get(part)
+        if not isinstance(text, str):
+            raise ValueError(f"{kind} needs '{part}', a text")
+        for name in _TEMPLATE.findall(text):
+            if name.split(".")[0] not in {"item", "sample"}:
+                raise ValueError(f"the template {{{{{name}}}}} is neither of item nor of sample")
+    return grader
+
+
+def _formula(text: Any, names: set[str]) -> ast.expr:
+    """Parse a `calculate_output`: numbers, graders' names, + - * / ^ and a few functions."""
+    if not isinstance(text, str):
+        raise ValueError("multi needs 'calculate_output', a formula of the graders' names")
+    try:
+        tree = ast.parse(text.replace("^", "**"), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"the formula '{text}' cannot be read: {error.msg}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            if node.id not in names | _FUNCTIONS.keys():
+                raise ValueError(f"the formula '{text}' names '{node.id}': {nearest(node.id, names)}")
+        elif isinstance(node, ast.Constant):
+            if type(node.value) not in {int, float}:
+                raise ValueError(f"the formula '{text}' has {node.value!r}, which is no number")
+        elif not isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call | ast.Load) and type(node) not in _OPERATORS:
+            raise ValueError(f"the formula '{text}' has {ast.unparse(node)}, which no grader formula may have")
+    return tree
+
+
+def _calculate(node: Any, values: dict[str, float]) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return float(value)
+        case ast.Name(id=name):
+            return values[name]
+        case ast.BinOp(left=left, op=op, right=right):
+            return float(_OPERATORS[type(op)](_calculate(left, values), _calculate(right, values)))
+        case ast.UnaryOp(op=op, operand=operand):
+            return float(_OPERATORS[type(op)](_calculate(operand, values)))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return float(_FUNCTIONS[name](*(_calculate(argument, values) for argument in arguments)))
+        case _:
+            raise RewardError(f"'{ast.unparse(node)}' cannot be calculated")
+
+
+def openai_grader(sample: Sample, *, grader: Annotated[dict[str, Any], AfterValidator(_checked)]) -> float:
+    """What an OpenAI grader (its JSON as `grader`) gives: a `string_check`, a `text_similarity` or a `multi` of these.
+
+    `{{sample.output_text}}` is the completion and `{{item.NAME}}` a column of the row, or its answer.
+    """
+    return _grade(grader, sample)
+
+
+def _grade(grader: dict[str, Any], sample: Sample) -> float:
+    if grader["type"] == "multi":
+        values = {name: _grade(each, sample) for name, each in grader["graders"].items()}
+        return _calculate(_formula(grader["calculate_output"], set(values)), values)
+    text, reference = (_filled(grader[part], sample) for part in ("input", "reference"))
+    if grader["type"] == "string_check":
+        return float(_CHECKS[grader["operation"]](text, reference))
+    return _METRICS[grader["evaluation_metric"]](text, reference)
+
+
+def _filled(template: str, sample: Sample) -> str:
+    def value(match: re.Match[str]) -> str:
+        space, *path = match[1].split(".")
+        found: Any = _output(sample, path[0]) if space == "sample" else {**_item(sample, path[0])}
+        try:
+            for part in path if space == "item" else path[1:]:
+                found = found[int(part)] if isinstance(found, list) else found[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise RewardError(f"nothing to put for {match[0]}") from None
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+    return _TEMPLATE.sub(value, template)
+
+
+def _item(sample: Sample, name: str) -> dict[str, Any]:
+    return {name: sample.answer} | sample.columns if name in _ANSWERS else sample.columns
+
+
+def _output(sample: Sample, name: str) -> Any:
+    if name == "output_text":
+        return sample.completion
+    if name == "output_tools":
+        return [call for turn in sample.turns for call in turn.get("tool_calls") or []]
+    if name == "output_json":
+        try:
+            return json.loads(sample.completion)
+        except ValueError:
+            return {}
+    raise RewardError(f"sample has no '{name}' here (output_text, output_json, output_tools)")

@@ -1,0 +1,139 @@
+"""The messages between a trainer and a reward Lambda or endpoint: SageMaker RLVR's, Nova's and Bedrock RFT's.
+
+A request holds samples `{"id", "messages": [..., {"role": "assistant", "content"}], "reference_answer", ...}`, bare or in
+an HTTP-like body; a response holds results `{"id", "aggregate_reward_score", "metrics_list"?}`, bare or in an envelope.
+Reading a request is lenient, reading a response strict: every sent id once, nothing else, finite numbers or null.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from tunedrop.rewards.base import RewardError, Sample, content_text
+
+Request = Literal["list", "body", "batch"]
+ASSISTANT = ("assistant", "nova_assistant")
+
+
+class Received(NamedTuple):
+    """A sample as a request has it: its id as sent, and what a reward is called with."""
+
+    id: Any
+    prompt: list[dict[str, Any]]
+    completion: list[dict[str, Any]]
+    answer: str
+    columns: dict[str, Any]
+
+
+def sample_ids(samples: Sequence[Sample]) -> list[str]:
+    """Return an id per sample: its row's, with the position added where one row was answered several times."""
+    ids = [str(sample.columns.get("id", index)) for index, sample in enumerate(samples)]
+    return ids if len(set(ids)) == len(ids) else [f"{row}:{index}" for index, row in enumerate(ids)]
+
+
+def write_request(samples: Sequence[Sample], ids: Sequence[str], shape: Request = "list") -> Any:
+    """Return the request for these samples: a bare list, `{"body": "[…]"}` or `{"body": "{\\"batch\\": […]}"}`."""
+    written = [
+        sample.columns
+        | {
+            "id": id_,
+            "messages": [*sample.prompt, {"role": "assistant", "content": sample.completion}],
+            "reference_answer": _reference(sample),
+            # Some Lambdas look for it here, as AWS's examples do.
+            "metadata": {**_mapping(sample.columns.get("metadata")), "reference_answer": _reference(sample)},
+        }
+        for id_, sample in zip(ids, samples, strict=True)
+    ]
+    if shape == "list":
+        return written
+    return {"body": json.dumps(written if shape == "body" else {"batch": written})}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _reference(sample: Sample) -> Any:
+    """Return the answer as the dataset had it: rows keep an object or a list as JSON text, Lambdas expect the object."""
+    if sample.answer.lstrip()[:1] not in {"{", "["}:
+        return sample.answer
+    try:
+        return json.loads(sample.answer)
+    except ValueError:
+        return sample.answer
+
+
+def read_request(event: Any) -> list[Received]:
+    """Read a request in any of the shapes. Raises ValueError naming what is not understood."""
+    body = event["body"] if isinstance(event, dict) and "body" in event else event
+    if isinstance(body, str):
+        body = json.loads(body)
+    if isinstance(body, dict):
+        body = body.get("batch", [body])
+    if not isinstance(body, list):
+        raise ValueError(f"expected a list of samples, got {type(body).__name__}")
+    return [_received(sample, index) for index, sample in enumerate(body)]
+
+
+def _received(sample: Any, index: int) -> Received:
+    messages = sample.get("messages") if isinstance(sample, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) and "role" in message for message in messages):
+        raise ValueError(f"sample {index}: expected an object with 'messages' of {{role, content}}")
+    turns = next((place for place in range(len(messages), 0, -1) if messages[place - 1]["role"] not in ASSISTANT), 0)
+    if turns == len(messages):
+        raise ValueError(f"sample {index} (id {sample.get('id')!r}): the last message must be the assistant's")
+    plain = [{**message, "content": content_text(message.get("content"))} for message in messages]
+    metadata = _mapping(sample.get("metadata"))
+    known = ("reference_answer", "ground_truth", "answer")
+    places = (sample, metadata, _mapping(sample.get("reward_model")))
+    answer = next((place[key] for place in places for key in known if place.get(key) is not None), "")
+    return Received(
+        sample.get("id", str(index)),
+        plain[:turns],
+        [{**message, "role": "assistant"} for message in plain[turns:]],
+        answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
+        metadata | {key: value for key, value in sample.items() if key not in {"messages", "prompt", "answer"}},
+    )
+
+
+def read_response(payload: Any, ids: Sequence[str]) -> list[float | None]:
+    """Return a score per id, in the order of `ids`. Raises RewardError for anything but exactly one result per id."""
+    results = _unwrapped(payload)
+    scores: dict[str, float | None] = {}
+    for result in results:
+        if not isinstance(result, dict) or "id" not in result or "aggregate_reward_score" not in result:
+            raise RewardError(f"expected a result {{id, aggregate_reward_score}}, got {_short(result)}")
+        id_, score = str(result["id"]), result["aggregate_reward_score"]
+        if id_ in scores:
+            raise RewardError(f"two results for the id '{id_}'")
+        if score is not None and (not isinstance(score, int | float) or not math.isfinite(score)):
+            raise RewardError(f"the score of '{id_}' is {_short(score)}, not a finite number or null")
+        scores[id_] = None if score is None else float(score)
+    unknown, missing = [id_ for id_ in scores if id_ not in set(ids)], [id_ for id_ in ids if id_ not in scores]
+    if unknown or missing:
+        told = [f"unknown ids: {_short(unknown)}"] * bool(unknown) + [f"missing ids: {_short(missing)}"] * bool(missing)
+        raise RewardError(f"{len(results)} results for {len(ids)} samples, {', '.join(told)}")
+    return [scores[id_] for id_ in ids]
+
+
+def _unwrapped(payload: Any) -> list[Any]:
+    if isinstance(payload, dict):
+        if "errorMessage" in payload or "errorType" in payload:
+            raise RewardError(f"it failed: {payload.get('errorType', 'error')}: {payload.get('errorMessage', '')}"[:500])
+        if payload.get("statusCode", 200) != 200:
+            raise RewardError(f"it answered status {payload['statusCode']}: {_short(payload.get('body'))}")
+        payload = payload.get("body")
+        if isinstance(payload, str):
+            try:
+                payload = json.loads(payload)
+            except ValueError:
+                raise RewardError(f"the body is not JSON: {_short(payload)}") from None
+    if not isinstance(payload, list):
+        raise RewardError(f"expected a list of results, or an envelope with one as 'body', got {_short(payload)}")
+    return payload
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"

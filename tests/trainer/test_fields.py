@@ -1,0 +1,139 @@
+"""The fields that a run config may set are those of the installed TRL and PEFT, and arrive there with the same value."""
+
+import enum
+import json
+from typing import Any
+
+import pytest
+
+from trainer import fields
+from tunedrop.problems import RejectedError
+from tunedrop.run_config import MANAGED_GRPO, MANAGED_LORA, config_fields, load_run_config
+
+GIVEN = [(section, name) for section in ("grpo", "lora") for name in config_fields()[section]]
+FREE = [each for each in GIVEN if each[1] not in MANAGED_GRPO | MANAGED_LORA]
+
+# Values for fields whose default says nothing about what they take, or is all that this machine can do.
+VALUES: dict[str, Any] = {
+    "accelerator_config": {"split_batches": False},
+    "chat_template_kwargs": {"enable_thinking": False},
+    "debug": "",
+    "deepspeed": None,
+    "fsdp": None,
+    "fsdp_config": {"version": 2},
+    "generation_kwargs": {"no_repeat_ngram_size": 3},
+    "hub_strategy": "end",
+    "include_num_input_tokens_seen": "all",
+    "init_lora_weights": "gaussian",
+    "loftq_config": {"loftq_bits": 8},
+    "layer_replication": [[0, 4], [2, 5]],
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "num_generations": 4,
+    "pad_to_multiple_of": 64,
+    "tf32": False,
+    "trainable_token_indices": [1, 2],
+    "target_modules": ["q_proj", "v_proj"],
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+}
+# What another field must be for this one to be accepted, by Tunedrop or by TRL.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
+    "dataloader_persistent_workers": {"dataloader_num_workers": 1},
+    "bf16": {"fp16": False},
+    "fp16": {"bf16": False},
+    "bf16_full_eval": {"fp16_full_eval": False},
+    "layers_to_transform": {"target_modules": ["q_proj"]},
+    "loftq_config": {"init_lora_weights": "loftq"},
+}
+# Fields of dataclasses of their own: what is in the mapping arrives in that dataclass.
+NESTED = {
+    "arrow_config": {"top_k": 2},
+    "corda_config": {"corda_method": "kpm"},
+    "eva_config": {"rho": 3.0},
+    "kasa_config": {"beta": 0.5},
+    "lora_ga_config": {"scale": "stable"},
+    "monteclora_config": {"num_samples": 3},
+    "use_bdlora": {"nblocks": 2},
+    "velora_config": {"num_groups": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def configs() -> dict[str, type]:
+    from peft import LoraConfig
+    from trl import GRPOConfig
+
+    return {"grpo": GRPOConfig, "lora": LoraConfig}
+
+
+def candidate(section: str, name: str) -> Any:
+    """A value that differs from the default, as YAML could have it."""
+    if name in VALUES | NESTED:
+        return (VALUES | NESTED)[name]
+    field = config_fields()[section][name]
+    default = field.get("default")
+    if "choices" in field:
+        return next(choice for choice in field["choices"] if choice != default)
+    if "bool" in field["types"]:
+        return not default
+    if "float" in field["types"]:
+        return 0.5
+    if "int" in field["types"]:
+        return 8 if default != 8 else 16
+    if "list" in field["types"]:
+        return ["a", "b"]
+    return {"key": "value"} if "dict" in field["types"] else "text"
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+# Refused by a rule whatever they are set to besides their default, with tests of their own.
+ONLY_DEFAULT = {"auto_find_batch_size", "sync_ref_model"}
+
+
+@pytest.mark.parametrize(("section", "name"), [each for each in FREE if each[1] not in ONLY_DEFAULT])
+@pytest.mark.filterwarnings("ignore")
+def test_every_field_arrives_with_the_value_that_the_yaml_gave(configs, tmp_path, section, name):
+    value = candidate(section, name)
+    given = {section: {name: value} | TOGETHER.get(name, {})}
+    config = load_run_config(json.dumps(given).encode(), default_model="base")
+    if section == "grpo":
+        made = configs["grpo"](**config.grpo | {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True})
+    else:
+        made = configs["lora"](task_type="CAUSAL_LM", **config.lora.peft_kwargs())
+    arrived = plain(getattr(made, name))
+    if name in NESTED:
+        assert {key: plain(getattr(arrived, key)) for key in value} == value
+    elif name in {"accelerator_config", "fsdp_config", "loftq_config"}:
+        assert value.items() <= (arrived if isinstance(arrived, dict) else vars(arrived)).items()
+    elif name in {"debug", "exclude_modules", "target_modules"}:  # kept as a set
+        assert sorted(arrived) == sorted(value)
+    else:
+        assert arrived == value
+
+
+@pytest.mark.parametrize(("section", "name"), FREE)
+def test_a_misspelt_field_is_refused_with_the_right_one(section, name):
+    middle = len(name) // 2
+    misspelt = name[:middle] + name[middle] + name[middle:]
+    with pytest.raises(RejectedError) as caught:
+        load_run_config(json.dumps({section: {misspelt: 1}}).encode(), default_model="base")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.key) == ("CONFIG_KEY", f"{section}.{misspelt}")
+    assert problem.hint == f"did you mean '{name}'?"
+
+
+def test_the_committed_fields_are_those_of_the_installed_versions():
+    assert config_fields() == json.loads(json.dumps(fields.describe())), (
+        "run: python -m trainer.fields > functions/tunedrop/config_fields.json"
+    )
+
+
+def test_every_bound_and_choice_is_of_a_field():
+    known = {name for _, name in GIVEN}
+    assert set(fields.RANGES) <= known
+    assert set(fields.CHOICES) <= known
