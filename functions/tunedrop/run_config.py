@@ -462,6 +462,7 @@ def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
     room = (config.max_seq_length or math.inf) - completion
     yield config.max_prompt_length > room, f"max_seq_length leaves prompts {room} tokens, fewer than max_prompt_length"
     yield config.lora.r > 256, f"lora.r {config.lora.r} is large: it costs memory and seldom helps above 64"
+    yield config.compute.max_cost_usd is not None, "compute.max_cost_usd is not enforced: compute.max_runtime ends a job"
     total = sum(spec.weight for spec in config.rewards if spec.type in _FORMAT_REWARDS)
     other = sum(spec.weight for spec in config.rewards if spec.type not in _FORMAT_REWARDS)
     yield total > other, "the rewards pay more for the format than for the answer"

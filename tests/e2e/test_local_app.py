@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,35 @@ def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     assert app.tunedrop("logs", "fails", "--follow")
     ended = app.deployment.find("fails")
     assert (ended.state, ended.train_job) == (State.TRAINING_FAILED, f"tunedrop-train-{run.run_id}-2")
+
+
+def test_one_job_without_the_pipeline(app, published):
+    """`release --submit` with hyperparameters by their well-known names, which the job prints in its resolved config."""
+    given = {
+        "model-name": "tiny",
+        "max-seq-length": 2048,
+        "lora-rank": 32,
+        "num-train-epochs": 3,
+        "learning-rate": 5e-3,
+        "max-completion-length": 8,
+        "max-samples": 4,
+    }
+    command = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", app.stack.region, "--submit"]
+    command += ["--training-data", str(app.folder / "faq.json"), "--models", str(app.model)]
+    command += ["--hyperparameters", json.dumps(given)]
+    done = subprocess.run(command, env=app.stack.environment, check=True, capture_output=True, text=True)
+    job = done.stdout.strip()
+    sagemaker = app.stack.client("sagemaker")
+    deadline = time.monotonic() + 240
+    while (status := sagemaker.describe_training_job(TrainingJobName=job)["TrainingJobStatus"]) == "InProgress":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert status == "Completed", "\n".join(app.deployment.log_lines(job, {}))
+    artifacts = sagemaker.describe_training_job(TrainingJobName=job)["ModelArtifacts"]["S3ModelArtifacts"]
+    bucket, prefix = artifacts.removeprefix("s3://").split("/", 1)
+    config = json.loads(app.deployment.s3.get_object(Bucket=bucket, Key=f"{prefix}run_config.json")["Body"].read())
+    assert (config["model"], config["max_seq_length"], config["lora"]["r"]) == ("tiny", 2048, 32)
+    assert (config["grpo"]["num_train_epochs"], config["grpo"]["learning_rate"]) == (3, 5e-3)
 
 
 def test_down_ends_everything_and_up_goes_on_with_what_was_there(app, published):

@@ -300,6 +300,7 @@ def test_steps_are_counted_and_too_few_rows_named(text, rows, processes, steps):
 
 
 WARNINGS = [
+    ("compute: {max_cost_usd: 40}", "max_cost_usd is not enforced"),
     ("{}", None),
     ("grpo: {learning_rate: 1.0e-2}", "learning_rate 0.01 is high"),
     ("grpo: {learning_rate: 1e-9}", "learning_rate 1e-09 is low"),
