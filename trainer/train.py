@@ -240,6 +240,7 @@ def build_trainer(config: RunConfig, location: str, tokenizer: "PreTrainedTokeni
     from transformers import BitsAndBytesConfig, PrinterCallback
     from trl import GRPOTrainer
 
+    from trainer.grpo import SharedPrefixGRPOTrainer, why_not
     from trainer.progress import Progress, StopOnSignal
 
     rewards = build_rewards(config.rewards)
@@ -260,13 +261,16 @@ def build_trainer(config: RunConfig, location: str, tokenizer: "PreTrainedTokeni
     model = models.load_model(
         location, dtype=dtype, **({"quantization_config": quantization} if config.lora.load_in_4bit else {})
     )
-    trainer = GRPOTrainer(
+    lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
+    reason = why_not(model, arguments, lora)
+    log.info("trainer=%s", f"stock TRL: {reason}" if reason else "shared prefix")
+    trainer = (GRPOTrainer if reason else SharedPrefixGRPOTrainer)(
         model=model,
         reward_funcs=[RowReward(reward, rows) for reward in rewards],
         args=arguments,
         train_dataset=ArrowDataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(rows)]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs()),
+        peft_config=lora,
         callbacks=[Progress(folders.model_dir() / "metrics.jsonl"), StopOnSignal()],
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,135 @@
+"""How long the demo's task takes to learn: seconds of training until a held-out reward, stock TRL and shared prefix.
+
+    .venv/bin/python -m benchmarks.time_to_reward
+    .venv/bin/python -m benchmarks.time_to_reward --target 0.8 --seeds 5 --micro-batches 12,24,48
+
+The run config is the sample's. Every fifth row is held out; after each step the model answers those rows greedily and the
+sample's reward scores the answers, off the clock. Stock TRL runs at the micro-batch size at which it is fastest, found on
+one step each, and so does the shared-prefix trainer.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+
+from trainer import models, train
+from trainer.grpo import SharedPrefixGRPOTrainer
+from tunedrop.rewards import build_rewards
+from tunedrop.run_config import parse_run_config
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "local_app/sample"
+TRAINERS = {"stock TRL": GRPOTrainer, "shared prefix": SharedPrefixGRPOTrainer}
+STEP = 48  # completions a step, as in the sample
+
+
+class HeldOut(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
+    """After each step, stops the clock, has the held-out questions answered, and ends training at the target."""
+
+    def __init__(self, rows: list[dict[str, Any]], tokenizer: Any, reward: Any, length: int, target: float):
+        self._prompts = tokenizer.apply_chat_template(
+            [row["prompt"] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        self._rows, self._tokenizer, self._reward = rows, tokenizer, reward
+        self._length, self._target = length, target
+        self.seconds: list[float] = []
+        self.rewards: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, _args: Any, _state: Any, control: Any, model: Any, **_: Any) -> None:
+        """Stop the clock and score the held-out rows."""
+        self.seconds.append(time.perf_counter() - self._began)
+        with torch.no_grad(), torch.autocast("cpu", enabled=models.fast_bf16()):
+            ids = model.generate(**self._prompts, max_new_tokens=self._length, do_sample=False)
+        texts = self._tokenizer.batch_decode(ids[:, self._prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {name: [row[name] for row in self._rows] for name in self._rows[0] if name != "prompt"}
+        self.rewards.append(statistics.fmean(self._reward([row["prompt"] for row in self._rows], answers, **columns)))
+        print(f" {self.rewards[-1]:.2f}", end="", flush=True)
+        control.should_training_stop = self.rewards[-1] >= self._target
+
+
+def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> HeldOut:
+    """Train until the target or for so many steps; returns what was seen after each step."""
+    config = parse_run_config(yaml.safe_load((SAMPLE / "additions.yaml").read_text()))
+    rows = train.load_rows(SAMPLE / "additions.jsonl", config, None)
+    learn, held_out = [row for index, row in enumerate(rows) if index % 5], rows[::5]
+    location = str(ROOT / ".tunedrop/models" / config.model)
+    tokenizer = models.load_tokenizer(location)
+    [reward] = build_rewards(config.rewards)
+    watch = HeldOut(held_out, tokenizer, reward, int(config.grpo["max_completion_length"]), target)
+    with tempfile.TemporaryDirectory() as folder:
+        given = config.grpo | {
+            "output_dir": folder,
+            "seed": seed,
+            "max_steps": steps,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": STEP // micro_batch,
+            "bf16": models.fast_bf16(),
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "report_to": [],
+        }
+        trainer = TRAINERS[kind](
+            model=models.load_model(location, dtype=models.weights_dtype()),
+            reward_funcs=train.RowReward(reward, learn),
+            args=GRPOConfig(**given),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(learn)]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs()),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return watch
+
+
+def main() -> None:
+    """Print seconds and steps to the target per seed and trainer, and the ratio of the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=float, default=0.7, help="mean held-out reward to reach")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-steps", type=int, default=25)
+    parser.add_argument("--micro-batches", default="8,16,24,48", help="sizes to try")
+    parser.add_argument("--trainer", choices=TRAINERS, action="append", help="only this one")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    sizes = [int(part) for part in arguments.micro_batches.split(",")]
+    medians = []
+    for kind in arguments.trainer or TRAINERS:
+        costs = {size: run(kind, size, 0, 2, 2.0).seconds[-1] for size in sizes} if len(sizes) > 1 else {sizes[0]: 0.0}
+        size = min(costs, key=lambda each: costs[each])
+        print(f"\n{kind}: micro-batch {size} (of {', '.join(f'{each}: {cost:.1f} s' for each, cost in costs.items())})")
+        totals = []
+        for seed in range(arguments.seeds):
+            watch = run(kind, size, seed, arguments.max_steps, arguments.target)
+            reached = watch.rewards[-1] >= arguments.target
+            totals.append(sum(watch.seconds) if reached else float("inf"))
+            print(f"  seed {seed}: {totals[-1]:.1f} s, {len(watch.seconds)} steps", flush=True)
+        medians.append(statistics.median(totals))
+    if len(medians) == 2:
+        print(f"median {medians[0]:.1f} s and {medians[1]:.1f} s: {medians[0] / medians[1]:.2f} times sooner")
+
+
+if __name__ == "__main__":
+    main()
