@@ -144,13 +144,7 @@ def prompt_limit(config: RunConfig) -> int:
     """Return how many tokens a prompt may have, so that prompt and completion fit `max_seq_length`."""
     if config.max_seq_length is None:
         return config.max_prompt_length
-    room = config.max_seq_length - int(config.grpo["max_completion_length"])
-    if room < 1:
-        raise JobError(
-            f"max_seq_length {config.max_seq_length} leaves no room for a prompt beside max_completion_length "
-            f"{config.grpo['max_completion_length']}: raise the first or lower the second."
-        )
-    return min(config.max_prompt_length, room)
+    return min(config.max_prompt_length, config.max_seq_length - int(config.grpo["max_completion_length"]))
 
 
 def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> Dataset:
