@@ -181,7 +181,8 @@ def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     broken = make_tiny_model(app.folder / "unreadable")
     (broken / "model.safetensors").write_bytes(b"not safetensors")
     data = app.write("fails.jsonl", "".join(f'{{"question": "{n}", "answer": "{n}"}}\n' for n in range(20)))
-    printed = app.tunedrop("drop", data, "--model", broken, "--wait", code=1)
+    config = app.write("fails.yaml", "grpo: {max_completion_length: 8}\nmax_prompt_length: 200\n")
+    printed = app.tunedrop("drop", data, "--config", config, "--model", broken, "--wait", code=1)
     assert "training failed: AlgorithmError: " in printed
     assert "safetensors" in printed.lower() or "header" in printed.lower()
     run = app.deployment.find("fails")

@@ -114,7 +114,7 @@ def assert_equal(folder, output, monkeypatch, **given):
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
 
-@pytest.mark.parametrize("again", [{}, {"num_iterations": 2, "max_steps": 4}], ids=["once", "twice"])
+@pytest.mark.parametrize("again", [{}, {"num_iterations": 2, "max_steps": 2}], ids=["once", "twice"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_loss_and_its_gradient_are_those_of_trl(tiny, tmp_path, monkeypatch, loss_type, beta, again):
@@ -128,12 +128,12 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tiny, tmp_path, monkeypatch,
         {"mask_truncated_completions": True},
         {"mask_truncated_completions": True, "loss_type": "grpo", "beta": 0.1},
         {"temperature": 0.6, "beta": 0.1},
-        {"importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 4, "loss_type": "grpo"},
+        {"importance_sampling_level": "sequence", "num_iterations": 2, "max_steps": 2, "loss_type": "grpo"},
         {"top_entropy_quantile": 0.4},
         {"entropy_coef": 0.3},
         {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef_max": 1.0, "entropy_coef_delta": 0.1},
         {"scale_rewards": "batch"},
-        {"delta": 1.1, "num_iterations": 2, "max_steps": 4},
+        {"delta": 1.1, "num_iterations": 2, "max_steps": 2},
         {"pad_to_multiple_of": 8},
         {"activation_checkpointing": True},
         {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
