@@ -11,16 +11,16 @@ install: $(APP) $(SAM)
 $(APP): requirements/app.txt requirements/app.lock functions/requirements.txt trainer/requirements.txt pyproject.toml
 	@echo "installing the application into .venv"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check pip==26.3
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/app.txt -c requirements/app.lock
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check pip==26.3
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements/app.txt -c requirements/app.lock
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 $(SAM): requirements/sam.txt requirements/sam.lock
 	@echo "installing the SAM CLI into .venv-sam"
 	@test -x .venv-sam/bin/python || $(PYTHON) -m venv .venv-sam
-	@.venv-sam/bin/python -m pip install --quiet --disable-pip-version-check pip==26.3
-	@.venv-sam/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/sam.txt -c requirements/sam.lock
+	@.venv-sam/bin/python -m pip install -qq --disable-pip-version-check pip==26.3
+	@.venv-sam/bin/python -m pip install -qq --disable-pip-version-check -r requirements/sam.txt -c requirements/sam.lock
 	@touch $@
 
 # From a sample dataset to a published model, on this machine.
