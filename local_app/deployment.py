@@ -16,6 +16,7 @@ from boto3.dynamodb.conditions import Attr
 
 from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
 from tunedrop import layout
+from tunedrop.aws import read_object
 from tunedrop.records import DATA_SUFFIXES
 from tunedrop.runs import RUN, Run, RunTable, run_of_item
 
@@ -119,13 +120,7 @@ class Deployment:
 
     def read(self, run: Run, name: str) -> bytes | None:
         """Return the bytes of `runs/<run_id>/<name>`, None if it is not there."""
-        try:
-            body: bytes = self.s3.get_object(Bucket=self.outputs.artifact_bucket, Key=layout.run_key(run.run_id, name))[
-                "Body"
-            ].read()
-        except self.s3.exceptions.NoSuchKey:
-            return None
-        return body
+        return read_object(self.s3, self.outputs.artifact_bucket, layout.run_key(run.run_id, name))
 
     def read_json(self, run: Run, name: str) -> Any:
         """Return the content of `runs/<run_id>/<name>`, None if it is not there."""

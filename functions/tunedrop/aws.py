@@ -32,6 +32,15 @@ class Settings(BaseModel):
         return cls.model_validate({name.lower(): value for name, value in os.environ.items()})
 
 
+def read_object(s3: Any, bucket: str, key: str) -> bytes | None:
+    """Return an object's bytes, None if there is no such object."""
+    try:
+        body: bytes = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+    except s3.exceptions.NoSuchKey:
+        return None
+    return body
+
+
 class Aws:
     """AWS clients, each made when first used: a cold start loads the models of only the services that it calls."""
 
@@ -66,11 +75,7 @@ class Aws:
 
     def read(self, bucket: str, key: str) -> bytes | None:
         """Return an object's bytes, None if there is no such object."""
-        try:
-            body: bytes = self.s3.get_object(Bucket=bucket, Key=key)["Body"].read()
-        except self.s3.exceptions.NoSuchKey:
-            return None
-        return body
+        return read_object(self.s3, bucket, key)
 
 
 # A process keeps its clients from one invocation to the next.
