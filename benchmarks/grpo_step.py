@@ -10,6 +10,7 @@ not end it), so that both do the same work. The first step of each run is not co
 """
 
 import argparse
+import ctypes
 import gc
 import logging
 import statistics
@@ -80,6 +81,7 @@ def peak_memory(device: str, reset: bool = False) -> float:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 1e9
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what the run before has freed
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1e6

@@ -62,7 +62,8 @@ class HeldOut(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
         columns = {name: [row[name] for row in self._rows] for name in self._rows[0] if name != "prompt"}
         self.rewards.append(statistics.fmean(self._reward([row["prompt"] for row in self._rows], answers, **columns)))
         print(f" {self.rewards[-1]:.2f}", end="", flush=True)
-        control.should_training_stop = self.rewards[-1] >= self._target
+        if self.rewards[-1] >= self._target:
+            control.should_training_stop = True
 
 
 def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> HeldOut:
