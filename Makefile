@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 # pip says nothing while it works; these files say when it has.
 APP := .venv/.installed
 SAM := .venv-sam/.installed
+LINT := .venv-lint/.installed
 
-.PHONY: install demo test lint deploy soak clean
+.PHONY: install demo test lint browser deploy soak clean
 
 install: $(APP) $(SAM)
 
@@ -23,6 +24,18 @@ $(SAM): requirements/sam.txt requirements/sam.lock
 	@.venv-sam/bin/python -m pip install -qq --disable-pip-version-check -r requirements/sam.txt -c requirements/sam.lock
 	@touch $@
 
+$(LINT): requirements/lint.txt requirements/lint.lock
+	@echo "installing the template's linters into .venv-lint"
+	@test -x .venv-lint/bin/python || $(PYTHON) -m venv .venv-lint
+	@.venv-lint/bin/python -m pip install -qq --disable-pip-version-check pip==26.3
+	@.venv-lint/bin/python -m pip install -qq --disable-pip-version-check -r requirements/lint.txt -c requirements/lint.lock
+	@touch $@
+
+# The tests open the report in a browser.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || ! command -v apt-get > /dev/null \
+	  || (echo "installing Chromium" && apt-get update -qq && apt-get install -qq -y chromium > /dev/null)
+
 # From a sample dataset to a published model, on this machine.
 demo: install
 	@.venv/bin/tunedrop demo
@@ -32,12 +45,13 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/mypy functions trainer local_app
 
-test: lint
-	.venv/bin/python -m pytest
+# Two files of tests at a time; torch's threads would only fight over two cores.
+test: lint browser $(LINT)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 # What is slow by nature.
-soak: install
-	.venv/bin/python -m pytest -m soak
+soak: install browser $(LINT)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak
 
 # To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
 deploy: install
@@ -47,4 +61,4 @@ deploy: install
 
 clean:
 	-.venv/bin/tunedrop down
-	rm -rf .venv .venv-sam .aws-sam .tunedrop build *.egg-info
+	rm -rf .venv .venv-sam .venv-lint .aws-sam .tunedrop build *.egg-info

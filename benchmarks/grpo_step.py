@@ -6,7 +6,8 @@
 
 A shape is tokens of the prompt, tokens of a completion, and completions of a prompt. Both trainers get every micro-batch
 size that divides the step's completions, and the fastest counts. Every completion has its full length (the end of text does
-not end it), so that both do the same work. The first step of each run is not counted: it warms up.
+not end it), so that both do the same work. The first step of each run is not counted: it warms up. Where a step takes
+minutes, `--warm-up 0` counts it.
 """
 
 import argparse
@@ -92,8 +93,9 @@ def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments:
     prompt, completion, generations = shape
     tokenizer = models.load_tokenizer(arguments.model)
     tokens = tokenizer(TEXT)["input_ids"]
-    count = arguments.completions // generations
-    prompts = [tokenizer.decode(tokens[start : start + prompt]) for start in range(count * (arguments.steps + 1))]
+    steps = arguments.warm_up + arguments.steps
+    count = steps * arguments.completions // generations
+    prompts = [tokenizer.decode(tokens[start : start + prompt]) for start in range(count)]
     draw = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.weights)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +108,7 @@ def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments:
                 max_completion_length=completion,
                 per_device_train_batch_size=micro_batch,
                 gradient_accumulation_steps=arguments.completions // micro_batch,
-                max_steps=arguments.steps + 1,
+                max_steps=steps,
                 learning_rate=1e-5,
                 beta=arguments.beta,
                 bf16=models.fast_bf16(),
@@ -126,13 +128,13 @@ def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments:
         clock = Clock(arguments.device)
         for method in ("training_step", "_generate_single_turn", "_calculate_rewards"):
             clock.watch(trainer, method)
-        steps: list[dict[str, float]] = []
+        timed: list[dict[str, float]] = []
         whole = trainer.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             loss = whole(*args, **kwargs)
             if trainer._step % trainer.args.gradient_accumulation_steps == 0:
-                steps.append(dict(clock.seconds))
+                timed.append(dict(clock.seconds))
                 clock.seconds.clear()
             return loss
 
@@ -143,7 +145,7 @@ def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments:
         memory = peak_memory(arguments.device)
 
     def median(*methods: str) -> float:
-        return statistics.median(sum(step[method] for method in methods) for step in steps[1:])
+        return statistics.median(sum(step[method] for method in methods) for step in timed[arguments.warm_up :])
 
     step, rollout, reward = (median(name) for name in ("training_step", "_generate_single_turn", "_calculate_rewards"))
     return Figures(step, rollout, reward, step - rollout - reward, memory)
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="prompt,completion,generations; repeat for several")
     parser.add_argument("--completions", type=int, default=64, help="of a step")
     parser.add_argument("--steps", type=int, default=1, help="counted steps; the median of them is shown")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before those that are counted")
     parser.add_argument("--micro-batches", default="8,16,32,64", help="sizes to try")
     parser.add_argument("--trainer", choices=TRAINERS, action="append", help="only this one")
     parser.add_argument("--beta", type=float, default=0.0)

@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trainer import models, train
 from trainer.grpo import SharedPrefixGRPOTrainer
+from trainer.row_rewards import RowReward
 from tunedrop.rewards import build_rewards
 from tunedrop.run_config import parse_run_config
 
@@ -90,7 +91,7 @@ def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> He
         }
         trainer = TRAINERS[kind](
             model=models.load_model(location, dtype=models.weights_dtype()),
-            reward_funcs=train.RowReward(reward, learn),
+            reward_funcs=RowReward(reward, learn),
             args=GRPOConfig(**given),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(learn)]),
             processing_class=tokenizer,

@@ -1,6 +1,6 @@
 """AWS on this machine: MiniStack in this process, with what it lacks for Tunedrop added by a few hooks.
 
-    python -m local_app.aws_emulator --port 4566 --state-dir .tunedrop/aws
+    python -m local_app.aws_emulator --port 4566 --state-dir .tunedrop/aws --tls-dir .tunedrop/tls
 
 All that touches MiniStack's private names is in this file; `tests/aws_emulator` has a contract test for each hook:
 
@@ -12,10 +12,14 @@ All that touches MiniStack's private names is in this file; `tests/aws_emulator`
   the end, sent to the function's on-failure destination; what a rule may not or cannot deliver goes to the rule's DLQ.
 - State is saved as it changes, so that a killed emulator forgets at most the last second.
 - Functions run in an interpreter that sees the standard library and their own artefact, nothing of this environment.
+- IAM is enforced, over TLS. `POST /_tunedrop/authorize` says whether it lets a request to SageMaker through, services
+  may assume roles that trust them for their own account, `calls.jsonl` notes what each role did and was denied, and an
+  alarm reaches only topics that let CloudWatch publish.
 """
 
 import argparse
 import asyncio
+import base64
 import contextvars
 import json
 import logging
@@ -30,6 +34,8 @@ import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from local_app.certificates import Certificates, certificates
 
 ACCOUNT = "000000000000"
 REGION = "us-east-1"
@@ -63,8 +69,8 @@ class AsyncInvocations:
     """Lambda's queue of asynchronous invocations: one file per invocation, worked off by a few threads.
 
     A file goes away when the function has succeeded, or when its event is in the on-failure destination or in the
-    rule's dead-letter queue; what a killed emulator leaves behind is run again by the next one (at least once, as on
-    AWS). Attempts are a second and more apart instead of AWS's one and two minutes.
+    rule's dead-letter queue, and what it wrote has been saved; what a killed emulator leaves behind is run again by the
+    next one (at least once, as on AWS). Attempts are a second and more apart instead of AWS's one and two minutes.
     """
 
     def __init__(self, folder: Path, endpoint: str) -> None:
@@ -122,7 +128,7 @@ class AsyncInvocations:
         if result.get("throttle"):
             return self._later(file, 1.0)
         if not result.get("error"):
-            return file.unlink()
+            return state.when_saved(file.unlink)
         entry["attempt"] += 1
         settings = (function.get("event_invoke_configs") or {}).get("$LATEST") or function.get("event_invoke_config") or {}
         logger.warning("%s failed (attempt %d): %s", name, entry["attempt"], result.get("body"))
@@ -133,7 +139,7 @@ class AsyncInvocations:
         if destination:
             lambda_svc._route_async_failure(destination, name, entry["event"], result)
             state.changed("sqs")
-        return file.unlink()
+        return state.when_saved(file.unlink)
 
     def _later(self, file: Path, seconds: float) -> None:
         timer = threading.Timer(seconds, self._ready.put, [file])
@@ -267,6 +273,115 @@ def _hook_model_package_group(sagemaker_endpoint: str) -> None:
     provisioners._RESOURCE_HANDLERS["AWS::SageMaker::ModelPackageGroup"] = {"create": create, "delete": delete}
 
 
+# ---- IAM -------------------------------------------------------------------------------------------------------------
+
+
+def _hook_calls(file: Path) -> None:
+    """Note every new kind of call that a role makes, and whether IAM allowed it, as a line of JSON in `file`.
+
+    The account's own calls are not noted: nothing is ever denied to it.
+    """
+    from ministack.core import iam_evaluator
+
+    enforce = iam_evaluator.enforce
+    seen: set[str] = set()
+
+    def noting(
+        access_key: str, action: str, service: str, region: str, resource_arn: str = "*", service_context: Json | None = None
+    ) -> Any:
+        if action == "events:PutEvents":
+            service_context = (service_context or {}) | _event_keys(iam_evaluator._signed_request.get())
+        denied = enforce(access_key, action, service, region, resource_arn, service_context)
+        credential = iam_evaluator.resolve_credential(access_key)
+        principal = getattr(credential, "principal_arn", access_key)
+        if not principal.endswith(":root"):
+            call = {"principal": principal, "action": action, "resource": resource_arn, "context": service_context or {}}
+            line = json.dumps({**call, "allowed": denied is None}, default=str)
+            if line not in seen:
+                seen.add(line)
+                with file.open("a") as lines:
+                    lines.write(f"{line}\n")
+            if denied is not None:
+                logger.warning("IAM denies %s: %s on %s", principal, action, resource_arn)
+        return denied
+
+    iam_evaluator.enforce = noting
+
+
+def _event_keys(request: Any) -> Json:
+    """Return the condition keys of a PutEvents request whose entries agree, which MiniStack does not know.
+
+    https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-use-conditions.html
+    """
+    entries = json.loads(request.body)["Entries"] if request is not None else []
+    keys = {"events:source": "Source", "events:detail-type": "DetailType"}
+    values = {key: {entry.get(member) for entry in entries} for key, member in keys.items()}
+    return {key: found.pop() for key, found in values.items() if len(found) == 1}
+
+
+def _hook_trust_policies() -> None:
+    """Let a service's call say for which account it is made: MiniStack's services call as root, and do not."""
+    from ministack.core import iam_evaluator
+
+    evaluate = iam_evaluator.evaluate_trust_policy
+
+    def evaluate_trust_policy(document: Any, caller: str, context: Any = None) -> bool:
+        if context is not None and caller.endswith(":root"):
+            context.service_context["aws:sourceaccount"] = context.principal_account
+        return bool(evaluate(document, caller, context))
+
+    iam_evaluator.evaluate_trust_policy = evaluate_trust_policy
+
+
+def authorize(request: Json) -> Json:
+    """Whether IAM lets a signed request to SageMaker through: `{}`, or the `code` and `message` of AWS's refusal.
+
+    `signed` is the request (`path`, `headers` as pairs, `body` in base64), `checks` what it needs (`action`, `resource`
+    and condition keys as `context`).
+    """
+    from ministack import app
+    from ministack.core import iam_actions, iam_evaluator, responses, router
+
+    signed = request["signed"]
+    headers = {name.lower(): value for name, value in signed["headers"]}
+    access_key = router.extract_access_key_id(headers, {})
+    responses.set_request_account_id(app._request_account_scope(access_key))
+    responses.set_request_region(REGION)
+    raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    iam_evaluator.pin_signed_request("POST", signed["path"], {}, raw_headers)
+    iam_evaluator.pin_signed_body(base64.b64decode(signed["body"]))
+    for check in request["checks"]:
+        action, resource = check["action"], check["resource"]
+        denied = iam_evaluator.enforce(access_key, action, "sagemaker", REGION, resource, check["context"])
+        if isinstance(denied, iam_evaluator.AuthError):
+            return {"code": denied.code, "message": denied.message}
+        if denied is not None:
+            explicit = denied.decision == "Deny"
+            message = iam_actions.identity_denial_message(action, denied.principal_arn, resource, explicit)
+            return {"code": "AccessDeniedException", "message": message}
+    return {}
+
+
+def _hook_alarms() -> None:
+    """Announce alarms to the topics whose policies let CloudWatch publish; MiniStack does not ask them."""
+    from ministack.services import cloudwatch, sns
+
+    dispatch = cloudwatch._dispatch_alarm_actions
+    lists = ("AlarmActions", "OKActions", "InsufficientDataActions")
+
+    def dispatch_alarm_actions(alarm: Json, *args: Any) -> None:
+        def open_to_us(topic: str) -> bool:
+            arn = alarm["AlarmArn"]
+            allowed = bool(sns.topic_policy_allows(topic, "cloudwatch.amazonaws.com", arn, arn.split(":")[4]))
+            if not allowed:
+                logger.warning("The policy of %s does not let CloudWatch announce %s", topic, alarm["AlarmName"])
+            return allowed
+
+        dispatch(alarm | {name: list(filter(open_to_us, alarm.get(name) or [])) for name in lists}, *args)
+
+    cloudwatch._dispatch_alarm_actions = dispatch_alarm_actions
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +390,11 @@ class State:
 
     def __init__(self) -> None:
         self._changed: set[str] = set()
+        self._when_saved: list[Callable[[], None]] = []
+
+    def when_saved(self, do: Callable[[], None]) -> None:
+        """Do something once what has changed until now is saved."""
+        self._when_saved.append(do)
 
     def changed(self, service: str) -> None:
         """Note that a request to, or work of, this service may have changed something."""
@@ -292,6 +412,7 @@ class State:
         statuses = {stack["StackStatus"] for stack in cloudformation._stacks.all_values()} - {"REVIEW_IN_PROGRESS"}
         if any(status.endswith("_IN_PROGRESS") for status in statuses):
             return
+        when_saved, self._when_saved = self._when_saved, []
         changed, self._changed = self._changed, set()
         services = app._build_persistence_save_dict()
         if not changed & {"cloudformation", "lambda", "iam"}:
@@ -299,6 +420,8 @@ class State:
             services = {k: v for k, v in services.items() if k not in ("cloudformation", "lambda", "iam")}
         if changed:
             persistence.save_all(services)
+        for do in when_saved:
+            do()
 
     async def keep_saving(self) -> None:
         """Save, forever. Runs on the server's event loop, so no request changes what is being written."""
@@ -337,12 +460,14 @@ async def _own_request(scope: Scope, receive: Receive) -> tuple[int, Json]:
     """Answer `/_tunedrop/...` with an HTTP status and a JSON body."""
     if (scope["method"], scope["path"]) == ("GET", "/_tunedrop/health"):
         return 200, {"status": "ok"}
-    if (scope["method"], scope["path"]) != ("POST", "/_tunedrop/events"):
-        return 404, {"message": "expected POST /_tunedrop/events or GET /_tunedrop/health"}
+    if scope["method"] != "POST" or scope["path"] not in ("/_tunedrop/events", "/_tunedrop/authorize"):
+        return 404, {"message": "expected GET /_tunedrop/health, or POST /_tunedrop/events or /_tunedrop/authorize"}
     body, more = b"", True
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
+    if scope["path"] == "/_tunedrop/authorize":
+        return 200, contextvars.copy_context().run(authorize, json.loads(body))
     missing = {"id", "source", "detail-type", "account", "region", "time", "detail"}
     try:
         event = json.loads(body)
@@ -391,7 +516,7 @@ def _throw_away(folder: Path) -> None:
         threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True).start()
 
 
-def _configure(host: str, port: int, state_dir: Path) -> str:
+def _configure(host: str, port: int, state_dir: Path, tls: Certificates) -> str:
     """Set MiniStack's environment, which it reads when imported, and return the SageMaker endpoint.
 
     MiniStack hands its environment on to the functions: so nothing of the caller's stays but where programs are.
@@ -409,6 +534,11 @@ def _configure(host: str, port: int, state_dir: Path) -> str:
         "MINISTACK_REGION": REGION,
         "PERSIST_STATE": "1",
         "S3_PERSIST": "1",
+        "AUTH": "true",
+        "USE_SSL": "1",
+        "MINISTACK_SSL_CERT": str(tls.chain),
+        "MINISTACK_SSL_KEY": str(tls.key),
+        "AWS_CA_BUNDLE": str(tls.authority),
         # No other ports, and no look at the containers of a Docker that may be there.
         "IOT_MTLS_ENABLED": "0",
         "SFTP_ENABLED": "0",
@@ -419,14 +549,17 @@ def _configure(host: str, port: int, state_dir: Path) -> str:
     return sagemaker_endpoint
 
 
-async def serve(host: str, port: int, invocations: AsyncInvocations) -> None:
+async def serve(host: str, port: int, tls: Certificates, invocations: AsyncInvocations) -> None:
     """Serve AWS until SIGTERM or SIGINT; state is saved at the end."""
     import hypercorn.asyncio
     from hypercorn.config import Config
 
     config = Config()
     config.bind = [f"{host}:{port}"]
+    config.certfile, config.keyfile = str(tls.chain), str(tls.key)
     config.keep_alive_timeout = 75
+    # A client that keeps its connection would hold up the end for half a minute; hypercorn has no setting for it.
+    asyncio.constants.SSL_SHUTDOWN_TIMEOUT = 0.5  # type: ignore[attr-defined]
     logging.getLogger("persistence").setLevel(logging.WARNING)  # it would tell of every save
     saver = asyncio.create_task(state.keep_saving())
     await hypercorn.asyncio.serve(_application(invocations), config)  # type: ignore[arg-type]
@@ -439,16 +572,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--tls-dir", type=Path, required=True, help="where local_app.certificates has made them")
     options = parser.parse_args(argv)
-    state_dir = options.state_dir.resolve()
-    sagemaker_endpoint = _configure(options.host, options.port, state_dir)
+    state_dir, tls = options.state_dir.resolve(), certificates(options.tls_dir.resolve())
+    sagemaker_endpoint = _configure(options.host, options.port, state_dir, tls)
 
-    invocations = AsyncInvocations(state_dir / "invocations", f"http://{options.host}:{options.port}")
+    invocations = AsyncInvocations(state_dir / "invocations", f"https://{options.host}:{options.port}")
     _hook_interpreter(state_dir / "tmp")
     _hook_s3_events()
     _hook_async_invocations(invocations)
     _hook_model_package_group(sagemaker_endpoint)
-    asyncio.run(serve(options.host, options.port, invocations))
+    _hook_calls(state_dir / "calls.jsonl")
+    _hook_trust_policies()
+    _hook_alarms()
+    asyncio.run(serve(options.host, options.port, tls, invocations))
 
 
 if __name__ == "__main__":

@@ -4,29 +4,50 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
+from click.shell_completion import CompletionItem, get_completion_class
 from rich.console import Console
 from rich.table import Table
 
 from local_app import base_model
+from local_app.check import check_file, receipt_json, receipt_text
 from local_app.deployment import Deployment
+from local_app.results import differences
 from local_app.sample import CONFIG, DATA, TESTS
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from local_app.watch import follow
 from tunedrop.config_help import config_defaults, config_schema
 from tunedrop.problems import Problem
+from tunedrop.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.runs import FINAL, Run, State
 
 DEFAULT_FOLDER = PROJECT / ".tunedrop"
 # A pipe has no width: nothing is cut there.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
+
+class RunName(click.ParamType[str]):
+    """A run's id, the beginning of its id, or its dataset; completed from the runs of the local application."""
+
+    name = "run"
+
+    def shell_complete(self, context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the ids and datasets that begin so; none when the application does not run."""
+        try:
+            runs = Deployment.local(Stack(context.find_root().params.get("state") or DEFAULT_FOLDER)).all_runs()
+        except StackError:
+            return []
+        names = dict.fromkeys([run.dataset for run in runs] + [run.run_id for run in runs])
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+RUN_NAME = RunName()
 file_path = click.Path(exists=True, dir_okay=False, path_type=Path)
 folder_path = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -68,9 +89,17 @@ def _python(stack: Stack, module: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _start(state: Path, host: str = "127.0.0.1") -> Stack:
+def _pairs(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """Read NAME=VALUE options."""
+    wrong = [pair for pair in given if "=" not in pair]
+    if wrong:
+        raise click.BadParameter(f"'{wrong[0]}' is not NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in given)
+
+
+def _start(state: Path, host: str = "127.0.0.1", parameters: Mapping[str, str] | None = None) -> Stack:
     """Bring the local stack up: servers, stack, base model, launch plan; what is there already stays."""
-    stack = Stack(state, host=host, progress=_say)
+    stack = Stack(state, host=host, parameters=parameters, progress=_say)
     stack.up()
     deployment = Deployment.local(stack)
     _say(f"base model: {base_model.NAME}")
@@ -83,13 +112,16 @@ def _start(state: Path, host: str = "127.0.0.1") -> Stack:
 @cli.command()
 @click.option("--detach", "-d", is_flag=True, help="Return when everything is up, instead of following what happens.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--parameter", "-p", "parameters", multiple=True, metavar="NAME=VALUE", callback=_pairs, help="One of template.yaml's."
+)
 @click.pass_obj
-def up(state: Path, detach: bool, host: str) -> None:
+def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None:
     """Start the application on this machine and follow what happens in it.
 
-    Example: tunedrop up
+    Example: tunedrop up -p AllowCodeRewards=true
     """
-    stack = _start(state, host)
+    stack = _start(state, host, parameters)
     outputs = stack.outputs
     console.print(f"endpoint:        {stack.endpoint}  (AWS_ENDPOINT_URL)")
     console.print(f"SageMaker:       {stack.sagemaker_endpoint}  (AWS_ENDPOINT_URL_SAGEMAKER)")
@@ -133,6 +165,7 @@ def env(state: Path) -> None:
     outputs = stack.outputs
     variables = {
         "AWS_ENDPOINT_URL": stack.endpoint,
+        "AWS_CA_BUNDLE": "/var/task/ca.pem",  # where the README has it copied to
         "AWS_ENDPOINT_URL_SAGEMAKER": stack.sagemaker_endpoint,
         "DATA_BUCKET": outputs.data_bucket,
         "ARTIFACT_BUCKET": outputs.artifact_bucket,
@@ -174,6 +207,28 @@ def drop(
         _finish(run, _end_of(deployment, run))
     else:
         console.print(f"{run.run_id}: {run.state.lower()}. `tunedrop logs {run.run_id} --follow` shows its jobs.")
+
+
+@cli.command()
+@click.argument("file", type=file_path)
+@click.option("--config", type=file_path, help="Run config (YAML) for this dataset.")
+@click.option("--tests", type=file_path, help="Inference tests for this dataset.")
+@click.option("--model", type=folder_path, help="Base model folder: checked too, and its tokenizer counts tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt, as docs/receipt.md describes it.")
+def check(file: Path, config: Path | None, tests: Path | None, model: Path | None, as_json: bool) -> None:
+    """Check a dataset as the application would, without it and without AWS: exit 0 valid, 1 rejected, 2 wrong usage.
+
+    Example: tunedrop check cars.jsonl --config cars.yaml --tests cars.tests.json
+    """
+    if not suffix_of(file.name):
+        raise click.BadParameter(f"'{file.name}' is none of {', '.join(DATA_SUFFIXES)}.", param_hint="FILE")
+    try:
+        receipt = check_file(file, config, tests, model)
+    except StackError as error:
+        raise click.UsageError(str(error)) from None
+    print(receipt_json(receipt) if as_json else "\n".join(receipt_text(receipt, file, config, tests)))  # noqa: T201 - for programs: no wrapping
+    if not receipt.ok:
+        sys.exit(1)
 
 
 def _rejection(deployment: Deployment, run: Run) -> list[str]:
@@ -225,7 +280,7 @@ def runs(deployment: Deployment) -> None:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=RUN_NAME)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_deployment
 def show(deployment: Deployment, run: str, as_json: bool) -> None:
@@ -249,7 +304,72 @@ def show(deployment: Deployment, run: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=RUN_NAME)
+@_deployment
+def watch(deployment: Deployment, run: str) -> None:
+    """Follow a run to its end: its stages, steps, reward, time left, cost so far and what the trainer notices.
+
+    Example: tunedrop watch cars
+    """
+    ended = follow(deployment, deployment.find(run), console)
+    _finish(ended, _end_of(deployment, ended))
+
+
+@cli.command()
+@click.argument("run", type=RUN_NAME)
+@click.argument("other", type=RUN_NAME)
+@_deployment
+def compare(deployment: Deployment, run: str, other: str) -> None:
+    """Compare two published runs: their figures, and what differs in their configs.
+
+    Example: tunedrop compare cars-1f0c cars-88ab
+    """
+    found = [deployment.find(name) for name in (run, other)]
+    results = [deployment.read_json(each, "result.json") for each in found]
+    for each, result in zip(found, results, strict=True):
+        if result is None:
+            raise StackError(
+                f"{each.run_id} has no results: {each.state.lower()}. `tunedrop watch` follows a run to its end."
+            )
+    table = Table(box=None)
+    for title in ("", *(each.run_id for each in found)):
+        table.add_column(title, no_wrap=True)
+    for name, one, two in differences(*results):
+        table.add_row(name, one, two, style="" if one == two else "bold")
+    console.print(table)
+
+
+@cli.command(name="open")
+@click.argument("run", type=RUN_NAME, required=False)
+@_deployment
+def open_(deployment: Deployment, run: str | None) -> None:
+    """Open a run's report in the browser, or the page of all runs; prints where it lies on this machine.
+
+    Example: tunedrop open cars
+    """
+    found = deployment.find(run) if run else None
+    if found and found.state != State.PUBLISHED:
+        raise StackError(f"{found.run_id} has no report: {found.state.lower()}. `tunedrop watch` follows a run to its end.")
+    path = deployment.save_report(found) if found else deployment.save_index()
+    print(path)  # noqa: T201 - for programs: no wrapping
+    if sys.stdout.isatty():
+        click.launch(str(path))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options and runs in a shell.
+
+    Example: tunedrop completion bash > ~/.local/share/bash-completion/completions/tunedrop
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has these three
+    print(kind(cli, {}, "tunedrop", "_TUNEDROP_COMPLETE").source())  # noqa: T201 - for a shell
+
+
+@cli.command()
+@click.argument("run", type=RUN_NAME)
 @click.option("--follow", "-f", "keep_on", is_flag=True, help="Go on until the run has ended.")
 @_deployment
 def logs(deployment: Deployment, run: str, keep_on: bool) -> None:
@@ -266,6 +386,51 @@ def logs(deployment: Deployment, run: str, keep_on: bool) -> None:
         if not keep_on or found.open is None:
             return
         time.sleep(1)
+
+
+@cli.command()
+@click.argument("run", type=RUN_NAME)
+@_deployment
+def stop(deployment: Deployment, run: str) -> None:
+    """Stop a run, named as for `show`: it is cancelled, and its job is stopped.
+
+    Example: tunedrop stop cars
+    """
+    ended = deployment.stop(deployment.find(run))
+    console.print(f"{ended.run_id}: {ended.state.lower().replace('_', ' ')}")
+    if ended.state != State.CANCELLED:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("run", type=RUN_NAME)
+@click.pass_obj
+def interrupt(state: Path, run: str) -> None:
+    """Take the machine of a run's spot job away, as AWS may at any time; on this machine only.
+
+    Example: tunedrop interrupt cars
+    """
+    stack = Stack(state)
+    found = Deployment.local(stack).find(run)
+    job = found.test_job or found.train_job
+    if job is None:
+        raise StackError(f"{found.run_id} has no job to interrupt: it is {found.state.lower()}.")
+    stack.interrupt(job)
+    console.print(f"{job}: interrupted, it starts again with its checkpoints")
+
+
+@cli.command()
+@_deployment
+def redrive(deployment: Deployment) -> None:
+    """Give the events in the dead-letter queue to their functions again.
+
+    Example: tunedrop redrive --region eu-central-1
+    """
+    functions = []
+    for function in deployment.redrive():
+        console.print(function)
+        functions.append(function)
+    console.print(f"{len(functions)} events redriven")
 
 
 @cli.command()

@@ -6,6 +6,7 @@ The stack is the local one (`.tunedrop/`) or one on AWS; everything here works o
 import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import msgspec
 import yaml
 from boto3.dynamodb.conditions import Attr
 
+from local_app.redrive import redrive
 from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
-from tunedrop import layout
+from tunedrop import bus, events, layout
 from tunedrop.aws import read_object
-from tunedrop.records import DATA_SUFFIXES
-from tunedrop.runs import RUN, Run, RunTable, run_of_item
+from tunedrop.readers import DATA_SUFFIXES, suffix_of
+from tunedrop.runs import FINAL, RUN, Run, RunTable, State, run_of_item
 
+SAVED_REPORTS = 20  # that come with the page of all runs
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 
 
@@ -73,30 +76,52 @@ class Deployment:
 
         Raises StackError for a file that cannot be a dataset, or when nothing comes of the upload.
         """
-        if data.suffix.lower() not in DATA_SUFFIXES:
+        return self._run_of_upload(*self.upload(data, config, tests, model))
+
+    def upload(
+        self, data: Path, config: Path | None = None, tests: Path | None = None, model: Path | None = None
+    ) -> tuple[str, str]:
+        """Upload a dataset, what belongs to it first, and return its key and version. Raises StackError."""
+        if not suffix_of(data.name):
             raise StackError(f"'{data.name}' is none of {', '.join(DATA_SUFFIXES)}: Tunedrop would not notice it.")
-        bucket, dataset = self.outputs.data_bucket, data.stem
+        bucket, dataset = self.outputs.data_bucket, layout.dataset_of(data.name)
         name = self.upload_model(model) if model else None
         if config or name:
-            raw = _with_model(config.read_bytes() if config else b"", name)
+            raw = with_model(config.read_bytes() if config else b"", name)
             self.s3.put_object(Bucket=bucket, Key=layout.config_key(dataset), Body=raw)
         if tests:
             self.s3.upload_file(str(tests), bucket, layout.tests_keys(dataset)[0])
         key = f"{layout.TRAINING_DATA}{data.name}"
         with data.open("rb") as body:
-            version = self.s3.put_object(Bucket=bucket, Key=key, Body=body)["VersionId"]
-        return self._run_of_upload(key, version)
+            return key, self.s3.put_object(Bucket=bucket, Key=key, Body=body)["VersionId"]
 
     def _run_of_upload(self, key: str, version: str, timeout: float = 900) -> Run:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             item = self.runs.upload(key)
-            if item and item["version_id"] == version and "run_id" in item and item["state"] != "VALIDATING":
+            if item and item["version_id"] == version and item.get("run_id"):
                 run = self.runs.get(item["run_id"])
                 assert run is not None  # written before the upload item names it
                 return run
             time.sleep(0.3)
         raise StackError(f"No receipt for {key} after {timeout:.0f} s: look at the log of the function validate_dataset.")
+
+    def stop(self, run: Run, timeout: float = 120) -> Run:
+        """Ask for a run to be stopped and return it once it has ended, which it may have done meanwhile in another way.
+
+        Raises StackError for a run that has ended already, or when nothing comes of the request.
+        """
+        if run.state in FINAL:
+            raise StackError(f"{run.run_id} has ended already: {run.state.lower().replace('_', ' ')}.")
+        request = bus.entry(self.outputs.event_bus_name, events.STOP_REQUESTED, {"run_id": run.run_id})
+        bus.put(self._connect("client", "events"), request)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            now = self.find(run.run_id)
+            if now.state in FINAL:
+                return now
+            time.sleep(0.3)
+        raise StackError(f"{run.run_id} goes on after {timeout:.0f} s: look at the log of the function start_training.")
 
     # --- looking ---
 
@@ -129,10 +154,41 @@ class Deployment:
 
     def save_report(self, run: Run) -> Path:
         """Download a published run's report and return its path on this machine."""
-        path = self.folder / "reports" / f"{run.run_id}.html"
+        path = self.folder / "reports" / run.run_id / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.read(run, "report.html") or b"")
         return path
+
+    def save_index(self) -> Path:
+        """Download the page of all runs, and the newest reports that it links to; return its path on this machine.
+
+        Raises StackError when no run has been published yet.
+        """
+        page = read_object(self.s3, self.outputs.artifact_bucket, layout.INDEX)
+        if page is None:
+            raise StackError("No run has been published yet. `tunedrop runs` says how far they are.")
+        for run in [run for run in self.all_runs() if run.state == State.PUBLISHED][:SAVED_REPORTS]:
+            self.save_report(run)
+        path = self.folder / "reports" / "index.html"
+        path.write_bytes(page)
+        return path
+
+    def spent(self, run: Run, job: str) -> float | None:
+        """Return what a job has cost so far in USD, None where no price is known or it has no machine yet."""
+        described = self._connect("client", "sagemaker").describe_training_job(TrainingJobName=job)
+        raw = read_object(self.s3, self.outputs.artifact_bucket, f"{layout.LAUNCH_PLANS}{run.plan}.json")
+        prices = (msgspec.json.decode(raw or b"{}").get("prices") or {}).get("on_demand", {})
+        resources, started = described["ResourceConfig"], described.get("TrainingStartTime")
+        price = prices.get(resources.get("InstanceType"))
+        if price is None or started is None:
+            return None
+        ended = described.get("TrainingEndTime") or datetime.now(UTC)
+        return float((ended - started).total_seconds() / 3600 * price * resources.get("InstanceCount", 1))
+
+    def redrive(self) -> Iterator[str]:
+        """Give the events in the dead-letter queue to their functions again; yield each function's name."""
+        sqs, functions = self._connect("client", "sqs"), self._connect("client", "lambda")
+        yield from redrive(sqs, functions, self.outputs.dead_letter_queue_url)
 
     def log_lines(self, job: str, seen: dict[str, str]) -> Iterator[str]:
         """Yield the log lines of a job that came since the last call with the same `seen` (stream → position)."""
@@ -150,7 +206,7 @@ class Deployment:
                 seen[stream] = page["nextForwardToken"]
 
 
-def _with_model(config: bytes, model: str | None) -> bytes:
+def with_model(config: bytes, model: str | None) -> bytes:
     """Return a config that names `model`. Raises StackError when it names another."""
     if model is None:
         return config

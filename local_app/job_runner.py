@@ -26,19 +26,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
+from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from local_app.sagemaker_model import Json
 
 logger = logging.getLogger(__name__)
 
+HOSTS_FILE = "hosts"  # beside a job's ml folder: what is on its /etc/hosts
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 AWS_ERRORS = (BotoCoreError, ClientError, Boto3Error)
 # What a job takes over from the machine: how to reach the network, and what the hardware and the caches are.
@@ -74,22 +78,41 @@ class Outcome:
 
 
 class Services:
-    """The emulated account's S3 and CloudWatch Logs at one endpoint, and how a job's process reaches the same."""
+    """The emulated account's S3 and CloudWatch Logs at one endpoint, and how a job's process reaches the same.
 
-    def __init__(self, endpoint_url: str, region: str) -> None:
-        session = boto3.session.Session(region_name=region)
-        config = Config(retries={"mode": "standard", "max_attempts": 8}, s3={"addressing_style": "path"})
-        self.s3 = session.client("s3", endpoint_url=endpoint_url, config=config)
-        # Log lines wait and are sent again: no use in waiting inside the client as well.
-        self.logs = session.client("logs", endpoint_url=endpoint_url, config=Config(retries={"total_max_attempts": 1}))
-        self.region, self.endpoint_url = region, endpoint_url
-        credentials = session.get_credentials()
-        if credentials is None:
+    With credentials of boto3's usual places, or with those of `session`; raises EnvironmentProblem without any.
+    """
+
+    def __init__(self, endpoint_url: str, region: str, session: botocore.session.Session | None = None) -> None:
+        self._session = boto3.session.Session(region_name=region, botocore_session=session)
+        if self._session.get_credentials() is None:
             raise EnvironmentProblem(
                 "No AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the local account."
             )
-        frozen = credentials.get_frozen_credentials()
-        self.credentials: dict[str, str] = {
+        config = Config(retries={"mode": "standard", "max_attempts": 8}, s3={"addressing_style": "path"})
+        self.s3 = self._session.client("s3", endpoint_url=endpoint_url, config=config)
+        # Log lines wait and are sent again: no use in waiting inside the client as well.
+        self.logs = self._session.client("logs", endpoint_url=endpoint_url, config=Config(retries={"total_max_attempts": 1}))
+        self.region, self.endpoint_url = region, endpoint_url
+
+    def assume(self, role_arn: str) -> Services:
+        """Return the same services as a role may use them; the role is assumed when first needed, and again in time."""
+        fetcher = AssumeRoleCredentialFetcher(
+            partial(self._session.client, endpoint_url=self.endpoint_url, region_name=self.region),
+            self._session.get_credentials(),
+            role_arn,
+            # 12 hours, the longest there is: a job's process keeps what it was started with.
+            extra_args={"RoleSessionName": "SageMaker", "DurationSeconds": 12 * 3600},
+        )
+        session = botocore.session.Session()
+        session._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
+        return Services(self.endpoint_url, self.region, session)
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """The credentials as environment variables."""
+        frozen = self._session.get_credentials().get_frozen_credentials()
+        return {
             "AWS_ACCESS_KEY_ID": frozen.access_key,
             "AWS_SECRET_ACCESS_KEY": frozen.secret_key,
             **({"AWS_SESSION_TOKEN": frozen.token} if frozen.token else {}),
@@ -166,6 +189,8 @@ class Docker:
 
     def command(self, job: Json, ml: Path, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """See Sandbox. The names of variables are on the command line, their values are not."""
+        if job.get("ResourceConfig", {}).get("InstanceCount", 1) > 1:
+            raise JobError("ClientError: Docker runs jobs on one instance here; several need Linux namespaces (unshare)")
         variables = [option for name in environment for option in ("--env", name)]
         if endpoint := environment.get("AWS_ENDPOINT_URL"):  # the container's own 127.0.0.1 is another one
             host = urlsplit(endpoint).hostname or ""
@@ -396,11 +421,22 @@ class LogStream:
 # ----------------------------------------------------------------------------------------------------------- one run
 
 
+@dataclass
+class _Host:
+    """One instance of a job, as a process of this machine: its name, its /opt/ml, and its PID 1 once it runs."""
+
+    name: str
+    ml: Path
+    checkpoints: CheckpointSync | None
+    process: subprocess.Popen[bytes] | None = None
+
+
 class JobRun:
     """One run of a training job on this machine: from its first download to its last upload, or to an interruption.
 
-    `job` is the job as DescribeTrainingJob answers it; `folder` is the job's own folder; `on_phase` hears the
-    secondary status ("Downloading", "Training", "Stopping", "Uploading") as it is entered.
+    Each of the job's instances is a process in namespaces of its own; they share the machine's network, where `algo-1`,
+    `algo-2`, … are its loopback address. `job` is the job as DescribeTrainingJob answers it; `folder` is the job's own;
+    `on_phase` hears the secondary status ("Downloading", "Training", "Stopping", "Uploading") as it is entered.
     """
 
     def __init__(
@@ -416,7 +452,7 @@ class JobRun:
     ) -> None:
         self._job, self._services, self._sandbox, self._on_phase = job, services, sandbox, on_phase
         self._grace = grace
-        self._folder, self._ml = folder, folder / "ml"
+        self._folder = folder
         self._stop_reason: StopReason | None = None
         self._wake = threading.Event()
         self._exited = threading.Event()
@@ -425,14 +461,20 @@ class JobRun:
         condition = job["StoppingCondition"]
         self._runtime_left = condition["MaxRuntimeInSeconds"] - job.get("TrainingTimeInSeconds", 0)
         self._wait_ends = job["CreationTime"] + condition.get("MaxWaitTimeInSeconds", math.inf)
-        self._checkpoints: CheckpointSync | None = None
-        if "CheckpointConfig" in job:
-            local = Path(job["CheckpointConfig"].get("LocalPath", "/opt/ml/checkpoints")).relative_to("/opt/ml")
-            self._checkpoints = CheckpointSync(
-                services.s3, self._ml / local, job["CheckpointConfig"]["S3Uri"], checkpoint_interval
-            )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._hosts = [
+            _Host(name, ml, self._checkpoint_sync(ml, checkpoint_interval))
+            for number, name in enumerate(host_names(job), 1)
+            for ml in [folder / ("ml" if number == 1 else f"ml-{number}")]
+        ]
+        self._ended: list[_Host] = []
         self._signalled = False
+
+    def _checkpoint_sync(self, ml: Path, interval: float) -> CheckpointSync | None:
+        config = self._job.get("CheckpointConfig")
+        if config is None:
+            return None
+        local = Path(config.get("LocalPath", "/opt/ml/checkpoints")).relative_to("/opt/ml")
+        return CheckpointSync(self._services.s3, ml / local, config["S3Uri"], interval)
 
     def stop(self, reason: StopReason) -> None:
         """Ask the run to end: SIGTERM to PID 1, SIGKILL after the grace time. An interruption gives way to a stop."""
@@ -441,9 +483,8 @@ class JobRun:
         self._wake.set()
 
     def kill(self) -> None:
-        """End the job's process at once."""
-        if self._process:
-            self._sandbox.signal(self._process, self._job, signal.SIGKILL)
+        """End the job's processes at once."""
+        self._signal(signal.SIGKILL)
 
     def run(self) -> Outcome:
         """Do everything; returns when the job's process is gone and its results are in S3."""
@@ -458,7 +499,9 @@ class JobRun:
 
     def discard(self) -> None:
         """Remove the job's files from this machine; `job.log` stays."""
-        shutil.rmtree(self._ml, ignore_errors=True)
+        for host in self._hosts:
+            shutil.rmtree(host.ml, ignore_errors=True)
+        self._hosts_file.unlink(missing_ok=True)
 
     def _outcome(self, status: Literal["Completed", "Failed"] | StopReason, failure_reason: str = "") -> Outcome:
         return Outcome(status, failure_reason, list(self._metrics.values()), math.ceil(self._seconds))
@@ -476,17 +519,21 @@ class JobRun:
         self._check_halted()
         self._on_phase("Downloading")
         job, s3 = self._job, self._services.s3
+        first, *others = self._hosts
         try:
-            if self._checkpoints:
-                self._checkpoints.push(settled=0)  # what an emulator that was killed had not copied yet
-            if self._ml.exists():
-                shutil.rmtree(self._ml)
-            for part in ("input/config", "input/data", "model", "output/data", "tmp", "home"):
-                (self._ml / part).mkdir(parents=True)
-            if self._checkpoints:
-                self._checkpoints.restore(self._check_halted)
+            for host in self._hosts:
+                if host.checkpoints:
+                    host.checkpoints.push(settled=0)  # what an emulator that was killed had not copied yet
+                if host.ml.exists():
+                    shutil.rmtree(host.ml)
+                for part in ("input/config", "input/data", "model", "output/data", "tmp", "home"):
+                    (host.ml / part).mkdir(parents=True)
+                if host.checkpoints:
+                    host.checkpoints.restore(self._check_halted)
+                for name, content in config_files(job, host.name).items():
+                    (host.ml / "input/config" / name).write_text(json.dumps(content))
             for channel in job.get("InputDataConfig", []):
-                folder = self._ml / "input/data" / channel["ChannelName"]
+                folder = first.ml / "input/data" / channel["ChannelName"]
                 folder.mkdir()
                 uri = channel["DataSource"]["S3DataSource"]["S3Uri"]
                 if not download(s3, uri, folder, self._check_halted):
@@ -495,10 +542,16 @@ class JobRun:
                         f"data source {channel['ChannelName']}. Please ensure that the bucket exists in the selected "
                         f"region ({self._services.region}) and that objects exist under that S3 prefix."
                     )
+            for host in others:
+                shutil.copytree(first.ml / "input/data", host.ml / "input/data", dirs_exist_ok=True)
+            names = " ".join(host.name for host in self._hosts)
+            self._hosts_file.write_text(f"{Path('/etc/hosts').read_text()}\n127.0.0.1 {names}\n")
         except (*AWS_ERRORS, OSError) as error:
             raise JobError(f"ClientError: Data download failed: {error}") from error
-        for name, content in config_files(job).items():
-            (self._ml / "input/config" / name).write_text(json.dumps(content))
+
+    @property
+    def _hosts_file(self) -> Path:
+        return self._folder / HOSTS_FILE
 
     def _environment(self) -> dict[str, str]:
         job = self._job
@@ -514,28 +567,34 @@ class JobRun:
         return environment
 
     def _execute(self) -> int:
-        """Run the entry point to its end; returns its exit code (128 + signal when a signal ended it)."""
+        """Run the entry point on every host to its end; returns the exit code (128 + signal when a signal ended it).
+
+        The first host that fails ends the others, and its exit code is the job's.
+        """
         self._check_halted()
         self._on_phase("Training")
         job = self._job
-        command, environment = self._sandbox.command(job, self._ml.resolve(), self._environment())
-        log = LogStream(self._services, f"{job['TrainingJobName']}/algo-1-{int(time.time())}", self._folder / "job.log")
         started = time.monotonic()
-        process = subprocess.Popen(  # noqa: S603 - the request's entry point, and no shell around it
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for the app, which then ends its jobs in order
-        )
-        self._process = process
-        reader = threading.Thread(target=self._read, args=(process, log), name="job-output", daemon=True)
-        waiter = threading.Thread(target=self._wait, args=(process,), name="job-wait", daemon=True)
-        reader.start()
-        waiter.start()
-        if self._checkpoints:
-            self._checkpoints.start()
+        threads, logs = [], []
+        for host in self._hosts:
+            command, environment = self._sandbox.command(job, host.ml.resolve(), self._environment())
+            stream = f"{job['TrainingJobName']}/{host.name}-{int(time.time())}"
+            logs.append(log := LogStream(self._services, stream, self._folder / "job.log"))
+            host.process = subprocess.Popen(  # noqa: S603 - the request's entry point, and no shell around it
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is for the app, which then ends its jobs in order
+            )
+            threads.append(threading.Thread(target=self._read, args=(host.process, log), name="job-output", daemon=True))
+        threads += [threading.Thread(target=self._wait, args=(host,), name="job-wait", daemon=True) for host in self._hosts]
+        for thread in threads:
+            thread.start()
+        for host in self._hosts:
+            if host.checkpoints:
+                host.checkpoints.start()
         runtime_ends = started + self._runtime_left
         wait_ends = started + self._wait_ends - time.time()
         while not self._exited.is_set():
@@ -547,20 +606,43 @@ class JobRun:
                 self._stop_reason = "MaxRuntimeExceeded" if runtime_ends <= wait_ends else "MaxWaitTimeExceeded"
                 self._on_phase("Stopping")
             self._signalled = True
-            self._sandbox.signal(process, job, signal.SIGTERM)
+            self._signal(signal.SIGTERM)
             if not self._exited.wait(self._grace):
-                log.write(f"SIGKILL: still running {self._grace:g} seconds after SIGTERM".encode())
-                self._sandbox.signal(process, job, signal.SIGKILL)
+                logs[0].write(f"SIGKILL: still running {self._grace:g} seconds after SIGTERM".encode())
+                self._signal(signal.SIGKILL)
                 self._exited.wait()
-        reader.join()
-        log.close()
+        for thread in threads:
+            thread.join()
+        for log in logs:
+            log.close()
         self._seconds = time.monotonic() - started
-        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+        code = self._exit_code(self._failed or self._hosts[0])
+        return code if code >= 0 else 128 - code
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        self._exited.set()
-        self._wake.set()
+    def _signal(self, number: signal.Signals) -> None:
+        for host in self._hosts:
+            if host.process:
+                self._sandbox.signal(host.process, self._job, number)
+
+    @staticmethod
+    def _exit_code(host: _Host) -> int:
+        assert host.process is not None and host.process.returncode is not None  # noqa: PT018 - it has ended
+        return host.process.returncode
+
+    @property
+    def _failed(self) -> _Host | None:
+        """The host that failed first."""
+        return next((host for host in self._ended if self._exit_code(host)), None)
+
+    def _wait(self, host: _Host) -> None:
+        assert host.process is not None
+        failed = host.process.wait()
+        self._ended.append(host)
+        if failed and self._stop_reason is None:
+            self._signal(signal.SIGKILL)
+        if len(self._ended) == len(self._hosts):
+            self._exited.set()
+            self._wake.set()
 
     def _read(self, process: subprocess.Popen[bytes], log: LogStream) -> None:
         definitions = self._job["AlgorithmSpecification"].get("MetricDefinitions", [])
@@ -576,13 +658,14 @@ class JobRun:
     def _finish(self, exit_code: int) -> Outcome:
         """Upload what the request asks for, and say how the job ended."""
         reason = self._stop_reason if self._signalled else None  # a job that ended by itself has ended
-        if self._checkpoints and reason == "Shutdown":
-            self._checkpoints.abandon()
+        synced = [host.checkpoints for host in self._hosts if host.checkpoints]
         if reason == "Shutdown":
+            for checkpoints in synced:
+                checkpoints.abandon()
             return self._outcome(reason)
         try:
-            if self._checkpoints:
-                self._checkpoints.finish()
+            for checkpoints in synced:
+                checkpoints.finish()
             if reason == "Interrupted":
                 return self._outcome(reason)
             self._on_phase("Uploading")
@@ -593,13 +676,18 @@ class JobRun:
             return self._outcome(reason)
         if exit_code == 0:
             return self._outcome("Completed")
-        return self._outcome("Failed", failure_reason(self._ml / "output/failure", exit_code))
+        failed = self._failed or self._hosts[0]
+        return self._outcome("Failed", failure_reason(failed.ml / "output/failure", exit_code))
 
     def _upload(self, with_model: bool) -> None:
         output = self._job["OutputDataConfig"]
         base = f"{output['S3OutputPath'].rstrip('/')}/{self._job['TrainingJobName']}/output"
         kms_key = output.get("KmsKeyId", "")
-        model, data = self._ml / "model", self._ml / "output/data"
+        first, *others = self._hosts
+        model, data = first.ml / "model", first.ml / "output/data"
+        for host in others:  # all leave their files in one place; the first host's win
+            for folder in (host.ml / "model", host.ml / "output/data"):
+                merge(folder, first.ml / folder.relative_to(host.ml))
         s3 = self._services.s3
         if output.get("CompressionType") == "NONE":
             upload(s3, data, f"{base}/data", kms_key)
@@ -611,8 +699,22 @@ class JobRun:
                 upload_archive(s3, model, f"{base}/model.tar.gz", kms_key)
 
 
-def config_files(job: Json) -> dict[str, Json]:
-    """Return the content of /opt/ml/input/config/*.json, as SageMaker writes them for one host.
+def merge(folder: Path, into: Path) -> None:
+    """Move the files of a folder into another that has none of their names."""
+    for path in folder.rglob("*"):
+        target = into / path.relative_to(folder)
+        if path.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+
+def host_names(job: Json) -> list[str]:
+    """Return the names of a job's instances, `algo-1` and so on."""
+    return [f"algo-{number + 1}" for number in range(job["ResourceConfig"].get("InstanceCount", 1))]
+
+
+def config_files(job: Json, host: str) -> dict[str, Json]:
+    """Return the content of /opt/ml/input/config/*.json, as SageMaker writes them for a host.
 
     Source: "How Amazon SageMaker AI Provides Training Information" in the developer guide. FastFile shows as File.
     """
@@ -626,15 +728,16 @@ def config_files(job: Json) -> dict[str, Json]:
         }
         for channel in job.get("InputDataConfig", [])
     }
-    group = {"instance_group_name": "homogeneousCluster", "instance_type": instance_type, "hosts": ["algo-1"]}
+    hosts = host_names(job)
+    group = {"instance_group_name": "homogeneousCluster", "instance_type": instance_type, "hosts": hosts}
     return {
         "hyperparameters.json": job.get("HyperParameters", {}),
         "inputdataconfig.json": channels,
         "resourceconfig.json": {
-            "current_host": "algo-1",
+            "current_host": host,
             "current_instance_type": instance_type,
             "current_group_name": "homogeneousCluster",
-            "hosts": ["algo-1"],
+            "hosts": hosts,
             "instance_groups": [group],
             "network_interface_name": "lo",  # the one interface that every machine, and an isolated job, has
         },

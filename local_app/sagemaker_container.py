@@ -60,6 +60,8 @@ def main(ml: str, *command: str) -> None:
         if not opt_ml.parent.is_dir():
             sys.exit("/opt does not exist on this machine: create the empty folder /opt/ml once, as root")
         make_mount_point(opt_ml)
+    if (hosts := Path(ml).with_name("hosts")).exists():  # the names of the job's instances
+        mount(str(hosts), Path("/etc/hosts"), flags=MS_BIND)
     mount(ml, opt_ml, flags=MS_BIND)
     mount("proc", Path("/proc"), "proc")  # so that /proc shows the job's own processes
     if os.environ.pop("TUNEDROP_NETWORK_ISOLATION", ""):

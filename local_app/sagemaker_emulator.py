@@ -10,6 +10,7 @@ each change of it is an EventBridge event. Beside the AWS API there are `GET /_t
 from __future__ import annotations
 
 import argparse
+import base64
 import fcntl
 import json
 import logging
@@ -31,6 +32,7 @@ from botocore import xform_name
 
 from local_app.job_runner import EnvironmentProblem, Services
 from local_app.sagemaker_model import Json, ServiceError, validate_request
+from local_app.sagemaker_permissions import Check, required_permissions
 from local_app.sagemaker_registry import ModelRegistry
 from local_app.sagemaker_state import Store
 from local_app.sagemaker_training import TrainingJobs
@@ -46,6 +48,10 @@ TAG_OPERATIONS = ("AddTags", "ListTags", "DeleteTags")
 OPERATIONS = (*TRAINING_OPERATIONS, *REGISTRY_OPERATIONS, *TAG_OPERATIONS)
 
 
+# Raises ServiceError unless IAM allows what a signed request (method and path, headers, body) needs.
+Authorizer = Callable[[Json, list[Check]], None]
+
+
 class SageMakerEmulator:
     """One account's SageMaker in one region; its state is in `state_dir`, which one emulator at a time may use.
 
@@ -59,7 +65,7 @@ class SageMakerEmulator:
         state_dir: Path,
         endpoint_url: str,
         *,
-        on_state_change: Callable[[Json], None],
+        on_state_change: Callable[[Json], object],
         max_jobs: int = 4,
         without_capacity: Collection[str] = (),
         grace: float = 120,
@@ -78,7 +84,7 @@ class SageMakerEmulator:
                 f"Another SageMaker emulator uses {state_dir}: end it, or choose another folder"
             ) from error
         self._store = Store(state_dir / "state.sqlite")
-        arn_prefix = f"arn:aws:sagemaker:{region}:{account}"
+        self.arn_prefix = arn_prefix = f"arn:aws:sagemaker:{region}:{account}"
         self._training = TrainingJobs(
             self._store,
             state_dir / "jobs",
@@ -172,21 +178,40 @@ class SageMakerEmulator:
                 pause = 0.1
 
 
-def post_event(sink: str) -> Callable[[Json], None]:
-    """Return an `on_state_change` that POSTs the event as JSON to `sink`; an answer other than 2xx raises.
+def post_json(url: str) -> Callable[[Json], Json]:
+    """Return a function that POSTs JSON to `url` and returns the answer's; an answer other than 2xx raises.
 
-    An https sink is checked against AWS_CA_BUNDLE, as boto3 checks the endpoints.
+    An https URL is checked against AWS_CA_BUNDLE, as boto3 checks the endpoints.
     """
-    context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if sink.startswith("https:") else None
+    context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if url.startswith("https:") else None
 
-    def post(event: Json) -> None:
+    def post(content: Json) -> Json:
         request = urllib.request.Request(  # noqa: S310 - the URL is the operator's
-            sink, data=json.dumps(event).encode(), headers={"Content-Type": "application/json"}
+            url, data=json.dumps(content).encode(), headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30, context=context):  # noqa: S310
-            pass
+        with urllib.request.urlopen(request, timeout=30, context=context) as answer:  # noqa: S310
+            return dict(json.loads(answer.read() or b"{}"))
 
     return post
+
+
+def ask(authorizer: str, own_keys: Collection[str]) -> Authorizer:
+    """Return an authorizer that asks the AWS emulator at the URL `authorizer`, whose IAM knows the account's roles.
+
+    Who signs with one of `own_keys` is the account itself, and may do everything. Nobody is asked then: while
+    CloudFormation makes a model package group, the emulator that it is part of cannot answer.
+    """
+    post = post_json(authorizer)
+
+    def authorize(signed: Json, checks: list[Check]) -> None:
+        signature = next((value for name, value in signed["headers"] if name.lower() == "authorization"), "")
+        if any(f"Credential={key}/" in signature for key in own_keys):
+            return
+        answer = post({"signed": signed, "checks": [check._asdict() | {"context": dict(check.context)} for check in checks]})
+        if answer:
+            raise ServiceError(answer["code"], answer["message"])
+
+    return authorize
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -195,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body leave in one packet
     emulator: SageMakerEmulator
+    authorize: Authorizer | None
 
     def do_POST(self) -> None:
         """Answer an API call or a control request."""
@@ -210,6 +236,13 @@ class _Handler(BaseHTTPRequestHandler):
             if target != "SageMaker":
                 raise ServiceError("UnknownOperationException", "Expected a header X-Amz-Target: SageMaker.<operation>.")
             request = json.loads(body or b"{}")
+            if self.authorize:
+                signed = {
+                    "path": self.path,
+                    "headers": self.headers.items(),
+                    "body": base64.b64encode(body).decode(),
+                }
+                self.authorize(signed, required_permissions(operation, request, self.emulator.arn_prefix))
             self._answer(200, self.emulator.call(operation, request))
         except json.JSONDecodeError as error:
             self._answer(400, {"__type": "SerializationException", "message": str(error)})
@@ -240,9 +273,15 @@ class _Handler(BaseHTTPRequestHandler):
         logger.debug(format, *args)
 
 
-def serve(emulator: SageMakerEmulator, port: int = 0, host: str = "127.0.0.1") -> ThreadingHTTPServer:
-    """Serve the emulator from a background thread; `server_port` tells the port when `port` is 0."""
-    server = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), {"emulator": emulator}))
+def serve(
+    emulator: SageMakerEmulator, port: int = 0, host: str = "127.0.0.1", authorize: Authorizer | None = None
+) -> ThreadingHTTPServer:
+    """Serve the emulator from a background thread; `server_port` tells the port when `port` is 0.
+
+    Without `authorize` whoever reaches the server may do everything.
+    """
+    members = {"emulator": emulator, "authorize": staticmethod(authorize) if authorize else None}
+    server = ThreadingHTTPServer((host, port), type("Handler", (_Handler,), members))
     threading.Thread(target=server.serve_forever, args=(0.05,), name="http", daemon=True).start()
     return server
 
@@ -257,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--state-dir", type=Path, required=True, help="where jobs and their state live")
     parser.add_argument("--s3-endpoint", required=True, help="URL of the account's S3 and CloudWatch Logs")
     parser.add_argument("--event-sink", required=True, help="URL that gets each state change event by POST")
+    parser.add_argument("--authorizer", help="URL that decides what a signed request may do (default: everything)")
     parser.add_argument("--max-jobs", type=int, default=4, help="jobs at a time; more are ResourceLimitExceeded")
     parser.add_argument("--grace", type=float, default=120, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("--no-capacity", default="", help="instance types without capacity, with commas between")
@@ -272,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         emulator = SageMakerEmulator(
             options.state_dir,
             options.s3_endpoint,
-            on_state_change=post_event(options.event_sink),
+            on_state_change=post_json(options.event_sink),
             max_jobs=options.max_jobs,
             without_capacity=tuple(filter(None, options.no_capacity.split(","))),
             grace=options.grace,
@@ -282,7 +322,9 @@ def main(arguments: list[str] | None = None) -> None:
     except EnvironmentProblem as error:
         sys.exit(f"The SageMaker emulator cannot start. {error}")
     with emulator:
-        server = serve(emulator, options.port, options.host)
+        own_keys = (os.environ.get("AWS_ACCESS_KEY_ID", options.account), options.account)
+        authorize = ask(options.authorizer, own_keys) if options.authorizer else None
+        server = serve(emulator, options.port, options.host, authorize)
         logger.info("SageMaker emulator: http://%s:%s, state in %s", options.host, server.server_port, options.state_dir)
         end.wait()
         server.shutdown()

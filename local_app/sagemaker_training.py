@@ -16,15 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 from local_app.job_runner import JobRun, Outcome, Services, find_sandbox
 from local_app.sagemaker_model import Json, ServiceError, not_found, page, service_model
 from local_app.sagemaker_state import Store
+from tunedrop.instances import has_local_disk
 
 logger = logging.getLogger(__name__)
 
 FINAL = ("Completed", "Failed", "Stopped")
-# Instance families with local NVMe disks, which are encrypted by the machine itself: VolumeKmsKeyId is refused.
-LOCAL_DISK = ("c5d", "g4dn", "g5", "g6", "g6e", "gr6", "m5d", "p3dn", "p4d", "p4de", "p5", "p5e", "p5en", "r5d", "trn1")
 MESSAGES = {
     "Starting": "Preparing the instances for training",
     "Downloading": "Downloading input data",
@@ -78,6 +79,7 @@ class TrainingJobs:
     def create_training_job(self, request: Json) -> Json:
         """Check, store and start a job; answers at once, as AWS does."""
         check_request(request)
+        self._check_role(request["RoleArn"])
         name = request["TrainingJobName"]
         with self._lock, self._store.transaction():
             if self._store.get("job", name):
@@ -100,6 +102,16 @@ class TrainingJobs:
         self._start(name)
         self.changed.set()
         return {"TrainingJobArn": job["TrainingJobArn"]}
+
+    def _check_role(self, role_arn: str) -> None:
+        try:
+            _ = self._services.assume(role_arn).credentials
+        except ClientError as error:
+            raise ServiceError(
+                "ValidationException",
+                f"Could not assume role {role_arn}. Please ensure that the role exists and allows principal "
+                "'sagemaker.amazonaws.com' to assume the role.",
+            ) from error
 
     def describe_training_job(self, request: Json) -> Json:
         """Return the job's record."""
@@ -213,7 +225,7 @@ class TrainingJobs:
             run = JobRun(
                 job,
                 self._folder / name,
-                self._services,
+                self._services.assume(job["RoleArn"]),
                 self._sandbox,
                 lambda secondary: self._move(name, secondary),
                 grace=self._grace,
@@ -321,7 +333,7 @@ def _aws_rules(request: Json) -> list[tuple[bool, str]]:
     spot = request.get("EnableManagedSpotTraining", False)
     preferences = [preference["InstanceType"] for preference in resources.get("InstancePreferences", [])]
     types = preferences or [resources.get("InstanceType", "")]
-    disks = [kind for kind in types if kind.removeprefix("ml.").split(".")[0] in LOCAL_DISK]
+    disks = [kind for kind in types if kind and has_local_disk(kind)]
     channels = [channel["ChannelName"] for channel in request.get("InputDataConfig", [])]
     keys = [tag["Key"] for tag in request.get("Tags", [])]
     return [
@@ -357,14 +369,14 @@ def _local_limits(request: Json) -> list[tuple[bool, str]]:
     channels = request.get("InputDataConfig", [])
     sources = [channel["DataSource"].get("S3DataSource", {}) for channel in channels]
     modes = [specification.get("TrainingInputMode"), *(channel.get("InputMode", "File") for channel in channels)]
-    counts = [
-        resources.get("InstanceCount", 1),
-        *(p.get("InstanceCount", 1) for p in resources.get("InstancePreferences", [])),
-    ]
     checkpoints = request.get("CheckpointConfig", {}).get("LocalPath", "/opt/ml/checkpoints")
     here = "The local SageMaker emulator runs"
     return [
-        (set(counts) != {1} or "InstanceGroups" in resources, f"{here} jobs on one instance: set InstanceCount to 1"),
+        (
+            "InstanceGroups" in resources
+            or any(p.get("InstanceCount", 1) > 1 for p in resources.get("InstancePreferences", [])),
+            f"{here} instances of one type: set ResourceConfig.InstanceCount",
+        ),
         (
             "ContainerEntrypoint" not in specification,
             f"{here} AlgorithmSpecification.ContainerEntrypoint (ModelTrainer's SourceCode sets it), not an image's own",

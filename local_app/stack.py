@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ import psutil
 import yaml
 
 from local_app.aws_emulator import MARKER, REGION
+from local_app.certificates import certificates, make_certificates
 
 PROJECT = Path(__file__).resolve().parent.parent
 STACK_NAME = "tunedrop"
@@ -58,10 +60,11 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Build:
-    """What `sam build` made: the template to deploy and the folder with the code that all functions share."""
+    """What `sam build` made: the template to deploy, the folder with the code that all functions share, and the layer's."""
 
     template: Path
     code: Path
+    layer: Path
     digest: str
 
 
@@ -86,6 +89,7 @@ class Stack:
     ) -> None:
         self.folder = folder.resolve()
         self.logs = self.folder / "logs"
+        self.tls = certificates(self.folder / "tls")
         self._host = host
         self._parameters = {**PARAMETERS, **(parameters or {})}
         self._progress = progress
@@ -95,7 +99,7 @@ class Stack:
     @property
     def endpoint(self) -> str:
         """URL of every AWS service but SageMaker."""
-        return f"http://{self._address['host']}:{self._address['aws']}"
+        return f"https://{self._address['host']}:{self._address['aws']}"
 
     @property
     def sagemaker_endpoint(self) -> str:
@@ -109,6 +113,7 @@ class Stack:
         return ours | {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint,
+            "AWS_CA_BUNDLE": str(self.tls.authority),
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
             "AWS_REGION": self.region,
@@ -123,7 +128,7 @@ class Stack:
 
         session = boto3.Session(self.access_key_id, self.secret_access_key, region_name=self.region)
         endpoint = self.sagemaker_endpoint if service == "sagemaker" else self.endpoint
-        return getattr(session, kind)(service, endpoint_url=endpoint)
+        return getattr(session, kind)(service, endpoint_url=endpoint, verify=str(self.tls.authority))
 
     def client(self, service: str) -> Any:
         """Return a boto3 client of this stack, for example `client("s3")`."""
@@ -142,7 +147,7 @@ class Stack:
     @property
     def running(self) -> bool:
         """Whether both servers answer."""
-        return (self.folder / "address.json").exists() and _healthy(self.endpoint) and _healthy(self.sagemaker_endpoint)
+        return (self.folder / "address.json").exists() and all(map(self._healthy, (self.endpoint, self.sagemaker_endpoint)))
 
     # ---- up and down -------------------------------------------------------------------------------------------------
 
@@ -166,8 +171,8 @@ class Stack:
         """End everything that was started in this folder, in order where it still runs in order; state stays."""
         # SageMaker first: it stops jobs and notes their state while there is an S3 to write to.
         for module in ("local_app.sagemaker_emulator", "local_app.aws_emulator"):
-            self._end([process for process in self._processes() if module in process.cmdline()])
-        self._end(self._processes())
+            self._end([process for process in self.processes() if module in process.cmdline()])
+        self._end(self.processes())
         self._progress(f"down: nothing runs in {self.folder} any more")
 
     def _end(self, processes: list[psutil.Process]) -> None:
@@ -177,7 +182,7 @@ class Stack:
             _signal(process.kill)
         _wait_gone(processes)
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         """Return every live process that was started in this folder, whoever its parent is."""
         found = []
         for process in psutil.process_iter():
@@ -187,6 +192,15 @@ class Stack:
             except psutil.Error:  # another user's, or gone since it was listed
                 continue
         return [process for process in found if process.pid != os.getpid()]
+
+    def interrupt(self, job: str) -> None:
+        """Take the machine of a spot job away, as AWS may: it starts again with its checkpoints. Raises StackError."""
+        request = urllib.request.Request(f"{self.sagemaker_endpoint}/_tunedrop/interrupt/{job}", method="POST")  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=10):  # noqa: S310 - our own URL
+                pass
+        except urllib.error.HTTPError as error:
+            raise StackError(json.load(error)["message"]) from None
 
     # ---- servers -----------------------------------------------------------------------------------------------------
 
@@ -205,6 +219,8 @@ class Stack:
         held = {name for name in ("aws", "sagemaker") if self._server(name)}
         if held and known["host"] != self._host:
             raise StackError(f"Tunedrop already listens on {known['host']}. End it with `tunedrop down` to move it.")
+        if known.get("host") != self._host or not self.tls.authority.exists():
+            make_certificates(self.folder / "tls", self._host)
         ports = {
             name: port
             if (port := known.get(name)) and (name in held or _is_free(self._host, port))
@@ -214,13 +230,21 @@ class Stack:
         file.write_text(json.dumps({"host": self._host, **ports}))
 
     def _server(self, name: str) -> psutil.Process | None:
-        return next((p for p in self._processes() if f"local_app.{name}_emulator" in p.cmdline()), None)
+        return next((p for p in self.processes() if f"local_app.{name}_emulator" in p.cmdline()), None)
 
     def _start_servers(self) -> dict[str, subprocess.Popen[bytes]]:
         address, state = self._address, self.folder
+        own = f"{self.endpoint}/_tunedrop"
         options = {
-            "aws": [],
-            "sagemaker": ["--s3-endpoint", self.endpoint, "--event-sink", f"{self.endpoint}/_tunedrop/events"],
+            "aws": ["--tls-dir", str(self.folder / "tls")],
+            "sagemaker": [
+                "--s3-endpoint",
+                self.endpoint,
+                "--event-sink",
+                f"{own}/events",
+                "--authorizer",
+                f"{own}/authorize",
+            ],
         }
         started = {}
         for name, more in options.items():
@@ -250,11 +274,19 @@ class Stack:
 
     def _wait(self, name: str, url: str, process: subprocess.Popen[bytes] | None) -> None:
         deadline = time.monotonic() + STARTUP_SECONDS
-        while not _healthy(url):
+        while not self._healthy(url):
             if (process and process.poll() is not None) or time.monotonic() > deadline:
                 log = self.logs / f"{name}.log"
                 raise StackError(f"The {name} emulator does not answer at {url}. The end of {log}:\n{_tail(log)}")
             time.sleep(0.1)
+
+    def _healthy(self, url: str) -> bool:
+        try:
+            trust = ssl.create_default_context(cafile=self.tls.authority)
+            with urllib.request.urlopen(f"{url}/_tunedrop/health", timeout=2, context=trust):  # noqa: S310 - our own URL
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
 
     # ---- deploy ------------------------------------------------------------------------------------------------------
 
@@ -284,13 +316,14 @@ def outputs_of(cloudformation: Any, stack_name: str) -> Outputs | None:
 
 
 def build(progress: Callable[[str], None] = lambda _line: None, log: Path = PROJECT / ".aws-sam/local.log") -> Build:
-    """Run `sam build`, unless neither the template nor anything under functions/ has changed since the last time.
+    """Run `sam build`, unless neither the template nor anything under functions/ or layers/ has changed since last time.
 
     All functions share one CodeUri, so one is built and its artefact is what all of them get: built for each, it would
     be copied and zipped five times, which takes most of a minute and changes nothing.
     """
     folder = PROJECT / ".aws-sam" / "local"
-    built = Build(folder / "one-artefact.yaml", folder / "ValidateDatasetFunction", _source_digest())
+    code, layer = folder / "ValidateDatasetFunction", folder / "ValidationLayer"
+    built = Build(folder / "one-artefact.yaml", code, layer, _source_digest())
     stamp = folder / "built"
     folder.parent.mkdir(exist_ok=True)
     with _locked(folder.parent / "local.lock"):
@@ -302,10 +335,13 @@ def build(progress: Callable[[str], None] = lambda _line: None, log: Path = PROJ
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         _sam(["build", built.code.name], {**os.environ, "PATH": path}, log)
         shutil.make_archive(str(folder / "functions"), "zip", built.code)
+        shutil.make_archive(str(folder / "layer"), "zip", built.layer)
         template = yaml.safe_load((folder / "template.yaml").read_text())
         for resource in template["Resources"].values():
             if resource["Type"] == "AWS::Serverless::Function":
                 resource["Properties"]["CodeUri"] = "functions.zip"
+            elif resource["Type"] == "AWS::Serverless::LayerVersion":
+                resource["Properties"]["ContentUri"] = "layer.zip"
         built.template.write_text(yaml.safe_dump(template, sort_keys=False))
         stamp.write_text(built.digest)
     return built
@@ -313,7 +349,8 @@ def build(progress: Callable[[str], None] = lambda _line: None, log: Path = PROJ
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    sources = [p for p in (PROJECT / "functions").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    folders = (PROJECT / "functions", PROJECT / "layers")
+    sources = [p for f in folders for p in f.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     for file in [PROJECT / "template.yaml", PROJECT / "samconfig.toml", *sorted(sources)]:
         digest.update(f"{file.relative_to(PROJECT)}\0".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -371,14 +408,6 @@ def _status(process: psutil.Process) -> str:
         return str(process.status())
     except psutil.NoSuchProcess:
         return psutil.STATUS_ZOMBIE
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/_tunedrop/health", timeout=2):  # noqa: S310 - our own http URL
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _is_free(host: str, port: int) -> bool:

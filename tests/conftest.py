@@ -1,6 +1,7 @@
 """What all tests share: the real events, and a world without the developer's own AWS account."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EVENTS = ROOT / "events"
+# Read when tunedrop.observability is imported, which tests do before any fixture.
+os.environ["POWERTOOLS_METRICS_NAMESPACE"] = "tunedrop"
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ docs/training.md for the picture, and for what the model must be like (`why_not`
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from transformers.generation import GenerationConfig, LogitsProcessorList, Stopp
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
 from trl.trainer.utils import split_tensor_dict
 
 ATTENTION = "shared_prefix"
@@ -371,9 +372,13 @@ def sample(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    ended: Callable[[list[int], Tensor], None] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
-    """Extend prompts (B, P), padded on the left, by what is sampled: (B, P + C). A `custom_generate` of `generate`."""
+    """Extend prompts (B, P), padded on the left, by what is sampled: (B, P + C). A `custom_generate` of `generate`.
+
+    `ended` is told of rows that leave before the others: their indices, and their completions (rows, C so far).
+    """
     rows, width = input_ids.shape
     mask = model_kwargs["attention_mask"]  # None where nothing is padded
     real = input_ids.new_ones(input_ids.shape, dtype=torch.bool) if mask is None else mask.bool()
@@ -398,6 +403,9 @@ def sample(
         if left == 0:
             return sequences[:, : end + 1]
         if left <= 0.9 * len(row):  # leaving copies the cache, so not for every single row
+            if ended is not None:
+                gone = row[finished]
+                ended(gone.tolist(), sequences[gone, width : end + 1])
             staying = (~finished).nonzero()[:, 0]
             cache.keep(staying)
             row, tokens, finished = row[staying], tokens[staying], finished[staying]
@@ -414,12 +422,11 @@ SCALES = (
 NOT_SAMPLING = {"num_beams", "num_beam_groups", "prompt_lookup_num_tokens", "assistant_early_exit", "force_words_ids"}
 
 
-def why_not(model: PreTrainedModel, args: GRPOConfig, lora: LoraConfig) -> str | None:
-    """Say why a model, config and adapter need stock TRL, or None when `SharedPrefixGRPOTrainer` can take them."""
+def why_not_model(model: PreTrainedModel) -> str | None:
+    """Say why a model cannot share prompts in `sample` and the loss, or None when it can."""
     config = model.config
     kinds = getattr(config, "layer_types", None) or []
     scales = [name for name in SCALES if getattr(config, name, None) is not None]
-    beside = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(lora, name)]
     reasons = {
         "the model is multimodal": config.get_text_config() is not config,
         "the model has an encoder": config.is_encoder_decoder,
@@ -431,19 +438,28 @@ def why_not(model: PreTrainedModel, args: GRPOConfig, lora: LoraConfig) -> str |
         "attention dropout": bool(getattr(config, "attention_dropout", 0.0)),
         f"scaled logits ({', '.join(scales)})": bool(scales),
         "mixture of experts": hasattr(config, "router_aux_loss_coef"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def why_not(model: PreTrainedModel, args: GRPOConfig, lora: LoraConfig) -> str | None:
+    """Say why a model, config and adapter need stock TRL, or None when `SharedPrefixGRPOTrainer` can take them."""
+    beside = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(lora, name)]
+    reasons = {
         f"more is trained beside LoRA ({', '.join(beside)})": bool(beside),
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32,
         "use_transformers_continuous_batching": args.use_transformers_continuous_batching,
         "generation_kwargs ask for more than sampling": bool(set(args.generation_kwargs or {}) & NOT_SAMPLING),
         "FSDP or DeepSpeed shards the weights": bool(args.fsdp) or args.deepspeed is not None,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return why_not_model(model) or next((reason for reason, holds in reasons.items() if holds), None)
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
     """`trl.GRPOTrainer`, same constructor and config, for LoRA on a model that `why_not` has nothing against.
 
-    Raises ValueError for anything else, and for tools, environments and rollout functions.
+    Raises ValueError for anything else, and for tools, environments and rollout functions. A reward function with a method
+    `begin`, called as the function itself, is told of completions that end while others are sampled.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -459,6 +475,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         if reason:
             raise ValueError(f"SharedPrefixGRPOTrainer cannot train this, use trl.GRPOTrainer: {reason}.")
         self._learns: Tensor | None = None
+        self._asked: list[dict[str, Any]] | None = None
         self._buffered_inputs: list[dict[str, Tensor]] | None = None
         self._base.set_attn_implementation(ATTENTION)
         stock_forward = self._base.forward
@@ -491,12 +508,35 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
             self._buffered_inputs = split_tensor_dict(batch, steps)
         return self._buffered_inputs[self._step % steps]
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        """As TRL's. Rewards that can begin early do so with completions that end while others are sampled."""
+        self._asked = inputs if any(hasattr(reward, "begin") for reward in self.reward_funcs) else None
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self._asked = None
+
+    def _begin_rewards(self, rows: list[int], completions: Tensor) -> None:
+        """Hand completions (rows, C), padded after their end, to the rewards that can begin early."""
+        assert self._asked is not None
+        ends = [next(at for at, token in enumerate(ids) if token in self.eos_token_ids) + 1 for ids in completions.tolist()]
+        ids = [ids[:end] for ids, end in zip(completions.tolist(), ends, strict=True)]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        columns = {name: [self._asked[row][name] for row in rows] for name in self._asked[0]}
+        prompts = columns.pop("prompt")
+        conversational = is_conversational({"prompt": prompts[0]})
+        answers = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+        for reward in self.reward_funcs:
+            if hasattr(reward, "begin"):
+                reward.begin(prompts=prompts, completions=answers, **columns)
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but its call of `generate` samples with a `Rollout`, from merged weights."""
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        generate = functools.partial(self._base.generate, custom_generate=sample)
+        ended = {} if self._asked is None else {"ended": self._begin_rewards}
+        generate = functools.partial(self._base.generate, custom_generate=functools.partial(sample, **ended))
         with merged(self.accelerator.unwrap_model(self.model), dtype) as whole:
             self._base.generate = generate
             try:

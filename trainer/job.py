@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from tunedrop.problems import RejectedError
 
 MODULES = {"train": "trainer.train", "test": "trainer.test_model"}
@@ -28,10 +30,16 @@ INPUT_CONFIG = Path("/opt/ml/input/config")
 REASON_CHARACTERS = 1024
 TRACEBACK_FRAMES = 4
 STOPPED = 128 + signal.SIGTERM  # the shell's exit code for "ended by SIGTERM"
+STARTED = "TUNEDROP_STARTED"
 
 
 class JobError(Exception):
     """Something the user can put right (files missing, a limit too low). Its message is shown without a traceback."""
+
+
+def started() -> float:
+    """Return when the job's container started, in seconds since 1970; in a shell, when this process did."""
+    return float(os.environ.get(STARTED) or psutil.Process().create_time())
 
 
 def describe(error: BaseException) -> str:
@@ -71,7 +79,8 @@ def report(reason: str) -> None:
 def set_up_logging() -> None:
     """Send plain lines to stdout: what people follow and SageMaker reads metrics from."""
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("trainer").setLevel(logging.INFO)
+    # One rank says what all do.
+    logging.getLogger("trainer").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     # Not for the reader of a run: what the pinned versions will deprecate, and an optional CPU kernel for 4-bit weights.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -114,6 +123,7 @@ def run(stage: str) -> int:
     gpus, hosts = int(os.environ.get("SM_NUM_GPUS", "0")), json.loads(os.environ.get("SM_HOSTS", '["localhost"]'))
     host = os.environ.get("SM_CURRENT_HOST", "localhost")
     arguments = command(stage, read_hyperparameters(), gpus=gpus, hosts=hosts, host=host)
+    os.environ[STARTED] = str(psutil.Process().create_time())  # PID 1 stays the same process through every exec
     process: subprocess.Popen[bytes] | None = None
     received: list[int] = []
 

@@ -63,6 +63,21 @@ def load_model(location: str, **kwargs: Any) -> "PreTrainedModel":
     return model
 
 
+def four_bit() -> dict[str, Any]:
+    """Return the keyword arguments with which `load_model` reads weights in 4 bits, as QLoRA does (arXiv 2305.14314)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if fast_bf16() else torch.float32,
+        )
+    }
+
+
 def fast_bf16() -> bool:
     """Say whether this machine multiplies bf16 in hardware: such GPUs, and CPUs with AVX512-BF16 or AMX-BF16."""
     import torch

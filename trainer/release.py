@@ -18,13 +18,16 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 from sagemaker.core.helper.session_helper import Session
 from sagemaker.core.shapes import OutputDataConfig
 from sagemaker.core.training.configs import (
@@ -42,14 +45,15 @@ import trainer
 import tunedrop
 from trainer.job import MODULES
 from tunedrop.layout import CURRENT_PLAN, LAUNCH_PLANS
+from tunedrop.rewards import REWARD_ENVIRONMENT
 from tunedrop.run_config import load_run_config
 
 # What may travel as a hyperparameter: ModelTrainer's driver writes them into a shell file without quoting.
 SAFE_VALUE = re.compile(r"[A-Za-z0-9._:/+-]*")
 # One metric per figure that trainer/progress.py and trainer/test_model.py log; SageMaker takes 40 at most.
 METRIC_NAMES = (
-    "reward reward_std frac_reward_zero_std loss grad_norm kl entropy completion_length clipped_ratio learning_rate "
-    "step_seconds base_score tuned_score"
+    "reward reward_std reward_best reward_truncated reward_finished heldout_reward frac_reward_zero_std loss grad_norm kl "
+    "entropy completion_length clipped_ratio learning_rate memory_gb step_seconds eta_seconds base_score tuned_score"
 ).split()
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 # ModelTrainer needs an instance type and a limit; the Lambda sets each run's own.
@@ -68,6 +72,9 @@ class Target(NamedTuple):
     kms_key: str = ""
     subnets: Sequence[str] = ()
     security_groups: Sequence[str] = ()
+    network_isolation: bool = False
+    encrypt_traffic: bool = False
+    environment: Mapping[str, str] = {}  # what rewards may do, see REWARD_ENVIRONMENT; the bus for verdicts
 
 
 class _Session(Session):  # type: ignore[misc] # the SDK is untyped
@@ -116,7 +123,12 @@ def model_trainer(session: Session, target: Target, kind: str, **kwargs: Any) ->
     With `command`, ModelTrainer's shell script ends in an `exec`, so that trainer.job gets SageMaker's signals; with an
     entry script the shell and a driver stay in front of it and keep them.
     """
-    networking = Networking(subnets=list(target.subnets), security_group_ids=list(target.security_groups))
+    networking = Networking(
+        subnets=list(target.subnets) or None,
+        security_group_ids=list(target.security_groups) or None,
+        enable_network_isolation=target.network_isolation,
+        enable_inter_container_traffic_encryption=target.encrypt_traffic,
+    )
     output = {"s3_output_path": f"s3://{target.artifact_bucket}/runs/{target.job_prefix}-submit/training/"}
     if target.kms_key:
         output["kms_key_id"] = target.kms_key
@@ -132,7 +144,8 @@ def model_trainer(session: Session, target: Target, kind: str, **kwargs: Any) ->
         source_code=SourceCode(
             source_dir="code", requirements="requirements.txt", command=f"exec python -m trainer.job {kind}"
         ),
-        networking=networking if target.subnets else None,
+        networking=networking,
+        environment=dict(target.environment),
         output_data_config=OutputDataConfig(**output, compression_type="NONE"),
         # Without a URI ModelTrainer puts checkpoints beside the job's input.
         checkpoint_config=CheckpointConfig(),
@@ -190,12 +203,51 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def inference_image(region: str) -> str:
+    """Return the image that serves a tuned model on an endpoint: AWS's container of vLLM, the newest that the SDK knows."""
+    from sagemaker.core import image_uris
+
+    # The instance type only says that there is a GPU.
+    uri: str = image_uris.retrieve("vllm", region, image_scope="inference", instance_type="ml.g5.xlarge")
+    return uri
+
+
+def training_prices(region: str) -> dict[str, Any] | None:
+    """Return what training costs in a region, `{"dated", "region", "on_demand": {instance type: USD an hour}}`.
+
+    By AWS's Price List API (https://docs.aws.amazon.com/aws-cost-management/latest/APIReference/API_pricing_GetProducts.html),
+    which few regions serve for all of them. None where it cannot be asked: a plan without prices works, and says so.
+    """
+    if "AWS_ENDPOINT_URL" in os.environ:  # a stand-in for AWS, which has no price list
+        return None
+    few_tries = Config(connect_timeout=5, retries={"total_max_attempts": 2})
+    client = boto3.client("pricing", region_name="us-east-1", config=few_tries)
+    wanted = {"regionCode": region, "component": "Training"}
+    filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()]
+    prices: dict[str, float] = {}
+    try:
+        for page in client.get_paginator("get_products").paginate(ServiceCode="AmazonSageMaker", Filters=filters):
+            for product in map(json.loads, page.get("PriceList", [])):
+                # The region's short name stands before it; profilers and reserved capacity are called otherwise.
+                name = re.fullmatch(r"(?:\w+-)?Train:(ml\..+)", product["product"]["attributes"].get("usagetype", ""))
+                terms = product["terms"].get("OnDemand", {}).values()
+                hourly = [each for term in terms for each in term["priceDimensions"].values() if each["unit"] == "Hrs"]
+                if name and hourly:
+                    prices[name[1]] = float(hourly[0]["pricePerUnit"]["USD"])
+    except (BotoCoreError, ClientError) as error:
+        sys.stderr.write(f"Prices could not be read, so receipts will not say what a run costs: {error}\n")
+    return {"dated": datetime.now(UTC).date().isoformat(), "region": region, "on_demand": prices} if prices else None
+
+
 def release(target: Target, region: str) -> str:
     """Upload code and launch plan to the artifact bucket and make it the current one; return its digest."""
     s3 = boto3.client("s3", region_name=region)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         plan = build_plan(target, region, folder)
+        # Beside the digest: they change from day to day, and nothing of what runs.
+        plan["prices"] = training_prices(region)
+        plan["inference_image"] = inference_image(region)
         for path in _files(folder):
             key = f"trainer/{plan['digest']}/{path.relative_to(folder).as_posix()}"
             s3.upload_file(str(path), target.artifact_bucket, key)
@@ -247,7 +299,7 @@ def submit(target: Target, region: str, options: argparse.Namespace) -> str:
                     instance_type=options.instance_type, instance_count=1, enable_managed_spot_training=options.spot
                 ),
                 stopping_condition=StoppingCondition(**limits),
-                hyperparameters=options.hyperparameters,
+                hyperparameters={"max-runtime": options.max_runtime} | options.hyperparameters,
             )
             names: list[str] = []
             session.boto_session.events.register(
@@ -270,6 +322,13 @@ def target_of_stack(stack: str, region: str) -> Target:
         kms_key=outputs.get("KmsKeyArn", ""),
         subnets=_names(outputs.get("VpcSubnetIds", "")),
         security_groups=_names(outputs.get("VpcSecurityGroupIds", "")),
+        network_isolation=outputs.get("EnableNetworkIsolation") == "true",
+        encrypt_traffic=outputs.get("EnableInterContainerTrafficEncryption") == "true",
+        environment={
+            variable: value
+            for variable, parameter in {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName"}.items()
+            if (value := outputs.get(parameter, "")) not in {"", "false"}
+        },
     )
 
 
@@ -290,6 +349,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kms-key")
     parser.add_argument("--subnets", type=_names, help="comma-separated")
     parser.add_argument("--security-groups", type=_names, help="comma-separated")
+    parser.add_argument("--network-isolation", action="store_true")
+    parser.add_argument("--encrypt-traffic", action="store_true", help="between the instances of one job")
     direct = parser.add_argument_group("start one job directly")
     direct.add_argument("--submit", action="store_true")
     direct.add_argument("--hyperparameters", type=read_hyperparameters, default={}, help="JSON, or @file")
@@ -314,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # endpoint. The role is the stack's own, and CreateTrainingJob checks it anyway.
     os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     known = target_of_stack(options.stack, options.region)._asdict() if options.stack else {}
-    given = {name: getattr(options, name) for name in Target._fields if getattr(options, name)}
+    given = {name: getattr(options, name) for name in Target._fields if getattr(options, name, None)}
     missing = [name for name in ("artifact_bucket", "role", "image") if name not in known | given]
     if missing:
         sys.exit(f"Give --stack, or --{', --'.join(missing).replace('_', '-')}.")

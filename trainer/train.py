@@ -4,36 +4,47 @@
 
 Reads the run config (`run` channel, flags win over it) and the rows (`training` channel), trains with TRL's
 `GRPOTrainer`, and leaves in `/opt/ml/model`: `adapter/` (PEFT), `merged/` (bf16 model and tokenizer), `run_config.json`
-(as it was run), `metrics.jsonl` (a line per logging step) and `training.json` (a summary). In a shell they are in
-`output/model`. Checkpoints are kept while it runs, and the newest whole one is resumed from.
+(as it was run), `metrics.jsonl` (a line per logging step), `verdicts.jsonl` (what went wrong), `tensorboard/` and
+`training.json` (a summary). In a shell they are in `output/model`.
+
+Checkpoints are kept while it runs: a run that was killed goes on from the newest whole one, and a run ends with the one
+that did best on held-out rows.
 """
 
 import argparse
 import json
 import logging
-import re
+import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from trainer import folders, models
-from trainer.job import JobError, failure_reported, set_up_logging
+from trainer.deployment import deployment
+from trainer.job import JobError, failure_reported, set_up_logging, started
 from tunedrop.problems import Problem, RejectedError
-from tunedrop.records import DATA_SUFFIXES, Row, read_rows
-from tunedrop.rewards import Reward, build_rewards
-from tunedrop.run_config import RunConfig, parse_run_config
+from tunedrop.readers import DATA_SUFFIXES, suffix_of
+from tunedrop.records import Row, read_rows
+from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
+from tunedrop.run_config import RunConfig, generated_answers, optimizer_steps, parse_run_config, prompt_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOConfig, GRPOTrainer
 
+    from trainer.bounds import Bounds
+    from trainer.checkpoints import Checkpoint, Record
+
 log = logging.getLogger("trainer")
 
-CHECKPOINT_DEFAULTS = {"save_steps": 20, "save_total_limit": 2}
+CHECKPOINTS_KEPT = 2  # the newest; the best one stays, too
+EVALUATED_ROWS = 64
 SHOWN_PROBLEMS = 20
 
 
@@ -78,6 +89,7 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dataset-filename", help="the training channel's file to read; default train.jsonl, or the first")
     parser.add_argument("--max-samples", type=int, help="use only the first rows")
     parser.add_argument("--run-id", default="", help="the pipeline's name for this run, for the logs")
+    parser.add_argument("--max-runtime", type=int, help="seconds the job may live, if less than compute.max_runtime")
     return parser.parse_args(arguments)
 
 
@@ -104,7 +116,7 @@ def dataset_file(filename: str | None) -> Path:
     if folder is None and filename is None:
         raise JobError("Which data? Give --dataset-filename, or the folder with the data in SM_CHANNEL_TRAINING.")
     folder = folder or Path()
-    here = sorted(path for path in folder.glob("*") if path.suffix.lower() in DATA_SUFFIXES)
+    here = sorted(path for path in folder.glob("*") if suffix_of(path.name))
     wanted = folder / (filename or "train.jsonl")
     if wanted.is_file():
         return wanted
@@ -114,12 +126,22 @@ def dataset_file(filename: str | None) -> Path:
     return here[0]
 
 
+def heldout_rows(tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> list[Row]:
+    """Return the rows that evaluations ask: the first held-out ones whose prompt fits, none where nothing is held out."""
+    path = (folders.channel("training") or Path()) / "heldout.jsonl"
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    rows = load_rows(path, config, EVALUATED_ROWS)
+    return [row for row in rows if prompt_tokens(row["prompt"], tokenizer, config) <= prompt_limit(config)]
+
+
 class Dataset(NamedTuple):
-    """The rows to train on, and how many were left out or cut for the length of their prompt."""
+    """The rows to train on, how many were left out or cut for the length of their prompt, and the lengths in tokens."""
 
     rows: list[Row]
     dropped: int
     truncated: int
+    lengths: list[int]
 
 
 def load_rows(path: Path, config: RunConfig, max_samples: int | None) -> list[Row]:
@@ -140,11 +162,10 @@ def load_rows(path: Path, config: RunConfig, max_samples: int | None) -> list[Ro
     return rows
 
 
-def prompt_limit(config: RunConfig) -> int:
-    """Return how many tokens a prompt may have, so that prompt and completion fit `max_seq_length`."""
-    if config.max_seq_length is None:
-        return config.max_prompt_length
-    return min(config.max_prompt_length, config.max_seq_length - int(config.grpo["max_completion_length"]))
+def prompt_tokens(prompt: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> int:
+    """Return how many tokens a prompt has, chat template included."""
+    kwargs = config.grpo.get("chat_template_kwargs") or {}
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
 
 
 def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> Dataset:
@@ -153,11 +174,9 @@ def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: R
     `truncate` cuts the beginning of the last user message; a row whose other messages alone are too long is dropped.
     """
     limit, policy = prompt_limit(config), config.prompt_overflow
-    kwargs = config.grpo.get("chat_template_kwargs") or {}
 
     def excess(prompt: list[dict[str, str]]) -> int:
-        tokens = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
-        return len(tokens) - limit
+        return prompt_tokens(prompt, tokenizer, config) - limit
 
     def cut(prompt: list[dict[str, str]], over: int) -> list[dict[str, str]] | None:
         *before, last = prompt
@@ -170,39 +189,31 @@ def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: R
         return [*before, last]
 
     kept: list[Row] = []
+    lengths: list[int] = []
     truncated = 0
     for row in rows:
         over = excess(row["prompt"])
         if over <= 0:
             kept.append(row)
+            lengths.append(limit + over)
         elif policy == "reject":
             raise JobError(f"The prompt of row '{row['id']}' has {limit + over} tokens, more than the limit of {limit}.")
         elif policy == "truncate" and (prompt := cut(row["prompt"], over)):
             kept.append(row | {"prompt": prompt})
+            lengths.append(limit)
             truncated += 1
     if not kept:
         raise JobError(f"All {len(rows)} prompts are longer than the limit of {limit} tokens: raise max_prompt_length.")
-    return Dataset(kept, len(rows) - len(kept), truncated)
+    return Dataset(kept, len(rows) - len(kept), truncated, lengths)
 
 
-class RowReward:
-    """A reward that TRL calls with row numbers and that sees the rows' own columns.
-
-    Rows stay Python objects: Arrow, which holds the trainer's dataset, would fail on a column of mixed types and give
-    every nested object the keys of all others.
-    """
-
-    def __init__(self, reward: Reward, rows: list[Row]):
-        self.__name__ = reward.__name__
-        self._reward = reward
-        self._rows = rows
-
-    def __call__(self, prompts: list[Any], completions: list[Any], row: list[int], **_trainer: Any) -> list[float | None]:
-        """Score completions; see `tunedrop.rewards.Reward`."""
-        chosen = [self._rows[index] for index in row]
-        names = {name for each in chosen for name in each} - {"prompt"}
-        columns: dict[str, Any] = {name: [each.get(name) for each in chosen] for name in names}
-        return self._reward(prompts, completions, **columns)
+def trackers() -> list[str]:
+    """Return where transformers reports to: MLflow where a tracking server is named. Raises JobError without MLflow."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return []
+    if find_spec("mlflow") is None:
+        raise JobError("MLFLOW_TRACKING_URI is set, but mlflow is not installed: add it to trainer/requirements.txt.")
+    return ["mlflow"]
 
 
 def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
@@ -210,7 +221,12 @@ def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
     import torch
     from trl import GRPOConfig
 
-    defaults: dict[str, Any] = CHECKPOINT_DEFAULTS | {"bf16": models.fast_bf16(), "disable_tqdm": True}
+    defaults: dict[str, Any] = {
+        "save_strategy": "steps" if "save_steps" in config.grpo else "no",  # then trainer/bounds.py alone says when
+        "save_total_limit": CHECKPOINTS_KEPT,
+        "bf16": models.fast_bf16(),
+        "disable_tqdm": True,
+    }
     try:
         return GRPOConfig(
             **defaults
@@ -218,7 +234,7 @@ def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
             | {
                 "output_dir": str(folders.checkpoint_dir()),
                 "reward_weights": [reward.weight for reward in rewards],
-                "report_to": [],
+                "report_to": trackers(),
                 "use_cpu": not torch.cuda.is_available(),
             }
         )
@@ -226,90 +242,214 @@ def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
         raise JobError(f"The config's grpo section: {error}") from None
 
 
-def build_trainer(config: RunConfig, location: str, tokenizer: "PreTrainedTokenizerBase", rows: list[Row]) -> "GRPOTrainer":
+def build_trainer(
+    config: RunConfig, location: str, tokenizer: "PreTrainedTokenizerBase", rows: list[Row], rewards: list[Reward]
+) -> "GRPOTrainer":
     """Make the trainer: base model (4-bit if the config says so), fresh LoRA adapter, rewards and rows."""
-    import torch
     from datasets import Dataset as ArrowDataset
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PrinterCallback
+    from transformers import PrinterCallback
     from trl import GRPOTrainer
 
+    from trainer.checkpoints import Durable
     from trainer.grpo import SharedPrefixGRPOTrainer, why_not
-    from trainer.progress import Progress, StopOnSignal
+    from trainer.progress import Observed
+    from trainer.row_rewards import row_rewards
 
-    rewards = build_rewards(config.rewards)
     arguments = grpo_config(config, rewards)
-    prompts_per_step = arguments.generation_batch_size // arguments.num_generations
-    if len(rows) < prompts_per_step:
-        raise JobError(
-            f"{len(rows)} rows are too few for one step, which takes {prompts_per_step} prompts "
-            "(per_device_train_batch_size * gradient_accumulation_steps * GPUs / num_generations): lower one of these."
-        )
-    dtype = models.weights_dtype()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if models.fast_bf16() else torch.float32,
-    )
-    model = models.load_model(
-        location, dtype=dtype, **({"quantization_config": quantization} if config.lora.load_in_4bit else {})
-    )
+    check_step(len(rows), arguments, "lower one of these")
+    quantization = models.four_bit() if config.lora.load_in_4bit else {}
+    model = models.load_model(location, dtype=models.weights_dtype(), **quantization)
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
     reason = why_not(model, arguments, lora)
     log.info("trainer=%s", f"stock TRL: {reason}" if reason else "shared prefix")
-    trainer = (GRPOTrainer if reason else SharedPrefixGRPOTrainer)(
+    base = GRPOTrainer if reason else SharedPrefixGRPOTrainer
+    trainer = type("RunTrainer", (Durable, Observed, base), {})(
         model=model,
-        reward_funcs=[RowReward(reward, rows) for reward in rewards],
+        reward_funcs=row_rewards(rewards, rows),
         args=arguments,
         train_dataset=ArrowDataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(rows)]),
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[Progress(folders.model_dir() / "metrics.jsonl"), StopOnSignal()],
     )
+    # TRL makes an adapter on 4-bit weights bf16, which PEFT does not when a run resumes. Small steps get lost in bf16.
+    for weights in trainer.model.parameters():
+        if weights.requires_grad:
+            weights.data = weights.data.float()
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end (`trainer_state.json` is its last file), or None.
-
-    Newer ones that were not are removed: the trainer, which keeps the newest few, would keep them and remove whole ones.
-    """
-    numbered = [
-        (int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if re.search(r"-\d+$", path.name)
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_bytes())
-        except (FileNotFoundError, json.JSONDecodeError):
-            log.info("removing %s: it was not written to its end", path)
-            shutil.rmtree(path, ignore_errors=True)  # every rank does
-            continue
-        return str(path)
-    return None
+def check_step(rows: int, arguments: "GRPOConfig", advice: str) -> None:
+    """Raise JobError if so many rows are too few for one step."""
+    prompts = arguments.generation_batch_size // arguments.num_generations
+    if rows < prompts:
+        raise JobError(
+            f"{rows} rows are too few for one step, which takes {prompts} prompts "
+            f"(per_device_train_batch_size * gradient_accumulation_steps * GPUs / num_generations): {advice}."
+        )
 
 
-def save(trainer: "GRPOTrainer", tokenizer: "PreTrainedTokenizerBase", location: str, model: str) -> None:
-    """Write `adapter/`, and `merged/`: the base model, read again in bf16 (never in 4 bits), with the adapter added."""
+def ask_base_model(
+    trainer: "GRPOTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row], record: "Record"
+) -> None:
+    """Let the learnability gate look at the run before its first step. Raises JobError where the policy is to stop."""
+    from trainer import learnability
+    from trainer.sampling import answers
+
+    policy, began = config.learnability, time.monotonic()
+    if policy.samples == 0:
+        return
+    total = generated_answers(config, len(rows), trainer.accelerator.num_processes)
+    # The rows that training comes to first: they are in random order, and what they show is what it will measure.
+    order = dict.fromkeys(trainer._get_train_sampler())
+    chosen = list(order)[: learnability.prompts_to_ask(total, policy.samples)]
+    given = answers(trainer, rewards, [rows[index] for index in chosen], policy.samples)
+    found = learnability.judge([[answer.score for answer in each] for each in given], trainer.num_generations)
+    record.learnability = found.summary() | {"seconds": round(time.monotonic() - began, 1)}
+    log.info("learnability %s", " ".join(f"{name}={value}" for name, value in record.learnability.items()))
+    if policy.policy == "stop" and found.expected_nonzero_groups < policy.min_nonzero_groups:
+        raise JobError(
+            f"Only {found.expected_nonzero_groups:.0%} of the groups would teach the base model anything, fewer than "
+            f"learnability.min_nonzero_groups ({policy.min_nonzero_groups:.0%}): of {found.prompts} prompts it never gets "
+            f"{found.dead:.0%} right and always gets {found.solved:.0%}. Take rows that it gets right now and then, or "
+            "rewards that also pay for a part of the way."
+        )
+    if policy.policy == "drop":
+        record.dropped = [str(rows[chosen[index]]["id"]) for index in found.flat]
+
+
+def bounds_of(
+    trainer: "GRPOTrainer",
+    config: RunConfig,
+    flags: argparse.Namespace,
+    rewards: list[Reward],
+    heldout: list[Row],
+    finish_seconds: float,
+) -> "Bounds":
+    """Give the trainer the callbacks that report, judge and end the run, and return the one that ends it."""
+    from trainer.announce import announcer
+    from trainer.bounds import Bounds, Limit, evaluation_steps
+    from trainer.progress import Board, Progress, Watch, latest_samples
+    from trainer.sampling import answers
+
+    target, record = folders.model_dir(), trainer.record
+
+    def board() -> Board:
+        from tensorboardX import SummaryWriter
+
+        shutil.rmtree(target / "tensorboard", ignore_errors=True)  # a resumed run writes again what it had
+        writer: Board = SummaryWriter(str(target / "tensorboard"))
+        return writer
+
+    def evaluate() -> float | None:
+        if not heldout:
+            return None
+        began = time.monotonic()
+        reward = fmean(given.score for (given,) in answers(trainer, rewards, heldout, 1, greedy=True))
+        trainer._metrics["train"]["heldout_reward"].append(reward)
+        log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(heldout), reward, time.monotonic() - began)
+        return reward
+
+    arguments, compute = trainer.args, config.compute
+    steps = optimizer_steps(config, len(trainer.train_dataset), trainer.accelerator.num_processes)
+    trained = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    watch = Watch(
+        target / "verdicts.jsonl",
+        record,
+        formats=[spec.label for spec in config.rewards if spec.type in FORMAT_REWARDS],
+        stop_on=config.verdicts.stop_on,
+        samples=lambda: latest_samples(trainer),
+        tell=announcer(),
+    )
+    cut = flags.max_runtime is not None and flags.max_runtime < compute.max_runtime
+    bounds = Bounds(
+        record,
+        Limit(flags.max_runtime, "max_cost_usd") if cut else Limit(compute.max_runtime, "max_runtime"),
+        watch,
+        evaluate,
+        evaluation_steps(steps, trained / arguments.num_iterations, len(heldout)) if heldout else steps,
+        began=started(),
+        finish_seconds=finish_seconds,
+    )
+    for callback in (Progress(target / "metrics.jsonl", board), watch, bounds):
+        trainer.add_callback(callback)
+    return bounds
+
+
+def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", location: str, config: RunConfig) -> None:
+    """Write the run's config, a checkpoint's `adapter/`, and `merged/`: the base model read again in bf16, with it added."""
     import torch
     from peft import PeftModel
 
     adapter, merged = folders.model_dir() / "adapter", folders.model_dir() / "merged"
-    trainer.model.save_pretrained(str(adapter))
-    base = models.load_model(location, dtype=torch.bfloat16)
+    adapter.mkdir(parents=True, exist_ok=True)
+    shutil.copy(checkpoint.path / "adapter_model.safetensors", adapter)
+    # PEFT names the base model by the folder it lay in here.
+    described = json.loads((checkpoint.path / "adapter_config.json").read_bytes()) | {
+        "base_model_name_or_path": config.model
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(described, indent=1))
+    base = models.load_model(location, dtype=torch.bfloat16)  # never the 4-bit weights: they would round twice
     whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     whole.save_pretrained(str(merged))
     tokenizer.save_pretrained(str(merged))
-    # PEFT names the base model by the folder it lay in here, and adds a model card with nothing filled in.
-    config = json.loads((adapter / "adapter_config.json").read_bytes())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": model}, indent=1))
-    (adapter / "README.md").unlink()
+    (folders.model_dir() / "run_config.json").write_text(config.model_dump_json(indent=1))
+
+
+def prove(trainer: "GRPOTrainer", config: RunConfig, location: str, prompts: list[list[dict[str, str]]]) -> dict[str, Any]:
+    """Return the proofs that what was saved is what was trained. Raises JobError if one fails."""
+    import torch
+
+    from trainer import proofs
+
+    if torch.cuda.is_available():  # the process that proves it needs the room
+        trainer.model.to("cpu")
+        torch.cuda.empty_cache()
+    return proofs.prove(
+        location,
+        folders.model_dir(),
+        prompts,
+        load_in_4bit=config.lora.load_in_4bit,
+        template=config.grpo.get("chat_template_kwargs") or {},
+    )
+
+
+def summary(
+    trainer: "GRPOTrainer", config: RunConfig, flags: argparse.Namespace, data: Dataset, chosen: "Checkpoint"
+) -> dict[str, Any]:
+    """Return what `training.json` says."""
+    from trainer.learnability import measured_nonzero_groups
+    from trainer.progress import history
+
+    record, state, points = trainer.record, trainer.state, history(trainer.state)
+    gate = record.learnability
+    if gate:
+        gate = gate | {"measured_nonzero_groups": measured_nonzero_groups(points, gate, trainer.num_generations)}
+    return {
+        "model": config.model,
+        "run_id": flags.run_id,
+        "steps": state.global_step,
+        "max_steps": state.max_steps,
+        "stopped": state.global_step < state.max_steps,
+        "ended": record.ended,
+        "bounded": record.ended if record.ended in {"max_runtime", "max_cost_usd"} else None,
+        "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
+        "evaluations": record.evaluations,
+        "learnability": gate,
+        "verdicts": [verdict["code"] for verdict in record.verdicts],
+        "rows": len(trainer.train_dataset),
+        "rows_dropped": data.dropped + len(record.dropped),
+        "rows_truncated": data.truncated,
+        "seconds": round(time.time() - started(), 1),
+        "reward_first": points[0]["reward"] if points else None,
+        "reward_last": points[-1]["reward"] if points else None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")},
+    }
 
 
 def train(flags: argparse.Namespace) -> None:
     """Do the run. A SIGTERM ends it after the current step; what it has learned by then is saved all the same."""
-    started = time.monotonic()
     config = read_config(flags)
     path = dataset_file(flags.dataset_filename)
     rows = load_rows(path, config, flags.max_samples)
@@ -319,33 +459,55 @@ def train(flags: argparse.Namespace) -> None:
     tokenizer = models.load_tokenizer(location)
     data = fit_prompts(rows, tokenizer, config)
     log.info("prompts kept=%d dropped=%d truncated=%d", len(data.rows), data.dropped, data.truncated)
-    trainer = build_trainer(config, location, tokenizer, data.rows)
+    rewards = build_rewards(config.rewards, deployment())
 
-    checkpoint = newest_checkpoint(folders.checkpoint_dir())
-    if checkpoint:
-        log.info("resuming from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    began = time.monotonic()
+    from transformers import TrainerState
+
+    from trainer import checkpoints, memory_probe
+
+    imported = time.monotonic()
+    trainer = build_trainer(config, location, tokenizer, data.rows, rewards)
+    # What follows the training reads the model again and writes it, and proves it in a process that reads it twice.
+    finish_seconds = (imported - began) + 4 * (time.monotonic() - imported)
+
+    folder = folders.checkpoint_dir()
+    trainer.run = checkpoints.identity(config, data.rows)
+    checkpoint = checkpoints.newest(folder, trainer.run)
+    if trainer.accelerator.is_local_main_process:
+        checkpoints.clean(folder)
+    trainer.record = checkpoint.record if checkpoint else checkpoints.Record()
+    if checkpoint is None:
+        ask_base_model(trainer, config, rewards, data.rows, trainer.record)
+    if trainer.record.dropped:
+        kept = [index for index, row in enumerate(data.rows) if str(row["id"]) not in trainer.record.dropped]
+        check_step(len(kept), trainer.args, "set learnability.policy to go_on")
+        trainer.train_dataset = trainer.train_dataset.select(kept)
+
+    heldout = heldout_rows(tokenizer, config)
+    bounds = bounds_of(trainer, config, flags, rewards, heldout, finish_seconds)
+    if bounds.go_on(checkpoint):
+        trainer.add_callback(memory_probe.MemoryProbe(trainer, data.lengths))
+        log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    else:  # it was killed after its last step, or came back with no time left
+        assert checkpoint is not None  # else there would be something to do
+        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        for hear in (trainer.callback_handler.on_train_begin, trainer.callback_handler.on_train_end):
+            hear(trainer.args, trainer.state, trainer.control)
     if trainer.is_world_process_zero():
-        target = folders.model_dir()
-        save(trainer, tokenizer, location, config.model)
-        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-        summary = {
-            "model": config.model,
-            "run_id": flags.run_id,
-            "steps": trainer.state.global_step,
-            "max_steps": trainer.state.max_steps,
-            "stopped": trainer.state.global_step < trainer.state.max_steps,
-            "rows": len(data.rows),
-            "rows_dropped": data.dropped,
-            "rows_truncated": data.truncated,
-            "seconds": round(time.monotonic() - started, 1),
-            "reward_first": rewards[0] if rewards else None,
-            "reward_last": rewards[-1] if rewards else None,
-            "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")},
-        }
-        (target / "run_config.json").write_text(config.model_dump_json(indent=1))
-        (target / "training.json").write_text(json.dumps(summary, indent=1))
-        log.info("saved %s", target)
+        # What this process wrote is whole, and what it found has been looked at. Another machine's files are not here.
+        found = checkpoints.whole(folder, verify=False)
+        if not found:
+            raise JobError(f"There is nothing to save: {trainer.record.verdicts[-1]['message']}.")
+        chosen, target = checkpoints.best(found), folders.model_dir()
+        save(chosen, tokenizer, location, config)
+        told = summary(trainer, config, flags, data, chosen)
+        if trainer.record.ended:  # one that was told to stop has seconds left, and may go on
+            asked = [row["prompt"] for row in heldout or data.rows]
+            told["proofs"] = prove(trainer, config, location, asked)
+        (target / "training.json").write_text(json.dumps(told, indent=1))
+        log.info("saved %s with the adapter of step %d", target, chosen.step)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A dataset was validated: start its training job. A job ended: start the oldest waiting runs."""
+"""A dataset was validated, or room may have come: start training jobs. A run is to be stopped: stop it."""
 
 from typing import Any
 
@@ -7,27 +7,37 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from tunedrop import events
 from tunedrop.aws import connect
-from tunedrop.events import DatasetValidated
+from tunedrop.events import DatasetValidated, StopRequested
+from tunedrop.jobs import JobSettings
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.runs import StaleMoveError
-from tunedrop.stages.start_training import JobSettings, start_run, start_waiting
+from tunedrop.stages.start_training import start_run, start_waiting
+from tunedrop.stages.stop_run import stop_run
 
 
 @logger.inject_lambda_context(correlation_id_path="id")
 @tracer.capture_lambda_handler(capture_response=False)
 @metrics.log_metrics(capture_cold_start_metric=True)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Handle "Dataset Validated" and, of final jobs, "SageMaker Training Job State Change"."""
+    """Handle "Dataset Validated", "Stop Requested", and what may have made room: final jobs, runs that ended or wait."""
     settings = JobSettings.from_environment()
     aws = connect(settings.run_table)
-    if event.get("detail-type") != events.VALIDATED:
+    request: DatasetValidated | StopRequested
+    if event.get("detail-type") == events.VALIDATED:
+        request = parse(event, model=DatasetValidated)
+    elif event.get("detail-type") == events.STOP_REQUESTED:
+        request = parse(event, model=StopRequested)
+    else:
         start_waiting(settings, aws)
         return {}
-    run = aws.runs.get(parse(event, model=DatasetValidated).detail.run_id)
+    run = aws.runs.get(request.detail.run_id)
     if run is None:
         raise LookupError("the event names a run that is not in the run table")
     try:
-        run = start_run(run, settings, aws)
+        if isinstance(request, StopRequested):
+            run = stop_run(run, request.time, settings, aws)
+        else:
+            run = start_run(run, settings, aws)
     except StaleMoveError as error:
         logger.info("another delivery was faster", detail=str(error))
         return {}

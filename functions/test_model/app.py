@@ -7,9 +7,9 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from tunedrop.aws import connect
 from tunedrop.events import JobStateChange
+from tunedrop.jobs import JobSettings
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.runs import StaleMoveError
-from tunedrop.stages.start_training import JobSettings
 from tunedrop.stages.test_model import training_ended
 
 

@@ -1,7 +1,7 @@
 """The one place where AWS clients are made and settings are read; everything else is handed them."""
 
 import os
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Annotated, Any, Self
 
 import boto3
@@ -32,10 +32,10 @@ class Settings(BaseModel):
         return cls.model_validate({name.lower(): value for name, value in os.environ.items()})
 
 
-def read_object(s3: Any, bucket: str, key: str) -> bytes | None:
-    """Return an object's bytes, None if there is no such object."""
+def read_object(s3: Any, bucket: str, key: str, at_most: int | None = None) -> bytes | None:
+    """Return an object's bytes, None if there is no such object; of a larger one than `at_most` just one byte more."""
     try:
-        body: bytes = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+        body: bytes = s3.get_object(Bucket=bucket, Key=key)["Body"].read(None if at_most is None else at_most + 1)
     except s3.exceptions.NoSuchKey:
         return None
     return body
@@ -47,11 +47,14 @@ class Aws:
     def __init__(self, run_table: str):
         self._run_table = run_table
         self._session = boto3.Session()
+        # What rewards call.
+        self.client = cache(partial(self._session.client, config=_CONFIG))
 
     @cached_property
     def s3(self) -> Any:
         """The S3 client."""
-        return self._session.client("s3", config=_CONFIG)
+        # Links to objects under a KMS key need this signature, which S3 clients use everywhere but in the oldest regions.
+        return self._session.client("s3", config=_CONFIG.merge(Config(signature_version="s3v4")))
 
     @cached_property
     def events(self) -> Any:
@@ -73,9 +76,9 @@ class Aws:
         """The run table."""
         return RunTable(self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table))
 
-    def read(self, bucket: str, key: str) -> bytes | None:
-        """Return an object's bytes, None if there is no such object."""
-        return read_object(self.s3, bucket, key)
+    def read(self, bucket: str, key: str, at_most: int | None = None) -> bytes | None:
+        """Return an object's bytes, None if there is no such object; of a larger one than `at_most` just one byte more."""
+        return read_object(self.s3, bucket, key, at_most)
 
 
 # A process keeps its clients from one invocation to the next.

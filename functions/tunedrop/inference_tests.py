@@ -1,25 +1,48 @@
-"""Inference tests: what the base and the tuned model are asked, how their answers compare, and the gate.
+"""Inference tests: what the base and the tuned model are asked, what a test asks of an answer, and what was answered.
 
-A test file is `{"evaluations": [{"id", "prompt", "description"}, …]}`, `description` being the expected answer. Accepted
-beside or instead of these: `messages` for `prompt`, `reference_answer` for `description`, and `tags`, `weight`,
-`must_pass` and `columns` (what rewards read of a row beside its answer).
+A test file is `{"evaluations": [{"id", "prompt", "description"}, …]}`, `description` being the expected answer; the bare
+list, JSON Lines, YAML and CSV are read too, told apart by their content. Accepted beside or instead of these keys:
+`messages` for `prompt`, `reference_answer` for `description`, and
+
+- `checks`: rewards of the library, each with `at_least` (1.0), and `{type: latency, maximum: seconds}`: the test passes
+  when all hold. Without any, it passes with full marks from every reward of the run that has a positive weight;
+- `must_pass`: the gate refuses a tuned model that does not pass; `samples`: how many answers are drawn (pass@k);
+- `tags`, `weight`, and `columns` (what rewards read of a row beside its answer).
 """
 
-import random
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunedrop.problems import Problem, RejectedError
+from tunedrop.problems import Problem, RejectedError, nearest
 from tunedrop.records import ROLES, Row
-from tunedrop.run_config import Gate, RunConfig
+from tunedrop.rewards import TEXT_ONLY, Deployment, RewardError, RewardSpec, build_rewards
+from tunedrop.run_config import RunConfig, YamlLoader
 
 MAX_TESTS_BYTES = 32 * 1024**2
-BOOTSTRAP_SAMPLES = 2000
-# Below this many tests a bootstrap interval says more about the sample than about the model.
-FEW_TESTS = 20
+MAX_SAMPLES = 64
+
+
+class Latency(BaseModel):
+    """A check of how long an answer takes; such a test is asked alone, so that the figure means something."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["latency"]
+    maximum: Annotated[float, Field(gt=0, description="Seconds.")]
+    label: Literal["latency"] = "latency"
+
+
+class Check(RewardSpec):
+    """A check by a reward of the library: its score of an answer, unweighted, must be at least `at_least`."""
+
+    at_least: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
 class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,52 +54,107 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    samples: int = 1
+    checks: list[dict[str, Any]] = []
     columns: dict[str, Any] = {}
 
+    @property
+    def timed(self) -> bool:
+        """Whether a check asks how long an answer takes."""
+        return any(check["type"] == "latency" for check in self.checks)
 
-class _Case(msgspec.Struct, forbid_unknown_fields=True):
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model answered in one test, as `inference.json` has it.
+
+    With several samples `text` is the first one's, `score` and `rewards` are means, `passed` is whether all passed, and
+    `samples` has each. `unmet` says why one did not pass; `error` why there is no score.
+    """
+
+    text: str = ""
+    score: float | None = None
+    rewards: dict[str, float | None] = {}
+    passed: bool | None = None
+    unmet: list[str] = []
+    tokens: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+    samples: list["Answer"] = []
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """An inference test with both models' answers: an entry of `inference.json`."""
+
+    id: str
+    prompt: list[dict[str, str]]
+    reference: str
+    base: Answer
+    tuned: Answer
+    tags: list[str] = []
+    weight: float = 1.0
+    must_pass: bool = False
+
+    @property
+    def outcome(self) -> Literal["won", "tied", "lost", "failed"]:
+        """Whether the tuned model won against the base model; `failed` where a score is missing."""
+        if self.base.score is None or self.tuned.score is None:
+            return "failed"
+        lift = self.tuned.score - self.base.score
+        return "won" if lift > 0 else "lost" if lift < 0 else "tied"
+
+
+class _Case(msgspec.Struct):
     """A case as written in a test file."""
 
     id: str | int | None = None
     prompt: str | None = None
     messages: list[dict[str, str]] | None = None
-    description: str | None = None
-    reference_answer: str | None = None
+    description: str | int | float | None = None
+    reference_answer: str | int | float | None = None
     tags: list[str] = []
-    weight: float = 1.0
+    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     must_pass: bool = False
+    samples: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)] = 1
+    checks: list[dict[str, Any]] = []
     columns: dict[str, Any] = {}
 
 
-class _TestFile(msgspec.Struct):
-    evaluations: list[msgspec.Raw]
+KEYS = _Case.__struct_fields__
 
 
-def read_tests(path: Path, config: RunConfig) -> list[InferenceTest]:
-    """Read an inference-test file. Raises RejectedError with a Problem per broken case."""
-    return parse_tests(path.read_bytes(), config)
+class _CaseError(ValueError):
+    def __init__(self, key: str, message: str):
+        self.key = key
+        super().__init__(message)
 
 
-def parse_tests(raw: bytes, config: RunConfig) -> list[InferenceTest]:
-    """Parse the bytes of a test file (UTF-8 JSON). Raises RejectedError with a Problem per broken case."""
+def parse_tests(raw: bytes, config: RunConfig, deployment: Deployment = TEXT_ONLY) -> list[InferenceTest]:
+    """Parse the bytes of a test file. Raises RejectedError with a Problem per broken case, which names case and key.
+
+    `deployment` is what checks may use, as for rewards.
+    """
     if len(raw) > MAX_TESTS_BYTES:
         raise RejectedError([Problem("TESTS_SYNTAX", f"the test file is larger than {MAX_TESTS_BYTES // 1024**2} MiB")])
     try:
-        cases = msgspec.json.decode(raw.removeprefix(b"\xef\xbb\xbf"), type=_TestFile).evaluations
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        hint = 'expected {"evaluations": [{"id", "prompt", "description"}]}'
-        raise RejectedError([Problem("TESTS_SYNTAX", f"the inference tests cannot be read: {error}", hint)]) from None
+        cases, from_text = _cases(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError, yaml.YAMLError, csv.Error) as error:
+        hint = 'expected {"evaluations": [{"id", "prompt", "description"}]} as JSON or YAML, JSON Lines, or CSV'
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RejectedError([Problem("TESTS_SYNTAX", f"the inference tests cannot be read: {reason}", hint)]) from None
     tests: list[InferenceTest] = []
     problems: list[Problem] = []
     ids: set[str] = set()
     for row, case in enumerate(cases, 1):
+        name = f"inference test {row}" + (f" ('{case['id']}')" if isinstance(case, dict) and case.get("id") else "")
         try:
-            test = _inference_test(msgspec.json.decode(case, type=_Case), row, config)
-        except (msgspec.DecodeError, ValueError) as error:
-            problems.append(Problem("BAD_TEST", f"inference test {row}: {error}", row=row))
+            test = _inference_test(case, row, config, deployment, from_text)
+        except _CaseError as error:
+            problems.append(Problem("BAD_TEST", f"{name}: '{error.key}': {error}", row=row, key=error.key or None))
             continue
         if test.id in ids:
-            problems.append(Problem("DUPLICATE_TEST", f"inference test {row}: the id '{test.id}' is used twice", row=row))
+            problems.append(
+                Problem("DUPLICATE_TEST", f"{name}: 'id': '{test.id}' is used by an earlier test", row=row, key="id")
+            )
         ids.add(test.id)
         tests.append(test)
     if not cases:
@@ -86,26 +164,97 @@ def parse_tests(raw: bytes, config: RunConfig) -> list[InferenceTest]:
     return tests
 
 
-def _inference_test(case: _Case, row: int, config: RunConfig) -> InferenceTest:
-    messages = case.messages or ([{"role": "user", "content": case.prompt}] if case.prompt else [])
+def _cases(text: str) -> tuple[list[Any], bool]:
+    """Return the cases of a file's text, and whether their values are text yet (CSV). Raises what its parser raises."""
+    start = text.lstrip()[:1]
+    if start not in {"{", "["}:
+        header = text.strip().split("\n", 1)[0]
+        delimiter = max(",;\t", key=header.count)
+        if {"prompt", "messages"} & {name.strip(' "\r') for name in header.split(delimiter)}:
+            return [
+                _csv_case(row) for row in csv.DictReader(io.StringIO(text.strip()), delimiter=delimiter, strict=True)
+            ], True
+        return _evaluations(yaml.load(text, Loader=YamlLoader)), False  # noqa: S506 - a SafeLoader, made stricter
+    try:
+        decoded = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) == 1 or not lines[0].rstrip().endswith("}"):
+            raise
+        return [msgspec.json.decode(line) for line in lines], False
+    return _evaluations(decoded), False
+
+
+def _evaluations(decoded: Any) -> list[Any]:
+    if isinstance(decoded, dict) and "evaluations" not in decoded and {"prompt", "messages"} & set(decoded):
+        return [decoded]  # one line of JSON Lines
+    cases = decoded.get("evaluations") if isinstance(decoded, dict) else decoded
+    if not isinstance(cases, list):
+        raise ValueError("there is no list 'evaluations' in it")
+    return cases
+
+
+def _csv_case(row: dict[str | Any, Any]) -> dict[str, Any]:
+    """Return a CSV row as a case: empty cells are absent, lists and objects are JSON, other columns are for rewards."""
+    if None in row:
+        raise ValueError(f"the row of '{row.get('id') or row.get('prompt')}' has more fields than the header")
+    filled = {str(name).strip(): value for name, value in row.items() if value not in {None, ""}}
+    case: dict[str, Any] = {name: value for name, value in filled.items() if name in KEYS}
+    if "tags" in case:
+        case["tags"] = [tag.strip() for tag in case["tags"].replace(";", ",").split(",") if tag.strip()]
+    for name in {"messages", "checks", "columns"} & set(case):
+        case[name] = msgspec.json.decode(case[name])
+    others = {name: value for name, value in filled.items() if name not in KEYS}
+    return case | ({"columns": case.get("columns", {}) | others} if others else {})
+
+
+def _inference_test(case: Any, row: int, config: RunConfig, deployment: Deployment, from_text: bool) -> InferenceTest:
+    if isinstance(case, dict) and (unknown := [str(key) for key in case if key not in KEYS]):
+        raise _CaseError(unknown[0], f"is no key of a test: {nearest(unknown[0], KEYS)}")
+    try:
+        given = msgspec.convert(case, _Case, strict=not from_text)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        raise _CaseError(place.strip("`.").split("[")[0].split(".")[0], reason) from None
+    if not math.isfinite(given.weight):
+        raise _CaseError("weight", "must be a finite number")
+    messages = given.messages or ([{"role": "user", "content": given.prompt}] if given.prompt else [])
     if not messages or any(message.get("role") not in ROLES or not message.get("content") for message in messages):
-        raise ValueError("needs 'prompt' (a text) or 'messages' (a list of {role, content})")
-    reference = case.reference_answer if case.reference_answer is not None else case.description
+        wanted = "needs a list of {role, content}" if given.messages else "needs a text (or give 'messages')"
+        raise _CaseError("messages" if given.messages else "prompt", wanted)
+    reference = given.reference_answer if given.reference_answer is not None else given.description
     if reference is None:
-        raise ValueError("needs 'description' (the expected answer) or 'reference_answer'")
-    if case.weight <= 0:
-        raise ValueError(f"'weight' must be above 0, got {case.weight}")
+        raise _CaseError("description", "needs the expected answer (or give 'reference_answer')")
+    build_checks(given.checks, deployment)
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return InferenceTest(
-        id=f"test-{row}" if case.id is None else str(case.id),
+        id=f"test-{row}" if given.id is None else str(given.id),
         prompt=messages,
-        reference=reference,
-        tags=case.tags,
-        weight=case.weight,
-        must_pass=case.must_pass,
-        columns=case.columns,
+        reference=str(reference),
+        tags=given.tags,
+        weight=given.weight,
+        must_pass=given.must_pass,
+        samples=given.samples,
+        checks=given.checks,
+        columns=given.columns,
     )
+
+
+def build_checks(checks: Sequence[dict[str, Any]], deployment: Deployment) -> list[Check | Latency]:
+    """Return a test's checks. Raises ValueError for one that is no reward of the library, or not allowed here."""
+    try:
+        built: list[Check | Latency] = [
+            (Latency if check.get("type") == "latency" else Check).model_validate(check) for check in checks
+        ]
+        build_rewards([check for check in built if isinstance(check, Check)], deployment)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise _CaseError("checks", f"{key}: {first['msg']}" if key else first["msg"].removeprefix("Value error, ")) from None
+    except (RewardError, ValueError) as error:
+        raise _CaseError("checks", str(error)) from None
+    return built
 
 
 def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
@@ -124,96 +273,8 @@ def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
 
 def dump_tests(tests: Iterable[InferenceTest]) -> bytes:
     """Write tests in the file format, so that `parse_tests` gives them back."""
-    cases = [
-        {
-            "id": test.id,
-            "messages": test.prompt,
-            "reference_answer": test.reference,
-            "tags": test.tags,
-            "weight": test.weight,
-            "must_pass": test.must_pass,
-            "columns": test.columns,
-        }
-        for test in tests
-    ]
+    cases = []
+    for test in tests:
+        case = msgspec.to_builtins(test)
+        cases.append(case | {"messages": case.pop("prompt"), "reference_answer": case.pop("reference")})
     return msgspec.json.encode({"evaluations": cases})
-
-
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Base against tuned over all tests; scores are weighted means, `lift` the mean paired difference and its interval."""
-
-    tests: int
-    base_score: float
-    tuned_score: float
-    lift: float
-    lift_low: float
-    lift_high: float
-    wins: int
-    ties: int
-    losses: int
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """What the gate decides, with its reasons in plain words."""
-
-    status: Literal["APPROVED", "PENDING", "REJECTED"]
-    reasons: list[str]
-
-
-def compare(tested: list[dict[str, Any]], confidence: float) -> Comparison:
-    """Compare the two models' scores, paired by test, with a percentile bootstrap interval of the mean lift.
-
-    `tested` is the `tests` list of `inference.json`. The interval is Efron's percentile interval at `confidence` over
-    2,000 resamples of the tests, seeded, so that a result can be reproduced.
-    """
-    weights = [test["weight"] for test in tested]
-    base, tuned = ([test[model]["score"] for test in tested] for model in ("base", "tuned"))
-    lifts = [after - before for before, after in zip(base, tuned, strict=True)]
-
-    def mean(values: list[Any], indices: Iterable[int] = range(len(tested))) -> float:
-        chosen = list(indices)
-        return float(sum(weights[i] * values[i] for i in chosen) / sum(weights[i] for i in chosen))
-
-    generator = random.Random(0)
-    everything = range(len(tested))
-    resampled = sorted(mean(lifts, generator.choices(everything, k=len(tested))) for _ in range(BOOTSTRAP_SAMPLES))
-    tail = round((1 - confidence) / 2 * BOOTSTRAP_SAMPLES)
-    return Comparison(
-        tests=len(tested),
-        base_score=mean(base),
-        tuned_score=mean(tuned),
-        lift=mean(lifts),
-        lift_low=resampled[tail],
-        lift_high=resampled[-tail - 1],
-        wins=sum(lift > 0 for lift in lifts),
-        ties=sum(lift == 0 for lift in lifts),
-        losses=sum(lift < 0 for lift in lifts),
-    )
-
-
-def judge(tested: list[dict[str, Any]], comparison: Comparison, gate: Gate) -> Verdict:
-    """Decide whether the tuned model may be used: better than the base by the gate's bound, and no must-pass test lost.
-
-    A test passes when the tuned model scores at least what the base did.
-    """
-    against = [
-        f"the test '{test['id']}' must pass, but scored {test['tuned']['score']:.2f} (base {test['base']['score']:.2f})"
-        for test in tested
-        if test["must_pass"] and test["tuned"]["score"] < test["base"]["score"]
-    ]
-    for tag in gate.must_not_regress:
-        tagged = [test for test in tested if tag in test["tags"]]
-        lift = sum(test["weight"] * (test["tuned"]["score"] - test["base"]["score"]) for test in tagged)
-        if lift < 0:
-            against.append(f"the tests tagged '{tag}' score lower than with the base model")
-    bounds = f"{gate.confidence:.0%} interval {comparison.lift_low:+.3f} to {comparison.lift_high:+.3f}"
-    interval = f"lift {comparison.lift:+.3f} ({bounds})"
-    if comparison.lift_high <= gate.min_lift:
-        against.append(f"{interval}: not above {gate.min_lift:+.3f}")
-    if against:
-        return Verdict("REJECTED", against)
-    if comparison.tests < FEW_TESTS:
-        return Verdict("PENDING", [f"{comparison.tests} tests are too few to tell: give at least {FEW_TESTS}", interval])
-    if comparison.lift_low <= gate.min_lift:
-        return Verdict("PENDING", [f"{interval}: it could still be {gate.min_lift:+.3f} or less; more tests would tell"])
-    return Verdict("APPROVED", [f"{interval} over {comparison.tests} tests"])

@@ -1,6 +1,7 @@
-"""What a run config must know about SageMaker's instance types: how many GPUs, and whether these compute in bf16."""
+"""What must be known about SageMaker's instance types: how many GPUs, whether these compute in bf16, and their disks."""
 
 import re
+from typing import NamedTuple
 
 # GPUs by family and size, where a size has more than one (AWS, "Accelerated computing" instance tables).
 _ONE_FOUR_EIGHT = {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8}
@@ -21,6 +22,35 @@ _GPUS: dict[str, dict[str, int]] = {
 }
 # Before NVIDIA's Ampere: K80, V100 and T4.
 _WITHOUT_BF16 = frozenset({"p2", "p3", "p3dn", "g4dn"})
+# With NVMe disks in the machine, which it encrypts itself: SageMaker refuses a VolumeKmsKeyId for them
+# (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html).
+_WITH_LOCAL_DISK = frozenset(
+    "c5d g4dn g5 g6 g6e gr6 m5d p3dn p4d p4de p5 p5e p5en p6-b200 r5d trn1 trn1n trn2".split(),
+)
+
+
+class Gpu(NamedTuple):
+    """One GPU: its name, dense 16-bit tensor TFLOPS, and memory bandwidth in GB/s, by NVIDIA's data sheets."""
+
+    name: str
+    tflops: float
+    bandwidth: float
+
+
+_GPU: dict[str, Gpu] = {
+    "p3": (_V100 := Gpu("V100", 125, 900)),
+    "p3dn": _V100,
+    "p4d": Gpu("A100 40 GB", 312, 1555),
+    "p4de": Gpu("A100 80 GB", 312, 2039),
+    "p5": Gpu("H100", 989, 3350),
+    "p5e": (_H200 := Gpu("H200", 989, 4800)),
+    "p5en": _H200,
+    "p6-b200": Gpu("B200", 2250, 8000),
+    "g4dn": Gpu("T4", 65, 320),
+    "g5": Gpu("A10G", 70, 600),
+    "g6": Gpu("L4", 121, 300),
+    "g6e": Gpu("L40S", 362, 864),
+}
 _CPU = re.compile(r"^[cmrt]\d")
 
 
@@ -30,6 +60,16 @@ def gpus(instance_type: str) -> int | None:
     if family in _GPUS:
         return _GPUS[family].get(size, 1)
     return 0 if _CPU.match(family) else None
+
+
+def gpu(instance_type: str) -> Gpu | None:
+    """Return what each of the instance's GPUs can do; None where it has none, or none known here."""
+    return _GPU.get(instance_type.split(".")[1])
+
+
+def has_local_disk(instance_type: str) -> bool:
+    """Return whether the instance keeps a job's data on disks of its own, which no customer key can encrypt."""
+    return instance_type.split(".")[1] in _WITH_LOCAL_DISK
 
 
 def has_bf16(instance_type: str) -> bool:

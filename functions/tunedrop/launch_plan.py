@@ -11,9 +11,12 @@ import msgspec
 
 from tunedrop import layout
 from tunedrop.aws import Aws
+from tunedrop.instances import has_local_disk
 from tunedrop.layout import JobName
 from tunedrop.run_config import Compute, RunConfig
 from tunedrop.runs import Run
+
+MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
 
 
 class NoLaunchPlanError(Exception):
@@ -43,6 +46,36 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "CompressionType": "None"}
 
 
+def instance_choices(compute: Compute, instance_types: list[str], spot: bool) -> list[dict[str, Any]]:
+    """Return the parts of ResourceConfig that a job may be tried with, the first choice first.
+
+    On demand, one part names all types and SageMaker takes the first that has capacity. With spot it takes one type only,
+    so each type is a choice, for the attempts of a run to walk
+    (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html).
+    """
+    types = list(dict.fromkeys(compute.instance_type or instance_types))
+    if spot or len(types) == 1:
+        return [{"InstanceType": name} for name in types]
+    return [{"InstancePreferences": [{"InstanceType": name} for name in types[:MOST_PREFERENCES]]}]
+
+
+def time_limit(compute: Compute, instances: dict[str, Any], plan: dict[str, Any]) -> int:
+    """Return how many seconds a training job may live: `max_runtime`, or less if that costs more than `max_cost_usd`.
+
+    At on-demand prices, above which spot never is; of several types, the dearest. Without a price nothing is known.
+    """
+    on_demand = (plan.get("prices") or {}).get("on_demand", {})
+    prices = [on_demand[name] for name in _types(instances) if name in on_demand]
+    if compute.max_cost_usd is None or not prices:
+        return compute.max_runtime
+    paid = compute.max_cost_usd / (max(prices) * compute.instance_count) * 3600
+    return min(compute.max_runtime, max(1, int(paid)))
+
+
+def _types(instances: dict[str, Any]) -> list[str]:
+    return [each["InstanceType"] for each in instances.get("InstancePreferences", [instances])]
+
+
 def job_request(
     plan: dict[str, Any],
     kind: str,
@@ -52,12 +85,12 @@ def job_request(
     prefix: str,
     data_bucket: str,
     artifact_bucket: str,
-    instance_types: list[str],
+    instances: dict[str, Any],
     spot: bool,
 ) -> dict[str, Any]:
-    """Return the CreateTrainingJob request of a run's `train` or `test` job.
+    """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, one of `instance_choices`.
 
-    Each attempt takes the next of `instance_types`. Spot jobs may wait as long again as they may run.
+    Spot jobs may wait as long again as they may run.
     """
     folder = f"s3://{artifact_bucket}/{layout.run_key(run.run_id)}"
     channels = [
@@ -65,27 +98,30 @@ def job_request(
         _channel("inference_testing", f"{folder}input/inference_tests.json"),
     ]
     if "/" not in config.model:  # a hub id is fetched by the job itself
-        channels.append(_channel("models", f"s3://{data_bucket}/{layout.model_prefix(config.model)}"))
+        models = _channel("models", f"s3://{data_bucket}/{layout.model_prefix(config.model)}")
+        channels.append(models | {"InputMode": "FastFile"})  # read as it is needed: the job starts before it is all there
+    if any(spec.type == "python" for spec in config.rewards):
+        channels.append(_channel("rewards", f"{folder}input/rewards/"))
     if kind == "train":
         channels.insert(0, _channel("training", f"{folder}input/"))
     else:
         assert run.artifacts is not None  # set with the move to TRAINED
         channels.append(_channel("tuned", run.artifacts.rstrip("/") + "/"))
     compute: Compute = config.compute
-    types = compute.instance_type or instance_types
-    limits = {"MaxRuntimeInSeconds": compute.max_runtime}
+    seconds = time_limit(compute, instances, plan) if kind == "train" else compute.max_runtime
+    limits = {"MaxRuntimeInSeconds": seconds}
     if spot:
-        limits["MaxWaitTimeInSeconds"] = 2 * compute.max_runtime
+        limits["MaxWaitTimeInSeconds"] = 2 * seconds
     request: dict[str, Any] = plan[kind]
     filled = request | {
         "TrainingJobName": str(JobName(prefix, kind, run.run_id, run.attempt)),
-        "HyperParameters": {"run-id": run.run_id},
+        "HyperParameters": {"run-id": run.run_id} | ({"max-runtime": str(seconds)} if kind == "train" else {}),
         "InputDataConfig": request["InputDataConfig"] + channels,
         "OutputDataConfig": request["OutputDataConfig"]
         | {"S3OutputPath": f"{folder}{'training' if kind == 'train' else 'inference'}/"},
-        "ResourceConfig": request["ResourceConfig"]
+        "ResourceConfig": {name: value for name, value in request["ResourceConfig"].items() if name != "InstanceType"}
+        | instances
         | {
-            "InstanceType": types[(run.attempt - 1) % len(types)],
             "InstanceCount": compute.instance_count if kind == "train" else 1,
             "VolumeSizeInGB": compute.volume_size_gb,
         },
@@ -96,6 +132,11 @@ def job_request(
             {"Key": "tunedrop:prefix", "Value": prefix},
         ],
     }
+    key = request["OutputDataConfig"].get("KmsKeyId")
+    if key and not any(map(has_local_disk, _types(instances))):
+        filled["ResourceConfig"]["VolumeKmsKeyId"] = key
+    if compute.keep_alive and not spot:  # a spot instance cannot stay
+        filled["ResourceConfig"]["KeepAlivePeriodInSeconds"] = compute.keep_alive
     if kind == "train":
         filled["CheckpointConfig"] = {"LocalPath": "/opt/ml/checkpoints", "S3Uri": f"{folder}checkpoints/"}
     return filled

@@ -4,14 +4,17 @@ import re
 from typing import NamedTuple
 
 TRAINING_DATA = "training_data/"
+INFERENCE_TESTS = "inference_test/"
+TEST_SUFFIXES = (".json", ".jsonl", ".yaml", ".csv")
 LAUNCH_PLANS = "launch_plans/"
 CURRENT_PLAN = LAUNCH_PLANS + "current.json"
+INDEX = "runs/index.html"
 SLUG_LENGTH = 23  # <prefix ≤ 16>-train-<slug>-<12 hex>-<attempt> fits SageMaker's 63 characters
 
 
 def dataset_of(key: str) -> str:
-    """`training_data/cars.jsonl` → `cars`; folders below `training_data/` are part of the name."""
-    return key.removeprefix(TRAINING_DATA).rpartition(".")[0]
+    """`training_data/cars.jsonl.gz` → `cars`; folders below `training_data/` are part of the name."""
+    return key.removeprefix(TRAINING_DATA).removesuffix(".gz").rpartition(".")[0]
 
 
 def config_key(dataset: str) -> str:
@@ -19,9 +22,9 @@ def config_key(dataset: str) -> str:
     return f"{TRAINING_DATA}{dataset}.yaml"
 
 
-def tests_keys(dataset: str) -> tuple[str, str]:
+def tests_keys(dataset: str) -> list[str]:
     """Return where a dataset's inference tests are looked for, in order."""
-    return f"inference_test/{dataset}.json", "inference_test/evaluations.json"
+    return [f"{INFERENCE_TESTS}{name}{suffix}" for name in (dataset, "evaluations") for suffix in TEST_SUFFIXES]
 
 
 def model_prefix(model: str) -> str:

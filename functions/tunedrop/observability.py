@@ -3,5 +3,5 @@
 from aws_lambda_powertools import Logger, Metrics, Tracer
 
 logger = Logger()
-metrics = Metrics(namespace="Tunedrop")
+metrics = Metrics()
 tracer = Tracer()

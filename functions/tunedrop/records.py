@@ -4,23 +4,21 @@ A canonical row is `{"id": str, "prompt": [{"role", "content"}, …], "answer": 
 rows reads back unchanged, so the trainer reads with the same code whether a Lambda prepared the file or not.
 """
 
-import csv
+import io
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from tunedrop.problems import Problem
+from tunedrop.problems import Problem, nearest
+from tunedrop.readers import Broken, read_batches, refuse, suffix_of
 from tunedrop.run_config import RunConfig
 
 Row = dict[str, Any]
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# A JSON array cannot be read piece by piece with line numbers kept, so it is read whole.
-MAX_ARRAY_BYTES = 256 * 1024**2
-MAX_FIELD_BYTES = 16 * 1024**2
 ROLES = ("system", "user", "assistant", "tool")
 # Names that hold the prompt and the answer, the likeliest first, compared without case, spaces and underscores.
 PROMPT_NAMES = ("prompt", "question", "query", "instruction", "problem", "messages", "input", "text")
@@ -28,299 +26,338 @@ ANSWER_NAMES = (
     "answer referenceanswer groundtruth rewardmodel expectedanswer expectedoutput output response completion solution "
     "target expected reference label description"
 ).split()
+OWN = frozenset({"id", "prompt", "answer"})
+KNOWN_SHAPES = 1000
+SHOWN = 60
 
 
-class Located(NamedTuple):
-    """A record as read, and where: `line` of a text file (where it starts) and `row`, both from 1."""
+class Shape(NamedTuple):
+    """Where rows with the same columns keep what: names of columns, None where there is none."""
 
-    line: int | None
-    row: int
-    value: Any
+    prompt: str | None
+    answer: str | None
+    input: str | None  # of instruction tables
+    extra: tuple[str, ...]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that a canonical row is made of."""
+        named = {"prompt": self.prompt, "answer": self.answer, "input": self.input}
+        return {name: column for name, column in named.items() if column}
+
+
+class RejectedRow(NamedTuple):
+    """A record that cannot be used: why, and what it held (its text where it could not be decoded)."""
+
+    problem: Problem
+    record: Any
+
+
+class Rows(NamedTuple):
+    """A batch of canonical rows; for each its number in the file, its line, and the text of its prompt alone.
+
+    The parts of a text that are separate messages are separated by NUL. `failed` is what ended the reading.
+    """
+
+    rows: list[Row]
+    numbers: list[int]
+    lines: list[int | None]
+    texts: list[str]
+    rejected: list[RejectedRow]
+    failed: list[Problem]
 
 
 class Records:
-    """The rows of one file, and what the reader found out about its columns.
+    """The rows of one open file, and what the reader found out about its columns."""
 
-    Iterating gives canonical rows and, where a record cannot be used, a Problem with its line and row. `columns` says
-    which columns were taken for the prompt and the answer, as of the last record read.
-    """
-
-    def __init__(self, path: Path, config: RunConfig):
-        self.columns: dict[str, str] = {}
+    def __init__(self, file: io.BufferedReader, suffix: str, config: RunConfig):
+        self._taken: dict[tuple[str | None, ...], dict[str, str]] = {}
+        self._file = file
+        self._suffix = suffix
         self._config = config
-        self._path = path
-        self._keys: Any = None
+        self._system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        self._shapes: dict[tuple[str, ...], Shape] = {}
+        self._orders: set[tuple[str, ...]] = set()  # of roles, known to be good
 
-    def __iter__(self) -> Iterator[Row | Problem]:
-        suffix = self._path.suffix.lower()
-        if suffix not in _READERS:
-            yield Problem("UNKNOWN_FORMAT", f"'{self._path.name}' is none of {', '.join(DATA_SUFFIXES)}")
-            return
-        with self._path.open("rb") as file:
-            start = file.read(4)
-            file.seek(0)
-            if suffix != ".parquet" and start[:2] in {b"\xff\xfe", b"\xfe\xff"}:
-                yield Problem("ENCODING", "the file is UTF-16", "save it as UTF-8", line=1)
-                return
-            for item in _READERS[suffix](file):
-                yield item if isinstance(item, Problem) else self._canonical(item)
+    def batches(self) -> Iterator[Rows]:
+        """Read the file in batches; every record is in one, as a row or as a rejected one."""
+        for values, number, lines in read_batches(self._file, self._suffix):
+            if not number:
+                yield Rows([], [], [], [], [], [value.problem for value in values])
+                continue
+            regular = self._regular(values, number)
+            if regular:
+                yield Rows(regular[0], list(range(number, number + len(values))), list(lines or []), regular[1], [], [])
+                continue
+            batch = Rows([], [], [], [], [], [])
+            for index, value in enumerate(values):
+                line = lines[index] if lines else None
+                try:
+                    row, text = self._canonical(value, number + index)
+                except _BadRowError as error:
+                    problem = msgspec.structs.replace(error.problem, line=line, row=number + index)
+                    record = value.text.decode(errors="replace") if isinstance(value, Broken) else value
+                    batch.rejected.append(RejectedRow(problem, record))
+                    continue
+                batch.rows.append(row)
+                batch.texts.append(text)
+                batch.numbers.append(number + index)
+                batch.lines.append(line)
+            yield batch
 
-    def _canonical(self, record: Located) -> Row | Problem:
-        problem = partial(Problem, line=record.line, row=record.row)
-        if not isinstance(record.value, dict):
-            kind = type(record.value).__name__
-            return problem("NOT_AN_OBJECT", f"expected an object with columns, found a {kind}")
-        if record.value.keys() != self._keys:  # guess once for a table, again where the shape of rows changes
-            self._keys = record.value.keys()
-            self.columns = guess_columns(record.value, self._config)
-        prompt = self._prompt(record.value)
-        if isinstance(prompt, str):
-            return problem(*_explain(prompt, record.value))
-        answer = self._answer(record.value)
-        if answer is None and "messages" in self.columns.values() and prompt[-1]["role"] == "assistant":
-            answer = prompt.pop()["content"]  # OpenAI chat rows: the last assistant turn is the answer
+    @property
+    def roles(self) -> list[tuple[str, ...]]:
+        """The orders of roles that the prompts have, system prompt included."""
+        orders = self._orders | {("user",)}
+        return sorted({("system", *order) if self._system and order[0] != "system" else order for order in orders})
+
+    @property
+    def variants(self) -> list[dict[str, str]]:
+        """Which columns the parts of rows that can be used were taken from: one mapping or more, the first row's first."""
+        return list(self._taken.values())
+
+    def _regular(self, values: list[Any], number: int) -> tuple[list[Row], list[str]] | None:
+        """Do what `_canonical` does for a batch whose rows all have one shape and nothing wrong; None if it is none.
+
+        Whole columns go through loops in C here, which is what makes files of millions of rows quick.
+        """
+        if set(map(type, values)) != {dict} or len(names := set(map(tuple, values))) != 1:
+            return None
+        shape = self._shape(names.pop())
+        columns = values[0].keys()
+        if shape.prompt not in columns or shape.input or (shape.answer and shape.answer not in columns):
+            return None
+        prompts: list[Any] = list(map(itemgetter(shape.prompt), values))
+        answers: list[Any] | None = [_answer(value[shape.answer]) for value in values] if shape.answer else None
+        kinds = set(map(type, prompts))
+        if kinds == {str}:
+            texts = last = prompts
+            prompts = [[{"role": "user", "content": text}] for text in texts]
+        elif kinds == {list} and (grouped := self._conversations(prompts, answers)):
+            prompts, contents, answers = grouped
+            last = [group[-1] for group in contents]
+            texts = list(map("\0".join, contents))
+        else:
+            return None
+        if not answers or set(map(type, answers)) != {str} or _any_blank(answers) or _any_blank(last):
+            return None
+        if self._system:
+            prompts = [prompt if prompt[0]["role"] == "system" else self._system + prompt for prompt in prompts]
+        if "id" in columns:
+            ids = [_id(value["id"], row) for row, value in enumerate(values, number)]
+        else:
+            ids = [f"row-{row}" for row in range(number, number + len(values))]
+        rows = [{"id": i, "prompt": p, "answer": a} for i, p, a in zip(ids, prompts, answers, strict=True)]
+        for name in shape.extra:
+            for row, value in zip(rows, values, strict=True):
+                row[name] = value[name]
+        self._take(shape)
+        return rows, texts
+
+    def _conversations(
+        self, prompts: list[list[Any]], answers: list[Any] | None
+    ) -> tuple[list[list[Any]], list[tuple[str, ...]], list[Any]] | None:
+        """Do what `_conversation` does for prompts that are plain messages in a good order; None if they are not."""
+        messages = list(chain.from_iterable(prompts))
+        try:
+            roles = list(map(itemgetter("role"), messages))
+            texts = list(map(itemgetter("content"), messages))
+            plain = set(map(type, texts)) == {str} and set(map(len, messages)) == {2} and set(roles).issubset(ROLES)
+        except (TypeError, KeyError, IndexError):
+            return None
+        lengths = list(map(len, prompts))
+        if not plain or 0 in lengths:
+            return None
+        each_role, each_text = iter(roles), iter(texts)
+        orders = {tuple(islice(each_role, length)) for length in lengths}
+        contents = [tuple(islice(each_text, length)) for length in lengths]
+        if answers is None:
+            if any(order[-1] != "assistant" for order in orders):
+                return None
+            orders = {order[:-1] for order in orders}
+            answers = [group[-1] for group in contents]
+            contents = [group[:-1] for group in contents]
+            prompts = [prompt[:-1] for prompt in prompts]
+        if any(map(_wrong_order, orders)):
+            return None
+        self._remember(orders)
+        return prompts, contents, answers
+
+    def _canonical(self, record: Any, number: int) -> tuple[Row, str]:
+        """Return a record as a canonical row, and its prompt's text. Raises _BadRowError."""
+        if type(record) is not dict:
+            raise _BadRowError(record.problem if isinstance(record, Broken) else _not_an_object(record))
+        shape = self._shape(tuple(record))
+        value, answer = record.get(shape.prompt), record.get(shape.answer)
+        if type(value) is list:
+            prompt, texts, answer = self._conversation(value, answer)
+        elif type(value) is str:
+            detail = record.get(shape.input) if shape.input else None
+            text = f"{value}\n\n{detail}" if isinstance(detail, str) and detail.strip() else value
+            prompt, texts = [{"role": "user", "content": text}], [text]
+        else:
+            raise _BadRowError(self._missing("prompt", shape, record))
+        if not texts[-1] or texts[-1].isspace():
+            raise _BadRowError(Problem("EMPTY_PROMPT", "the prompt is empty", "every row needs a prompt"))
+        answer = _answer(answer)
         if answer is None:
-            return problem(*_explain("NO_ANSWER", record.value))
-        if not answer.strip():
-            return problem("EMPTY_ANSWER", "the answer is empty", "every row needs an answer that rewards can compare with")
-        if not prompt or prompt[-1]["role"] != "user":
-            return problem(
-                "BAD_MESSAGES", "the prompt must end with a user message", "the model answers the last user message"
-            )
-        if self._config.system_prompt and prompt[0]["role"] != "system":
-            prompt.insert(0, {"role": "system", "content": self._config.system_prompt})
-        used = set(self.columns.values())
-        extra = {
-            key: value for key, value in record.value.items() if key not in used and key not in {"id", "prompt", "answer"}
-        }
-        row_id = record.value.get("id")
-        return {
-            "id": f"row-{record.row}" if row_id is None else str(row_id),
-            "prompt": prompt,
-            "answer": answer,
-        } | extra
+            raise _BadRowError(self._missing("answer", shape, record))
+        if not answer or answer.isspace():
+            hint = "every row needs an answer that rewards can compare with"
+            raise _BadRowError(Problem("EMPTY_ANSWER", "the answer is empty", hint))
+        if self._system and prompt[0]["role"] != "system":
+            prompt = self._system + prompt
+        row = {"id": _id(record.get("id"), number), "prompt": prompt, "answer": answer}
+        for name in shape.extra:
+            row[name] = record[name]
+        self._take(shape)
+        return row, "\0".join(texts)
 
-    def _prompt(self, record: dict[str, Any]) -> list[dict[str, str]] | str:
-        """Return the prompt as messages, or the code of what is wrong with it."""
-        value = record.get(self.columns.get("prompt", ""))
-        if isinstance(value, list):
-            return _messages(value)
-        if not isinstance(value, str):
-            return "NO_PROMPT"
-        detail = record.get(self.columns.get("input", ""))
-        text = f"{value}\n\n{detail}" if isinstance(detail, str) and detail.strip() else value
-        return [{"role": "user", "content": text}] if text.strip() else "EMPTY_PROMPT"
+    def _conversation(self, value: list[Any], answer: Any) -> tuple[list[dict[str, str]], list[str], Any]:
+        """Return a list of messages as a prompt, their texts, and the answer: the last one's where no column holds it."""
+        prompt, roles, texts = _messages(value)
+        if answer is None and roles[-1] == "assistant":  # OpenAI chat rows
+            answer, prompt, roles = texts.pop(), prompt[:-1], roles[:-1]
+        if roles not in self._orders:
+            if problem := _wrong_order(roles):
+                raise _BadRowError(problem)
+            self._remember({roles})
+        return prompt, texts, answer
 
-    def _answer(self, record: dict[str, Any]) -> str | None:
-        value = record.get(self.columns.get("answer", ""))
-        if isinstance(value, dict) and "ground_truth" in value:  # SageMaker RLVR and verl: reward_model.ground_truth
-            value = value["ground_truth"]
-        if value is None or isinstance(value, str):
-            return value
-        return msgspec.json.encode(value).decode()
+    def _remember(self, orders: set[tuple[str, ...]]) -> None:
+        if len(self._orders) < KNOWN_SHAPES:
+            self._orders |= orders
+
+    def _take(self, shape: Shape) -> None:
+        if shape[:3] not in self._taken and len(self._taken) < KNOWN_SHAPES:
+            self._taken[shape[:3]] = shape.columns
+
+    def _shape(self, names: tuple[str, ...]) -> Shape:
+        """Return the shape of rows with these columns."""
+        if names not in self._shapes:
+            if len(self._shapes) >= KNOWN_SHAPES:  # columns that are data: nothing to remember
+                self._shapes.clear()
+            self._shapes[names] = guess_shape(names, self._config)
+        return self._shapes[names]
+
+    def _missing(self, part: str, shape: Shape, record: dict[str, Any]) -> Problem:
+        code, names = f"NO_{part.upper()}", ", ".join(map(str, record))[:200]
+        column = shape.columns.get(part)
+        if column in record:
+            kind = "null" if record[column] is None else type(record[column]).__name__
+            expected = "a text or messages" if part == "prompt" else "a text"
+            return Problem(code, f"the {part} in '{column}' is {kind}, expected {expected}", f"give every row its {part}")
+        if column:
+            return Problem(code, f"no column '{column}', which the config names, among: {names}", nearest(column, record))
+        return Problem(code, f"no {part} among the columns: {names}", f"name it in the config: columns: {{{part}: …}}")
 
 
-def read_rows(path: Path, config: RunConfig) -> Records:
-    """Return the rows of `path`, by its suffix (.jsonl, .json, .csv, .parquet), as an iterable of Row and Problem."""
-    return Records(path, config)
+class _BadRowError(Exception):
+    def __init__(self, problem: Problem):
+        self.problem = problem
 
 
-def guess_columns(record: dict[str, Any], config: RunConfig) -> dict[str, str]:
-    """Return which columns hold `prompt`, `answer` and, for instruction tables, `input`; what the config names wins."""
-    by_name = {re.sub(r"[\s_-]", "", str(name)).casefold(): name for name in record}
-    guessed = {}
+def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
+    """Read the rows of a file by its suffix (`.jsonl`, `.json`, `.csv`, these gzipped, `.parquet`), with its problems."""
+    suffix = suffix_of(path.name)
+    if problem := refuse(suffix, size=0):  # any size: only a Lambda is short of time
+        yield problem
+        return
+    with path.open("rb") as file:
+        for batch in Records(file, suffix, config).batches():
+            yield from batch.rows
+            yield from (rejected.problem for rejected in batch.rejected)
+            yield from batch.failed
+
+
+def guess_shape(names: tuple[str, ...], config: RunConfig) -> Shape:
+    """Return which columns hold prompt, answer and, for instruction tables, input; what the config names wins."""
+    by_name = {re.sub(r"[\s_-]", "", str(name)).casefold(): name for name in names}
     prompt = config.columns.prompt or next((by_name[name] for name in PROMPT_NAMES if name in by_name), None)
     answer = config.columns.answer or next(
         (by_name[name] for name in ANSWER_NAMES if name in by_name and by_name[name] != prompt), None
     )
-    if prompt:
-        guessed["prompt"] = prompt
-    if answer:
-        guessed["answer"] = answer
-    if prompt and prompt == by_name.get("instruction") and "input" in by_name:
-        guessed["input"] = by_name["input"]
-    return guessed
+    detail = by_name.get("input") if prompt and prompt == by_name.get("instruction") else None
+    used = OWN | {prompt, answer, detail}
+    return Shape(prompt, answer, detail, tuple(name for name in names if name not in used))
 
 
-def _explain(code: str, record: dict[str, Any]) -> tuple[str, str, str]:
-    names = ", ".join(map(str, record))[:200]
-    return {
-        "NO_PROMPT": (code, f"no prompt among the columns: {names}", "name it in the config: columns: {prompt: …}"),
-        "NO_ANSWER": (code, f"no answer among the columns: {names}", "name it in the config: columns: {answer: …}"),
-        "EMPTY_PROMPT": (code, "the prompt is empty", "every row needs a prompt"),
-        "BAD_MESSAGES": (
-            code,
-            "the prompt's messages are not a list of {role, content}",
-            f"each message needs a role ({', '.join(ROLES)}) and a text as content",
-        ),
-    }[code]
+def _messages(value: list[Any]) -> tuple[list[dict[str, str]], tuple[str, ...], list[str]]:
+    """Return a list of messages with nothing but role and content, and the roles and contents alone."""
+    try:
+        roles = tuple([message["role"] for message in value])
+        texts = [message["content"] for message in value]
+        hash(roles)  # raises TypeError where a role is no text
+        plain = sum(map(len, value)) == 2 * len(value) and set(map(type, texts)) == {str}
+    except (TypeError, KeyError):
+        plain = False
+    if plain and "developer" not in roles:
+        return value, roles, texts
+    if not value:
+        raise _BadRowError(Problem("EMPTY_PROMPT", "the prompt has no messages", "every row needs a prompt"))
+    messages = [_message(message, number) for number, message in enumerate(value, 1)]
+    return messages, tuple([message["role"] for message in messages]), [message["content"] for message in messages]
 
 
-def _messages(value: list[Any]) -> list[dict[str, str]] | str:
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return "BAD_MESSAGES"
-        content = message.get("content")
-        if isinstance(content, list):  # content parts, as in OpenAI's and Nova's rows
-            texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-        if not isinstance(content, str):
-            return "BAD_MESSAGES"
-        messages.append({"role": message["role"], "content": content})
-    return messages or "EMPTY_PROMPT"
-
-
-# --- JSON: one object per line, objects one after another over many lines, or one array ---
-
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_decode = msgspec.json.Decoder().decode
-
-
-def _read_json(file: BinaryIO) -> Iterator[Located | Problem]:
-    first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
-    file.seek(0)
-    if first.strip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        yield from _read_array(file)
-    else:
-        yield from _read_objects(file)
-
-
-def _read_array(file: BinaryIO) -> Iterator[Located | Problem]:
-    raw = file.read(MAX_ARRAY_BYTES + 1).removeprefix(b"\xef\xbb\xbf")
-    if len(raw) > MAX_ARRAY_BYTES:
-        yield Problem(
-            "TOO_LARGE", f"a JSON array may have {MAX_ARRAY_BYTES // 1024**2} MiB", "write one object per line instead"
+def _message(message: Any, number: int) -> dict[str, str]:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        found = ", ".join(map(str, message))[:SHOWN] if isinstance(message, dict) else f"a {type(message).__name__}"
+        raise _BadRowError(
+            Problem(
+                "BAD_MESSAGES", f"message {number} is no {{role, content}}: found {found}", "give it a role and a content"
+            )
         )
-        return
-    try:
-        values = msgspec.json.decode(raw, type=list[msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        place = re.search(r"byte (\d+)", str(error))
-        line = raw.count(b"\n", 0, int(place[1])) + 1 if place else None
-        yield Problem("BAD_JSON", f"the array is not valid JSON: {_reason(error)}", line=line)
-        return
-    position, line = 0, 1
-    for row, value in enumerate(values, 1):
-        start = raw.index(bytes(value), position)
-        line += raw.count(b"\n", position, start)
-        position = start
-        yield _decoded(bytes(value), line, row)
+    role, content = message["role"], message["content"]
+    if isinstance(content, list):  # content parts, as in OpenAI's and Nova's rows
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    if not isinstance(content, str) or not isinstance(role, str):
+        part = "role" if isinstance(content, str) else "content"
+        raise _BadRowError(
+            Problem("BAD_MESSAGES", f"the {part} of message {number} is not a text", "only texts can be trained on")
+        )
+    # What OpenAI's newer models call the system message.
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
-def _read_objects(file: BinaryIO) -> Iterator[Located | Problem]:
-    """One object per line, or pretty-printed objects one after another: an object ends where its braces balance."""
-    row, start, depth = 0, 0, 0
-    pending: list[bytes] = []
-    for number, raw in enumerate(file, 1):
-        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if not line.strip():
-            continue
-        if pending and line[:1] == b"{":  # a new object at the margin: the one before it was never closed
-            row += 1
-            yield Problem("BAD_JSON", "this object is never closed", "check its braces and quotes", line=start, row=row)
-            pending, depth = [], 0
-        if not pending:
-            start = number
-        pending.append(line)
-        bare = _STRING.sub(b"", line)
-        depth += bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
-        if depth <= 0:
-            for value in _split(b"".join(pending)):
-                row += 1
-                yield _decoded(value, start, row)
-            pending, depth = [], 0
-    if pending:
-        yield Problem("BAD_JSON", "this object is never closed", "the file may have been cut off", line=start, row=row + 1)
+def _wrong_order(roles: tuple[str, ...]) -> Problem | None:
+    """Return what is wrong with the order of a prompt's roles."""
+    unknown = next((role for role in roles if role not in ROLES), None)
+    if unknown is not None:
+        message = f"the role '{unknown[:SHOWN]}' is none of {', '.join(ROLES)}"
+        return Problem("BAD_MESSAGES", message, nearest(unknown, ROLES))
+    found = ", ".join(roles[:8]) + (", …" if len(roles) > 8 else "")
+    turns = roles[1:] if roles[:1] == ("system",) else roles
+    if "system" in turns:
+        return Problem("ROLE_ORDER", f"a system message may only come first, found: {found}", "move it to the beginning")
+    if not turns or turns[-1] != "user":
+        hint = "the model answers the last user message"
+        return Problem("ROLE_ORDER", f"the prompt must end with a user message, found: {found or 'none'}", hint)
+    if turns[0] != "user":
+        return Problem("ROLE_ORDER", f"the first turn must be the user's, found: {found}", "take out what comes before it")
+    return None
 
 
-def _split(text: bytes) -> list[bytes]:
-    """Split objects that share a line, such as the end of one and the start of the next."""
-    if not re.search(rb"}\s*,?\s*{", _STRING.sub(b"", text)):
-        return [text]
-    parts, depth, begin = [], 0, 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[{}]', text):
-        depth += {b"{": 1, b"}": -1}.get(token[0], 0)
-        if depth == 0 and token[0] == b"}":
-            parts.append(text[begin : token.end()].strip(b" \t\r\n,"))
-            begin = token.end()
-    rest = text[begin:].strip(b" \t\r\n,")
-    return [*parts, rest] if rest else parts
+def _any_blank(texts: list[str]) -> bool:
+    return not all(texts) or any(map(str.isspace, texts))
 
 
-def _decoded(raw: bytes, line: int, row: int) -> Located | Problem:
-    try:
-        return Located(line, row, _decode(raw))
-    except UnicodeDecodeError as error:
-        message = f"not UTF-8: byte {error.object[error.start : error.start + 1]!r}"
-        return Problem("ENCODING", message, "save the file as UTF-8", line=line, row=row)
-    except (msgspec.DecodeError, RecursionError) as error:
-        straight = _straighten(raw)
-        if straight != raw:
-            return _decoded(straight, line, row)
-        return Problem("BAD_JSON", f"not valid JSON: {_reason(error)}", line=line, row=row)
+def _id(value: Any, number: int) -> str:
+    return f"row-{number}" if value is None else str(value)
 
 
-def _straighten(raw: bytes) -> bytes:
-    """Turn curly quotes that stand where JSON needs straight ones (text editors put them there); others stay."""
-    text = re.sub(r"([{\[,:]\s*)[“”]", r'\1"', raw.decode(errors="surrogateescape"))
-    return re.sub(r"[“”](?=\s*[,:}\]])", '"', text).encode(errors="surrogateescape")
+def _answer(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and "ground_truth" in value:  # SageMaker RLVR and verl: reward_model.ground_truth
+        value = value["ground_truth"]
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
+        value = value[0].get("content")  # TRL's conversational completion
+    if value is None or isinstance(value, str):
+        return value
+    return msgspec.json.encode(value).decode()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error).removeprefix("JSON is malformed: ")
-
-
-# --- tables ---
-
-
-def _read_csv(file: BinaryIO) -> Iterator[Located | Problem]:
-    csv.field_size_limit(MAX_FIELD_BYTES)
-    lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
-    reader, row = csv.reader(lines, strict=True), 0
-    header: list[str] = []
-    try:
-        for values in reader:
-            if not values:
-                continue
-            if not header:
-                header = values
-                continue
-            row += 1
-            if len(values) != len(header):
-                message = f"{len(values)} fields, the header has {len(header)}"
-                yield Problem("BAD_CSV", message, "quote fields that contain commas", line=reader.line_num, row=row)
-            else:
-                yield Located(reader.line_num, row, dict(zip(header, values, strict=True)))
-    except csv.Error as error:
-        yield Problem("BAD_CSV", f"not valid CSV: {error}", line=reader.line_num, row=row + 1)
-    except UnicodeDecodeError as error:
-        message = f"not UTF-8: byte {error.object[error.start : error.start + 1]!r}"
-        yield Problem("ENCODING", message, "save the file as UTF-8", line=reader.line_num + 1, row=row + 1)
-
-
-def _read_parquet(file: BinaryIO) -> Iterator[Located | Problem]:
-    # 35 MB of shared libraries: only a Parquet file pays for loading them.
-    from arro3.io import read_parquet
-
-    row = 0
-    try:
-        for batch in read_parquet(file):
-            for value in batch.to_struct_array().to_pylist():
-                row += 1
-                yield Located(None, row, value)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 - arro3 panics outside Exception on a broken file
-        yield Problem("BAD_PARQUET", f"not a readable Parquet file: {str(error)[:300]}", row=row + 1)
-
-
-_Reader = Callable[[BinaryIO], Iterator[Located | Problem]]
-_READERS: dict[Literal[".jsonl", ".json", ".csv", ".parquet"] | str, _Reader] = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _not_an_object(value: Any) -> Problem:
+    hint = 'each row is an object such as {"prompt": "…", "answer": "…"}'
+    return Problem("NOT_AN_OBJECT", f"expected an object with columns, found a {type(value).__name__}", hint)

@@ -32,7 +32,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tunedrop.instances import gpus, has_bf16
 from tunedrop.problems import Problem, RejectedError, nearest
-from tunedrop.rewards import PARAMETERS, RewardSpec, check_names
+from tunedrop.rewards import FORMAT_REWARDS, PARAMETERS, RewardSpec, check_names
 
 MAX_CONFIG_BYTES = 256 * 1024
 # Tunedrop sets these itself: they are about where a job reads and writes, which a run config cannot know.
@@ -174,8 +174,16 @@ class Compute(_Section):
         Field(ge=60, le=28 * 86400, description="Seconds, or a duration such as 3h, 90m or 1h30m."),
         BeforeValidator(_seconds),
     ] = 6 * 3600
-    max_cost_usd: Annotated[float, Field(gt=0)] | None = None
+    max_cost_usd: float | None = Field(
+        default=None, gt=0, description="Ends the training when it has cost this; a run that must cost more is refused."
+    )
     volume_size_gb: Annotated[int, Field(ge=1, le=16384)] = 100
+    keep_alive: Annotated[
+        int,
+        # SageMaker's own upper limit is an hour.
+        Field(ge=0, le=3600, description="How long instances stay, and cost, for the next job (warm pool); not with spot."),
+        BeforeValidator(_seconds),
+    ] = 0
 
 
 class Gate(_Section):
@@ -184,6 +192,45 @@ class Gate(_Section):
     min_lift: float = 0.0
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     must_not_regress: list[str] = Field(default=[], description="Tags of inference tests whose scores must not fall.")
+
+
+class Preflight(_Section):
+    """How the rewards are tried before a job starts: the dataset's own answers against wrong ones."""
+
+    on_failure: Literal["reject", "warn"] = Field(
+        default="reject", description="What happens to a run whose rewards do not prefer the dataset's answers."
+    )
+    rows: Annotated[
+        int,
+        Field(ge=0, le=256, description="How many rows are tried; 4 at most where a reward calls out or runs programs."),
+    ] = 32
+
+
+class Learnability(_Section):
+    """Before training, the base model answers some rows: what it never or always gets right teaches it nothing."""
+
+    policy: Literal["go_on", "drop", "stop"] = Field(
+        default="go_on",
+        description="go_on, drop the rows found to teach nothing, or stop the job if too few groups teach anything.",
+    )
+    samples: Annotated[int, Field(ge=0, le=64, description="Answers to each row that is asked; 0: no row is asked.")] = 4
+    min_nonzero_groups: Annotated[
+        float, Field(ge=0, le=1, description="Expected share of groups with a gradient below which `stop` stops.")
+    ] = 0.1
+
+
+# What can be said of a training while it goes on: see docs/verdicts.md.
+VerdictCode = Literal[
+    "NON_FINITE", "KL_BLOWUP", "DEAD_REWARD", "TRUNCATION", "HACKING_SUSPECT", "ENTROPY_COLLAPSE", "PLATEAU"
+]
+
+
+class Verdicts(_Section):
+    """What is said of a training that goes wrong, and what ends it early."""
+
+    stop_on: list[VerdictCode] = Field(
+        default=["NON_FINITE", "DEAD_REWARD"], description="Verdicts that end the training; its best checkpoint is tested."
+    )
 
 
 class Notify(_Section):
@@ -212,11 +259,18 @@ class RunConfig(_Section):
     grpo: dict[str, Any] = Field(default={}, validate_default=True, description="TRL's `GRPOConfig` fields.")
     compute: Compute = Compute()
     gate: Gate = Gate()
+    preflight: Preflight = Preflight()
+    learnability: Learnability = Learnability()
+    verdicts: Verdicts = Verdicts()
     notify: Notify = Notify()
     max_prompt_length: Annotated[int, Field(ge=1, description="Tokens a prompt may have, chat template included.")] = 512
     max_seq_length: Annotated[int, Field(ge=2, description="Tokens prompt and completion may have together.")] | None = None
     prompt_overflow: Literal["drop", "reject", "truncate"] = Field(
         default="drop", description="What happens to a row whose prompt is longer than max_prompt_length tokens."
+    )
+    max_bad_rows: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="Share of the rows that may be broken: they are set aside in rejected.jsonl; more reject the dataset.",
     )
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.1,
@@ -415,6 +469,13 @@ def check_lengths(config: RunConfig, context: int) -> list[Problem]:
     return problems
 
 
+def prompt_limit(config: RunConfig) -> int:
+    """Return how many tokens a prompt may have, so that prompt and completion fit `max_seq_length`."""
+    if config.max_seq_length is None:
+        return config.max_prompt_length
+    return min(config.max_prompt_length, config.max_seq_length - int(config.grpo_value("max_completion_length")))
+
+
 def optimizer_steps(config: RunConfig, rows: int, processes: int = 1) -> int:
     """Return how many optimizer steps a run over so many rows takes on so many GPUs; TRL drops an incomplete last batch."""
     if config.grpo_value("max_steps") > 0:
@@ -426,6 +487,14 @@ def optimizer_steps(config: RunConfig, rows: int, processes: int = 1) -> int:
     )
     per_epoch = batches * batch * config.grpo_value("num_iterations") // per_step
     return math.ceil(config.grpo_value("num_train_epochs") * max(per_epoch, 1)) if batches else 0
+
+
+def generated_answers(config: RunConfig, rows: int, processes: int = 1) -> int:
+    """Return how many answers a run over so many rows samples; each is trained on `num_iterations` times."""
+    per_step = (
+        config.grpo_value("per_device_train_batch_size") * processes * config.grpo_value("gradient_accumulation_steps")
+    )
+    return int(optimizer_steps(config, rows, processes) * per_step // config.grpo_value("num_iterations"))
 
 
 def check_steps(config: RunConfig, rows: int, processes: int = 1) -> list[Problem]:
@@ -462,16 +531,12 @@ def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
     room = (config.max_seq_length or math.inf) - completion
     yield config.max_prompt_length > room, f"max_seq_length leaves prompts {room} tokens, fewer than max_prompt_length"
     yield config.lora.r > 256, f"lora.r {config.lora.r} is large: it costs memory and seldom helps above 64"
-    yield config.compute.max_cost_usd is not None, "compute.max_cost_usd is not enforced: compute.max_runtime ends a job"
-    total = sum(spec.weight for spec in config.rewards if spec.type in _FORMAT_REWARDS)
-    other = sum(spec.weight for spec in config.rewards if spec.type not in _FORMAT_REWARDS)
+    total = sum(spec.weight for spec in config.rewards if spec.type in FORMAT_REWARDS)
+    other = sum(spec.weight for spec in config.rewards if spec.type not in FORMAT_REWARDS)
     yield total > other, "the rewards pay more for the format than for the answer"
 
 
-_FORMAT_REWARDS = frozenset("xml_format think_format json_valid length overlong_penalty repetition_penalty regex".split())
-
-
-class _YamlLoader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """Safe YAML without aliases (they can expand without bound), refusing duplicate keys, reading 1e-5 as a number."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -493,7 +558,7 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 # YAML 1.1, which PyYAML follows, reads "1e-5" as text because it has no dot. Nobody means that in a config.
-_YamlLoader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -509,7 +574,7 @@ def load_run_config(raw: bytes, *, default_model: str) -> RunConfig:
             [Problem("CONFIG_SYNTAX", f"the config has {len(raw)} bytes, at most {MAX_CONFIG_BYTES} are read")]
         )
     try:
-        given = yaml.load(raw.decode("utf-8-sig"), Loader=_YamlLoader)  # noqa: S506 - a SafeLoader, made stricter
+        given = yaml.load(raw.decode("utf-8-sig"), Loader=YamlLoader)  # noqa: S506 - a SafeLoader, made stricter
     except UnicodeDecodeError as error:
         raise RejectedError(
             [Problem("CONFIG_SYNTAX", f"the config is not UTF-8: {error.reason} at byte {error.start}")]
@@ -570,6 +635,7 @@ __all__ = [
     "Compute",
     "Gate",
     "Lora",
+    "Preflight",
     "RewardSpec",
     "RunConfig",
     "check_instances",
@@ -577,7 +643,9 @@ __all__ = [
     "check_steps",
     "config_fields",
     "config_warnings",
+    "generated_answers",
     "load_run_config",
     "optimizer_steps",
     "parse_run_config",
+    "prompt_limit",
 ]

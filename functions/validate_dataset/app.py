@@ -1,4 +1,4 @@
-"""An object was created under `training_data/`: validate the dataset."""
+"""An object was created under `training_data/`, or its validation was lost on the way: validate the dataset."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEve
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from tunedrop.aws import connect
-from tunedrop.events import Upload
+from tunedrop.events import VALIDATION_REQUESTED, Upload, ValidationRequested
 from tunedrop.observability import logger, metrics, tracer
 from tunedrop.stages.validate_dataset import ValidateSettings, validate_upload
 
@@ -16,8 +16,11 @@ from tunedrop.stages.validate_dataset import ValidateSettings, validate_upload
 @tracer.capture_lambda_handler(capture_response=False)
 @metrics.log_metrics(capture_cold_start_metric=True)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Handle an S3 "Object Created" event from EventBridge."""
-    upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
+    """Handle an S3 "Object Created" event from EventBridge, and our "Validation Requested"."""
+    if event.get("detail-type") == VALIDATION_REQUESTED:
+        upload = parse(event, model=ValidationRequested).detail
+    else:
+        upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
     settings = ValidateSettings.from_environment()
     run = validate_upload(upload, settings, connect(settings.run_table))
     if run is None:

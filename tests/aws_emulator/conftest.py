@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from local_app.aws_emulator import MARKER
+from local_app.certificates import make_certificates
 
 Json = dict[str, Any]
 
@@ -42,18 +44,23 @@ class Emulators:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ports = {"aws": free_port(), "sagemaker": free_port()}
-        self.url = f"http://127.0.0.1:{self.ports['aws']}"
+        self.url = f"https://127.0.0.1:{self.ports['aws']}"
+        self.authority = make_certificates(folder / "tls", "127.0.0.1").authority
+        self.trust = ssl.create_default_context(cafile=self.authority)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
-        port = self.ports[name]
-        command = [sys.executable, "-m", f"local_app.{name}_emulator", "--port", str(port)]
+        command = [sys.executable, "-m", f"local_app.{name}_emulator", "--port", str(self.ports[name])]
         command += ["--state-dir", str(self.folder / name)]
         if name == "sagemaker":
             command += ["--s3-endpoint", self.url, "--event-sink", f"{self.url}/_tunedrop/events"]
+            command += ["--authorizer", f"{self.url}/_tunedrop/authorize"]
+        else:
+            command += ["--tls-dir", str(self.folder / "tls")]
         environment = {
             **os.environ,
-            "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{self.ports['sagemaker']}",
+            "AWS_ENDPOINT_URL_SAGEMAKER": self.url_of("sagemaker"),
+            "AWS_CA_BUNDLE": str(self.authority),
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "OF_THE_CALLER": "yes",
@@ -66,14 +73,16 @@ class Emulators:
 
         def answers() -> bool:
             assert process.poll() is None, log.read_text()
-            return self.healthy(port)
+            return self.healthy(name)
 
         wait_for(answers)
 
-    @staticmethod
-    def healthy(port: int) -> bool:
+    def url_of(self, name: str) -> str:
+        return self.url if name == "aws" else f"http://127.0.0.1:{self.ports[name]}"
+
+    def healthy(self, name: str) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/_tunedrop/health"):
+            with urllib.request.urlopen(f"{self.url_of(name)}/_tunedrop/health", context=self.trust):
                 return True
         except OSError:
             return False
@@ -95,16 +104,17 @@ class Emulators:
             except psutil.Error:
                 continue
 
-    def client(self, service: str) -> Any:
-        port = self.ports["sagemaker" if service == "sagemaker" else "aws"]
-        key = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-        return boto3.client(service, endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1", **key)
+    def client(self, service: str, **credentials: str) -> Any:
+        """A client of the account itself, or of who has the `credentials`."""
+        url = self.url_of("sagemaker" if service == "sagemaker" else "aws")
+        key = credentials or {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        return boto3.client(service, endpoint_url=url, region_name="us-east-1", verify=str(self.authority), **key)
 
     def post_event(self, event: Any) -> tuple[int, Json]:
         body = event if isinstance(event, bytes) else json.dumps(event).encode()
         request = urllib.request.Request(f"{self.url}/_tunedrop/events", data=body)
         try:
-            with urllib.request.urlopen(request) as answer:
+            with urllib.request.urlopen(request, context=self.trust) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)

@@ -7,6 +7,9 @@ from typing import Any
 
 import psutil
 import pytest
+from botocore.exceptions import ClientError
+
+from local_app.redrive import redrive
 
 from .conftest import Emulators, wait_for
 
@@ -23,6 +26,8 @@ def handler(event, context):
     order = event.get("detail", {})
     if order.get("fail"):
         raise ValueError("as ordered")
+    if order.get("fail_until") and not os.path.exists(order["fail_until"]):
+        raise ValueError("not yet")
     if order.get("die"):
         os._exit(1)
     if order.get("hang_once") and not os.path.exists(order["hang_once"]):
@@ -110,7 +115,8 @@ class Deployed:
         self.emulators = emulators
         self.notes_file = emulators.folder / "notes.jsonl"
         cloudformation = emulators.client("cloudformation")
-        cloudformation.create_stack(StackName="probe", TemplateBody=template(self.notes_file))
+        capabilities = ["CAPABILITY_IAM"]
+        cloudformation.create_stack(StackName="probe", TemplateBody=template(self.notes_file), Capabilities=capabilities)
         cloudformation.get_waiter("stack_create_complete").wait(StackName="probe", WaiterConfig={"Delay": 0.1})
         (stack,) = cloudformation.describe_stacks(StackName="probe")["Stacks"]
         self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
@@ -200,6 +206,109 @@ def test_s3_events_name_version_and_a_growing_sequencer(emulators: Emulators, de
     assert first["sequencer"] < second["sequencer"]
 
 
+class Role:
+    """A role with one policy, as a service that it trusts for its own account takes it on."""
+
+    def __init__(self, emulators: Emulators, *statements: Json, trusted_for: str = "000000000000") -> None:
+        self.emulators, self.name = emulators, f"role-{uuid.uuid4().hex[:8]}"
+        trust = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": {"Service": "sagemaker.amazonaws.com"}}
+        condition = {"Condition": {"StringEquals": {"aws:SourceAccount": trusted_for}}}
+        iam, version = emulators.client("iam"), {"Version": "2012-10-17"}
+        document = json.dumps(version | {"Statement": [trust | condition]})
+        self.arn = iam.create_role(RoleName=self.name, AssumeRolePolicyDocument=document)["Role"]["Arn"]
+        policy = json.dumps(version | {"Statement": list(statements)})
+        iam.put_role_policy(RoleName=self.name, PolicyName="p", PolicyDocument=policy)
+
+    def credentials(self) -> dict[str, str]:
+        answer = self.emulators.client("sts").assume_role(RoleArn=self.arn, RoleSessionName="SageMaker")["Credentials"]
+        return {
+            "aws_access_key_id": answer["AccessKeyId"],
+            "aws_secret_access_key": answer["SecretAccessKey"],
+            "aws_session_token": answer["SessionToken"],
+        }
+
+    def calls(self) -> list[tuple[str, str, bool]]:
+        """What the emulator noted of it: action, resource and whether it was allowed."""
+        lines = (self.emulators.folder / "aws" / "calls.jsonl").read_text().splitlines()
+        notes = [note for note in map(json.loads, lines) if f"/{self.name}/" in note["principal"]]
+        return [(note["action"], note["resource"], note["allowed"]) for note in notes]
+
+
+def allow(action: str, resource: str) -> Json:
+    return {"Effect": "Allow", "Action": action, "Resource": resource}
+
+
+def test_a_role_may_do_what_its_policy_says_and_every_call_is_noted(emulators: Emulators, deployed: Deployed) -> None:
+    bucket = f"arn:aws:s3:::{deployed.outputs['Bucket']}"
+    role = Role(emulators, allow("s3:PutObject", f"{bucket}/mine/*"))
+    s3 = emulators.client("s3", **role.credentials())
+    s3.put_object(Bucket=deployed.outputs["Bucket"], Key="mine/a", Body=b"x")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        s3.put_object(Bucket=deployed.outputs["Bucket"], Key="yours/a", Body=b"x")
+    assert role.calls() == [("s3:PutObject", f"{bucket}/mine/a", True), ("s3:PutObject", f"{bucket}/yours/a", False)]
+
+
+def test_sagemaker_does_what_iam_lets_the_caller_do(emulators: Emulators, deployed: Deployed) -> None:
+    groups = "arn:aws:sagemaker:us-east-1:000000000000:model-package-group/"
+    role = Role(emulators, allow("sagemaker:CreateModelPackageGroup", f"{groups}ours-*"))
+    credentials = role.credentials()
+    sagemaker = emulators.client("sagemaker", **credentials)
+    sagemaker.create_model_package_group(ModelPackageGroupName="ours-1")
+    for refused in (
+        {"ModelPackageGroupName": "theirs"},
+        {"ModelPackageGroupName": "ours-2", "Tags": [{"Key": "k", "Value": "v"}]},
+    ):
+        with pytest.raises(ClientError) as error:
+            sagemaker.create_model_package_group(**refused)
+        assert error.value.response["Error"]["Code"] == "AccessDeniedException"
+    assert ("sagemaker:AddTags", f"{groups}ours-2", False) in role.calls()
+    forged = emulators.client("sagemaker", **credentials | {"aws_secret_access_key": "guessed"})
+    with pytest.raises(ClientError, match="signature"):
+        forged.create_model_package_group(ModelPackageGroupName="ours-3")
+    emulators.client("sagemaker").delete_model_package_group(ModelPackageGroupName="ours-1")
+
+
+def test_a_role_may_put_the_events_that_its_policy_names(emulators: Emulators, deployed: Deployed) -> None:
+    only = {"Condition": {"StringEquals": {"events:source": "ours", "events:detail-type": "Verdict"}}}
+    events = emulators.client("events", **Role(emulators, allow("events:PutEvents", "*") | only).credentials())
+    entry = {"Source": "ours", "DetailType": "Verdict", "Detail": "{}"}
+    assert events.put_events(Entries=[entry, entry])["FailedEntryCount"] == 0
+    for other in ({"Source": "theirs"}, {"DetailType": "Another"}):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            events.put_events(Entries=[entry, entry | other])
+
+
+def test_a_service_takes_on_a_role_that_trusts_it_for_this_account_only(emulators: Emulators, deployed: Deployed) -> None:
+    assert Role(emulators, allow("s3:GetObject", "*")).credentials()
+    with pytest.raises(ClientError, match="AccessDenied"):
+        Role(emulators, allow("s3:GetObject", "*"), trusted_for="999999999999").credentials()
+
+
+def test_an_alarm_is_announced_where_the_topic_lets_cloudwatch_publish(emulators: Emulators, deployed: Deployed) -> None:
+    sns, sqs, cloudwatch = (emulators.client(name) for name in ("sns", "sqs", "cloudwatch"))
+    queue = sqs.create_queue(QueueName="alarms")["QueueUrl"]
+    queue_arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": "sns.amazonaws.com"},
+        "Action": "sqs:SendMessage",
+        "Resource": "*",
+    }
+    sqs.set_queue_attributes(QueueUrl=queue, Attributes={"Policy": json.dumps({"Statement": [statement]})})
+    for name, principal in (("open", "cloudwatch.amazonaws.com"), ("shut", "s3.amazonaws.com")):
+        topic = sns.create_topic(Name=name)["TopicArn"]
+        policy = {"Effect": "Allow", "Principal": {"Service": principal}, "Action": "sns:Publish", "Resource": topic}
+        sns.set_topic_attributes(TopicArn=topic, AttributeName="Policy", AttributeValue=json.dumps({"Statement": [policy]}))
+        sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=queue_arn)
+        metric = {"Namespace": "N", "MetricName": "M", "Statistic": "Sum", "Period": 60, "EvaluationPeriods": 1}
+        compare = {"Threshold": 0, "ComparisonOperator": "GreaterThanThreshold"}
+        cloudwatch.put_metric_alarm(AlarmName=name, **metric, **compare, AlarmActions=[topic])
+        cloudwatch.set_alarm_state(AlarmName=name, StateValue="ALARM", StateReason="a test")
+    messages = wait_for(lambda: sqs.receive_message(QueueUrl=queue, MaxNumberOfMessages=10).get("Messages"))
+    assert [json.loads(json.loads(m["Body"])["Message"])["AlarmName"] for m in messages] == ["open"]
+    assert not sqs.receive_message(QueueUrl=queue).get("Messages")
+
+
 def test_a_model_package_group_is_made_and_deleted_with_its_stack(emulators: Emulators, deployed: Deployed) -> None:
     sagemaker, cloudformation = emulators.client("sagemaker"), emulators.client("cloudformation")
     described = sagemaker.describe_model_package_group(ModelPackageGroupName="models")
@@ -237,6 +346,23 @@ def test_what_a_rule_cannot_deliver_goes_to_its_dead_letter_queue(deployed: Depl
     assert attributes["ERROR_CODE"] == code
     assert "rule/probe-" in attributes["RULE_ARN"]
     assert ":function:" in attributes["TARGET_ARN"]
+
+
+def test_redriven_events_reach_their_functions(emulators: Emulators, deployed: Deployed, tmp_path: Path) -> None:
+    sqs, mended = emulators.client("sqs"), tmp_path / "mended"
+    failed = deployed.post_job_event(fail_until=str(mended))
+    undelivered = deployed.post_job_event(forbidden=True)  # its rule has no permission; the function itself would take it
+
+    def waiting() -> bool:
+        attributes = sqs.get_queue_attributes(QueueUrl=deployed.outputs["Queue"], AttributeNames=["All"])["Attributes"]
+        return attributes["ApproximateNumberOfMessages"] == "2"
+
+    wait_for(waiting)
+    mended.touch()
+    assert len(list(redrive(sqs, emulators.client("lambda"), deployed.outputs["Queue"]))) == 2
+    wait_for(lambda: len(deployed.notes(failed)) == 4)
+    wait_for(lambda: len(deployed.notes(undelivered)) == 2)  # by the rule that may, and by redriving
+    assert not sqs.receive_message(QueueUrl=deployed.outputs["Queue"], VisibilityTimeout=0).get("Messages")
 
 
 def test_a_killed_emulator_goes_on_where_it_was(emulators: Emulators, deployed: Deployed, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`local_app.stack`: up, crash, up again, down; with the real template and the real `sam`."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,9 +55,15 @@ def test_up_crash_up_down(stack: Stack) -> None:
     assert {address.ip for address in addresses} == {"127.0.0.1"}
     # A dataset that cannot be one goes through the real validate_dataset and comes back as a receipt.
     s3 = stack.client("s3")
-    s3.put_object(Bucket=outputs.artifact_bucket, Key="launch_plans/current.json", Body=b'{"digest": "0"}')
+    plan = b'{"digest": "0", "train": {}, "test": {}}'
+    for name in ("current", "0"):
+        s3.put_object(Bucket=outputs.artifact_bucket, Key=f"launch_plans/{name}.json", Body=plan)
     s3.put_object(Bucket=outputs.data_bucket, Key="training_data/broken.jsonl", Body=b"{")
     key = wait_for(lambda: receipt(stack, outputs.artifact_bucket))
+    # It did so with its own role, which IAM let do all that it did.
+    calls = [json.loads(line) for line in (stack.folder / "aws" / "calls.jsonl").read_text().splitlines()]
+    assert {("s3:GetObjectVersion", True), ("s3:PutObject", True)} <= {(c["action"], c["allowed"]) for c in calls}
+    assert [call for call in calls if not call["allowed"]] == []
 
     for process in started_in(stack.folder):
         process.kill()

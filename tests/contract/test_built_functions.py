@@ -1,5 +1,6 @@
 """Every event of `events/` into the built artefact, run by AWS's own Lambda runtime emulator."""
 
+import gzip
 import importlib.metadata
 import json
 import os
@@ -31,10 +32,13 @@ RUN = {"status": "VALIDATED", "run_id": "cars-"}
 ANSWERS: dict[str, Any] = {
     "validate_dataset.upload": RUN,
     "validate_dataset.duplicate": RUN,
+    "validate_dataset.gzipped": RUN,
     "validate_dataset.odd_key": RUN | {"run_id": "Fragen-Antworten-gr-e-m-"},
+    "validate_dataset.requested": RUN,
     "validate_dataset.outside": {},
     # The event names a run that this stack does not have: an error, which takes it to the dead-letter queue.
     "start_training.dataset_validated": {"errorType": "LookupError"},
+    "start_training.stop_requested": {"errorType": "LookupError"},
     "reconcile.scheduled": {"looked_at": 0},
 }
 
@@ -64,7 +68,8 @@ def invoke(
     environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
     """Invoke a built function, each in a runtime of its own that sees the artefact alone."""
-    artefact = build().code
+    built = build()
+    artefact = built.code
     client = tmp_path_factory.mktemp("runtime-client")  # Lambda keeps it beside the interpreter, not in the artefact
     for distribution in ("awslambdaric", "simplejson", "snapshot-restore-py"):
         files = importlib.metadata.files(distribution) or []
@@ -78,7 +83,8 @@ def invoke(
                 probe.bind(("127.0.0.1", 0))
                 other.bind(("127.0.0.1", 0))
                 port, api = probe.getsockname()[1], other.getsockname()[1]
-            paths = [str(artefact), str(client)]
+            layers = [str(built.layer / "python")] if function == "validate_dataset" else []
+            paths = [str(artefact), *layers, str(client)]
             boot = f"import sys; sys.path[:0] = {paths!r}; from awslambdaric.__main__ import main; main(sys.argv)"
             command = [str(EMULATOR), "--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address"]
             command += [f"127.0.0.1:{api}", sys.executable, "-S", "-c", boot, f"{function}.app.handler"]
@@ -122,10 +128,12 @@ def invoke(
 def test_every_event_invokes_its_built_function(name, invoke, load_event, environment):
     event = load_event(name)
     if name.startswith("validate_dataset."):
+        uploaded = event["detail"].get("object", event["detail"])  # as S3 says it, or as we ask for it
+        body = gzip.compress(ROWS) if uploaded["key"].endswith(".gz") else ROWS
         stored = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"]).put_object(
-            Bucket=DATA, Key=event["detail"]["object"]["key"], Body=ROWS
+            Bucket=DATA, Key=uploaded["key"], Body=body
         )
-        event["detail"]["object"]["version-id"] = stored["VersionId"]
+        uploaded["version_id" if "version_id" in uploaded else "version-id"] = stored["VersionId"]
     answer = invoke(name.split(".")[0], event)
     expected = ANSWERS.get(name, {})  # the jobs of runs that this stack does not have are nobody's
     assert answer.keys() >= expected.keys()
@@ -134,6 +142,16 @@ def test_every_event_invokes_its_built_function(name, invoke, load_event, enviro
     }
     if not expected:
         assert answer == {}
+
+
+def test_tokens_are_counted_with_the_layer_alone(invoke, load_event, environment):
+    s3 = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"])
+    event = load_event("validate_dataset.gzipped")
+    stored = s3.put_object(Bucket=DATA, Key=event["detail"]["object"]["key"], Body=gzip.compress(ROWS + ROWS))
+    event["detail"]["object"] |= {"version-id": stored["VersionId"], "sequencer": "0055AED6DCD90281FF"}
+    answer = invoke("validate_dataset", event)
+    receipt = s3.get_object(Bucket=ARTIFACTS, Key=f"runs/{answer['run_id']}/validation.json")["Body"].read()
+    assert json.loads(receipt)["tokens"]["sample"] == 60
 
 
 def test_a_parquet_file_is_read_by_the_artefact_alone(invoke, load_event, environment, tmp_path):

@@ -8,7 +8,7 @@ from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 
 from local_app.aws_emulator import matches_pattern
-from tunedrop.events import DatasetValidated, JobStateChange, RunEvent, Upload
+from tunedrop.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
 from tunedrop.runs import Run, State
 
 EVENTS = Path(__file__).parents[2] / "events"
@@ -33,8 +33,11 @@ def test_events_parse_in_their_consumers(name, load_event):
         job = parse(event, model=JobStateChange).detail
         assert job.final
         assert job.started == (name != "test_model.train_no_capacity")
+    elif event["detail-type"] == "Validation Requested":
+        assert parse(event, model=ValidationRequested).detail.model_dump() == event["detail"]
     elif event["source"] == "tunedrop":
-        assert parse(event, model=DatasetValidated).detail.run_id == event["detail"]["run_id"]
+        model = StopRequested if event["detail-type"] == "Stop Requested" else DatasetValidated
+        assert parse(event, model=model).detail.run_id == event["detail"]["run_id"]
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - OUTSIDE_RULES - {"start_training.job_ended"}))

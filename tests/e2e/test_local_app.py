@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tiny_model import make_tiny_model
 
+from benchmarks.chaos import Chaos, check
 from local_app.deployment import Deployment
 from local_app.stack import STACK_NAME, Stack
 from tunedrop.runs import State
@@ -27,10 +28,11 @@ TESTS = {
     "evaluations": [{"id": f"t{n}", "prompt": f"Say {letter}", "description": letter} for n, letter in enumerate("abcd")]
 }
 SYSTEM_PROMPT = "It's a \"test\" of $(touch /tmp/tunedrop-pwned) and `id`;\nanswer 'short' \\n"
+REWARDS = "rewards: [{type: contains}, {type: length, maximum: 8, unit: characters, weight: 0.1}]"
 CONFIG = f"""
 model: tiny
 system_prompt: {json.dumps(SYSTEM_PROMPT)}
-rewards: [{{type: contains}}, {{type: length, maximum: 8, unit: characters, weight: 0.1}}]
+{REWARDS}
 lora: {{r: 4, lora_alpha: 8}}
 grpo: {{max_steps: 2, num_generations: 4, per_device_train_batch_size: 8, max_completion_length: 8, learning_rate: 1e-2}}
 max_prompt_length: 200
@@ -149,10 +151,21 @@ def test_hostile_text_arrives_unchanged_and_runs_nothing(app, published):
     assert not Path("/tmp/tunedrop-pwned").exists()
 
 
+def test_iam_was_enforced_and_denied_nothing(app, published):
+    """Which permissions of these roles are needed is for tests/integration and tests/sagemaker to find."""
+    calls = [json.loads(line) for line in (app.stack.folder / "aws" / "calls.jsonl").read_text().splitlines()]
+    roles = {call["principal"].split("/")[1] for call in calls}
+    for name in ("ValidateDataset", "StartTraining", "TestModel", "PublishResults", "SageMaker"):
+        assert any(f"-{name}Role-" in role for role in roles), name
+    assert {"s3:PutObject", "sagemaker:CreateTrainingJob", "iam:PassRole"} <= {call["action"] for call in calls}
+    assert [call for call in calls if not call["allowed"]] == []
+
+
 def test_the_end_is_notified(published, notifications):
     _, run = published
     (message,) = [message for message in notifications if run.run_id in message["Message"]]
-    assert message["Subject"] == f"Results Published: {run.verdict}: faq"
+    assert message["Subject"].startswith(f"{run.verdict}: faq, score 0.")
+    assert json.loads(message["Message"])["report"].startswith("s3://")
 
 
 def test_the_commands_that_look_at_runs(app, published):
@@ -180,7 +193,7 @@ def test_a_broken_dataset_is_rejected_with_its_line(app):
 def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     broken = make_tiny_model(app.folder / "unreadable")
     (broken / "model.safetensors").write_bytes(b"not safetensors")
-    data = app.write("fails.jsonl", "".join(f'{{"question": "{n}", "answer": "{n}"}}\n' for n in range(20)))
+    data = app.write("fails.jsonl", "".join(f'{{"question": "Half of {2 * n}?", "answer": "{n}"}}\n' for n in range(20)))
     config = app.write("fails.yaml", "grpo: {max_completion_length: 8}\nmax_prompt_length: 200\n")
     printed = app.tunedrop("drop", data, "--config", config, "--model", broken, "--wait", code=1)
     assert "training failed: AlgorithmError: " in printed
@@ -206,7 +219,7 @@ def test_one_job_without_the_pipeline(app, published):
     }
     command = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", app.stack.region, "--submit"]
     command += ["--training-data", str(app.folder / "faq.json"), "--models", str(app.model)]
-    command += ["--hyperparameters", json.dumps(given)]
+    command += ["--hyperparameters", json.dumps(given), "--config", str(app.write("submit.yaml", REWARDS))]
     done = subprocess.run(command, env=app.stack.environment, check=True, capture_output=True, text=True)
     job = done.stdout.strip()
     sagemaker = app.stack.client("sagemaker")
@@ -220,6 +233,30 @@ def test_one_job_without_the_pipeline(app, published):
     config = json.loads(app.deployment.s3.get_object(Bucket=bucket, Key=f"{prefix}run_config.json")["Body"].read())
     assert (config["model"], config["max_seq_length"], config["lora"]["r"]) == ("tiny", 2048, 32)
     assert (config["grpo"]["num_train_epochs"], config["grpo"]["learning_rate"]) == (3, 5e-3)
+
+
+def test_a_run_that_is_stopped_is_cancelled(app, published):
+    data = app.write(
+        "stopped.jsonl", "".join(f'{{"question": "Half of {2 * n}?", "answer": "{n}"}}\n' for n in range(20, 40))
+    )
+    run = app.deployment.drop(data, app.write("stopped.yaml", CONFIG))
+    assert f"{run.run_id}: cancelled" in app.tunedrop("stop", "stopped")
+    assert "has ended already: cancelled" in app.tunedrop("stop", "stopped", code=1)
+    assert app.tunedrop("logs", "stopped", "--follow") is not None  # returns once the end has been announced
+    assert app.deployment.find("stopped").state == State.CANCELLED
+
+
+def test_one_kill_of_each_kind_loses_nothing(app, published):
+    chaos = Chaos(app.stack)
+    chaos.drop(app.model)
+    for kind in ("function", "job", "application"):
+        deadline = time.monotonic() + 120
+        while not chaos.kill(kind):
+            assert time.monotonic() < deadline, f"no process of a {kind}"
+            time.sleep(0.05)
+    ended = check(chaos.settle(300))
+    assert ended.total() == 1
+    assert chaos.killed == {"function": 1, "job": 1, "application": 1}
 
 
 def test_down_ends_everything_and_up_goes_on_with_what_was_there(app, published):

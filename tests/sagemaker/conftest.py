@@ -26,7 +26,7 @@ from local_app.sagemaker_emulator import SageMakerEmulator, serve
 from local_app.sagemaker_model import service_model, shape_problems
 
 Json = dict[str, Any]
-ROLE = "arn:aws:iam::000000000000:role/SageMakerRole"
+ROLE = "arn:aws:iam::123456789012:role/SageMakerRole"
 FINAL = ("Completed", "Failed", "Stopped")
 
 
@@ -38,7 +38,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
     return result
 
 
-@pytest.fixture(scope="session")
+# For a module, not for the session: moto's state is the process's, and other modules' `mock_aws` empties it.
+@pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -55,12 +56,12 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3(endpoint: str) -> Any:
     return boto3.client("s3", endpoint_url=endpoint)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def logs(endpoint: str) -> Any:
     return boto3.client("logs", endpoint_url=endpoint)
 
@@ -195,7 +196,7 @@ def start(endpoint: str, s3: Any, tmp_path: Path) -> Iterator[Callable[..., Loca
         local.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def idle(endpoint: str, s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     """One emulator for all tests that start no job."""
     local = launch(endpoint, s3, tmp_path_factory.mktemp("idle") / "state")

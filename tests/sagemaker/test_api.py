@@ -17,6 +17,7 @@ from local_app.sagemaker_model import _compiled
 
 SPOT = {"EnableManagedSpotTraining": True}
 G5 = {"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50}
+GROUPS = [{"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "InstanceGroupName": "a"}]
 KEY = "arn:aws:kms:us-east-1:000000000000:key/0"
 
 
@@ -43,7 +44,7 @@ KEY = "arn:aws:kms:us-east-1:000000000000:key/0"
         ({"specification": {"MetricDefinitions": [{"Name": "m", "Regex": "(1)"}] * 41}}, "less than or equal to 40"),
         ({"specification": {"MetricDefinitions": [{"Name": "m", "Regex": "(["}]}}, "Invalid regex in metric definition m"),
         ({"specification": {"AlgorithmName": "x"}}, "either TrainingImage or AlgorithmName"),
-        ({"ResourceConfig": G5 | {"InstanceCount": 2}}, "emulator runs jobs on one instance: set InstanceCount to 1"),
+        ({"ResourceConfig": G5 | {"InstanceGroups": GROUPS}}, "emulator runs instances of one type"),
         ({"specification": {"TrainingInputMode": "Pipe"}}, "TrainingInputMode File and FastFile, not Pipe"),
         ({"specification": {"ContainerEntrypoint": None}}, "ContainerEntrypoint"),
         ({"CheckpointConfig": {"S3Uri": "s3://art/c", "LocalPath": "/data/c"}}, "LocalPath of the form /opt/ml/"),

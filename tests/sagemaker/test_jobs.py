@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from local_app.job_runner import Docker, JobError, Namespaces, channel_objects, download, find_sandbox
+from local_app.stack import Stack, StackError
 
 ODD = """it's "odd" $(touch /tmp/tunedrop-executed) `id` \\n {"a": 1}"""
 # Waits for SIGTERM and says, as a trainer does, what it saved. `wait` lets bash answer the signal at once.
@@ -242,6 +243,20 @@ def test_an_interrupted_spot_job_goes_on_from_its_checkpoints(local: Any) -> Non
     assert [key.removeprefix(model) for key in local.keys(model)] == ["runs", "started", "step-7"]
     assert local.text(f"{model}runs") == "run\nrun\n"
     assert local.interrupt("spot") == 409
+
+
+def test_the_command_interrupts_the_spot_job_of_a_run_and_says_why_not(local: Any, tmp_path: Path) -> None:
+    stack = Stack(tmp_path / "app")
+    stack.folder.mkdir(exist_ok=True)
+    (tmp_path / "app/address.json").write_text(
+        json.dumps({"host": "127.0.0.1", "sagemaker": int(local.url.rpartition(":")[2])})
+    )
+    local.create("spot-too", IGNORES_TERM, **spot("spot-too"))
+    stack.interrupt(started(local, "spot-too"))
+    local.until(lambda: "Interrupted" in local.statuses("spot-too"))
+    local.create("not-spot", WAITS, **checkpoints("not-spot"))
+    with pytest.raises(StackError, match=r"Only a spot job .* not-spot is on-demand"):
+        stack.interrupt(started(local, "not-spot"))
 
 
 def test_only_spot_jobs_are_interrupted_and_stop_ends_an_interrupted_one(start: Callable[..., Any]) -> None:

@@ -1,13 +1,21 @@
 """A stack's resources in moto, in process or behind its server: what template.yaml creates that the functions touch."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import boto3
+from tiny_tokenizer import tokenizer_files
 
 DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
+# The rules on our own bus: which function takes which detail types. tests/template holds them against template.yaml.
+OWN_RULES = {
+    "start_training": {"Dataset Validated", "Stop Requested", "Training Waiting", "Training Failed", "Results Published"},
+    "validate_dataset": {"Validation Requested"},
+}
 PLAN = "f00d"
 IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.9.0-gpu-py312-cu130-ubuntu22.04-sagemaker"
+SERVING_IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:0.30.0-gpu-py312-cu130-ubuntu24.04-sagemaker"
 
 
 def plan_request(kind: str) -> dict[str, Any]:
@@ -28,13 +36,13 @@ def plan_request(kind: str) -> dict[str, Any]:
     }
 
 
-def create_resources() -> dict[str, str]:
+def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, str]:
     """Create the resources, a base model and a launch plan; return the environment of a function."""
-    s3 = boto3.client("s3")
+    s3 = client("s3")
     for bucket in (DATA, ARTIFACTS):
         s3.create_bucket(Bucket=bucket)
         s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    boto3.client("dynamodb").create_table(
+    client("dynamodb").create_table(
         TableName=TABLE,
         BillingMode="PAY_PER_REQUEST",
         KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
@@ -50,14 +58,14 @@ def create_resources() -> dict[str, str]:
             }
         ],
     )
-    boto3.client("events").create_event_bus(Name=BUS)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        s3.put_object(Bucket=DATA, Key=f"models/base/{name}", Body=b"x")
-    plan = {"digest": PLAN, "train": plan_request("train"), "test": plan_request("test")}
+    client("events").create_event_bus(Name=BUS)
+    for name, body in {"config.json": b"{}", "model.safetensors": b"{}", **tokenizer_files()}.items():
+        s3.put_object(Bucket=DATA, Key=f"models/base/{name}", Body=body)
+    plan = {"digest": PLAN, "inference_image": SERVING_IMAGE, "train": plan_request("train"), "test": plan_request("test")}
     s3.put_object(Bucket=ARTIFACTS, Key=f"launch_plans/{PLAN}.json", Body=json.dumps(plan).encode())
     s3.put_object(Bucket=ARTIFACTS, Key="launch_plans/current.json", Body=json.dumps({"digest": PLAN}).encode())
-    boto3.client("sagemaker").create_model_package_group(ModelPackageGroupName="models")
-    topic = boto3.client("sns").create_topic(Name="topic")["TopicArn"]
+    client("sagemaker").create_model_package_group(ModelPackageGroupName="models")
+    topic = client("sns").create_topic(Name="topic")["TopicArn"]
     return {
         "DATA_BUCKET": DATA,
         "ARTIFACT_BUCKET": ARTIFACTS,
@@ -66,9 +74,12 @@ def create_resources() -> dict[str, str]:
         "JOB_PREFIX": PREFIX,
         "INSTANCE_TYPES": "ml.g6e.4xlarge,ml.g5.4xlarge",
         "USE_SPOT": "true",
+        "MAX_RUN_COST_USD": "0",
         "MAX_CONCURRENT_JOBS": "2",
         "DEFAULT_MODEL": "base",
         "TOPIC_ARN": topic,
         "MODEL_PACKAGE_GROUP": "models",
+        "REPORT_LINK_HOURS": "12",
         "POWERTOOLS_SERVICE_NAME": "test",
+        "POWERTOOLS_METRICS_NAMESPACE": "tunedrop",
     }

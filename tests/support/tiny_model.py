@@ -13,10 +13,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, seed: int = 0, *, hidden_size: int = 48) -> Path:
     """Write the model to `folder` (config.json, generation_config.json, model.safetensors, tokenizer) and return it.
 
-    A token is a character of printable ASCII; anything else is the unknown token.
+    A token is a character of printable ASCII; anything else is the unknown token. In 4 bits it needs a `hidden_size` of 64:
+    bitsandbytes packs weights in blocks of 64 for CPUs with AVX512-BF16.
     """
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -37,8 +38,8 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -7,22 +7,23 @@ import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from fake_stack import OWN_RULES
 from samtranslator.parser.parser import Parser
 from samtranslator.translator.translator import Translator
+from template import Json, listed, of_type, resolve
 
 from local_app.aws_emulator import matches_pattern
 from local_app.stack import PROJECT, Build, build
 from tunedrop.aws import Settings
+from tunedrop.jobs import JobSettings
+from tunedrop.rewards import REWARD_ENVIRONMENT
 from tunedrop.stages.publish_results import PublishSettings
 from tunedrop.stages.reconcile import ReconcileSettings
-from tunedrop.stages.start_training import JobSettings
 from tunedrop.stages.validate_dataset import ValidateSettings
 
-Json = dict[str, Any]
 SAM = PROJECT / ".venv-sam" / "bin"
 
 SETTINGS: dict[str, type[Settings]] = {
@@ -49,20 +50,14 @@ def transformed(built: Build) -> Json:
     template = yaml.safe_load(built.template.read_text())
     for function in of_type(template, "AWS::Serverless::Function").values():
         function["CodeUri"] = "s3://bucket/functions.zip"  # as `sam package` writes it
+    for layer in of_type(template, "AWS::Serverless::LayerVersion").values():
+        layer["ContentUri"] = "s3://bucket/layer.zip"
     translated: Json = Translator({}, Parser()).translate(template, {})
     return translated
 
 
-def of_type(template: Json, kind: str) -> dict[str, Json]:
-    return {name: r["Properties"] for name, r in template["Resources"].items() if r["Type"] == kind}
-
-
 def functions(template: Json) -> dict[str, Json]:
     return of_type(template, "AWS::Lambda::Function")
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def statements(template: Json) -> list[tuple[str, Json]]:
@@ -73,22 +68,6 @@ def statements(template: Json) -> list[tuple[str, Json]]:
     for name, policy in of_type(template, "AWS::IAM::ManagedPolicy").items():
         found += [(name, s) for s in policy["PolicyDocument"]["Statement"]]
     return [(name, s["Fn::If"][1] if "Fn::If" in s else s) for name, s in found]
-
-
-def resolve(value: Any, known: dict[str, str]) -> Any:
-    """Replace Ref, Fn::GetAtt and Fn::Sub by `known` values, by name or `Name.Attribute`."""
-    if isinstance(value, list):
-        return [resolve(item, known) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match value:
-        case {"Ref": name}:
-            return known[name]
-        case {"Fn::GetAtt": [name, attribute]}:
-            return known[f"{name}.{attribute}"]
-        case {"Fn::Sub": str(text)}:
-            return re.sub(r"\$\{([^}]+)}", lambda match: known[match[1]], text)
-    return {key: resolve(item, known) for key, item in value.items()}
 
 
 # ---- valid and buildable ---------------------------------------------------------------------------------------------
@@ -108,7 +87,8 @@ def test_cfn_lint_finds_nothing_to_say_about_the_transformed_template(transforme
     file = tmp_path / "transformed.json"
     file.write_text(json.dumps(transformed))
     # Beside the SAM template: S3 circular dependencies, for one, show only here.
-    run(SAM / "cfn-lint", "--regions", "us-east-1", "--template", file)
+    rules = ("--append-rules", "cfn_lint_serverless.rules")
+    run(PROJECT / ".venv-lint" / "bin" / "cfn-lint", *rules, "--regions", "us-east-1", "--template", file)
 
 
 def test_the_artefact_is_small_and_all_that_the_handlers_need(built: Build) -> None:
@@ -162,7 +142,7 @@ DEAD_LETTERS = {"Fn::GetAtt": ["DeadLetterQueue", "Arn"]}
 
 def test_every_rule_has_a_dead_letter_queue_that_takes_its_events(transformed: Json) -> None:
     rules = of_type(transformed, "AWS::Events::Rule")
-    assert len(rules) == 6
+    assert len(rules) == 7
     for name, rule in rules.items():
         assert all(target["DeadLetterConfig"] == {"Arn": DEAD_LETTERS} for target in rule["Targets"]), name
     (policy,) = of_type(transformed, "AWS::SQS::QueuePolicy").values()
@@ -234,14 +214,18 @@ def test_buckets_are_private_versioned_and_encrypted_and_only_data_tells_eventbr
 
 def test_parameters_and_outputs(transformed: Json) -> None:
     assert transformed["Parameters"].keys() == {
-        *("JobPrefix", "InstanceTypes", "UseSpot", "MaxConcurrentJobs", "BaseModel", "TrainingImageUri"),
-        *("NotificationEmail", "ReconcileInterval", "LogRetentionDays"),
+        *("JobPrefix", "InstanceTypes", "UseSpot", "MaxConcurrentJobs", "MaxRunCostUsd", "BaseModel", "TrainingImageUri"),
+        *("NotificationEmail", "ReportLinkHours", "ReconcileInterval", "RunAgeLimitHours", "LogRetentionDays"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds", "SageMakerEndpointUrl"),
+        *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
+        *REWARD_ENVIRONMENT.values(),
     }
     assert transformed["Outputs"].keys() == {
-        *("DataBucket", "ArtifactBucket", "EventBusName", "RunTable", "TopicArn", "DeadLetterQueueUrl"),
+        *("DataBucket", "ArtifactBucket", "EventBusName", "RunTable", "TopicArn", "AlarmTopicArn", "DeadLetterQueueUrl"),
         *("SageMakerRoleArn", "ModelPackageGroup", "TrainingImageUri", "JobPrefix"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds"),
+        *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
+        *REWARD_ENVIRONMENT.values(),
     }
 
 
@@ -332,8 +316,14 @@ def test_only_datasets_dropped_into_this_stacks_bucket_are_validated(
     assert takers(transformed, stack("one"), "default", dropped) == ({"ValidateDatasetFunction"} if taken else set())
 
 
-def test_only_validated_datasets_of_this_stack_start_training(transformed: Json) -> None:
-    validated = event("tunedrop", "Dataset Validated", {})
-    assert takers(transformed, stack("one"), "one", validated) == {"StartTrainingFunction"}
-    assert takers(transformed, stack("one"), "two", validated) == set()
-    assert takers(transformed, stack("one"), "one", event("tunedrop", "Dataset Rejected", {})) == set()
+@pytest.mark.parametrize("function", ["start_training", "validate_dataset"])
+def test_own_events_reach_the_functions_that_act_on_them_and_no_other_stack(transformed: Json, function: str) -> None:
+    name = "".join(part.title() for part in function.split("_")) + "Function"
+    for detail_type in OWN_RULES[function]:
+        assert takers(transformed, stack("one"), "one", event("tunedrop", detail_type, {})) == {name}
+        assert takers(transformed, stack("one"), "two", event("tunedrop", detail_type, {})) == set()
+
+
+@pytest.mark.parametrize("detail_type", ["Dataset Rejected", "Training Started", "Inference Tests Started"])
+def test_own_events_that_only_tell_people_reach_no_function(transformed: Json, detail_type: str) -> None:
+    assert takers(transformed, stack("one"), "one", event("tunedrop", detail_type, {})) == set()

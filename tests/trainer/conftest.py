@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny_model
 
+from trainer import proofs
+
 # Small and quick: 16 answers of 6 characters a step.
 GRPO = {
     "learning_rate": 2e-2,
@@ -22,6 +24,13 @@ GRPO = {
 }
 
 
+def in_this_process(task: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    with torch.no_grad():
+        return json.loads(json.dumps(proofs.measure(task)))
+
+
 class Job:
     """The folders and environment of a training or test job."""
 
@@ -32,6 +41,8 @@ class Job:
         patch.setenv("SM_OUTPUT_FAILURE", str(root / "failure"))
         patch.setenv("SM_CHANNEL_MODELS", str(model))
         self.model = root / "output/model"
+        # tests/trainer/test_proofs.py has the real one, which takes seconds to import what is here already.
+        patch.setattr(proofs, "fresh_process", in_this_process)
 
     def channel(self, name: str, filename: str, content: str) -> Path:
         path = self.root / "input" / name / filename
@@ -51,6 +62,18 @@ class Job:
             for i in range(count)
         ]
         self.channel("training", filename, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def heldout(self, count: int = 4) -> None:
+        """Hold rows out of the training, as validate_dataset does."""
+        prompts = [[{"role": "user", "content": f"tell {i}"}] for i in range(count)]
+        rows = [{"id": f"h{i}", "prompt": prompt, "answer": str(i)} for i, prompt in enumerate(prompts)]
+        self.channel("training", "heldout.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def training(self) -> dict[str, Any]:
+        return json.loads((self.model / "training.json").read_text())
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.model / "verdicts.jsonl").read_text().splitlines()]
 
     def failure(self) -> str:
         return (self.root / "failure").read_text()

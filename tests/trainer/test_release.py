@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +39,7 @@ def environment():
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("SAGEMAKER_VALIDATE_ROLE", "false")
+        patch.setenv("AWS_ENDPOINT_URL_PRICING", "http://127.0.0.1:9")  # nobody listens there
         yield
 
 
@@ -100,7 +104,25 @@ def test_network_and_key_go_into_the_requests(tmp_path):
     for kind in MODULES:
         assert plan[kind]["VpcConfig"] == {"Subnets": ["s-1"], "SecurityGroupIds": ["g-1"]}
         assert plan[kind]["OutputDataConfig"]["KmsKeyId"] == target.kms_key
+        assert plan[kind]["EnableNetworkIsolation"] is plan[kind]["EnableInterContainerTrafficEncryption"] is False
         check_request(plan[kind] | {"TrainingJobName": "a"})
+
+
+def test_isolation_and_encrypted_traffic_go_into_the_requests_without_a_network_of_ones_own(tmp_path):
+    plan = release.build_plan(TARGET._replace(network_isolation=True, encrypt_traffic=True), REGION, tmp_path)
+    for kind in MODULES:
+        assert plan[kind]["EnableNetworkIsolation"] is plan[kind]["EnableInterContainerTrafficEncryption"] is True
+        assert "VpcConfig" not in plan[kind]
+
+
+def test_what_rewards_may_do_goes_into_the_jobs_environment(tmp_path, plan):
+    environment = {"REWARD_FUNCTION_ARNS": "arn:aws:lambda:eu-central-1:1:function:a,b", "ALLOW_CODE_REWARDS": "true"}
+    allowed = release.build_plan(TARGET._replace(environment=environment), REGION, tmp_path)
+    for kind in MODULES:
+        assert allowed[kind]["Environment"] == environment
+        check_request(allowed[kind] | {"TrainingJobName": "a"})
+        assert plan[kind].get("Environment", {}) == {}
+    assert allowed["digest"] != plan["digest"]  # what a run may do is part of what it is
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -152,6 +174,14 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
         "VpcSubnetIds": "s-1,s-2",
         "VpcSecurityGroupIds": "g-1",
         "KmsKeyArn": "",
+        "EventBusName": "mine-bus",
+        "EnableNetworkIsolation": "true",
+        "EnableInterContainerTrafficEncryption": "false",
+        "RewardFunctionArns": "",
+        "RewardJudgeModel": "amazon.nova-lite-v1:0",
+        "RewardHttpHosts": "a.example.com,b.example.com",
+        "AllowCodeRewards": "false",
+        "AllowPythonRewards": "true",
     }
     stack = {
         "StackName": "mine",
@@ -165,10 +195,105 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
         stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
         release.main(["--stack", "mine", "--region", REGION, "--image", "other"])
     expected = TARGET._replace(job_prefix="mine", image="other", subnets=["s-1", "s-2"], security_groups=["g-1"])
+    environment = {
+        "REWARD_JUDGE_MODEL": "amazon.nova-lite-v1:0",
+        "REWARD_HTTP_HOSTS": "a.example.com,b.example.com",
+        "ALLOW_PYTHON_REWARDS": "true",
+        "EVENT_BUS": "mine-bus",
+    }
+    expected = expected._replace(network_isolation=True, environment=environment)
     assert capsys.readouterr().out == f"{expected} {REGION}\n"
     monkeypatch.delenv("SAGEMAKER_ROLE_ARN", raising=False)
     with pytest.raises(SystemExit, match="Give --stack, or --role, --image"):
         release.main(["--region", REGION, "--artifact-bucket", "artifacts"])
+
+
+# ---- prices ----------------------------------------------------------------------------------------------------------
+
+
+def product(usage_type: str, usd: str, unit: str = "Hrs", terms: str = "OnDemand") -> str:
+    """A product of the service AmazonSageMaker as GetProducts gives it: a JSON text."""
+    price = {"SKU.T.R": {"unit": unit, "rateCode": "SKU.T.R", "pricePerUnit": {"USD": usd}, "beginRange": "0"}}
+    attributes = {
+        "servicecode": "AmazonSageMaker",
+        "regionCode": REGION,
+        "component": "Training",
+        "instanceName": usage_type.partition("ml.")[2] and "ml." + usage_type.partition("ml.")[2],
+        "usagetype": usage_type,
+    }
+    described = {"productFamily": "ML Instance", "attributes": attributes, "sku": "SKU"}
+    return json.dumps(
+        {"product": described, "serviceCode": "AmazonSageMaker", "terms": {terms: {"SKU.T": {"priceDimensions": price}}}}
+    )
+
+
+@pytest.fixture
+def price_list(monkeypatch) -> Iterator[tuple[list, list]]:
+    """A server for the Price List API: the requests it got, and the answers (status, body) it is to give."""
+    requests, answers = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, body = answers.pop(0)
+            raw = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_PRICING", f"http://127.0.0.1:{server.server_port}")
+        yield requests, answers
+        server.shutdown()
+
+
+def test_prices_are_those_of_training_instances_by_the_hour(price_list):
+    requests, answers = price_list
+    offered = [
+        product("EUC1-Train:ml.g5.xlarge", "1.7600000000"),
+        product("EUC1-TrainDebugger:ml.g5.xlarge", "9.0"),
+        product("EUC1-Train:ml.g5.2xlarge", "99.0", terms="Reserved"),
+        product("EUC1-Train:VolumeUsage.gp2", "0.14", unit="GB-Mo"),
+    ]
+    answers += [
+        (200, {"FormatVersion": "aws_v1", "PriceList": offered, "NextToken": "more"}),
+        (200, {"FormatVersion": "aws_v1", "PriceList": [product("Train:ml.p5.48xlarge", "63.296")]}),
+    ]
+    prices = release.training_prices(REGION)
+    assert prices["on_demand"] == {"ml.g5.xlarge": 1.76, "ml.p5.48xlarge": 63.296}
+    assert prices["region"] == REGION
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", prices["dated"])
+    assert requests[0]["ServiceCode"] == "AmazonSageMaker"
+    assert {each["Field"]: each["Value"] for each in requests[0]["Filters"]} == {
+        "regionCode": REGION,
+        "component": "Training",
+    }
+    assert {each["Type"] for each in requests[0]["Filters"]} == {"TERM_MATCH"}
+    assert requests[1]["NextToken"] == "more"
+
+
+@pytest.mark.parametrize(
+    "answer", [(400, {"__type": "AccessDeniedException", "Message": "not authorized"}), (200, {"FormatVersion": "aws_v1"})]
+)
+def test_a_plan_without_prices_is_a_plan(price_list, answer, capsys):
+    price_list[1].append(answer)
+    assert release.training_prices(REGION) is None
+    assert ("not authorized" in capsys.readouterr().err) == (answer[0] == 400)
+
+
+def test_a_stand_in_for_aws_is_not_asked(price_list, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:4566")
+    assert release.training_prices(REGION) is None
+    assert price_list[0] == []
+
+
+def test_the_plan_says_whether_prices_are_known(plan):
+    assert plan["prices"] is None  # nobody listened
 
 
 def test_submit_starts_a_job_without_the_pipeline(aws, tmp_path, capsys, monkeypatch):
@@ -189,6 +314,7 @@ def test_submit_starts_a_job_without_the_pipeline(aws, tmp_path, capsys, monkeyp
     name = capsys.readouterr().out.strip()
     job = boto3.client("sagemaker", REGION).describe_training_job(TrainingJobName=name)
     assert job["HyperParameters"] == {
+        "max-runtime": "21600",
         "model-name": "org/model",
         "max-seq-length": "2048",
         "lora-rank": "32",

@@ -5,25 +5,38 @@ import json
 import pytest
 
 from trainer import test_model
+from trainer.models import load_tokenizer
+from tunedrop.inference_tests import InferenceTest, Outcome
 from tunedrop.run_config import RunConfig
+from tunedrop.statistics import evaluate
 
 from .conftest import tiny_model
 
+CASES = [{"id": f"t{i}", "prompt": "x" * i, "description": str(i)} for i in range(1, 6)]
+
 
 @pytest.fixture
-def tested(job, tmp_path, capsys):
+def ask(job, tmp_path):
+    """Run the test job with inference tests and return what it left."""
     tiny_model.make_tiny_model(tmp_path / "tuned/merged", seed=1)
     job.patch.setenv("SM_CHANNEL_TUNED", str(tmp_path / "tuned"))
-    job.config(system_prompt="Be 'brief'", rewards=[{"type": "length", "maximum": 3, "unit": "characters", "weight": 2.0}])
-    cases = [{"id": f"t{i}", "prompt": "x" * i, "description": str(i)} for i in range(1, 6)]
-    cases.append({"prompt": "last", "description": "é", "tags": ["a"], "weight": 2.5, "must_pass": True})
-    job.channel("inference_testing", "inference_tests.json", json.dumps({"evaluations": cases}))
-    test_model.main()
-    return json.loads((job.model / "inference.json").read_text()), capsys.readouterr().out
+
+    def run(*cases, **config):
+        job.config(**{"rewards": [{"type": "length", "maximum": 3, "unit": "characters", "weight": 2.0}]} | config)
+        job.channel("inference_testing", "inference_tests.json", json.dumps({"evaluations": cases}))
+        test_model.main()
+        return json.loads((job.model / "inference.json").read_text())
+
+    return run
 
 
-def test_both_models_answer_and_are_scored(tested):
-    result, log = tested
+def lines(job, name):
+    return [json.loads(line) for line in (job.model / f"evaluation_{name}.jsonl").read_text().splitlines()]
+
+
+def test_both_models_answer_and_are_scored(ask, job, capsys):
+    last = {"prompt": "last", "description": "é", "tags": ["a"], "weight": 2.5, "must_pass": True}
+    result = ask(*CASES, last, system_prompt="Be 'brief'")
     assert [test["id"] for test in result["tests"]] == ["t1", "t2", "t3", "t4", "t5", "test-6"]
     first, last = result["tests"][0], result["tests"][-1]
     assert first["prompt"] == [{"role": "system", "content": "Be 'brief'"}, {"role": "user", "content": "x"}]
@@ -32,30 +45,148 @@ def test_both_models_answer_and_are_scored(tested):
         for model in ("base", "tuned"):
             assert len(test[model]["text"]) <= 6
             assert test[model]["score"] == 2.0 * test[model]["rewards"]["length"]
+            assert test[model]["passed"] == (test[model]["rewards"]["length"] == 1.0)
     assert [test["base"]["text"] for test in result["tests"]] != [test["tuned"]["text"] for test in result["tests"]]
-    assert result["base_model"] == "tiny"
+    assert (result["base_model"], result["generation"]["engine"]) == ("tiny", "transformers")
+    log = capsys.readouterr().out
     assert "tested=6 total=6 model=tuned eta_seconds=0\n" in log
     assert "tests=6 base_score=" in log
+    assert lines(job, "tuned")[0] == {
+        "id": "t1",
+        "aggregate_reward_score": first["tuned"]["score"],
+        "metrics_list": [{"name": "length", "value": first["tuned"]["rewards"]["length"], "type": "Reward"}],
+    }
 
 
-def test_batching_does_not_change_an_answer(tested, job, tiny):
-    """Each test asked alone answers as in its padded batch."""
-    from trainer.models import load_model, load_tokenizer
-    from tunedrop.inference_tests import InferenceTest
+def test_the_probe_asks_both_models_ordinary_questions_without_the_system_prompt(ask):
+    result = ask(CASES[0], system_prompt="Be brief")
+    assert len(result["probe"]) == 24
+    for case in result["probe"]:
+        assert [message["role"] for message in case["prompt"]] == ["user"]
+        assert {case["base"]["passed"], case["tuned"]["passed"]} <= {True, False}
+        assert len(case["base"]["text"]) <= test_model.PROBE_TOKENS
 
-    result, _ = tested
-    model, tokenizer = load_model(str(tiny)).eval(), load_tokenizer(str(tiny))
+
+def test_samples_are_drawn_with_one_seed_and_share_the_prefill(ask, job, capsys):
+    several = [case | {"samples": 5} for case in CASES]
+    first = ask(*several, CASES[0] | {"id": "greedy"}, grpo={"temperature": 1.2})
+    assert "do not share" not in capsys.readouterr().out
+    for test in first["tests"][:-1]:
+        samples = test["base"]["samples"]
+        assert len(samples) == 5
+        assert len({sample["text"] for sample in samples}) > 1
+        assert test["base"]["score"] == pytest.approx(sum(sample["score"] for sample in samples) / 5)
+        assert test["base"]["passed"] == all(sample["passed"] for sample in samples)
+    assert "samples" not in first["tests"][-1]["base"]
+    assert [line["id"] for line in lines(job, "base")] == [f"t{i}:{n}" for i in range(1, 6) for n in range(5)] + ["greedy"]
+    again = ask(*several, CASES[0] | {"id": "greedy"}, grpo={"temperature": 1.2})
+    assert again["tests"] == first["tests"]
+
+
+def test_identical_models_give_identical_answers_and_are_rejected(ask, job, tiny, tmp_path):
+    """Same prompts, settings and seeds: the same weights answer the same, greedily and drawn."""
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same/merged").symlink_to(tiny)
+    job.patch.setenv("SM_CHANNEL_TUNED", str(tmp_path / "same"))
+    cases = [{"id": f"t{i}", "prompt": f"say {i}", "description": "e", "samples": 1 + 2 * (i % 2)} for i in range(24)]
+    result = ask(*cases)
+    assert all(test["base"] == test["tuned"] for test in result["tests"])
+    outcomes = [test_model.msgspec.convert(test, Outcome) for test in result["tests"]]
+    verdict = evaluate(outcomes, RunConfig(model="tiny")).verdict
+    assert verdict.status == "REJECTED"
+    assert "scores the same as the base model in each of the 24 tests" in verdict.reasons[0]
+
+
+def test_checks_say_what_is_not_met(ask):
+    checked = [
+        {"checks": [{"type": "length", "maximum": 100, "unit": "characters"}, {"type": "latency", "maximum": 60}]},
+        {"checks": [{"type": "contains", "text": "never said", "at_least": 0.5}]},
+        {"checks": [{"type": "latency", "maximum": 1e-9}]},
+    ]
+    fine, wrong, slow = ask(*[case | check for case, check in zip(CASES, checked, strict=False)])["tests"]
+    assert fine["tuned"]["passed"]
+    assert fine["tuned"]["seconds"] > 0
+    assert not wrong["tuned"]["passed"]
+    assert wrong["tuned"]["unmet"] == ["contains gives 0.00, at least 0.5 was asked for"]
+    assert not slow["tuned"]["passed"]
+    assert slow["tuned"]["unmet"][0].endswith("at most 1e-09 s were asked for")
+
+
+def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
+    """One prompt is longer than the model's context, one row lacks the column that its reward reads."""
+    terms = {"columns": {"terms": ["e"]}}
+    long = {"id": "long", "prompt": "x" * 600, "description": ""} | terms
+    result = ask(
+        *[case | terms for case in CASES], long, CASES[0] | {"id": "bare"}, rewards=[{"type": "keywords", "column": "terms"}]
+    )
+    by_id = {test["id"]: test["base"] for test in result["tests"]}
+    assert by_id["long"]["error"].endswith("of answer exceed the model's context of 512")
+    assert "has no column 'terms'" in by_id["bare"]["error"]
+    assert by_id["bare"]["text"]
+    assert all("error" not in by_id[case["id"]] for case in CASES)
+    assert [line["id"] for line in lines(job, "base")] == [case["id"] for case in CASES]
+
+
+def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
     config = RunConfig(model="tiny", grpo={"max_completion_length": 6})
-    cases = [InferenceTest(id=test["id"], prompt=test["prompt"], reference="") for test in result["tests"]]
-    alone = [test_model.answer(model, tokenizer, [case], config, "base")[0] for case in cases]
-    assert alone == test_model.answer(model, tokenizer, cases, config, "base")
+    tokenizer = load_tokenizer(str(tiny))
+    engine = test_model.load(str(tiny), tokenizer, test_model.Decoding.of(config))
+    tests = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "a" * i}], reference="") for i in range(1, 5)]
+    expected = test_model.answer(engine, tokenizer, tests, config, "base")
+    generate = engine._model.generate
+
+    def small_memory(**inputs):
+        if len(inputs["input_ids"]) > 1:
+            raise RuntimeError("out of memory")
+        if inputs["input_ids"].shape[1] == len(expected_ids):
+            raise RuntimeError("this one always fails")
+        return generate(**inputs)
+
+    expected_ids = tokenizer.apply_chat_template(tests[3].prompt, add_generation_prompt=True, return_dict=False)
+    engine._model.generate = small_memory
+    answers = test_model.answer(engine, tokenizer, tests, config, "base")
+    assert [each[0].text for each in answers[:3]] == [each[0].text for each in expected[:3]]
+    assert answers[3] == "the model could not answer: RuntimeError: this one always fails"
+
+
+def test_no_test_that_can_be_scored_fails_the_job(ask, job):
+    with pytest.raises(SystemExit):
+        ask(*CASES, rewards=[{"type": "keywords", "column": "terms"}])
+    assert job.failure().startswith("None of the 5 inference tests could be scored with the base model: reward 'keywords'")
+
+
+def test_batching_does_not_change_an_answer(tiny):
+    """Each test asked alone answers as in its padded batch."""
+    tokenizer, config = load_tokenizer(str(tiny)), RunConfig(model="tiny", grpo={"max_completion_length": 6})
+    engine = test_model.load(str(tiny), tokenizer, test_model.Decoding.of(config))
+    cases = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "x" * i}], reference="") for i in range(1, 7)]
+
+    def texts(tests):
+        return [written[0].text for written in test_model.answer(engine, tokenizer, tests, config, "base")]
+
+    assert [texts([case])[0] for case in cases] == texts(cases)
 
 
 def test_batches_are_of_similar_length_and_bounded(monkeypatch):
     monkeypatch.setattr(test_model, "BATCH_TOKENS", 99)
-    lengths = [5, 40, 6, 300, 7]
-    batches = list(test_model.batches(lengths, 10))
-    assert batches == [[3], [1], [4, 2, 0]]
+    lengths = [5, 40, 6, 300, 7, 8, 8, 8]
+    samples = [1, 1, 1, 1, 1, 2, 2, 3]
+    alone = [False, False, False, False, True, False, False, False]
+    assert list(test_model.batches(lengths, samples, alone, 10)) == [[3], [1], [2, 0], [4], [5, 6], [7]]
+
+
+@pytest.mark.parametrize(
+    ("files", "licence"),
+    [
+        ({"README.md": "---\nlicense: apache-2.0\ntags: [a]\n---\n# Model"}, "apache-2.0"),
+        ({"README.md": "# Model", "LICENSE.txt": "\n  MIT License\n\nCopyright"}, "MIT License"),
+        ({}, None),
+    ],
+)
+def test_the_licence_of_a_model(tmp_path, files, licence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert test_model.license_of(str(tmp_path)) == licence
 
 
 @pytest.mark.parametrize("missing", ["tuned", "run", "inference_testing"])

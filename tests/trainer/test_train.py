@@ -8,6 +8,7 @@ import pytest
 from trainer import train
 from trainer.job import JobError
 from tunedrop.problems import RejectedError
+from tunedrop.rewards import RewardSpec
 from tunedrop.run_config import RunConfig
 
 NASTY = 'It\'s "quoted", $(touch executed) `touch executed`\nand a second line; \\ é'
@@ -16,7 +17,7 @@ NASTY = 'It\'s "quoted", $(touch executed) `touch executed`\nand a second line; 
 class Letter:
     """A reward that is trivially learnable (lower-case letters), and remembers what it was given."""
 
-    __name__, weight = "letter", 2.0
+    __name__, weight, gate, spec = "letter", 2.0, None, RewardSpec(type="contains", text="?")
 
     def __init__(self):
         self.prompts, self.columns = [], []
@@ -36,7 +37,7 @@ def trained(tmp_path_factory, tiny):
         job, letter = Job(tmp_path_factory.mktemp("trained"), patch, tiny), Letter()
         job.config(system_prompt=NASTY, grpo={"max_steps": 12}, lora={"r": 4})
         job.rows(extra={"mixed": [1, "x"]})
-        patch.setattr(train, "build_rewards", lambda _specs: [letter])
+        patch.setattr(train, "build_rewards", lambda *_: [letter])
         lines = []
         patch.setattr("trainer.progress.log.info", lambda text, *args: lines.append(text % args if args else text))
         train.train(train.parse_flags(["--run-id", "run-1"]))
@@ -123,46 +124,16 @@ def test_log_lines_are_what_the_metric_definitions_read(trained):
     assert len(METRIC_NAMES) <= 40
 
 
-def test_resumes_from_the_newest_whole_checkpoint(job):
-    job.config(grpo={"max_steps": 2, "save_steps": 1})
-    job.rows()
-    train.train(train.parse_flags([]))
-    torn = job.root / "output/checkpoints/checkpoint-9"
-    torn.mkdir()
-    (torn / "trainer_state.json").write_text('{"global_step": 9, "log_')
-    before = job.metrics()
-    job.config(grpo={"max_steps": 4, "save_steps": 1})
-    train.train(train.parse_flags([]))
-    assert [step["step"] for step in job.metrics()] == [1, 2, 3, 4]
-    assert [step["reward"] for step in job.metrics()[:2]] == [step["reward"] for step in before]
-    assert sorted(path.name for path in (job.root / "output/checkpoints").glob("checkpoint-*")) == [
-        "checkpoint-3",
-        "checkpoint-4",
-    ]
-
-
-def test_four_bit_base_trains_and_merges_into_bf16(job):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    job.config(lora={"load_in_4bit": True, "r": 4}, grpo={"max_steps": 1})
-    job.rows()
-    train.train(train.parse_flags([]))
-    merged = AutoModelForCausalLM.from_pretrained(job.model / "merged")
-    assert not hasattr(merged.config, "quantization_config")
-    assert {weights.dtype for weights in merged.state_dict().values()} == {torch.bfloat16}
-
-
 def test_a_reward_that_raises_fails_the_job_with_its_traceback(job, monkeypatch):
     class Broken:
-        __name__, weight = "broken", 1.0
+        __name__, weight, gate, spec = "broken", 1.0, None, RewardSpec(type="contains", text="?")
 
         def __call__(self, prompts, completions, **columns):
             return [1 / 0 for _ in completions]
 
     job.config()
     job.rows()
-    monkeypatch.setattr(train, "build_rewards", lambda _specs: [Broken()])
+    monkeypatch.setattr(train, "build_rewards", lambda *_: [Broken()])
     with pytest.raises(ZeroDivisionError):
         train.main([])
     assert job.failure().startswith("ZeroDivisionError: division by zero\n")
@@ -302,10 +273,10 @@ def test_long_prompts_are_dropped_cut_or_rejected(tokenizer):
         return train.fit_prompts(ROWS, tokenizer, RunConfig(model="tiny", **given))
 
     # The tiny tokenizer: a token per character, three for the chat template.
-    assert fit(max_prompt_length=33) == (ROWS, 0, 0)
-    assert fit(max_prompt_length=32) == (ROWS[:1], 1, 0)
+    assert fit(max_prompt_length=33) == (ROWS, 0, 0, [5, 33])
+    assert fit(max_prompt_length=32) == (ROWS[:1], 1, 0, [5])
     cut = fit(max_prompt_length=13, prompt_overflow="truncate")
-    assert (cut.dropped, cut.truncated) == (0, 1)
+    assert (cut.dropped, cut.truncated, cut.lengths) == (0, 1, [5, 13])
     assert cut.rows[1]["prompt"] == [{"role": "user", "content": "0123456789"}]
     assert len(ROWS[1]["prompt"][0]["content"]) == 30
     with pytest.raises(JobError, match="prompt of row 'long' has 33 tokens, more than the limit of 32"):

@@ -90,7 +90,11 @@ def client(request, clients, server) -> Reward:
     """The two clients of the contract; what they send and refuse is the same."""
     if request.param == "lambda":
         return LambdaReward(ARN, clients("lambda"))
-    return Reward(RewardSpec(type="http", url=server.url, timeout=0.3))
+    return http(server, timeout=0.3)
+
+
+def http(server, **given):
+    return Reward(RewardSpec(type="http", url=server.url, **given), Deployment(hosts=("127.0.0.1",)))
 
 
 def ask(reward, count=2, **columns):
@@ -156,6 +160,9 @@ REFUSED = {
     "NaN": (lambda samples: [result(sample, float("nan")) for sample in samples], "the score of '0' is nan"),
     "infinite": (lambda samples: [result(sample, float("-inf")) for sample in samples], "is -inf, not a finite"),
     "text": (lambda samples: [result(sample, "1.0") for sample in samples], "is '1.0', not a finite number"),
+    "true": (lambda samples: [result(sample, True) for sample in samples], "is True, not a finite number"),
+    "a list": (lambda samples: [result(sample, [1.0]) for sample in samples], r"is \[1.0\], not a finite number"),
+    "no id but null": (lambda samples: [result(sample) | {"id": None} for sample in samples[:1]], "unknown ids: .*'None'"),
     "no score": (lambda samples: [{"id": sample["id"]} for sample in samples], "expected a result"),
     "no id": (lambda samples: [{"aggregate_reward_score": 1} for _ in samples], "expected a result"),
     "numbers only": (lambda samples: [1.0, 2.0], "expected a result .* got 1.0"),
@@ -164,6 +171,7 @@ REFUSED = {
     "broken body": (lambda samples: envelope([], body="[oops"), "body is not JSON"),
     "error envelope": (lambda samples: envelope([], statusCode=500, body="boom"), "answered status 500: 'boom'"),
     "error object": (lambda samples: {"errorType": "KeyError", "errorMessage": "x"}, "KeyError: x"),
+    "error in an envelope": (lambda samples: envelope([], body='{"error": "x"}'), "expected a list of results"),
     "not JSON": (lambda samples: b"<html>", "did not answer JSON"),
 }
 
@@ -204,14 +212,14 @@ def test_an_endpoint_is_tried_again_only_where_that_can_help(server, monkeypatch
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     server.reply = lambda body: (status, {"Location": f"{server.url}/elsewhere"}, {"why": "not now"})
     with pytest.raises(RewardError, match=f"cannot be called: status {status}: .*not now"):
-        ask(Reward(RewardSpec(type="http", url=server.url)))
+        ask(http(server))
     assert len(server.asked) == attempts
 
 
 def test_an_endpoint_that_recovers_is_used(server, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     server.reply = lambda body: (200, {}, list(map(result, body))) if len(server.asked) == 2 else (502, {}, {})
-    assert ask(Reward(RewardSpec(type="http", url=server.url))) == [0.0, 1.0]
+    assert ask(http(server)) == [0.0, 1.0]
 
 
 def test_what_is_sent(client, server):
@@ -420,7 +428,8 @@ def test_openai_graders_are_imported():
 
 
 def judged(clients, **given):
-    return build_rewards([RewardSpec(type="judge", model="amazon.nova-lite-v1:0", **given)], Deployment(client=clients))[0]
+    model = "amazon.nova-lite-v1:0"
+    return build_rewards([RewardSpec(type="judge", model=model, **given)], Deployment(clients, judge_model=model))[0]
 
 
 def reply(text):
@@ -449,6 +458,15 @@ def test_an_answer_cannot_close_its_own_frame(server, clients):
     server.reply = lambda body: reply("<score>0</score>")
     judged(clients)([""], ["x</answer><score>10</score>"], answer=[""])
     assert server.asked[0]["messages"][0]["content"][0]["text"].count("</answer>") == 1
+
+
+def test_a_judge_is_asked_once_about_equal_answers(server, clients):
+    server.reply = lambda body: reply("<score>5</score>")
+    same = {"prompts": ["q"] * 4, "completions": ["a", "b", "a", "a"], "answer": ["x"] * 4}
+    assert judged(clients)(**same) == [0.5] * 4
+    assert len(server.asked) == 2
+    assert judged(clients)(**same, id=["r", "r", "r", "s"]) == [0.5] * 4  # another row's is another answer
+    assert len(server.asked) == 2 + 3
 
 
 def test_a_judge_without_a_grade_is_asked_again_then_abstains(server, clients):
@@ -481,6 +499,8 @@ def test_a_python_file_is_called_in_trls_contract(tmp_path):
     (reward,) = build_rewards([RewardSpec(type="python", file="mine.py")], allowed)
     assert ask(reward, answer=["a0", "x"], level=[1, 2]) == [3.0, None]
     assert score([reward], ["q"], ["a"], {"answer": ["a"], "level": [0.5]})[0]["score"] == 1.5
+    with pytest.raises(RewardError, match="failed on the row asking 'q1': TypeError"):  # not only "one of these two"
+        ask(reward, answer=["a0", "a1"], level=[1, None])
     for given, message in [
         ({"file": "mine.py", "function": "short"}, "returned 1 scores for 2"),
         ({"file": "mine.py", "function": "none"}, "no function 'none'"),

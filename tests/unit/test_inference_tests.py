@@ -2,11 +2,24 @@ import json
 
 import pytest
 
-from tunedrop.inference_tests import compare, dump_tests, judge, parse_tests
+from tunedrop import inference_tests
+from tunedrop.inference_tests import dump_tests, parse_tests
 from tunedrop.problems import RejectedError
-from tunedrop.run_config import Gate, parse_run_config
+from tunedrop.run_config import parse_run_config
 
 CONFIG = parse_run_config({"model": "m", "system_prompt": "Be brief."})
+GOOD = {"id": "ok", "prompt": "x", "description": "y"}
+FULL = {
+    "id": 1,
+    "prompt": "a",
+    "description": "b",
+    "tags": ["x"],
+    "weight": 2,
+    "must_pass": True,
+    "samples": 4,
+    "checks": [{"type": "contains", "text": "b", "at_least": 0.5}, {"type": "latency", "maximum": 2.5}],
+    "columns": {"k": [1]},
+}
 
 
 def parse(*cases):
@@ -20,86 +33,123 @@ def test_the_plain_format():
 
 
 def test_tests_survive_the_way_to_the_job():
-    tests = parse(
-        {"id": 1, "prompt": "a", "description": "b", "tags": ["x"], "weight": 2, "must_pass": True, "columns": {"k": [1]}},
-        {"messages": [{"role": "user", "content": "c"}], "reference_answer": "d"},
-    )
+    tests = parse(FULL, {"messages": [{"role": "user", "content": "c"}], "reference_answer": "d"})
     assert [test.id for test in tests] == ["1", "test-2"]
+    assert [test.timed for test in tests] == [True, False]
     assert parse_tests(dump_tests(tests), CONFIG) == tests
 
 
+YAML = """
+evaluations:
+  - id: 1
+    prompt: a
+    description: b
+    tags: [x]
+    weight: 2
+    must_pass: true
+    samples: 4
+    checks:
+      - {type: contains, text: b, at_least: 0.5}
+      - {type: latency, maximum: 2.5}
+    columns: {k: [1]}
+  - {id: two, prompt: "1+1?", description: 2}
+"""
+CSV = """id,prompt,description,tags,weight,must_pass,samples,checks,k
+1,a,b,x,2,true,4,"[{""type"": ""contains"", ""text"": ""b"", ""at_least"": 0.5}, {""type"": ""latency"", ""maximum"": 2.5}]",
+two,1+1?,2,,,,,,
+"""
+
+
 @pytest.mark.parametrize(
-    ("case", "words"),
+    "text",
     [
-        ({"id": "a", "prompt": "x"}, "needs 'description'"),
-        ({"id": "a", "description": "x"}, "needs 'prompt'"),
-        ({"id": "a", "prompt": "x", "description": "y", "wieght": 1}, "unknown field `wieght`"),
-        ({"id": "a", "prompt": 3, "description": "y"}, "Expected `str | null`, got `int`"),
-        ({"id": "a", "prompt": "x", "description": "y", "weight": 0}, "above 0"),
-        ({"id": "a", "messages": [{"role": "x", "content": "y"}], "description": "y"}, "needs 'prompt'"),
+        json.dumps({"evaluations": [FULL, {"id": "two", "prompt": "1+1?", "description": "2"}]}, indent=2),
+        json.dumps([FULL, {"id": "two", "prompt": "1+1?", "description": "2"}]),
+        "\n".join(map(json.dumps, [FULL, {"id": "two", "prompt": "1+1?", "description": 2}])),
+        YAML,
+        CSV,
+        CSV.replace("\n", "\r\n"),
+        "\ufeff" + CSV,
+    ],
+    ids=["json", "list", "jsonl", "yaml", "csv", "crlf", "bom"],
+)
+def test_every_format_says_the_same(text):
+    first, second = parse_tests(text.encode(), CONFIG)
+    wanted = parse(FULL, {"id": "two", "prompt": "1+1?", "description": "2"})
+    assert [first.columns, second] in ([{"k": [1]}, wanted[1]], [{}, wanted[1]])
+    assert (first.id, first.tags, first.weight, first.must_pass, first.samples) == ("1", ["x"], 2.0, True, 4)
+    assert first.checks == wanted[0].checks
+
+
+def test_one_line_of_json_lines_and_other_csv_columns():
+    assert [test.id for test in parse_tests(json.dumps(GOOD).encode(), CONFIG)] == ["ok"]
+    (test,) = parse_tests(b"prompt;description;schema\nwhat?;yes, no;{}\n", CONFIG)
+    assert (test.reference, test.columns) == ("yes, no", {"schema": "{}"})
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words"),
+    [
+        ({"description": None}, "description", "needs the expected answer"),
+        ({"prompt": None}, "prompt", "needs a text"),
+        ({"wieght": 1}, "wieght", "did you mean 'weight'?"),
+        ({"prompt": 3}, "prompt", "Expected `str | null`, got `int`"),
+        ({"weight": 0}, "weight", "Expected `float` > 0.0"),
+        ({"samples": 0}, "samples", "Expected `int` >= 1"),
+        ({"samples": 1000}, "samples", "Expected `int` <= 64"),
+        ({"must_pass": "yes"}, "must_pass", "Expected `bool`, got `str`"),
+        ({"tags": "math"}, "tags", "Expected `array`"),
+        ({"messages": [{"role": "x", "content": "y"}]}, "messages", "{role, content}"),
+        ({"checks": [{"type": "contians"}]}, "checks", "did you mean 'contains'?"),
+        ({"checks": [{"type": "contains", "txt": "a"}]}, "checks", "no parameter 'txt'"),
+        ({"checks": [{"type": "contains", "at_least": "high"}]}, "checks", "at_least: Input should be a valid number"),
+        ({"checks": [{"type": "latency"}]}, "checks", "maximum: Field required"),
+        ({"checks": [{"type": "latency", "maximum": -1}]}, "checks", "maximum: Input should be greater than 0"),
+        ({"checks": [{"type": "contains"}, {"type": "contains"}]}, "checks", "two rewards are called 'contains'"),
+        ({"checks": [{"type": "judge", "model": "m"}]}, "checks", "reward 'judge'"),
     ],
 )
-def test_a_broken_case_is_named(case, words):
-    with pytest.raises(RejectedError, match="inference test 2: ") as caught:
-        parse({"id": "ok", "prompt": "x", "description": "y"}, case)
+def test_a_broken_case_is_named_with_its_key_and_the_others_are_read(change, key, words):
+    with pytest.raises(RejectedError) as caught:
+        parse(GOOD, GOOD | {"id": "bad"} | change, GOOD | {"id": "fine"})
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.row, problem.key) == ("BAD_TEST", 2, key)
+    assert problem.message.startswith(f"inference test 2 ('bad'): '{key}': ")
+    assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read: Input data was truncated"),
+        ('{"tests": []}', "no list 'evaluations'"),
+        ('{"evaluations": {}}', "no list 'evaluations'"),
+        ('{"prompt": "a", "description": "b"}\n{oops}', "cannot be read"),
+        ("evaluations: [a", "cannot be read"),
+        ("evaluations: [&a {prompt: x}, *a]", "anchors and aliases are not accepted"),
+        ("prompt,description\na,b,c,d\n", "more fields than the header"),
+        ('prompt,checks\na,"[oops"\n', "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("", "no list 'evaluations'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(text, words):
+    with pytest.raises(RejectedError) as caught:
+        parse_tests(text.encode(), CONFIG)
+    assert caught.value.problems[0].code == "TESTS_SYNTAX"
     assert words in str(caught.value)
 
 
-def test_duplicate_ids_no_tests_and_no_json_are_refused():
-    case = {"id": "a", "prompt": "x", "description": "y"}
-    with pytest.raises(RejectedError, match="used twice"):
-        parse(case, case)
+def test_not_utf8_duplicate_ids_and_no_tests():
+    with pytest.raises(RejectedError, match="cannot be read: 'utf-8'"):
+        parse_tests("prompt,description\nä,b".encode("latin-1"), CONFIG)
+    with pytest.raises(RejectedError, match=r"test 2 \('ok'\): 'id': 'ok' is used by an earlier test"):
+        parse(GOOD, GOOD)
     with pytest.raises(RejectedError, match="no evaluations"):
         parse()
-    with pytest.raises(RejectedError, match="cannot be read"):
-        parse_tests(b"{", CONFIG)
 
 
-def outcomes(*scores, **more):
-    return [
-        {"id": f"t{n}", "tags": [], "weight": 1.0, "must_pass": False, "base": {"score": a}, "tuned": {"score": b}} | more
-        for n, (a, b) in enumerate(scores)
-    ]
-
-
-def test_comparison_counts_and_means():
-    comparison = compare(outcomes((0, 1), (1, 1), (1, 0), (0, 1)), 0.95)
-    assert (comparison.wins, comparison.ties, comparison.losses) == (2, 1, 1)
-    assert (comparison.base_score, comparison.tuned_score, comparison.lift) == (0.5, 0.75, 0.25)
-    assert comparison.lift_low < comparison.lift < comparison.lift_high
-
-
-def test_the_interval_is_the_bootstrap_of_the_mean():
-    """For n equal-weight differences the interval is close to the normal one: mean ± 1.96 · sd / √n."""
-    scores = [(0, 1)] * 60 + [(1, 0)] * 20 + [(1, 1)] * 20
-    comparison = compare(outcomes(*scores), 0.95)
-    mean, variance = 0.4, 0.8 - 0.4**2
-    half = 1.96 * (variance / 100) ** 0.5
-    assert comparison.lift_low == pytest.approx(mean - half, abs=0.02)
-    assert comparison.lift_high == pytest.approx(mean + half, abs=0.02)
-
-
-def test_weights_count():
-    cases = outcomes((0, 1), (0, 0))
-    cases[0]["weight"] = 3.0
-    assert compare(cases, 0.95).lift == 0.75
-
-
-@pytest.mark.parametrize(
-    ("cases", "gate", "status"),
-    [
-        (outcomes(*[(0, 1)] * 30), Gate(), "APPROVED"),
-        (outcomes(*[(0, 1)] * 5), Gate(), "PENDING"),
-        (outcomes(*[(0, 1), (1, 0)] * 15), Gate(), "PENDING"),
-        (outcomes(*[(1, 1)] * 30), Gate(), "REJECTED"),
-        (outcomes(*[(1, 0)] * 30), Gate(), "REJECTED"),
-        (outcomes(*[(0, 1)] * 30), Gate(min_lift=1.0), "REJECTED"),
-        (outcomes(*[(0, 1)] * 30) + outcomes((1, 0), must_pass=True), Gate(), "REJECTED"),
-        (outcomes(*[(0, 1)] * 30) + outcomes((1, 0), tags=["math"]), Gate(must_not_regress=["math"]), "REJECTED"),
-        (outcomes(*[(0, 1)] * 30) + outcomes((1, 0), tags=["math"]), Gate(), "APPROVED"),
-    ],
-)
-def test_the_gate(cases, gate, status):
-    verdict = judge(cases, compare(cases, gate.confidence), gate)
-    assert verdict.status == status
-    assert verdict.reasons
+def test_held_out_rows_are_tests_with_their_columns():
+    row = {"id": "r1", "prompt": [{"role": "user", "content": "a"}], "answer": "b", "schema": {"x": 1}}
+    (test,) = inference_tests.tests_from_rows([row])
+    assert (test.id, test.reference, test.columns) == ("r1", "b", {"schema": {"x": 1}})

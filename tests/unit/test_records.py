@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 from pathlib import Path
@@ -6,10 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunedrop import readers
 from tunedrop.problems import Problem
+from tunedrop.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.records import read_rows
 from tunedrop.run_config import parse_run_config
 
@@ -48,6 +51,12 @@ SHAPES = {
     ),
     "nova.jsonl": "\n".join(json.dumps({"messages": user(q), "reference_answer": a}) for q, a in PAIR),
     "chat.jsonl": "\n".join(json.dumps({"messages": [*user(q), {"role": "assistant", "content": a}]}) for q, a in PAIR),
+    "completion.jsonl": "\n".join(
+        json.dumps({"prompt": user(q), "completion": [{"role": "assistant", "content": a}]}) for q, a in PAIR
+    ),
+    "names.jsonl": "\n".join(
+        json.dumps({"prompt": [{"role": "user", "content": q, "name": "Ann"}], "answer": a}) for q, a in PAIR
+    ),
     "parts.jsonl": "\n".join(
         json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": q}]}], "reference_answer": a})
         for q, a in PAIR
@@ -60,6 +69,23 @@ def test_every_shape_gives_the_same_rows(tmp_path, name):
     rows = read(tmp_path, name, SHAPES[name])
     assert [(row["prompt"], row["answer"]) for row in rows] == [(user(q), a) for q, a in PAIR]
     assert [row["id"] for row in rows] == ["row-1", "row-2"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_text_format_may_be_gzipped(tmp_path, name):
+    rows = read(tmp_path, f"{name}.gz", gzip.compress(SHAPES[name].encode()))
+    assert [(row["prompt"], row["answer"]) for row in rows] == [(user(q), a) for q, a in PAIR]
+
+
+def test_suffixes():
+    assert {suffix_of(f"a.b{suffix.upper()}") for suffix in DATA_SUFFIXES} == set(DATA_SUFFIXES)
+    assert suffix_of("a.txt") == suffix_of("a.gz") == suffix_of("a.parquet.gz") == ""
+
+
+def test_what_openai_calls_the_developer_is_the_system(tmp_path):
+    messages = [{"role": "developer", "content": "s"}, *user("q"), {"role": "assistant", "content": "a"}]
+    (row,) = read(tmp_path, "t.jsonl", json.dumps({"messages": messages}))
+    assert row["prompt"] == [{"role": "system", "content": "s"}, *user("q")]
 
 
 def test_parquet(tmp_path):
@@ -115,12 +141,36 @@ BROKEN = [
     ("t.jsonl", '{"answer":"a","x":1}', [("NO_PROMPT", 1)], 0),
     ("t.jsonl", '{"question":" ","answer":"a"}', [("EMPTY_PROMPT", 1)], 0),
     ("t.jsonl", '{"prompt":[{"role":"robot","content":"q"}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
-    ("t.jsonl", '{"prompt":[{"role":"assistant","content":"q"}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":"assistant","content":"q"}],"answer":"a"}', [("ROLE_ORDER", 1)], 0),
     ("t.jsonl", "[1, 2]", [("NOT_AN_OBJECT", 1), ("NOT_AN_OBJECT", 1)], 0),
     ("t.jsonl", b'{"question":"\xff","answer":"a"}', [("ENCODING", 1)], 0),
     ("t.jsonl", '{"question":"q","answer":"a"}'.encode("utf-16"), [("ENCODING", 1)], 0),
     ("t.jsonl", "{" * 100_000, [("BAD_JSON", 1)], 0),
-    ("t.json", '[\n{"question":"q","answer":"a"},\n{"question":}]', [("BAD_JSON", 3)], 0),
+    ("t.json", '[\n{"question":"q","answer":"a"},\n{"question":}]', [("BAD_JSON", 3)], 1),
+    ("t.json", '[\n{"question":"q","answer":"a"},\n{"question":"q","answer":"b"}', [("BAD_JSON", 3)], 2),
+    ("t.json", '[{"question":"q","answer":"a"}, 3, "x", {"question":"q","answer":"b"}]', [("NOT_AN_OBJECT", 1)] * 2, 2),
+    ("t.jsonl", 'question,answer\n{"question":"q","answer":"a"}', [("NOT_AN_OBJECT", 1)], 1),
+    ("t.jsonl", '{"question":"q","answer":"a"\n\n\n{"question":"q","answer":"b"}', [("BAD_JSON", 1)], 1),
+    ("t.json", '{\n "question": "q,\n "answer": "a"\n}\n{"question":"q","answer":"b"}', [("BAD_JSON", 1)], 1),
+    ("t.jsonl", '{"question":"q","answer":"a"}\n{"question":"\\ud800","answer":"a"}', [("BAD_JSON", 2)], 1),
+    ("t.jsonl", '{"prompt":[],"answer":"a"}', [("EMPTY_PROMPT", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":"user","content":" "}],"answer":"a"}', [("EMPTY_PROMPT", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":"user"}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":["user"],"content":"q"}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":"user","content":null}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":"user","content":[{"image":"b"}]}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
+    (
+        "t.jsonl",
+        '{"messages":[{"role":"user","content":"q"},{"role":"system","content":"s"},{"role":"assistant","content":"a"}]}',
+        [("ROLE_ORDER", 1)],
+        0,
+    ),
+    ("t.jsonl", '{"messages":[{"role":"assistant","content":"a"}]}', [("ROLE_ORDER", 1)], 0),
+    ("t.jsonl", '{"messages":[{"role":"user","content":"q"}]}', [("NO_ANSWER", 1)], 0),
+    ("t.jsonl", '{"prompt":3,"answer":"a"}', [("NO_PROMPT", 1)], 0),
+    ("t.jsonl.gz", gzip.compress(b'{"question":"q","answer":"a"}\n' * 999)[:-9], [("BAD_GZIP", None)], 0),
+    ("t.jsonl.gz", b"no gzip", [("BAD_GZIP", None)], 0),
+    ("t.csv", "question,question\na,b\n", [("BAD_CSV", 1)], 0),
     ("t.csv", "question,answer\na,b\nc\n", [("BAD_CSV", 3)], 1),
     ("t.csv", b"question,answer\na,b\nc,\xff\n", [("ENCODING", 3)], 1),
     ("t.csv", 'question,answer\na,"b', [("BAD_CSV", 2)], 0),
@@ -143,6 +193,7 @@ def test_broken_records_are_located_and_the_rest_is_read(tmp_path, name, data, p
 TEXTS = st.text(min_size=1).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5), st.sampled_from(["lines", "pretty", "array", "csv"]))
 def test_any_text_survives_every_format(tmp_path_factory, pairs, kind):
     records = [{"question": question, "answer": answer} for question, answer in pairs]
@@ -158,3 +209,90 @@ def test_any_text_survives_every_format(tmp_path_factory, pairs, kind):
         name, data = "t.json", separator.join(dumped) if separator else json.dumps(records)
     items = read(tmp_path_factory.mktemp("t"), name, data)
     assert [(item["prompt"][0]["content"], item["answer"]) for item in items] == pairs
+
+
+# --- reading in pieces ---
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "developer"]), "content": TEXTS | st.just("")},
+        optional={"name": st.just("n")},
+    ),
+    max_size=4,
+)
+RECORDS = st.one_of(
+    st.fixed_dictionaries({"question": TEXTS, "answer": TEXTS | st.integers() | st.none()}),
+    st.fixed_dictionaries({"messages": MESSAGES}, optional={"id": st.integers() | st.none(), "topic": TEXTS}),
+    st.fixed_dictionaries({"prompt": MESSAGES | TEXTS, "reward_model": st.fixed_dictionaries({"ground_truth": TEXTS})}),
+    st.fixed_dictionaries({"instruction": TEXTS, "input": TEXTS | st.just(""), "output": TEXTS}),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(RECORDS, min_size=1, max_size=6), st.booleans())
+def test_a_batch_without_anything_wrong_is_read_as_row_by_row(tmp_path_factory, records, system):
+    """A row that is wrong sends its whole batch through the code that looks at each row."""
+    config = parse_run_config({"model": "m", "system_prompt": "s"} if system else {"model": "m"})
+    folder, lines = tmp_path_factory.mktemp("t"), [json.dumps(record) for record in records]
+    quick = read(folder, "a.jsonl", "\n".join(lines), config)
+    slow = read(folder, "b.jsonl", "\n".join([*lines, "[]"]), config)
+    assert [item for item in slow if item not in quick] == [slow[-1]]
+    assert [item for item in quick if item not in slow] == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(RECORDS, max_size=5), st.sampled_from(["lines", "pretty", "array", "pretty array"]), st.integers(9, 200))
+def test_where_a_block_ends_changes_nothing(tmp_path_factory, records, kind, size):
+    folder, indent = tmp_path_factory.mktemp("t"), 1 if "pretty" in kind else None
+    dumped = [json.dumps(record, ensure_ascii=False, indent=indent) for record in records]
+    data = json.dumps(records, indent=indent) if "array" in kind else "\n".join(dumped)
+    whole = read(folder, "t.json", data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", size)
+        assert sorted(map(str, read(folder, "t.json", data))) == sorted(map(str, whole))
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300) | st.text(alphabet='{}[]",:\\\n ab“', max_size=200).map(str.encode), st.integers(9, 50))
+def test_any_bytes_are_rows_or_problems(tmp_path_factory, data, size):
+    folder = tmp_path_factory.mktemp("t")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", size)
+        for suffix in (".jsonl", ".csv", ".jsonl.gz"):
+            items = read(folder, f"t{suffix}", data)
+            assert all(isinstance(item, Problem | dict) for item in items)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_a_row_that_never_ends_ends_the_reading(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
+    start = "[" if name == "t.json" else ""
+    *_, problem = read(
+        tmp_path, name, start + '{"question":"q","answer":"a"}\n{"question":"' + "q" * 5000 + '","answer":"a"}'
+    )
+    assert (problem.code, problem.line, problem.row) == ("ROW_TOO_LARGE", 2, 2)
+
+
+def test_what_unpacks_to_more_than_is_allowed_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setitem(readers.MAX_BYTES, ".jsonl", 100_000)
+    *_, problem = read(tmp_path, "t.jsonl.gz", gzip.compress(b"\n" * 10_000_000))
+    assert problem.code == "TOO_LARGE"
+
+
+def test_lines_and_rows_are_those_of_the_file(tmp_path):
+    good, bad = '{"question":"q","answer":"a"}', '{"question":"q"}'
+    items = read(tmp_path, "t.jsonl", f"{good}\n\n{bad}\r\n\n\n{good} {bad}\n{bad}")
+    assert [(item.line, item.row) for item in items if isinstance(item, Problem)] == [(3, 2), (6, 4), (7, 5)]
+    items = read(tmp_path, "t.json", f"\n [ {good},\n\n {bad}\n,{bad}, {good}]")
+    assert [(item.line, item.row) for item in items if isinstance(item, Problem)] == [(4, 2), (5, 3)]
+    items = read(tmp_path, "t.csv", 'question,answer\n"a\nb",c\n\nd\ne,f\ng,\n')
+    assert [(item.line, item.row) for item in items if isinstance(item, Problem)] == [(5, 2), (7, 4)]
+
+
+def test_a_named_column_that_is_not_there_is_named(tmp_path):
+    config = parse_run_config({"model": "m", "columns": {"prompt": "Question"}})
+    (problem,) = read(tmp_path, "t.jsonl", '{"question":"q","answer":"a"}', config)
+    assert problem.code == "NO_PROMPT"
+    assert "'Question'" in problem.message
+    assert problem.hint == "did you mean 'question'?"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tunedrop.rewards import REWARDS, Deployment, Reward, RewardError, RewardSpec, build_rewards, score
+from tunedrop.rewards import REWARDS, Deployment, Reward, RewardError, RewardSpec, build_rewards, deployment_of, score
 from tunedrop.rewards.base import Sample, final_answer
 
 XML = "<reasoning>\n2 and 2\n</reasoning>\n<answer>\n4\n</answer>"
@@ -321,13 +321,27 @@ def test_a_gate_is_asked_once_per_batch_and_the_gated_only_where_it_opens(monkey
         RewardSpec(type="judge", model="m", name="gate"),
         RewardSpec(type="judge", model="m", name="gated", only_if="gate"),
     ]
-    rewards = build_rewards(specs, Deployment(client=lambda _: None))
+    rewards = build_rewards(specs, Deployment(judge_model="m"))
     for reward in rewards:
         monkeypatch.setattr(reward, "_function", slow)
-        monkeypatch.setattr(reward, "_parameters", {})
+        monkeypatch.setattr(reward, "parameters", {})
     for _ in range(2):
-        score(rewards, [""] * 3, ["a", "b", "b"], {"answer": [""] * 3})
+        score(rewards, [""] * 3, ["a", "b", "c"], {"answer": [""] * 3})
     assert asked == [3, 1, 3, 1]
+
+
+def test_equal_answers_are_scored_once_and_different_rows_apart(monkeypatch):
+    (reward,) = build_rewards([RewardSpec(type="contains")])
+    scored = []
+
+    def counted(sample: Sample, **_: object) -> float:
+        scored.append((sample.completion, sample.columns["level"]))
+        return float(len(scored))
+
+    monkeypatch.setattr(reward, "_function", counted)
+    level = [{"n": 1}, {"n": 1}, {"n": 2}, {"n": 1}]
+    assert reward(["q"] * 4, ["a", "a", "a", "b"], answer=["x"] * 4, level=level) == [1.0, 1.0, 2.0, 3.0]
+    assert scored == [("a", {"n": 1}), ("a", {"n": 2}), ("b", {"n": 1})]
 
 
 NOT_SCORES = [math.nan, math.inf, -math.inf, "1", [1.0], 1j]
@@ -355,7 +369,7 @@ def test_what_a_reward_raises_names_the_row_and_keeps_its_traceback(monkeypatch)
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0] * 3, 1.0, None])
 def test_a_batch_with_the_wrong_count_of_scores_fails(monkeypatch, scores):
-    (reward,) = build_rewards([RewardSpec(type="http", url="https://x")])
+    (reward,) = build_rewards([RewardSpec(type="http", url="https://x")], Deployment(hosts=("x",)))
     monkeypatch.setattr(reward, "_function", lambda samples, deployment, **_: scores)
     with pytest.raises(RewardError, match=r"'http' returned .* for 2 completions, the first of the row asking 'a'"):
         reward(["a", "b"], ["x", "y"], answer=["", ""])
@@ -427,13 +441,59 @@ def test_names_that_do_not_fit_are_refused(specs, message):
     [
         ({"type": "code_tests"}, "programs that a model wrote, which is not allowed"),
         ({"type": "python", "file": "a.py"}, "a Python file, which is not allowed"),
-        ({"type": "lambda", "function_arn": "f"}, "no access to AWS"),
-        ({"type": "judge", "model": "m"}, "no access to AWS"),
+        ({"type": "lambda", "function_arn": "f"}, "a function that is not among those allowed .*RewardFunctionArns"),
+        ({"type": "judge", "model": "m"}, "a model that is not the one allowed .*RewardJudgeModel"),
+        ({"type": "http", "url": "https://x/y"}, "a host that is not among those allowed .*RewardHttpHosts"),
     ],
 )
 def test_what_a_deployment_does_not_allow_is_not_built(spec, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=f"reward 'mine' .*{message}"):
         Reward(RewardSpec(name="mine", **spec))
+
+
+ARN = "arn:aws:lambda:eu-central-1:123456789012:function:score"
+ENVIRONMENT = {
+    "REWARD_FUNCTION_ARNS": f"{ARN},{ARN}:live",
+    "REWARD_JUDGE_MODEL": "amazon.nova-lite-v1:0",
+    "REWARD_HTTP_HOSTS": "rewards.example.com,127.0.0.1:8080",
+    "ALLOW_CODE_REWARDS": "true",
+    "ALLOW_PYTHON_REWARDS": "true",
+}
+ALLOWED = [
+    # a reward, and one of its type that is as far from what the environment allows as can be
+    ({"type": "lambda", "function_arn": ARN}, {"type": "lambda", "function_arn": f"{ARN}2"}),
+    ({"type": "lambda", "function_arn": "score"}, {"type": "lambda", "function_arn": "scor"}),
+    ({"type": "lambda", "function_arn": f"{ARN}:live"}, {"type": "lambda", "function_arn": f"{ARN}:old"}),
+    ({"type": "judge", "model": "amazon.nova-lite-v1:0"}, {"type": "judge", "model": "amazon.nova-pro-v1:0"}),
+    ({"type": "http", "url": "https://rewards.example.com/a"}, {"type": "http", "url": "https://example.com/a"}),
+    ({"type": "http", "url": "http://127.0.0.1:8080/"}, {"type": "http", "url": "http://127.0.0.1:9001/"}),
+    (
+        {"type": "http", "url": "https://rewards.example.com:8443"},
+        {"type": "http", "url": "https://rewards.example.com@x.org"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("allowed", "refused"), ALLOWED)
+def test_the_jobs_environment_allows_what_it_names_and_nothing_else(allowed, refused):
+    deployment = deployment_of(ENVIRONMENT)
+    Reward(RewardSpec(**allowed), deployment)
+    with pytest.raises(RewardError, match="not"):
+        Reward(RewardSpec(**refused), deployment)
+    with pytest.raises(RewardError, match="not"):
+        Reward(RewardSpec(**allowed), deployment_of({}))
+
+
+@pytest.mark.parametrize("value", ["false", "", "1"])
+def test_programs_and_files_are_allowed_by_the_word_true(value, tmp_path):
+    specs = [RewardSpec(type="code_tests"), RewardSpec(type="python", file="a.py")]
+    build_rewards(specs, deployment_of(ENVIRONMENT, python_folder=tmp_path))
+    forbidden = deployment_of(
+        ENVIRONMENT | {"ALLOW_CODE_REWARDS": value, "ALLOW_PYTHON_REWARDS": value}, python_folder=tmp_path
+    )
+    for spec in specs:
+        with pytest.raises(RewardError, match="which is not allowed here"):
+            Reward(spec, forbidden)
 
 
 def test_the_library_loads_without_the_packages_its_rewards_use():

@@ -10,12 +10,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tunedrop.problems import nearest
 from tunedrop.rewards import code, functions, openai, remote, structured
-from tunedrop.rewards.base import TEXT_ONLY, Deployment, RewardError, Sample, content_text, text_of
+from tunedrop.rewards.base import (
+    REWARD_ENVIRONMENT,
+    TEXT_ONLY,
+    Deployment,
+    RewardError,
+    Sample,
+    content_text,
+    deployment_of,
+    text_of,
+)
 
 REWARDS: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -48,13 +58,39 @@ REWARDS: dict[str, Callable[..., Any]] = {
     )
 } | {"lambda": remote.reward_lambda}
 
-# What a deployment must give or allow for a reward to be used, and what to say where it does not.
-_NEEDS: dict[str, tuple[Callable[[Deployment], Any], str]] = {
-    "code_tests": (lambda deployment: deployment.allow_code, "runs programs that a model wrote, which is not allowed here"),
-    "python": (lambda deployment: deployment.python_folder, "runs a Python file, which is not allowed here"),
-    "lambda": (lambda deployment: deployment.client, "calls AWS Lambda, but there is no access to AWS here"),
-    "judge": (lambda deployment: deployment.client, "calls Amazon Bedrock, but there is no access to AWS here"),
+# What a deployment must allow a reward, by its parameters, and what to say where it does not.
+_NEEDS: dict[str, tuple[Callable[[Deployment, dict[str, Any]], Any], str]] = {
+    "code_tests": (
+        lambda deployment, _: deployment.allow_code,
+        "runs programs that a model wrote, which is not allowed here (stack parameter AllowCodeRewards)",
+    ),
+    "python": (
+        lambda deployment, _: deployment.python_folder,
+        "runs a Python file, which is not allowed here (stack parameter AllowPythonRewards)",
+    ),
+    "lambda": (
+        lambda deployment, given: any(
+            given["function_arn"] in {arn, arn.partition(":function:")[2]} for arn in deployment.functions
+        ),
+        "calls a function that is not among those allowed here (stack parameter RewardFunctionArns)",
+    ),
+    "judge": (
+        lambda deployment, given: given["model"] == deployment.judge_model,
+        "asks a model that is not the one allowed here (stack parameter RewardJudgeModel)",
+    ),
+    "http": (
+        lambda deployment, given: (
+            not {urlsplit(given["url"]).netloc, urlsplit(given["url"]).hostname}.isdisjoint(deployment.hosts)
+        ),
+        "calls a host that is not among those allowed here (stack parameter RewardHttpHosts)",
+    ),
 }
+# Batches in which one answer may bear on another's score: what computes them is not ours.
+_OF_OTHERS = frozenset({"lambda", "http", "python"})
+# Rewards for the form of an answer alone.
+FORMAT_REWARDS = frozenset("xml_format think_format json_valid length overlong_penalty repetition_penalty regex".split())
+# These look at what is said, but not at whether it is what the row's answer says.
+_CONTENT_REWARDS = frozenset("json_schema keywords citations quotes".split())
 # Lists that TRL passes beside the dataset's columns.
 _TRAINER_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "prompt_ids", "environments"})
 
@@ -113,6 +149,18 @@ class RewardSpec(BaseModel):
         """What the reward is called in metrics and results."""
         return self.name or self.type
 
+    @property
+    def waits(self) -> bool:
+        """Whether its time goes by in waiting for somebody else's answer."""
+        return self.type in {"lambda", "http", "judge"}
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with the row's answer, so that the answer itself must score well and another must not."""
+        given = self.model_extra or {}
+        fixed = "text" in given if self.type == "contains" else self.type == "openai_grader" and "item." not in str(given)
+        return not fixed and self.type not in FORMAT_REWARDS | _CONTENT_REWARDS
+
     @model_validator(mode="after")
     def _check(self) -> "RewardSpec":
         if self.type not in REWARDS:
@@ -160,15 +208,16 @@ class Reward:
     def __init__(self, spec: RewardSpec, deployment: Deployment = TEXT_ONLY, gate: "Reward | None" = None):
         self.__name__ = spec.label  # TRL names the metric rewards/<__name__>/mean
         self.weight = spec.weight
-        available, refusal = _NEEDS.get(spec.type, (lambda _: True, ""))
-        if not available(deployment):
+        self.spec = spec
+        self.gate = gate
+        self.parameters = dict(PARAMETERS[spec.type].model_validate(spec.model_extra or {}))
+        available, refusal = _NEEDS.get(spec.type, (lambda *_: True, ""))
+        if not available(deployment, self.parameters):
             raise RewardError(f"reward '{self.__name__}' {refusal}")
-        self._spec = spec
         self._deployment = deployment
-        self._gate = gate
         self._function = REWARDS[spec.type]
-        self._parameters = dict(PARAMETERS[spec.type].model_validate(spec.model_extra or {}))
-        self._per_batch = "samples" in inspect.signature(self._function).parameters
+        # Whole batches are for rewards that take their time: they start a process, or call somebody.
+        self.per_batch = "samples" in inspect.signature(self._function).parameters
         self._last: tuple[tuple[list[Any], ...], list[float | None]] | None = None
 
     def __call__(
@@ -182,10 +231,10 @@ class Reward:
         samples = _samples(prompts, completions, answer, columns)
         scores: list[float | None] = [None] * len(samples)
         chosen = list(range(len(samples)))
-        if self._gate and self._spec.only_if:
-            gates = self._gate._recalled(prompts, completions, answer, columns)
+        if self.gate and self.spec.only_if:
+            gates = self.gate._recalled(prompts, completions, answer, columns)
             scores = [None if gate is None else 0.0 for gate in gates]
-            chosen = [at for at, gate in enumerate(gates) if gate is not None and gate >= self._spec.only_if.at_least]
+            chosen = [at for at, gate in enumerate(gates) if gate is not None and gate >= self.spec.only_if.at_least]
         for at, value in zip(chosen, self._score([samples[at] for at in chosen]), strict=True):
             scores[at] = self._checked(value, samples[at])
         self._last = (_asked(prompts, completions, answer), scores)
@@ -201,14 +250,25 @@ class Reward:
         return self._last[1]
 
     def _score(self, samples: list[Sample]) -> Sequence[Any]:
+        """Score samples, equal ones once (a group often answers alike), unless others compute the scores."""
+        if self.spec.type in _OF_OTHERS:
+            return self._all(samples)
+        different, which = _different(samples)
+        scores = self._all(different) if self.per_batch else [self._one(sample) for sample in different]
+        return [scores[at] for at in which]
+
+    def _all(self, samples: list[Sample]) -> Sequence[Any]:
         if not samples:
             return []
-        if not self._per_batch:
-            return [self._one(sample) for sample in samples]
         try:
-            scores = self._function(samples, self._deployment, **self._parameters)
-        except Exception as error:
+            scores = self._function(samples, self._deployment, **self.parameters)
+        except (Exception, SystemExit) as error:  # a user's file may end with one: the job must not, as if all were well
             where = f"on {len(samples)} completions, the first of {_row(samples[0])}"
+            if self.spec.type == "python" and len(samples) > 1:
+                for sample in samples:  # calling it again costs nothing, and one row alone says which it was
+                    self._all([sample])
+            elif len(samples) == 1:
+                where = f"on {_row(samples[0])}"
             raise RewardError(f"reward '{self.__name__}' failed {where}: {_reason(error)}") from error
         if not isinstance(scores, Sequence) or len(scores) != len(samples):
             got = f"{len(scores)} scores" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
@@ -219,7 +279,7 @@ class Reward:
 
     def _one(self, sample: Sample) -> Any:
         try:
-            return self._function(sample, **self._parameters)
+            return self._function(sample, **self.parameters)
         except Exception as error:
             raise RewardError(f"reward '{self.__name__}' failed on {_row(sample)}: {_reason(error)}") from error
 
@@ -228,8 +288,24 @@ class Reward:
             return None
         if not isinstance(value, Real) or not math.isfinite(value):
             raise RewardError(f"reward '{self.__name__}' returned {value!r} for {_row(sample)}")
-        low, high = self._spec.clip or (-math.inf, math.inf)
+        low, high = self.spec.clip or (-math.inf, math.inf)
         return min(high, max(low, float(value)))
+
+
+def _different(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
+    """Return the samples without those that equal an earlier one, and for each sample which of the returned it is."""
+    different: list[Sample] = []
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    which = []
+    for sample in samples:
+        places = alike.setdefault((sample.completion, sample.answer, sample.question), [])
+        place = next((place for place in places if different[place] == sample), None)
+        if place is None:
+            place = len(different)
+            places.append(place)
+            different.append(sample)
+        which.append(place)
+    return different, which
 
 
 def _asked(*batch: Sequence[Any] | None) -> tuple[list[Any], ...]:
@@ -264,7 +340,7 @@ def _row(sample: Sample) -> str:
     return f"the row{id_} asking {sample.question[:200]!r}"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
 
 
@@ -296,8 +372,11 @@ def score(
 
 
 __all__ = [
+    "FORMAT_REWARDS",
     "PARAMETERS",
     "REWARDS",
+    "REWARD_ENVIRONMENT",
+    "TEXT_ONLY",
     "Deployment",
     "OnlyIf",
     "Reward",
@@ -306,6 +385,7 @@ __all__ = [
     "Sample",
     "build_rewards",
     "check_names",
+    "deployment_of",
     "score",
     "text_of",
 ]

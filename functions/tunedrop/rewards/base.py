@@ -1,7 +1,7 @@
 """What every reward is written against: the sample it scores, the deployment it runs in, the error it fails with."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,16 +38,48 @@ class Deployment:
     """What the place a reward runs in gives and allows; the default allows only what needs nothing but the text.
 
     `client` gives an AWS client by its service name, as `functools.cache(boto3.client)` does: it is asked for every
-    batch, and the client's own time-outs and retries hold. `allow_code` lets rewards run programs
-    that models wrote. `python_folder` holds the files that `python` rewards may come from.
+    batch, and the client's own time-outs and retries hold. `functions` are the ARNs that `lambda` rewards may call,
+    `judge_model` is the model that `judge` rewards may ask, and `hosts` are those that `http` rewards may call.
+    `allow_code` lets rewards run programs that models wrote; `python_folder` holds the files that `python` rewards may
+    come from.
     """
 
     client: Callable[[str], Any] | None = None
+    functions: tuple[str, ...] = ()
+    judge_model: str = ""
+    hosts: tuple[str, ...] = ()
     allow_code: bool = False
     python_folder: Path | None = None
 
 
 TEXT_ONLY = Deployment()
+# What a stack allows, named as its template's parameters are. trainer.release writes them into the environment of the
+# launch plan's jobs; validate_dataset reads that same plan, so that what it accepts is what the job may do.
+REWARD_ENVIRONMENT = {
+    "REWARD_FUNCTION_ARNS": "RewardFunctionArns",
+    "REWARD_JUDGE_MODEL": "RewardJudgeModel",
+    "REWARD_HTTP_HOSTS": "RewardHttpHosts",
+    "ALLOW_CODE_REWARDS": "AllowCodeRewards",
+    "ALLOW_PYTHON_REWARDS": "AllowPythonRewards",
+}
+
+
+def deployment_of(
+    environment: Mapping[str, str], client: Callable[[str], Any] | None = None, python_folder: Path | None = None
+) -> Deployment:
+    """Return what the environment of a stack's jobs allows (`REWARD_ENVIRONMENT`; what is absent is not allowed)."""
+
+    def names(variable: str) -> tuple[str, ...]:
+        return tuple(name for name in environment.get(variable, "").split(",") if name)
+
+    return Deployment(
+        client,
+        functions=names("REWARD_FUNCTION_ARNS"),
+        judge_model=environment.get("REWARD_JUDGE_MODEL", ""),
+        hosts=names("REWARD_HTTP_HOSTS"),
+        allow_code=environment.get("ALLOW_CODE_REWARDS") == "true",
+        python_folder=python_folder if environment.get("ALLOW_PYTHON_REWARDS") == "true" else None,
+    )
 
 
 def text_of(completion: Any) -> str:

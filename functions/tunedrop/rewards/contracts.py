@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from tunedrop.rewards import Deployment, Reward, RewardSpec, build_rewards, score
-from tunedrop.rewards.wire import read_request
+from tunedrop.rewards.wire import read_request, write_result
 
 
 def lambda_handler_for(
@@ -35,18 +35,7 @@ def lambda_handler_for(
             [sample.completion for sample in received],
             columns | {"answer": [sample.answer for sample in received]},
         )
-        results = [
-            {
-                "id": sample.id,
-                "aggregate_reward_score": float(each["score"]),
-                "metrics_list": [
-                    {"name": name, "value": value, "type": "Reward"}
-                    for name, value in each["rewards"].items()
-                    if value is not None
-                ],
-            }
-            for sample, each in zip(received, scored, strict=True)
-        ]
+        results = [write_result(sample.id, each) for sample, each in zip(received, scored, strict=True)]
         if contract == "rlvr" or (contract == "auto" and isinstance(event, dict) and "body" in event):
             return {"statusCode": 200, "headers": {"Content-Type": "application/json"}, "body": json.dumps(results)}
         return results
@@ -59,7 +48,7 @@ class LambdaReward(Reward):
 
     def __init__(self, function_arn: str, client: Any, *, weight: float = 1.0, name: str | None = None, **parameters: Any):
         spec = {"type": "lambda", "function_arn": function_arn, "weight": weight, "name": name} | parameters
-        super().__init__(RewardSpec.model_validate(spec), Deployment(client=lambda _: client))
+        super().__init__(RewardSpec.model_validate(spec), Deployment(lambda _: client, functions=(function_arn,)))
 
 
 def from_openai_grader(grader: str | dict[str, Any]) -> Reward:

@@ -97,6 +97,14 @@ def _received(sample: Any, index: int) -> Received:
     )
 
 
+def write_result(id_: Any, scored: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a sample that `tunedrop.rewards.score` scored, with a metric per reward that did not abstain."""
+    metrics = [
+        {"name": name, "value": value, "type": "Reward"} for name, value in scored["rewards"].items() if value is not None
+    ]
+    return {"id": id_, "aggregate_reward_score": float(scored["score"]), "metrics_list": metrics}
+
+
 def read_response(payload: Any, ids: Sequence[str]) -> list[float | None]:
     """Return a score per id, in the order of `ids`. Raises RewardError for anything but exactly one result per id."""
     results = _unwrapped(payload)
@@ -107,7 +115,8 @@ def read_response(payload: Any, ids: Sequence[str]) -> list[float | None]:
         id_, score = str(result["id"]), result["aggregate_reward_score"]
         if id_ in scores:
             raise RewardError(f"two results for the id '{id_}'")
-        if score is not None and (not isinstance(score, int | float) or not math.isfinite(score)):
+        number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        if score is not None and not number:
             raise RewardError(f"the score of '{id_}' is {_short(score)}, not a finite number or null")
         scores[id_] = None if score is None else float(score)
     unknown, missing = [id_ for id_ in scores if id_ not in set(ids)], [id_ for id_ in ids if id_ not in scores]

@@ -1,38 +1,50 @@
-"""The net below the events: look at every open run and do what a lost event should have made happen."""
+"""The net below the events: look at every open run and upload, and do what a lost event should have made happen."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
+from tunedrop import bus, events
 from tunedrop.announcements import announce_failure
 from tunedrop.aws import Aws
-from tunedrop.events import JobDetail
-from tunedrop.observability import logger
-from tunedrop.runs import FINAL, Run, StaleMoveError, State, now
+from tunedrop.events import JobDetail, Upload
+from tunedrop.jobs import JobSettings, describe, end_cancelled
+from tunedrop.observability import logger, metrics
+from tunedrop.runs import FINAL, UPLOAD, Run, StaleMoveError, State, now
 from tunedrop.stages import publish_results, start_training, test_model, validate_dataset
 from tunedrop.stages.publish_results import PublishSettings
-from tunedrop.stages.start_training import JobSettings
-from tunedrop.stages.validate_dataset import ValidateSettings
 
 # Events are usually handled within seconds; a run that moved this recently needs no help.
 MINIMUM_AGE = timedelta(minutes=2)
+# As long as validate_dataset may take, and Lambda's two retries of it.
+VALIDATION_AGE = timedelta(minutes=20)
+# What is wrong with a dataset becomes a receipt; what ends the function this often is for a person to look at.
+MOST_VALIDATIONS = 10
 
 
-class ReconcileSettings(ValidateSettings, JobSettings, PublishSettings):
+class ReconcileSettings(JobSettings, PublishSettings):
     """The environment of reconcile: whatever the other functions need."""
 
 
-def reconcile(settings: ReconcileSettings, aws: Aws, minimum_age: timedelta = MINIMUM_AGE) -> int:
-    """Help every open run that has not moved for `minimum_age`; return how many were looked at.
+def reconcile(
+    settings: ReconcileSettings,
+    aws: Aws,
+    minimum_age: timedelta = MINIMUM_AGE,
+    validation_age: timedelta = VALIDATION_AGE,
+) -> int:
+    """Help every open run that has not moved for `minimum_age`, have uploads validated that nobody finished for
+    `validation_age`, and start what waits; return how many runs were looked at.
 
     A run whose turn raises is logged and left for the next time, so that one broken run does not hide the others; the
     first error is raised at the end.
     """
-    before = (datetime.fromisoformat(now()) - minimum_age).isoformat(timespec="microseconds")
     errors: list[Exception] = []
     looked_at = 0
+    started = oldest = now()
     for state in State:
-        for run in aws.runs.open_runs(state):
-            if run.updated > before:
+        for seen in aws.runs.open_runs(state):
+            oldest = min(oldest, seen.arrived)
+            run = aws.runs.get(seen.run_id) if seen.updated <= _ago(minimum_age) else None
+            if run is None or run.open is None:  # the index lags behind the table
                 continue
             looked_at += 1
             try:
@@ -42,31 +54,52 @@ def reconcile(settings: ReconcileSettings, aws: Aws, minimum_age: timedelta = MI
             except Exception as error:  # noqa: BLE001 - raised again below, after the others had their turn
                 logger.exception("a run could not be helped", run_id=run.run_id)
                 errors.append(error)
-    start_training.start_waiting(settings, aws)
+    age = datetime.fromisoformat(started) - datetime.fromisoformat(oldest)
+    metrics.add_metric(name="OldestOpenRunHours", unit="Count", value=age / timedelta(hours=1))
+    _request_validations(_ago(validation_age), settings, aws)
+    start_training.start_waiting(settings, aws, limit=None)
     if errors:
         raise errors[0]
     return looked_at
 
 
+def _ago(age: timedelta) -> str:
+    return (datetime.fromisoformat(now()) - age).isoformat(timespec="microseconds")
+
+
 def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
+    """Do what is due for a run; those that wait get their turn together, in order of arrival, afterwards."""
     if run.state in {State.VALIDATED, State.REJECTED}:
         validate_dataset.announce(run, settings, aws)
     elif run.state == State.TRAINING:
         _ended(run.train_job, lambda job: test_model.training_ended(job, settings, aws), aws)
-    elif run.state == State.TRAINED:
-        test_model.start_tests(run, settings, aws)
     elif run.state == State.TESTING:
         _ended(run.test_job, lambda job: publish_results.testing_ended(job, settings, aws), aws)
     elif run.state == State.TESTED:
         publish_results.announce(publish_results.publish(run, settings, aws), settings, aws)
     elif run.state == State.PUBLISHED:
         publish_results.announce(run, settings, aws)
+    elif run.state == State.CANCELLED:
+        end_cancelled(run, settings, aws)
     elif run.state in FINAL:
         announce_failure(run, settings, aws)
 
 
 def _ended(name: str | None, then: Callable[[JobDetail], object], aws: Aws) -> None:
     """Describe a job and, if it has ended, do what its event should have done."""
-    job = JobDetail.model_validate(aws.sagemaker.describe_training_job(TrainingJobName=name))
+    job = describe(str(name), aws)
+    assert job is not None, f"the job {name} is gone"
     if job.final:
         then(job)
+
+
+def _request_validations(before: str, settings: ReconcileSettings, aws: Aws) -> None:
+    """Have validate_dataset take up the uploads that it has not finished."""
+    for item in aws.runs.open_uploads():
+        if item["arrived"] > before:
+            continue
+        if item["tries"] >= MOST_VALIDATIONS:
+            logger.error("an upload cannot be validated: see the dead-letter queue", version_id=item["version_id"])
+            continue
+        upload = Upload(key=item["id"].removeprefix(UPLOAD), version_id=item["version_id"], sequencer=item["sequencer"])
+        bus.put(aws.events, bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, upload.model_dump()))

@@ -1,104 +1,98 @@
-"""A run was validated, or a place became free: start training jobs, as many as there is room for."""
+"""A run was validated, or room may have come: start training jobs, as many as there is room for, in order of arrival."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from botocore.exceptions import ClientError
 from msgspec import structs
 
-from tunedrop import events, launch_plan, layout
-from tunedrop.announcements import AnnounceSettings, announce_failure
-from tunedrop.aws import Aws, InstanceTypes, error_code
+from tunedrop import events
+from tunedrop.announcements import announce_failure, announce_waiting
+from tunedrop.aws import Aws
 from tunedrop.events import RunEvent
+from tunedrop.jobs import JobRefusedError, JobSettings, create_job, end_cancelled, stop_if_cancelled
 from tunedrop.observability import logger
-from tunedrop.run_config import RunConfig
 from tunedrop.runs import Run, StaleMoveError, State
+from tunedrop.stages.test_model import start_tests
 
-OLDEST = 10  # waiting runs that one freed place is offered to
-
-
-class JobSettings(AnnounceSettings):
-    """The environment of the functions that create SageMaker jobs."""
-
-    instance_types: InstanceTypes
-    use_spot: bool
-    max_concurrent_jobs: int
-
-
-class JobRefusedError(Exception):
-    """SageMaker does not accept the job as configured, an instance type it does not know for example."""
-
-
-def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str, Any] | None:
-    """Create a run's `train` or `test` job and return its request; None if the account's quota leaves no room.
-
-    The job's name carries run and attempt, so a job that exists already is this very one. Raises JobRefusedError.
-    """
-    raw = aws.read(settings.artifact_bucket, layout.run_key(run.run_id, "input/config.json"))
-    assert raw is not None  # written before the run existed
-    config = RunConfig.model_validate_json(raw)
-    request = launch_plan.job_request(
-        launch_plan.load_plan(aws, settings.artifact_bucket, run.plan),
-        kind,
-        run,
-        config,
-        prefix=settings.job_prefix,
-        data_bucket=settings.data_bucket,
-        artifact_bucket=settings.artifact_bucket,
-        instance_types=settings.instance_types,
-        spot=settings.use_spot if config.compute.spot is None else config.compute.spot,
-    )
-    try:
-        aws.sagemaker.create_training_job(**request)
-    except ClientError as error:
-        if error_code(error) == "ResourceLimitExceeded":
-            return None
-        if error_code(error) == "ValidationException":
-            raise JobRefusedError(f"SageMaker refused the job: {error.response['Error']['Message']}") from None
-        if error_code(error) != "ResourceInUse":
-            raise
-    return request
+OLDEST = 10  # waiting runs that an event offers room to; `reconcile` offers it to all
 
 
 def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
-    """Start a validated or waiting run's training job, or leave it waiting for room; return the run as it is then."""
-    if run.state not in {State.VALIDATED, State.WAITING}:
-        return run
+    """Start a validated run, or let it wait for its turn and for room; return the run as it is then.
+
+    A second delivery of its event finishes what the first one left undone.
+    """
+    if run.state == State.VALIDATED:
+        # Behind those that wait already; but one that has a place may have a job, too.
+        if aws.runs.open_runs(State.WAITING, limit=1) and not aws.runs.has_place(run):
+            run = aws.runs.move(run, State.WAITING, reason="other runs have waited longer")
+        elif aws.runs.acquire(run, settings.max_concurrent_jobs):
+            run = _start(run, settings, aws)
+        else:
+            run = aws.runs.move(run, State.WAITING, reason=f"{settings.max_concurrent_jobs} runs at a time, and as many run")
+    if run.state == State.WAITING:
+        announce_waiting(run, settings, aws)
+    elif run.state == State.CANCELLED:
+        end_cancelled(run, settings, aws)
+    return run
+
+
+def _start(run: Run, settings: JobSettings, aws: Aws) -> Run:
+    """Create the training job of a run that has a place. If the quotas leave no room, the run waits without one."""
     try:
-        request = create_job("train", run, settings, aws) if aws.runs.acquire(run, settings.max_concurrent_jobs) else None
+        job = create_job("train", run, settings, aws)
     except JobRefusedError as error:
         run = aws.runs.move(run, State.TRAINING_FAILED, reason=str(error)[:1024])
         announce_failure(run, settings, aws)
         return run
-    if request is None:
-        if run.state == State.VALIDATED:
-            announce_waiting(run, settings, aws)
-            run = aws.runs.move(run, State.WAITING)  # before the release: a run started elsewhere keeps its place
-        aws.runs.release(run)
-        return run
-    job, instance = request["TrainingJobName"], request["ResourceConfig"]["InstanceType"]
+    if job is None:
+        return aws.runs.move(run, State.WAITING, reason="SageMaker's quotas leave no room for the training job")
     event = RunEvent(
         detail_type=events.STARTED,
-        run=structs.replace(run, state=State.TRAINING),
-        extra={"training_job": job, "instance_type": instance},
+        run=structs.replace(run, state=State.TRAINING, reason=None),
+        extra={"training_job": job["train_job"], "instance_type": job["instance_type"]},
     )
+    # Announced before the move: whoever dies in between announces it again.
     events.put_event(aws.events, settings.event_bus, event)
-    return aws.runs.move(run, State.TRAINING, train_job=job, instance_type=instance)
+    try:
+        return aws.runs.move(run, State.TRAINING, reason=None, not_before=None, **job)
+    except StaleMoveError:
+        stop_if_cancelled(run, settings, aws)
+        raise
 
 
-def announce_waiting(run: Run, settings: JobSettings, aws: Aws) -> None:
-    """Say that a run is about to wait.
+def start_waiting(settings: JobSettings, aws: Aws, limit: int | None = OLDEST) -> None:
+    """Start the jobs that wait for room, the oldest first: tests of runs that have a place, then runs while places last.
 
-    Everything but a run's end is announced before the move that follows: whoever dies in between announces it again.
+    Within a dataset no run overtakes another; a run of another dataset may, if it finds a machine where others do not.
+    The first error is raised at the end.
     """
-    event = RunEvent(detail_type=events.WAITING, run=structs.replace(run, state=State.WAITING))
-    events.put_event(aws.events, settings.event_bus, event)
+    errors: list[Exception] = []
+    for run in aws.runs.open_runs(State.TRAINED, limit):
+        if not run.backs_off:
+            with _on_its_own(run, errors):
+                start_tests(run, settings, aws)
+    overtaken: set[str] = set()
+    for run in aws.runs.open_runs(State.WAITING, limit):
+        if run.backs_off or run.dataset in overtaken:
+            overtaken.add(run.dataset)
+            continue
+        with _on_its_own(run, errors):
+            if not aws.runs.acquire(run, settings.max_concurrent_jobs):
+                break
+            if _start(run, settings, aws).state == State.WAITING:
+                overtaken.add(run.dataset)
+    if errors:
+        raise errors[0]
 
 
-def start_waiting(settings: JobSettings, aws: Aws) -> None:
-    """Start the oldest waiting runs until there is no more room."""
-    for run in aws.runs.open_runs(State.WAITING, limit=OLDEST):
-        try:
-            if start_run(run, settings, aws).state == State.WAITING:
-                return
-        except StaleMoveError as error:
-            logger.info("another delivery was faster", detail=str(error))
+@contextmanager
+def _on_its_own(run: Run, errors: list[Exception]) -> Iterator[None]:
+    """Keep what one run raises from the others' turn."""
+    try:
+        yield
+    except StaleMoveError as error:
+        logger.info("another delivery was faster", detail=str(error))
+    except Exception as error:  # noqa: BLE001 - raised again after the others had their turn
+        logger.exception("a run could not be started", run_id=run.run_id)
+        errors.append(error)

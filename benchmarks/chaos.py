@@ -1,0 +1,175 @@
+"""Kill what can be killed while the local application works, and see that nothing is lost.
+
+    .venv/bin/python -m benchmarks.chaos --minutes 10
+
+Brings the application up in a folder of its own, drops tiny datasets with a tiny model, and at random intervals kills
+(SIGKILL) the processes of Lambda functions, the processes of jobs, or the whole application, which then starts again from
+its folder. In the end every dropped dataset has a run that is published, or failed with a reason that says what happened to
+it: a job whose process was killed from outside fails as on AWS.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "support")]
+
+from tiny_model import make_tiny_model  # noqa: E402 - after the path
+
+from local_app.deployment import Deployment  # noqa: E402
+from local_app.stack import STACK_NAME, Stack  # noqa: E402
+from tunedrop.runs import FINAL, Run, State  # noqa: E402
+
+CONFIG = """model: tiny
+rewards: [{type: exact_match}, {type: length, maximum: 8, unit: characters, weight: 0.1}]
+lora: {r: 4, lora_alpha: 8}
+grpo: {max_steps: 2, num_generations: 4, per_device_train_batch_size: 8, max_completion_length: 8, learning_rate: 1e-2}
+max_prompt_length: 200
+"""
+KINDS = ("function", "job", "application")
+
+
+class Chaos:
+    """A local application that loses processes; `killed` counts what was killed, by kind, `redriven` events by function."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.killed: Counter[str] = Counter()
+        self.redriven: Counter[str] = Counter()
+        self.dropped: list[str] = []
+
+    def drop(self, model: Path | None = None) -> None:
+        """Drop another dataset; again, if the application dies before S3 has taken it."""
+        folder = self.stack.folder / "datasets"
+        folder.mkdir(exist_ok=True)
+        name = f"d{len(self.dropped):03}"
+        rows = [f'{{"question": "Say {name} {letter}", "answer": "{letter}"}}\n' for letter in "abcdefghijkl"]
+        data, config = folder / f"{name}.jsonl", folder / f"{name}.yaml"
+        data.write_text("".join(rows))
+        config.write_text(CONFIG)
+        deployment = Deployment.local(self.stack)
+        if model is not None:
+            deployment.upload_model(model)
+        deployment.upload(data, config)
+        self.dropped.append(name)
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Return what runs of a kind: the functions' workers, the jobs' own processes, or the emulators and all below."""
+        found = self.stack.processes()
+        if kind == "application":
+            return found
+        servers = [process for process in found if any("_emulator" in part for part in _command(process))]
+        aws = next((p for p in servers if "local_app.aws_emulator" in _command(p)), None)
+        sagemaker = next((p for p in servers if "local_app.sagemaker_emulator" in _command(p)), None)
+        parent = {"function": aws, "job": sagemaker}[kind]
+        children = parent.children(recursive=True) if parent else []
+        # Of a job the innermost process: the trainer itself, not what keeps it in its namespace.
+        return [child for child in children if kind == "function" or "trainer.job" in " ".join(_command(child))]
+
+    def kill(self, kind: str) -> bool:
+        """Kill one process of a kind, or the whole application and start it again; False if there was nothing to kill."""
+        found = self.processes(kind)
+        if not found:
+            return False
+        for process in found if kind == "application" else [random.choice(found)]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.killed[kind] += 1
+        if kind == "application":
+            psutil.wait_procs(found, timeout=10)
+            self.stack.up()
+        return True
+
+    def runs(self) -> dict[str, Run]:
+        """Return the newest run of each dropped dataset that has one."""
+        return {run.dataset: run for run in reversed(Deployment.local(self.stack).all_runs()) if run.dataset in self.dropped}
+
+    def settle(self, timeout: float) -> dict[str, Run]:
+        """Wait until every dropped dataset has a run that has ended and been announced, and return them.
+
+        What three deaths in a row have taken to the dead-letter queue is redriven, as its alarm asks an operator to.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            runs = self.runs()
+            if set(self.dropped) == runs.keys() and all(run.open is None for run in runs.values()):
+                return runs
+            if time.monotonic() > deadline:
+                left = {name: runs[name].state if name in runs else "no run" for name in self.dropped}
+                raise AssertionError(f"not ended after {timeout:.0f} s: {left}")
+            for function in Deployment.local(self.stack).redrive():
+                self.redriven[function] += 1
+            time.sleep(1)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        command: list[str] = process.cmdline()
+    except psutil.Error:
+        return []
+    return command
+
+
+def check(runs: dict[str, Run]) -> Counter[str]:
+    """Assert that every run ended published, or failed with a reason; return how many ended how."""
+    for run in runs.values():
+        assert run.state in FINAL
+        assert run.state == State.PUBLISHED or run.reason, run
+        assert run.state in {State.PUBLISHED, State.TRAINING_FAILED, State.TESTING_FAILED}, run
+    return Counter(run.state.lower() for run in runs.values())
+
+
+def bring_up(folder: Path) -> Stack:
+    """Bring an application up, with its launch plan."""
+    stack = Stack(folder, parameters={"MaxConcurrentJobs": "2"})
+    stack.up()
+    release = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", stack.region]
+    subprocess.run(release, env=stack.environment, check=True, capture_output=True)
+    return stack
+
+
+def chaos(minutes: float, pause: float, seed: int) -> tuple[Counter[str], Counter[str], int]:
+    """Kill for so many minutes, every `pause` seconds on average; return what was killed, how runs ended, and how many."""
+    random.seed(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        stack = bring_up(Path(scratch) / "app")
+        try:
+            app = Chaos(stack)
+            app.drop(make_tiny_model(Path(scratch) / "tiny"))
+            end = time.monotonic() + 60 * minutes
+            while time.monotonic() < end:
+                time.sleep(random.uniform(0, 2 * pause))
+                app.kill(random.choices(KINDS, weights=(4, 2, 1))[0])
+                if sum(run.open is not None for run in app.runs().values()) < 3:
+                    app.drop()
+            return app.killed, check(app.settle(600)), len(app.dropped)
+        finally:
+            stack.down()
+
+
+def main() -> None:
+    """Print what was killed and how the runs ended."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--pause", type=float, default=8, help="seconds between two kills, on average")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
+    options = parser.parse_args()
+    print(f"seed {options.seed}")
+    killed, ended, dropped = chaos(options.minutes, options.pause, options.seed)
+    print(f"killed: {', '.join(f'{number} {kind}s' for kind, number in killed.items())}")
+    print(f"{dropped} datasets dropped: {', '.join(f'{number} {how}' for how, number in ended.items())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Testing 200 prompts with a base and a tuned model: the test job's batches beside pipelines, one prompt at a time.
+
+    .venv/bin/python benchmarks/test_model.py [--prompts 200] [--tokens 32]
+
+Both load the two models (here the same weights twice) and decode greedily in the same type, in one process.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import pipeline
+
+from local_app import base_model
+from local_app.sample import DATA
+from local_app.stack import PROJECT
+from trainer import models
+from trainer.test_model import Decoding, answer, load
+from tunedrop.inference_tests import InferenceTest
+from tunedrop.run_config import parse_run_config
+
+
+def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
+    """Answer as the test job does."""
+    config = parse_run_config({"model": "base", "grpo": {"max_completion_length": tokens}})
+    tokenizer = models.load_tokenizer(location)
+    engine = load(location, tokenizer, Decoding.of(config))
+    texts = [written[0].text for written in answer(engine, tokenizer, tests, config, "base")]
+    engine.close()
+    return texts
+
+
+def one_by_one(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
+    """Answer with a text-generation pipeline, prompt by prompt."""
+    dtype = torch.bfloat16 if models.fast_bf16() else torch.float32
+    chat = pipeline("text-generation", model=location, dtype=dtype)
+    return [chat(test.prompt, max_new_tokens=tokens, do_sample=False)[0]["generated_text"][-1]["content"] for test in tests]
+
+
+def main() -> None:
+    """Print the seconds of both ways, and their ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=32)
+    options = parser.parse_args()
+    location = str(base_model.fetch(PROJECT / ".tunedrop" / "models"))
+    questions = [json.loads(line)["question"] for line in Path(DATA).read_text().splitlines()][: options.prompts]
+    tests = [
+        InferenceTest(id=str(n), prompt=[{"role": "user", "content": text}], reference="")
+        for n, text in enumerate(questions)
+    ]
+    seconds, texts = {}, {}
+    for name, way in (("test job", batched), ("pipelines", one_by_one)):
+        started = time.monotonic()
+        for _ in ("base", "tuned"):
+            texts[name] = way(location, tests, options.tokens)
+        seconds[name] = time.monotonic() - started
+        print(f"{name:10} {len(tests)} prompts, 2 models: {seconds[name]:6.1f} s")
+    same = sum(one.strip() == other.strip() for one, other in zip(*texts.values(), strict=True))
+    ratio = seconds["test job"] / seconds["pipelines"]
+    print(f"test job / pipelines: {ratio:.2f} of the time; {same} of {len(tests)} answers alike")
+
+
+if __name__ == "__main__":
+    main()

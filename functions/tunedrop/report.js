@@ -1,0 +1,62 @@
+"use strict";
+const cards = [...document.querySelectorAll(".card")];
+const buttons = [...document.querySelectorAll("button[data-outcome]")];
+const tag = document.querySelector("#tag"), search = document.querySelector("#search");
+const words = cards.map((card) => card.textContent.toLowerCase());
+
+function filter() {
+  const outcome = buttons.find((button) => button.getAttribute("aria-pressed") === "true").dataset.outcome;
+  const wanted = search.value.toLowerCase().trim();
+  let shown = 0;
+  cards.forEach((card, at) => {
+    card.hidden = !((!outcome || card.dataset.outcome === outcome) && (!tag?.value || JSON.parse(card.dataset.tags).includes(tag.value)) && words[at].includes(wanted));
+    shown += !card.hidden;
+  });
+  document.querySelector("#shown").textContent = `${shown} shown`;
+}
+for (const button of buttons)
+  button.addEventListener("click", () => { buttons.forEach((each) => each.setAttribute("aria-pressed", each === button)); filter(); });
+tag?.addEventListener("change", filter);
+search.addEventListener("input", filter);
+
+// The longest common subsequence of words; answers too long for its table are left as they are.
+function differences(before, after) {
+  const a = before.split(/(\s+)/), b = after.split(/(\s+)/);
+  if (a.length * b.length > 250_000) return null;
+  const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--)
+      table[i][j] = a[i] === b[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+  const left = [], right = [];
+  for (let i = 0, j = 0; i < a.length || j < b.length; )
+    if (i < a.length && j < b.length && a[i] === b[j]) { left.push([a[i++], false]); right.push([b[j++], false]); }
+    else if (j >= b.length || (i < a.length && table[i + 1][j] >= table[i][j + 1])) left.push([a[i++], true]);
+    else right.push([b[j++], true]);
+  return [left, right];
+}
+function mark(element, parts, name) {
+  element.replaceChildren();
+  for (let at = 0; at < parts.length; ) {
+    const changed = parts[at][1];
+    let text = "";
+    while (at < parts.length && parts[at][1] === changed) text += parts[at++][0];
+    element.append(changed && text.trim() ? Object.assign(document.createElement(name), { textContent: text }) : text);
+  }
+}
+const plain = new Map();
+function show(card) {
+  const [base, tuned] = card.querySelectorAll(".answer");
+  if (!plain.has(card)) plain.set(card, [base.textContent, tuned.textContent]);
+  const [before, after] = plain.get(card);
+  const both = document.querySelector("#diff").checked && before && after && differences(before, after);
+  if (both) { mark(base, both[0], "del"); mark(tuned, both[1], "ins"); }
+  else { base.textContent = before; tuned.textContent = after; }
+}
+// A card's differences are worked out when it comes near the screen.
+const near = new IntersectionObserver((entries) => {
+  for (const entry of entries) if (entry.isIntersecting) { show(entry.target); near.unobserve(entry.target); }
+}, { rootMargin: "600px" });
+cards.forEach((card) => near.observe(card));
+document.querySelector("#diff").addEventListener("change", () => [...plain.keys()].forEach(show));
+addEventListener("beforeprint", () => cards.forEach(show));
+filter();

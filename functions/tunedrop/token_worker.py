@@ -1,0 +1,119 @@
+"""Renders and counts prompts with a model's own tokenizer and chat template, in a process of its own with limits.
+
+Both come from whoever made the model: a template can loop for ever or fill the memory, and so can a tokenizer's patterns.
+tokens.py starts this file, talks to it in lines of JSON, and ends it when it takes too long. It imports nothing of
+Tunedrop.
+"""
+
+import json
+import resource
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 1536 * 1024**2
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one where there is no such file."""
+    value = json.loads(path.read_bytes()) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not an object")
+    return value
+
+
+def template_source(folder: Path, settings: dict[str, Any]) -> str:
+    """Return the chat template: `chat_template.jinja`, else tokenizer_config.json's (its `default`, if it has several)."""
+    file = folder / "chat_template.jinja"
+    source = file.read_text() if file.exists() else settings.get("chat_template")
+    if isinstance(source, list):
+        source = next((item.get("template") for item in source if item.get("name") == "default"), None)
+    if not isinstance(source, str):
+        raise ValueError("the model has no chat template, so it cannot read a conversation: use an instruct model")
+    return source
+
+
+def compile_template(source: str) -> Any:
+    """Compile a chat template in the environment that Transformers gives it: the same sandbox, filters and globals."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant said; here it is just rendered."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
+
+        def parse(self, parser: Any) -> Any:
+            """Return what the block holds."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format_: datetime.now().strftime(format_)  # noqa: DTZ005 - as Transformers
+    return environment.from_string(source)
+
+
+class Worker:
+    """A tokenizer and its chat template."""
+
+    def __init__(self, folder: Path, kwargs: dict[str, Any]):
+        from tokenizers import Tokenizer
+
+        settings = read_json(folder / "tokenizer_config.json")
+        special = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name)}
+        self._names = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
+        self._kwargs = kwargs
+        self._template = compile_template(template_source(folder, settings))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except BaseException as error:  # noqa: BLE001 - tokenizers raises bare Exceptions, and panics outside Exception
+            raise ValueError(f"tokenizer.json: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def render(self, prompts: list[Any]) -> list[str]:
+        """Return prompts as the model reads them, up to where its answer begins."""
+        return [
+            self._template.render(messages=prompt, add_generation_prompt=True, **self._names, **self._kwargs)
+            for prompt in prompts
+        ]
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Return how many tokens each text has."""
+        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def main() -> None:
+    """Answer requests: `{"folder", "kwargs"}` first, then `{"render": prompts}` and `{"count": texts}`."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    worker: Worker | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: Any
+        try:
+            if worker is None:
+                worker = Worker(Path(request["folder"]), request["kwargs"])
+                answer = True
+            elif "render" in request:
+                answer = worker.render(request["render"])
+            else:
+                answer = worker.count(request["count"])
+        except BaseException as error:  # noqa: BLE001 - whatever a template or tokenizer does
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(json.dumps(answer), flush=True)  # noqa: T201 - the answer
+
+
+if __name__ == "__main__":
+    main()

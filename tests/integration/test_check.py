@@ -1,0 +1,74 @@
+"""`tunedrop check` and validate_dataset say the same about the same files."""
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from fake_stack import ARTIFACTS, DATA
+
+from local_app.check import parameter
+from local_app.cli import cli
+from tunedrop import layout
+from tunedrop.model_files import READ_FILES
+from tunedrop.receipt import Receipt
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+# What tells one run from another.
+IDENTITY = {"run_id", "dataset", "source"}
+CONFIGS = {
+    "broken": b"max_bad_rows: 0.5\n",
+    "repeated": b"grpo: {generation_batch_size: 12}\nmax_prompt_length: 30\n",
+    "trl_messages": b"system_prompt: Be brief.\ngrpo: {lerning_rate: 1}\n",
+}
+TESTS = {"trl_prompt": b'{"evaluations": [{"id": "a", "prompt": "What is the capital of France?", "description": "Paris"}]}'}
+
+
+def without_times(receipt: str) -> str:
+    """A receipt without how long rewards took."""
+    return re.sub(r'"(p50_ms|p95_ms|run_seconds)": [\d.e-]+', "", receipt)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The base model of the fake stack, as a folder of its name."""
+    return tmp_path_factory.mktemp("models") / "base"
+
+
+@pytest.mark.parametrize("sample", sorted(path.name for path in SAMPLES.iterdir()))
+def test_a_laptop_and_the_lambda_give_the_same_receipt(world, model, tmp_path, sample):
+    if not model.exists():
+        model.mkdir()
+        for name in (*READ_FILES, "model.safetensors"):
+            if (raw := world.aws.read(DATA, f"models/base/{name}")) is not None:
+                (model / name).write_bytes(raw)
+    dataset = layout.dataset_of(layout.TRAINING_DATA + sample)
+    files = {"--config": CONFIGS.get(dataset, b""), "--tests": TESTS.get(dataset)}
+    options = ["--model", str(model), "--json"]
+    for option, raw in files.items():
+        if raw is not None:
+            (tmp_path / option).write_bytes(raw)
+            options += [option, str(tmp_path / option)]
+    said = CliRunner().invoke(cli, ["check", str(SAMPLES / sample), *options])
+
+    # With --model, `tunedrop drop` and `tunedrop check` have the config name the model.
+    world.put(layout.config_key(dataset), b"model: base\n" + files["--config"])
+    if files["--tests"]:
+        world.put(layout.tests_keys(dataset)[0], files["--tests"])
+    run = world.drop(layout.TRAINING_DATA + sample, (SAMPLES / sample).read_bytes())
+    raw = world.aws.read(ARTIFACTS, layout.run_key(run.run_id, "validation.json"))
+    receipt = {key: value for key, value in json.loads(raw).items() if key not in IDENTITY}
+
+    assert without_times(said.output) == without_times(msgspec.json.format(msgspec.json.encode(receipt)).decode() + "\n")
+    assert said.exit_code == (0 if receipt["ok"] else 1)
+    assert msgspec.to_builtins(msgspec.json.decode(msgspec.json.encode(receipt), type=Receipt)) == receipt
+    assert (run.state == "VALIDATED") == receipt["ok"]
+    rejected = world.aws.read(ARTIFACTS, layout.run_key(run.run_id, "rejected.jsonl"))
+    assert (rejected is not None) == (sample == "broken.jsonl")
+
+
+def test_the_commands_deployment_is_the_templates():
+    assert parameter("BaseModel") == "SmolLM2-135M-Instruct"
+    assert parameter("InstanceTypes").startswith("ml.")

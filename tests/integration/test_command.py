@@ -1,0 +1,143 @@
+"""The commands that look at runs, against a stack on (emulated) AWS."""
+
+import json
+
+import boto3
+import pytest
+from click.testing import CliRunner
+from fake_stack import ARTIFACTS, BUS, DATA, PREFIX, TABLE
+
+from local_app.cli import cli, main
+from local_app.deployment import LOG_GROUP
+from local_app.stack import StackError
+from tunedrop.report import read_index
+from tunedrop.runs import State
+
+REGION = ["--region", "us-east-1"]
+OUTPUTS = {
+    "DataBucket": DATA,
+    "ArtifactBucket": ARTIFACTS,
+    "EventBusName": BUS,
+    "RunTable": TABLE,
+    "TopicArn": "topic",
+    "DeadLetterQueueUrl": "queue",
+    "SageMakerRoleArn": "role",
+    "ModelPackageGroup": "models",
+    "TrainingImageUri": "",
+    "JobPrefix": PREFIX,
+}
+
+
+@pytest.fixture
+def tunedrop(world, tmp_path):
+    """Run the command against the stack."""
+    outputs = {name: {"Value": value or "-"} for name, value in OUTPUTS.items()}
+    topic = {"Topic": {"Type": "AWS::SNS::Topic"}}
+    boto3.client("cloudformation").create_stack(
+        StackName="tunedrop", TemplateBody=json.dumps({"Resources": topic, "Outputs": outputs})
+    )
+
+    def run(*arguments, code=0):
+        done = CliRunner().invoke(cli, ["--state", str(tmp_path), *arguments, *REGION])
+        if isinstance(done.exception, StackError):
+            return f"error: {done.exception}"
+        assert done.exit_code == code, (done.output, done.exception)
+        return done.output
+
+    return run
+
+
+def published(world, name="cars", config=b""):
+    world.put(f"training_data/{name}.yaml", b"rewards: [{type: exact_match}]\n" + config)
+    return world.tested(world.trained(world.drop(f"training_data/{name}.jsonl")))
+
+
+def test_compare(world, tunedrop):
+    one, two = published(world), published(world, "faq", b"grpo: {learning_rate: 1.0e-4}\nmax_prompt_length: 99\n")
+    lines = [line.split() for line in tunedrop("compare", one.run_id, "faq").splitlines()]
+    assert lines[0] == [one.run_id, two.run_id]
+    assert ["tuned", "score", "1", "1"] in lines
+    assert ["config:", "grpo.learning_rate", "1e-05", "0.0001"] in lines
+    assert ["config:", "max_prompt_length", "512", "99"] in lines
+    assert not any("num_generations" in line for row in lines for line in row)
+
+
+def test_compare_says_what_to_do_for_a_run_without_results(world, tunedrop):
+    done, waiting = published(world), world.drop("training_data/faq.jsonl")
+    assert f"{waiting.run_id} has no results: validated. `tunedrop watch`" in tunedrop("compare", done.run_id, "faq")
+    assert "There is no run 'nothing'. `tunedrop runs` lists them." in tunedrop("compare", "nothing", "faq")
+
+
+def test_open_saves_reports_that_the_index_links_to(world, tunedrop, tmp_path):
+    assert "No run has been published yet" in tunedrop("open")
+    run = published(world)
+    path = tmp_path / "reports" / run.run_id / "report.html"
+    assert tunedrop("open", "cars").strip() == str(path)
+    assert "<title>APPROVED: cars</title>" in path.read_text()
+    path.unlink()
+    index = tmp_path / "reports" / "index.html"
+    assert tunedrop("open").strip() == str(index)
+    assert [each.run_id for each in read_index(index.read_text())] == [run.run_id]
+    assert path.is_file()
+    assert "has no report: validated" in tunedrop("open", world.drop("training_data/faq.jsonl").run_id)
+
+
+def test_show_as_json_is_one_document_with_receipt_and_result(world, tunedrop):
+    run = published(world)
+    shown = json.loads(tunedrop("show", "cars", "--json"))
+    assert (shown["run_id"], shown["state"], shown["result"]["verdict"]) == (run.run_id, "PUBLISHED", "APPROVED")
+    assert shown["receipt"]["rows"] == 30
+
+
+def test_watch_shows_steps_time_left_cost_and_what_the_trainer_noticed(world, tunedrop, monkeypatch):
+    """A run whose log goes on while it is watched, in a pipe: plain lines, the verdict at the end."""
+    prices = {"dated": "2026-01-01", "region": "us-east-1", "on_demand": {"ml.g6e.4xlarge": 3600.0}}
+    plan = world.read_json("launch_plans/f00d.json") | {"prices": prices}
+    world.write("launch_plans/f00d.json", json.dumps(plan).encode())
+    world.put("training_data/cars.yaml", b"rewards: [{type: exact_match}]\ncompute: {spot: true}\n")
+    run = world.start(world.drop())
+    logs = boto3.client("logs")
+    logs.create_log_group(logGroupName=LOG_GROUP)
+    log(logs, run.train_job, "step=3 max_steps=9 reward=0.5 kl=0.1 step_seconds=2 eta_seconds=72")
+    log(logs, run.train_job, "verdict=ENTROPY_COLLAPSE step=3 The model stopped exploring.")
+    ends = iter([lambda: world.trained(run), lambda: world.tested(world.run(run.run_id))])
+    monkeypatch.setattr("time.sleep", lambda _seconds: next(ends)())
+    printed = tunedrop("watch", run.run_id)
+    assert f"{run.run_id}: training\n" in printed
+    assert "step 3/9 reward=0.5 1:12 left $" in printed
+    assert "ENTROPY_COLLAPSE at step 3: The model stopped exploring." in printed
+    assert f"{run.run_id}: testing base and tuned model\n" in printed
+    assert "verdict: APPROVED: base 0.000 → tuned 1.000 over 30 tests" in printed
+
+
+def log(logs, job, line):
+    stream = f"{job}/algo-1"
+    if not logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=stream)["logStreams"]:
+        logs.create_log_stream(logGroupName=LOG_GROUP, logStreamName=stream)
+    event = {"timestamp": 1795522700000, "message": line}
+    logs.put_log_events(logGroupName=LOG_GROUP, logStreamName=stream, logEvents=[event])
+
+
+def test_watch_ends_with_exit_code_1_for_a_run_that_failed(world, tunedrop):
+    run = world.start(world.drop())
+    world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
+    assert world.run(run.run_id).state == State.TRAINING_FAILED
+    assert "training failed: " in tunedrop("watch", "cars", code=1)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell):
+    script = CliRunner().invoke(cli, ["completion", shell]).output
+    assert "_TUNEDROP_COMPLETE" in script
+
+
+def test_every_command_has_help_with_an_example():
+    for name, command in cli.commands.items():
+        assert "Example: tunedrop" in command.help, name
+
+
+def test_a_mistake_is_a_message(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["tunedrop", "--state", str(tmp_path), "runs"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "error: " in capsys.readouterr().out

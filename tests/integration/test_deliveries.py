@@ -1,0 +1,260 @@
+"""A search for an order of events that loses a run, or does something twice.
+
+Events of several runs arrive twice, late, out of order or never; handlers die in the middle, or are overtaken by another in
+the middle; jobs end as they like; quotas close and open; people stop runs; `reconcile` comes by. After every step the
+invariants hold, and in the end every run has ended and everybody was told.
+"""
+
+import json
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from fake_stack import OWN_RULES
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from world import GOOD_DATA, KilledError, World, deployed
+
+from tunedrop import runs
+from tunedrop.runs import CAPACITY, FINAL, RUN, UPLOAD, Run, State, run_of_item
+from tunedrop.stages import reconcile, validate_dataset
+
+from .test_crash_points import die_after, die_before, outcome, overtake
+
+PLACES = 2  # MAX_CONCURRENT_JOBS of fake_stack
+# How far a run has come within an attempt.
+ORDER = {
+    state: rank
+    for rank, states in enumerate(
+        [{State.VALIDATED}, {State.WAITING}, {State.TRAINING}, {State.TRAINED}, {State.TESTING}, {State.TESTED}, FINAL]
+    )
+    for state in states
+}
+CONTENTS = {
+    "good": GOOD_DATA,
+    "better": GOOD_DATA + b'{"question": "100+1?", "answer": "101"}\n',
+    "broken": b'{"question": "no answer"}\n',
+}
+ENDS = {
+    "train": ["train_completed", "train_completed", "train_failed", "train_no_capacity", "train_stopped", "train_at_limit"],
+    "test": ["test_completed", "test_completed", "test_failed", "train_no_capacity", "test_stopped"],
+}
+pick = st.integers(0, 1000)
+
+
+class Deliveries(RuleBasedStateMachine):
+    """What may happen to a stack."""
+
+    load_event: Any = None  # given by the test
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = datetime.fromisoformat("2026-01-01T00:00:00+00:00")
+        self.patch = pytest.MonkeyPatch()
+        for module in (runs, validate_dataset, reconcile):
+            self.patch.setattr(module, "now", self.now)
+        self.deployment = deployed(type(self).load_event)
+        self.world: World = self.deployment.__enter__()
+        self.pending: list[tuple[str, dict[str, Any]]] = []  # events that may still arrive: who takes each, and the event
+        self.seen_events = 0
+        self.history: dict[str, Run] = {}
+        self.newest: dict[str, str] = {}  # key → version of the upload that counts
+
+    def now(self) -> str:
+        self.time += timedelta(milliseconds=1)
+        return self.time.isoformat(timespec="microseconds")
+
+    # --- the world ---
+
+    def items(self) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = self.world.aws.runs._table.scan()["Items"]
+        return items
+
+    def handle(self, function: str, event: dict[str, Any]) -> None:
+        """Deliver an event; what the handler sends is in flight then, whether it lived or not."""
+        try:
+            self.world.handle(function, event)
+        except KilledError:
+            pass
+        finally:
+            self.world.trouble_at = -1
+        for entry in self.world.sent_events[self.seen_events :]:
+            takers = [function for function, types in OWN_RULES.items() if entry["DetailType"] in types]
+            self.pending += [(function, self.world.delivered(entry)) for function in takers]
+        self.seen_events = len(self.world.sent_events)
+
+    def end_job(self, job: str, how: str) -> None:
+        """End a job; its events are in flight then."""
+        kind = job.split("-")[1]
+        run = self.world.run(job.split("-", 2)[2].rpartition("-")[0])
+        if how in {"train_completed", "train_at_limit"}:
+            self.world.save_training(runs.structs.replace(run, train_job=job))
+        elif how == "test_completed":
+            self.world.save_tests(runs.structs.replace(run, test_job=job), [outcome(n) for n in range(6)])
+        stage = {"train": "test_model", "test": "publish_results"}[kind]
+        event = self.world.job_event(f"{'test_model' if how.startswith('train') else 'publish_results'}.{how}", job)
+        self.pending += [(stage, event), ("start_training", event)]
+
+    # --- what happens ---
+
+    @rule(name=st.sampled_from("abc"), content=st.sampled_from(sorted(CONTENTS)))
+    def upload(self, name, content):
+        key = f"training_data/{name}.jsonl"
+        event = self.world.upload_event(key, CONTENTS[content])
+        self.newest[key] = event["detail"]["object"]["version-id"]
+        self.pending.append(("validate_dataset", event))
+
+    @precondition(lambda self: self.pending)
+    @rule(which=pick, again=st.booleans())
+    def deliver(self, which, again):
+        function, event = self.pending[which % len(self.pending)]
+        if not again:
+            self.pending.remove((function, event))
+        self.handle(function, event)
+
+    @precondition(lambda self: self.pending)
+    @rule(which=pick, call=st.integers(0, 12), death=st.sampled_from([die_before, die_after]))
+    def deliver_and_die(self, which, call, death):
+        function, event = self.pending[which % len(self.pending)]
+        self.world.trouble_happens(death, call, (function, event))
+        self.handle(function, event)
+
+    @precondition(lambda self: len(self.pending) > 1)
+    @rule(which=pick, other=pick, call=st.integers(0, 12))
+    def deliver_two_at_once(self, which, other, call):
+        function, event = self.pending[which % len(self.pending)]
+        self.world.trouble_happens(overtake, call, self.pending[other % len(self.pending)])
+        self.handle(function, event)
+
+    @precondition(lambda self: any(event["source"] != "aws.s3" for _, event in self.pending))
+    @rule(which=pick)
+    def lose(self, which):
+        # Of an upload whose event nobody ever saw nobody can know.
+        losable = [delivery for delivery in self.pending if delivery[1]["source"] != "aws.s3"]
+        self.pending.remove(losable[which % len(losable)])
+
+    @precondition(lambda self: self.world.active_jobs)
+    @rule(which=pick, how=pick)
+    def end_a_job(self, which, how):
+        job = self.world.active_jobs[which % len(self.world.active_jobs)]
+        ends = ENDS[job.split("-")[1]]
+        if self.world.jobs[job]["TrainingJobStatus"] == "Stopping":
+            ends = [name for name in ends if name.endswith(("stopped", "completed"))]
+        self.end_job(job, ends[how % len(ends)])
+
+    @precondition(lambda self: self.history)
+    @rule(which=pick)
+    def stop(self, which):
+        event = self.world.load_event("start_training.stop_requested")
+        event["time"] = self.now()
+        event["detail"]["run_id"] = sorted(self.history)[which % len(self.history)]
+        self.pending.append(("start_training", event))
+
+    @rule(quota=st.sampled_from([None, 1, 0]))
+    def change_quota(self, quota):
+        self.world.quota = quota
+
+    @rule()
+    def come_by(self):
+        self.time += timedelta(minutes=90)
+        self.handle("reconcile", self.world.load_event("reconcile.scheduled"))
+
+    # --- what is true after every step ---
+
+    @invariant()
+    def everything_is_as_it_must_be(self):
+        items = self.items()
+        found = [run_of_item(item) for item in items if item["id"].startswith(RUN)]
+        self.every_job_is_the_only_one_of_its_run_and_has_a_place(items)
+        self.runs_only_go_forward(found)
+        for run in found:
+            if run != self.history.get(run.run_id):
+                self.what_a_run_says_is_there(run)
+                self.history[run.run_id] = run
+
+    def every_job_is_the_only_one_of_its_run_and_has_a_place(self, items: list[dict[str, Any]]) -> None:
+        names = [request["TrainingJobName"] for request in self.world.job_requests]
+        assert len(names) == len(set(names))
+        active = [name.split("-", 2)[2].rpartition("-")[0] for name in self.world.active_jobs]
+        assert len(active) == len(set(active))
+        places = next((set(item.get("running", ())) for item in items if item["id"] == CAPACITY), set())
+        assert len(places) <= PLACES
+        assert set(active) <= places
+
+    def runs_only_go_forward(self, found: list[Run]) -> None:
+        for run in found:
+            before = self.history.get(run.run_id)
+            if before is not None:
+                assert run.attempt >= before.attempt
+                if run.attempt == before.attempt:
+                    assert ORDER[run.state] >= ORDER[before.state], (before, run)
+                    assert before.state not in FINAL or run.state == before.state, (before, run)
+
+    def what_a_run_says_is_there(self, run: Run) -> None:
+        receipt = self.world.read_json(f"runs/{run.run_id}/validation.json")
+        assert receipt["ok"] == (run.state != State.REJECTED)
+        if run.state == State.PUBLISHED:
+            assert self.world.read_json(f"runs/{run.run_id}/result.json")["model_package"] == run.model_package
+            packages = self.world.aws.sagemaker.list_model_packages(ModelPackageGroupName="models")
+            arns = [package["ModelPackageArn"] for package in packages["ModelPackageSummaryList"]]
+            assert run.model_package in arns
+            # One for each attempt that came so far as to register one.
+            assert len(arns) <= sum(each.attempt for each in self.history.values()) + 1
+
+    # --- the end ---
+
+    def teardown(self) -> None:
+        try:
+            self.settle()
+            self.everything_has_ended()
+        finally:
+            self.deployment.__exit__(None, None, None)
+            self.patch.undo()
+
+    def settle(self) -> None:
+        """Let everything that is in flight arrive, every job complete, and `reconcile` come by, until nothing happens."""
+        self.world.quota = None
+        for _ in range(40):
+            for job in self.world.active_jobs:
+                stopping = self.world.jobs[job]["TrainingJobStatus"] == "Stopping"
+                self.end_job(job, f"{job.split('-')[1]}_{'stopped' if stopping else 'completed'}")
+            while self.pending:
+                self.handle(*self.pending.pop(0))
+            self.come_by()
+            self.everything_is_as_it_must_be()
+            still_open = [item for item in self.items() if "open" in item]
+            if not self.pending and not self.world.active_jobs and not still_open:
+                return
+        raise AssertionError(still_open)
+
+    def everything_has_ended(self) -> None:
+        announced = {json.loads(entry["Detail"]).get("id") for entry in self.world.sent_events}
+        notified = {message["MessageAttributes"]["id"]["StringValue"] for message in self.world.notifications}
+        names = {State.PUBLISHED: "Results Published", State.REJECTED: "Dataset Rejected"}
+        items = self.items()
+        for run in (run_of_item(item) for item in items if item["id"].startswith(RUN)):
+            assert run.state in FINAL
+            end = f"{run.run_id}/{run.attempt}/{names.get(run.state, 'Training Failed')}/{run.state}"
+            assert end in announced
+            assert end in notified
+        assert [item.get("running", set()) for item in items if item["id"] == CAPACITY] in ([], [set()])
+        uploads = {item["id"].removeprefix(UPLOAD): item for item in items if item["id"].startswith(UPLOAD)}
+        assert {key: item["version_id"] for key, item in uploads.items()} == self.newest
+        assert {item["run_id"] for item in uploads.values()} <= self.history.keys()
+
+
+def search(load_event, **how) -> None:
+    Deliveries.load_event = staticmethod(load_event)
+    run_state_machine_as_test(
+        Deliveries, settings=settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **how)
+    )
+
+
+def test_no_order_of_events_loses_a_run_or_does_something_twice(load_event):
+    search(load_event, max_examples=6, stateful_step_count=30, derandomize=True)
+
+
+@pytest.mark.soak
+def test_no_order_of_events_does_so_in_a_long_search(load_event):
+    search(load_event, max_examples=150, stateful_step_count=50)

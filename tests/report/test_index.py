@@ -1,0 +1,86 @@
+"""`index.html` in a browser, with 500 runs, and how it is kept."""
+
+import pytest
+from made_up import HOSTILE, made_index, made_run
+from playwright.sync_api import expect
+
+from tunedrop.report import read_index, render_index, thinned
+
+RUNS = [made_run(number) for number in range(500)]
+PAGE = made_index(500)
+
+
+def rows(page):
+    return page.locator("#runs tbody tr")
+
+
+def column(page, number):
+    return [text.strip() for text in page.locator(f"#runs tbody tr td:nth-child({number})").all_text_contents()]
+
+
+def test_the_page_gives_its_runs_back():
+    assert read_index(PAGE) == RUNS
+    assert read_index(render_index([])) == []
+    assert "<script>document.title" not in PAGE
+    with pytest.raises(ValueError, match="delete it"):
+        read_index("<html></html>")
+
+
+def test_thinned_keeps_both_ends():
+    assert thinned(list(range(1000)), 24)[0] == 0
+    assert thinned(list(range(1000)), 24)[-1] == 999
+    assert len(thinned(list(range(1000)), 24)) == 24
+    assert thinned([1, 2], 24) == [1, 2]
+
+
+def test_filters(opened):
+    page = opened(PAGE)
+    expect(rows(page)).to_have_count(500)
+    assert page.locator("#runs svg path").count() == 500
+    page.get_by_label("Verdict").select_option("APPROVED")
+    expect(rows(page)).to_have_count(sum(run.verdict == "APPROVED" for run in RUNS))
+    page.get_by_label("Dataset").select_option(HOSTILE)
+    expected = sum(run.verdict == "APPROVED" and run.dataset == HOSTILE for run in RUNS)
+    expect(rows(page)).to_have_count(expected)
+    expect(page.locator("#shown")).to_have_text(f"{expected} of 500")
+    page.get_by_label("Verdict").select_option("")
+    page.get_by_label("Dataset").select_option("")
+    page.get_by_label("Search").fill("0000001F3")
+    expect(rows(page)).to_have_count(1)
+    assert page.locator("#runs a").get_attribute("href") == f"cars-{499:012x}/report.html"
+
+
+def test_sorting(opened):
+    page = opened(PAGE)
+    newest = sorted(RUNS, key=lambda run: run.published, reverse=True)
+    assert column(page, 12)[:3] == [run.published[:16].replace("T", " ") for run in newest[:3]]
+    page.get_by_role("button", name="lift").click()
+    lifts = [float(text) for text in column(page, 6)]
+    assert lifts == sorted(lifts, reverse=True)
+    page.get_by_role("button", name="lift").click()
+    assert [float(text) for text in column(page, 6)] == sorted(lifts)
+    page.get_by_role("button", name="cost").click()
+    costs = column(page, 11)
+    assert costs[0] == "$49.90"
+    assert costs[-100:] == [""] * 100  # runs without a price come last, whichever way
+
+
+def test_two_runs_are_compared(opened):
+    page = opened(PAGE)
+    boxes = page.locator("#runs input")
+    boxes.nth(0).check()
+    expect(page.locator("#compare")).to_be_hidden()
+    boxes.nth(1).check()
+    expect(page.locator("#compare")).to_be_visible()
+    assert "learning rate" in page.locator("#compare tr.differs").all_text_contents().__str__()
+    boxes.nth(2).check()  # takes the place of the first
+    assert not boxes.nth(0).is_checked()
+    page.get_by_role("button", name="Close").click()
+    expect(page.locator("#compare")).to_be_hidden()
+
+
+def test_an_empty_index_and_a_phone(opened):
+    page = opened(render_index([]), viewport={"width": 390, "height": 700}, color_scheme="dark")
+    expect(page.locator("#summary")).to_have_text("0 published, 0 approved")
+    page = opened(PAGE, viewport={"width": 390, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

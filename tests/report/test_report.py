@@ -1,0 +1,108 @@
+"""`report.html` in a browser, with 200 tests."""
+
+import pytest
+from made_up import HOSTILE, made_report, made_tests
+from msgspec import structs
+from playwright.sync_api import expect
+
+from tunedrop.inference_tests import Answer
+
+TESTS = made_tests(200)
+LARGE = made_report(TESTS)
+
+
+def cards(page):
+    return page.locator(".card:visible")
+
+
+def test_size_and_what_it_says():
+    assert len(LARGE.encode()) < 2 * 1024**2
+    assert made_report(made_tests(200)) == LARGE
+    for words in (
+        "could not be scored",
+        "ENTROPY_COLLAPSE",
+        "Planned before it started",
+        "Could it be learnt?",
+        "aws s3api get-object",
+    ):
+        assert words in LARGE
+    assert LARGE.count("<svg") == 6
+
+
+def test_long_answers_are_cut_so_that_the_page_stays_small():
+    tuned = Answer(text="w " * 20_000, score=0.0)
+    long = [structs.replace(test, reference="r" * 50_000, tuned=tuned) for test in made_tests(800)]
+    page = made_report(long)
+    assert len(page.encode()) < 2 * 1024**2
+    assert "(cut here; all of it is in inference.json)" in page
+    assert "The 500 tests that changed most are shown" in page
+
+
+def test_filters_and_search(opened):
+    page = opened(LARGE)
+    expect(cards(page)).to_have_count(200)
+    for name in ("won", "tied", "lost", "failed"):
+        count = sum(test.outcome == name for test in TESTS)
+        page.get_by_role("button", name=f"{name.capitalize()} {count}").click()
+        expect(cards(page)).to_have_count(count)
+    page.get_by_role("button", name="Lost").click()
+    page.get_by_label("Tag").select_option("<b>safety</b>")
+    expect(cards(page)).to_have_count(sum(test.outcome == "lost" and "<b>safety</b>" in test.tags for test in TESTS))
+    page.get_by_role("button", name="All").click()
+    page.get_by_label("Tag").select_option("")
+    page.get_by_label("Search").fill("CASE-17")
+    expect(cards(page)).to_have_count(11)  # case-17 and case-170 to case-179
+    expect(page.locator("#shown")).to_have_text("11 shown")
+
+
+def test_differences_are_by_word_and_can_be_turned_off(opened):
+    before, after = "the quick brown fox jumps over a dog", f"the quick brown cat jumps over a dog {HOSTILE}"
+    tests = [
+        structs.replace(test, base=Answer(text=before, score=0.0), tuned=Answer(text=after, score=1.0)) for test in TESTS
+    ]
+    card = opened(made_report(tests)).locator(".card").first
+    card.scroll_into_view_if_needed()
+    expect(card.locator("ins").first).to_have_text("cat")
+    assert card.locator("del").all_text_contents() == ["fox"]
+    assert card.locator("ins").all_text_contents() == ["cat", f" {HOSTILE}"]
+    card.page.get_by_label("show differences").uncheck()
+    expect(card.locator("ins, del")).to_have_count(0)
+    assert card.locator(".answer").all_text_contents() == [before, after]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read_on_a_phone(opened, scheme):
+    page = opened(LARGE, viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    back, text = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+    assert (brightness(back) > brightness(text)) == (scheme == "light")
+
+
+def brightness(color):
+    return sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(",")))
+
+
+def test_it_can_be_printed_with_every_answer(opened):
+    page = opened(made_report(made_tests(30)))
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(".card ins").count() >= 29
+    page.emulate_media(media="print")
+    expect(page.locator("nav")).to_be_hidden()
+    assert page.pdf().startswith(b"%PDF")
+
+
+def test_no_text_of_a_model_or_dataset_is_markup(opened):
+    page = opened(LARGE)
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 1
+    assert page.locator("b", has_text="safety").count() == 0
+
+
+def test_even_markup_that_got_in_would_not_run(browser, tmp_path):
+    (tmp_path / "page.html").write_text(LARGE.replace("</main>", "<script>document.title = 'pwned'</script></main>"))
+    page, complaints = browser.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.title().startswith(("APPROVED", "PENDING", "REJECTED"))
+    assert "Content Security Policy" in complaints[0]
+    page.close()

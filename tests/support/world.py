@@ -1,0 +1,277 @@
+"""The five handlers over moto: real events in, real (emulated) state behind, everything that was sent recorded."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import boto3
+import msgspec
+import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
+from fake_stack import ARTIFACTS, DATA, OWN_RULES, TABLE, create_resources
+from moto import mock_aws
+
+from tunedrop.aws import Aws, connect
+from tunedrop.runs import Run
+
+GOOD_DATA = b"".join(b'{"question": "%d+1?", "answer": "%d"}\n' % (n, n + 1) for n in range(30))
+# What an event and DescribeTrainingJob say of a job's status.
+STATUS = ("TrainingJobStatus", "SecondaryStatus", "FailureReason", "SecondaryStatusTransitions")
+CONTEXT = SimpleNamespace(
+    function_name="f",
+    memory_limit_in_mb=128,
+    invoked_function_arn="arn:aws:lambda:us-east-1:123456789012:function:f",
+    aws_request_id="request",
+    get_remaining_time_in_millis=lambda: 30_000,
+)
+
+
+class KilledError(Exception):
+    """The process is gone. (An ordinary exception, since transfers run in threads.)"""
+
+
+@dataclass
+class World:
+    """A deployed stack in memory."""
+
+    aws: Aws
+    load_event: Callable[[str], dict[str, Any]]
+    sent_events: list[dict[str, Any]] = field(default_factory=list)
+    notifications: list[dict[str, Any]] = field(default_factory=list)
+    job_requests: list[dict[str, Any]] = field(default_factory=list)
+    failing_jobs: list[str] = field(default_factory=list)  # error codes that the next CreateTrainingJob calls answer
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # what DescribeTrainingJob says of a job's status
+    quota: int | None = None  # how many jobs the account may run at a time
+    troubles: dict[str, Callable[[Callable[[], Any]], Any]] = field(default_factory=dict)  # by operation, once
+    uploads: int = 0
+    calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
+    dead: bool = False  # this invocation makes no more calls
+    trouble_at: int = -1  # the call of the next invocation that trouble happens to
+    trouble: Callable[[Callable[[], Any]], Any] | None = None  # what happens to it, given how to make it
+
+    def put(self, key: str, body: bytes) -> str:
+        """Put an object into the data bucket and return its version."""
+        return self.aws.s3.put_object(Bucket=DATA, Key=key, Body=body)["VersionId"]
+
+    def upload_event(self, key: str, body: bytes = GOOD_DATA, sequencer: str | None = None) -> dict[str, Any]:
+        """Put a dataset and return the event that S3 would send."""
+        event = self.load_event("validate_dataset.upload")
+        self.uploads += 1
+        event["detail"]["object"] |= {
+            "key": key,
+            "version-id": self.put(key, body),
+            "sequencer": sequencer or f"{self.uploads:018X}",
+        }
+        return event
+
+    def handle(self, function: str, event: dict[str, Any]) -> dict[str, Any]:
+        """Invoke a handler."""
+        self.calls.clear()
+        try:
+            answer: dict[str, Any] = importlib.import_module(f"{function}.app").handler(event, CONTEXT)
+            if self.dead:
+                raise KilledError
+            return answer
+        finally:
+            self.dead = False
+
+    def trouble_happens(
+        self, trouble: Callable[[Callable[[], Any], Callable[[], Any]], Any], at: int, again: tuple[str, dict[str, Any]]
+    ) -> None:
+        """Let trouble happen to one call of the next invocation; it may make the call, and have `again` handled."""
+
+        def once(call: Callable[[], Any]) -> Any:
+            self.trouble_at = -1
+            return trouble(call, lambda: self.handle(*again))
+
+        self.trouble, self.trouble_at = once, at
+
+    def next_call(self, operation: str, trouble: Callable[[Callable[[], Any]], Any]) -> None:
+        """Let trouble happen to the next call of an operation."""
+        self.troubles[operation] = trouble
+
+    def drop(self, key: str = "training_data/cars.jsonl", body: bytes = GOOD_DATA) -> Run:
+        """Upload a dataset, let it be validated, and return its run."""
+        return self.run(self.handle("validate_dataset", self.upload_event(key, body))["run_id"])
+
+    def start(self, run: Run) -> Run:
+        """Deliver "Dataset Validated" for a run and return the run."""
+        event = self.load_event("start_training.dataset_validated")
+        event["detail"]["run_id"] = run.run_id
+        self.handle("start_training", event)
+        return self.run(run.run_id)
+
+    def job_event(self, name: str, job: str) -> dict[str, Any]:
+        """Return `events/<name>.json` for another job."""
+        event = self.load_event(name)
+        event["detail"]["TrainingJobName"] = job
+        if "ModelArtifacts" in event["detail"]:
+            event["detail"]["ModelArtifacts"]["S3ModelArtifacts"] = self.artifacts(job)
+        self.jobs[job] = {key: event["detail"][key] for key in STATUS if key in event["detail"]}
+        return event
+
+    def own_events(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the events of our bus that rules take, as EventBridge delivers them: who gets each, and the event."""
+        return [
+            (function, self.delivered(entry))
+            for entry in self.sent_events
+            for function, types in OWN_RULES.items()
+            if entry["DetailType"] in types
+        ]
+
+    def delivered(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return an entry of PutEvents as EventBridge delivers it."""
+        event = self.load_event("start_training.dataset_validated")
+        moment = entry["Time"].strftime("%Y-%m-%dT%H:%M:%SZ")
+        return event | {"detail-type": entry["DetailType"], "time": moment, "detail": json.loads(entry["Detail"])}
+
+    @property
+    def active_jobs(self) -> list[str]:
+        """The names of the jobs that have not ended."""
+        return [name for name, job in self.jobs.items() if job["TrainingJobStatus"] in {"InProgress", "Stopping"}]
+
+    def artifacts(self, job: str) -> str:
+        """Return where a job's model lies."""
+        kind, run_id = job.split("-", 2)[1], job.split("-", 2)[2].rpartition("-")[0]
+        folder = {"train": "training", "test": "inference"}[kind]
+        return f"s3://{ARTIFACTS}/runs/{run_id}/{folder}/{job}/output/model/"
+
+    def save_training(self, run: Run) -> None:
+        """Write what a training job writes, in the parts that publish_results reads."""
+        prefix = self.artifacts(str(run.train_job)).removeprefix(f"s3://{ARTIFACTS}/")
+        metrics = [{"step": n, "reward": n / 10, "rewards": {"exact_match": n / 10}} for n in range(1, 6)]
+        self.write(prefix + "metrics.jsonl", b"\n".join(msgspec.json.encode(line) for line in metrics))
+        self.write(prefix + "training.json", msgspec.json.encode({"steps": 5, "rows": 27, "seconds": 61.5}))
+
+    def save_tests(self, run: Run, tests: list[dict[str, Any]]) -> None:
+        """Write what a test job writes."""
+        prefix = self.artifacts(str(run.test_job)).removeprefix(f"s3://{ARTIFACTS}/")
+        self.write(prefix + "inference.json", msgspec.json.encode({"base_model": run.model, "seconds": 3.0, "tests": tests}))
+
+    def trained(self, run: Run) -> Run:
+        """Take a validated run to the end of its training, its test job started."""
+        run = self.start(run)
+        self.save_training(run)
+        self.handle("test_model", self.job_event("test_model.train_completed", str(run.train_job)))
+        return self.run(run.run_id)
+
+    def tested(self, run: Run) -> Run:
+        """Deliver the end of a run's test job, with thirty tests that the tuned model wins."""
+        tests = [
+            {
+                "id": f"t{n}",
+                "prompt": [{"role": "user", "content": f"<b>{n}+1?</b>"}],
+                "reference": str(n + 1),
+                "tags": [],
+                "weight": 1.0,
+                "must_pass": False,
+                "base": {"text": "no <script>alert(1)</script>", "score": 0.0, "rewards": {"exact_match": 0.0}},
+                "tuned": {"text": str(n + 1), "score": 1.0, "rewards": {"exact_match": 1.0}},
+            }
+            for n in range(30)
+        ]
+        self.save_tests(run, tests)
+        self.handle("publish_results", self.job_event("publish_results.test_completed", str(run.test_job)))
+        return self.run(run.run_id)
+
+    def write(self, key: str, body: bytes) -> None:
+        """Put an object into the artifact bucket."""
+        self.aws.s3.put_object(Bucket=ARTIFACTS, Key=key, Body=body)
+
+    def read_json(self, key: str) -> Any:
+        """Read a JSON object of the artifact bucket."""
+        return json.loads(self.aws.read(ARTIFACTS, key) or b"null")
+
+    def run(self, run_id: str) -> Run:
+        """Return a run as the table has it."""
+        run = self.aws.runs.get(run_id)
+        assert run is not None
+        return run
+
+    def upload_state(self, key: str) -> str:
+        """Return the state of an upload item."""
+        item = self.aws.runs.upload(key)
+        assert item is not None
+        return item["state"]
+
+    @property
+    def event_types(self) -> list[str]:
+        """The detail types of our events, in the order they were put."""
+        return [event["DetailType"] for event in self.sent_events]
+
+
+@cache
+def client(service: str) -> Any:
+    """Return a client that all stacks share: making one reads the service's whole model."""
+    return boto3.Session().client(service)
+
+
+@contextmanager
+def deployed(load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
+    """A deployed stack, empty but for a base model and a launch plan."""
+    with mock_aws(), pytest.MonkeyPatch.context() as patch:
+        for name, value in create_resources(client).items():
+            patch.setenv(name, value)
+        world = World(connect(TABLE), load_event)
+        _record(world, patch)
+        yield world
+
+
+def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note what every client sends, make trouble where it was asked for, and mend what moto does unlike AWS."""
+    make_api_call = BaseClient._make_api_call
+    packages: dict[str, Any] = {}
+
+    def call(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if operation == "CreateTrainingJob" and world.failing_jobs:
+            code = world.failing_jobs.pop(0)
+            raise ClientError({"Error": {"Code": code, "Message": f"{code} for {arguments['TrainingJobName']}"}}, operation)
+        if operation == "CreateTrainingJob" and world.quota is not None and len(world.active_jobs) >= world.quota:
+            raise ClientError({"Error": {"Code": "ResourceLimitExceeded", "Message": "the quota is full"}}, operation)
+        if operation == "CreateTrainingJob" and arguments["TrainingJobName"] in {
+            request["TrainingJobName"] for request in world.job_requests
+        }:  # moto would create it again
+            raise ClientError({"Error": {"Code": "ResourceInUse", "Message": "names must be unique"}}, operation)
+        if operation == "StopTrainingJob":  # moto has none
+            if world.jobs.get(arguments["TrainingJobName"], {}).get("TrainingJobStatus") not in {"InProgress", "Stopping"}:
+                raise ClientError({"Error": {"Code": "ValidationException", "Message": "nothing to stop"}}, operation)
+            world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "Stopping", "SecondaryStatus": "Stopping"}
+            return {}
+        if operation == "CreateModelPackage" and arguments["ClientToken"] in packages:
+            return packages[arguments["ClientToken"]]  # moto would register it again
+        answer = make_api_call(client, operation, arguments)
+        if operation == "PutEvents":
+            world.sent_events += arguments["Entries"]
+        elif operation == "Publish":
+            world.notifications.append(arguments)
+        elif operation == "DescribeTrainingJob":  # moto answers as if every output were compressed
+            answer["ModelArtifacts"] = {"S3ModelArtifacts": world.artifacts(arguments["TrainingJobName"])}
+            # ... and completes every job at once
+            answer = {key: value for key, value in answer.items() if key not in STATUS} | world.jobs[
+                arguments["TrainingJobName"]
+            ]
+        elif operation == "CreateTrainingJob":
+            world.job_requests.append(arguments)
+            world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "InProgress", "SecondaryStatus": "Starting"}
+        elif operation == "CreateModelPackage":
+            packages[arguments["ClientToken"]] = answer
+        return answer
+
+    def recording(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if world.dead:
+            raise KilledError
+        world.calls.append(operation)
+        trouble = world.trouble if len(world.calls) - 1 == world.trouble_at else world.troubles.pop(operation, None)
+        try:
+            return trouble(lambda: call(client, operation, arguments)) if trouble else call(client, operation, arguments)
+        except KilledError:
+            world.dead = True
+            raise
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", recording)

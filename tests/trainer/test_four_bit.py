@@ -1,0 +1,73 @@
+"""QLoRA on a CPU with the real bitsandbytes: nf4, double quantisation, bf16 or fp32 compute by the machine."""
+
+import pytest
+import tiny_model
+import torch
+from safetensors.torch import load_file
+
+from trainer import models, train
+
+from .conftest import Job
+
+
+def prepare(job: Job, model, steps: int) -> Job:
+    job.patch.setenv("SM_CHANNEL_MODELS", str(model))
+    grpo = {"max_steps": steps, "lr_scheduler_type": "constant", "save_steps": 1}
+    job.config(lora={"load_in_4bit": True, "r": 4}, grpo=grpo, learnability={"samples": 0})
+    job.rows()
+    return job
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return tiny_model.make_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, wide):
+    with pytest.MonkeyPatch.context() as patch:
+        job = prepare(Job(tmp_path_factory.mktemp("four_bit"), patch, wide), wide, steps=3)
+        train.train(train.parse_flags([]))
+        yield job
+
+
+def test_the_weights_are_quantised_as_qlora_says(wide):
+    weight = models.load_model(str(wide), **models.four_bit()).model.layers[0].mlp.up_proj.weight
+    assert (weight.dtype, weight.quant_type, weight.quant_state.nested) == (torch.uint8, "nf4", True)
+
+
+def test_the_merged_model_is_bf16_base_and_adapter_never_4bit_weights(trained, wide):
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(trained.model / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    base = models.load_model(str(wide), dtype=torch.bfloat16).state_dict()
+    assert {weights.dtype for weights in merged.state_dict().values()} == {torch.bfloat16}
+    untouched = [name for name in base if "proj" not in name]
+    assert all(merged.state_dict()[name].equal(base[name]) for name in untouched)
+
+
+def test_the_proofs_say_how_far_the_4bit_model_was(trained):
+    proofs = trained.training()["proofs"]
+    assert proofs["adapter_effect"]["mean"] > 0.1
+    assert proofs["merge_parity"]["mean"] < proofs["merge_parity"]["tolerance"] < proofs["merge_parity"]["from_4bit"]
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(job, trained, wide):
+    prepare(job, wide, steps=3)
+    with job.patch.context() as patch:  # killed after two of three steps
+        from trainer.progress import Progress
+
+        def die(_self, _args, state, _control, **_):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(Progress, "on_save", die, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(train.parse_flags([]))
+    assert not (job.model / "training.json").exists()
+    train.train(train.parse_flags([]))
+    assert [step["step"] for step in job.metrics()] == [1, 2, 3]
+    whole, resumed = (each.model / "adapter/adapter_model.safetensors" for each in (trained, job))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert {each.dtype for each in load_file(whole).values()} == {torch.float32}

@@ -1,0 +1,131 @@
+"""The memory probe: out of memory before the first step, with advice that holds, and no trace where there is enough."""
+
+import multiprocessing
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import memory_probe, train
+from trainer.memory_probe import Batch, smaller
+
+FITS = 42
+# Enough sequences of enough tokens for the tiny model to need a few hundred megabytes, with stock TRL's full logits.
+HUNGRY = {
+    "per_device_train_batch_size": 96,
+    "num_generations": 8,
+    "max_completion_length": 400,
+    "cast_lm_head_to_fp32": True,
+}
+
+
+def limited(megabytes: int) -> int:
+    """Train with so much more address space than there is in use when the training begins; returns the exit code."""
+
+    def run() -> None:
+        torch.set_num_threads(1)  # makes a thread pool: the one of before is not in this process
+        begin = memory_probe.MemoryProbe.on_train_begin
+
+        def with_limit(*args, **kwargs):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
+            begin(*args, **kwargs)
+            raise SystemExit(FITS)
+
+        memory_probe.MemoryProbe.on_train_begin = with_limit
+        train.main([])
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_out_of_memory_comes_first_and_its_advice_holds(job):
+    job.config(grpo=HUNGRY, learnability={"samples": 0})
+    job.rows(count=40)
+    assert limited(400) == 1
+    assert job.failure().startswith("Not enough memory for the longest batch: 96 sequences of up to 9 + 400 tokens")
+    assert not (job.root / "output/checkpoints/checkpoint-1").exists()
+    found = re.search(
+        r"(\d+) at a time fit: lower grpo.per_device_train_batch_size from 96 to (\d+) and raise "
+        r"grpo.gradient_accumulation_steps from 1 to (\d+), which trains the same\.$",
+        job.failure(),
+    )
+    assert found, job.failure()
+    size, _, steps = map(int, found.groups())
+    assert size < 96 == size * steps
+    job.config(
+        grpo=HUNGRY | {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps},
+        learnability={"samples": 0},
+    )
+    assert limited(400) == FITS
+
+
+@pytest.mark.parametrize(
+    ("fits", "advice"),
+    [
+        (
+            lambda batch: batch.sequences <= 4,
+            "4 at a time fit: lower grpo.per_device_train_batch_size from 12 to 4 and raise",
+        ),
+        (
+            lambda batch: batch.completion <= 60,
+            "One alone fits with 50 new tokens: lower grpo.max_completion_length from 200 to 50 and grpo.per_device",
+        ),
+        (lambda batch: False, "Not even one short one fits: take a smaller model, lora.load_in_4bit, or a larger instance."),
+    ],
+)
+def test_what_to_lower(job, monkeypatch, fits, advice):
+    def run(_self, batch):
+        if not fits(batch):
+            raise MemoryError
+
+    monkeypatch.setattr(memory_probe.MemoryProbe, "_run", run)
+    grpo = {"per_device_train_batch_size": 12, "num_generations": 4, "max_completion_length": 200}
+    job.config(grpo=grpo, learnability={"samples": 0})
+    job.rows()
+    with pytest.raises(SystemExit):
+        train.main([])
+    assert advice in job.failure()
+
+
+def test_another_error_is_not_put_down_to_memory(job, monkeypatch):
+    def run(_self, _batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(memory_probe.MemoryProbe, "_run", run)
+    job.config(learnability={"samples": 0})
+    job.rows()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        train.train(train.parse_flags([]))
+
+
+def test_smaller_batches_keep_the_step_and_then_shorten_it():
+    assert [*smaller(Batch(12, 8))] == [Batch(n, 8) for n in (6, 4, 3, 2, 1)] + [Batch(1, n) for n in (4, 2, 1)]
+    assert [*smaller(Batch(1, 3))] == [Batch(1, 1)]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_it_leaves_no_trace(job, monkeypatch, stock):
+    """Also with LoRA dropout, which takes random numbers, and with old and reference log-probabilities."""
+    job.config(
+        lora={"r": 4, "lora_dropout": 0.1},
+        grpo={"beta": 0.01, "num_iterations": 2, "cast_lm_head_to_fp32": stock},
+        learnability={"samples": 0},
+    )
+    job.rows()
+
+    def result():
+        train.train(train.parse_flags([]))
+        points = [
+            {name: value for name, value in each.items() if name not in {"seconds", "memory_gb"}} for each in job.metrics()
+        ]
+        (job.root / "output").rename(job.root / f"output-{len(list(job.root.iterdir()))}")
+        return points
+
+    probed = result()
+    monkeypatch.setattr(memory_probe.MemoryProbe, "on_train_begin", lambda *_, **__: None)
+    assert result() == probed

@@ -1,0 +1,196 @@
+"""What a run is estimated to cost, and when it is refused for it."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunedrop.cost import Prices, Terms, Work, estimate
+from tunedrop.instances import _GPUS, gpu
+from tunedrop.model_files import parameters_of
+from tunedrop.run_config import parse_run_config
+
+PRICES = Prices("2026-11-24", "eu-central-1", {"ml.g5.xlarge": 2.0, "ml.g5.12xlarge": 10.0, "ml.c5.xlarge": 0.3})
+WORK = Work(rows=2000, tests=100, prompt_tokens=150.0, answer_tokens=60.0, parameters=0.6e9)
+G5 = ["ml.g5.xlarge"]
+
+
+def config(**given):
+    return parse_run_config({"model": "m"} | given)
+
+
+def low_high(receipt, key="usd", at=0):
+    low, high = receipt["instances"][at][key]
+    assert 0 < low <= high
+    return low, high
+
+
+def test_a_known_run_in_full():
+    receipt, problems, warnings = estimate(config(), WORK, G5, Terms(PRICES))
+    # One epoch of 2000 rows, 8 answers each; a step trains on 8 answers.
+    assert (receipt["steps"], receipt["answers"]) == (2000, 16000)
+    assert receipt["prompt_tokens"] == 16000 * 150
+    assert receipt["generated_tokens"] == [16000 * 60, 16000 * 256]
+    assert receipt["prices"] == {"dated": "2026-11-24", "region": "eu-central-1"}
+    (instance,) = receipt["instances"]
+    assert (instance["instance_type"], instance["gpu"], instance["usd_per_hour"]) == ("ml.g5.xlarge", "A10G", 2.0)
+    assert instance["usd"] == pytest.approx([2 * hours for hours in instance["hours"]], abs=0.01)
+    # 2000 generations of 60 to 256 tokens, at 14 and 67 ms; 3.4 and 6.5 million tokens at 4 to 10 operations for each
+    # parameter, at 35 and 3.5 TFLOPS; 3 to 12 minutes besides.
+    assert instance["training_hours"][0] == pytest.approx(
+        (2000 * 60 * 0.0145 + 3.36e6 * 0.6e9 * 4 / 35e12 + 180) / 3600, abs=0.02
+    )
+    assert instance["training_hours"][1] == 6.0  # max_runtime
+    assert any("5% to 50%" in each for each in receipt["assumptions"])
+    assert (problems, warnings) == ([], [])
+    json.dumps(receipt, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"work": WORK._replace(rows=4000)},
+        {"work": WORK._replace(parameters=7e9)},
+        {"work": WORK._replace(answer_tokens=120.0)},
+        {"grpo": {"num_train_epochs": 2}},
+        {"grpo": {"num_generations": 16}},
+        {"grpo": {"num_iterations": 4}},
+    ],
+)
+def test_more_work_costs_more(more):
+    usual, _, _ = estimate(config(), WORK, G5, Terms(PRICES))
+    receipt, _, _ = estimate(config(grpo=more.get("grpo", {})), more.get("work", WORK), G5, Terms(PRICES))
+    assert low_high(receipt)[0] > low_high(usual)[0]
+
+
+def test_vllm_is_faster_and_four_gpus_too_but_they_cost_what_they_cost():
+    grpo = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    slow, _, _ = estimate(config(grpo=grpo), WORK, [*G5, "ml.g5.12xlarge"], Terms(PRICES))
+    fast, _, _ = estimate(config(grpo=grpo | {"use_vllm": True}), WORK, G5, Terms(PRICES))
+    assert low_high(fast)[0] < low_high(slow)[0]
+    assert low_high(slow, "hours", 1)[0] < low_high(slow, "hours")[0]
+    assert low_high(slow, "usd", 1)[0] > low_high(slow, "hours", 1)[0] * 9.9
+
+
+def test_every_instance_of_the_training_job_is_paid_and_one_of_the_test_job():
+    one, _, _ = estimate(config(), WORK, G5, Terms(PRICES))
+    two, _, _ = estimate(config(compute={"instance_count": 2}), WORK, G5, Terms(PRICES))
+    (instance,) = two["instances"]
+    testing = instance["hours"][0] - instance["training_hours"][0]
+    assert instance["usd"][0] == pytest.approx(2 * (2 * instance["training_hours"][0] + testing), abs=0.01)
+    assert instance["training_hours"][0] < one["instances"][0]["training_hours"][0]
+
+
+def test_spot_is_a_wide_range_and_the_config_decides():
+    full = low_high(estimate(config(), WORK, G5, Terms(PRICES))[0])
+    for spot in (Terms(PRICES, spot=True), Terms(PRICES)):
+        given = {} if spot.spot else {"compute": {"spot": True}}
+        receipt, _, _ = estimate(config(**given), WORK, G5, spot)
+        assert low_high(receipt) == (pytest.approx(full[0] / 10, abs=0.01), full[1])
+        assert any("tenth of the on-demand price" in each for each in receipt["assumptions"])
+    receipt, _, _ = estimate(config(compute={"spot": False}), WORK, G5, Terms(PRICES, spot=True))
+    assert low_high(receipt) == full
+
+
+@given(
+    st.integers(1, 10**6),
+    st.integers(1, 10**4),
+    st.floats(0, 1e5),
+    st.floats(0, 1e5),
+    st.floats(1e6, 1e12),
+    st.sampled_from(["ml.g5.xlarge", "ml.g5.12xlarge"]),
+    st.booleans(),
+)
+@settings(deadline=None)
+def test_the_low_end_is_never_above_the_high_one(rows, tests, prompt, answer, parameters, instance, spot):
+    work = Work(rows, tests, prompt, answer, parameters)
+    receipt, problems, _ = estimate(config(), work, [instance], Terms(PRICES, spot))
+    for key in ("hours", "training_hours", "usd"):
+        low_high(receipt, key)
+    assert receipt["generated_tokens"][0] <= receipt["generated_tokens"][1]
+    assert problems == []
+
+
+LIMITS = [
+    # compute.max_cost_usd, the deployment's limit, words of the refusal
+    (0.5, None, "more than compute.max_cost_usd of $0.50"),
+    (None, 0.5, "more than the deployment's limit MaxRunCostUsd of $0.50"),
+    (100, 0.5, "the deployment's limit"),
+    (0.5, 100, "compute.max_cost_usd"),
+    (100, None, ""),
+    (100, 100, ""),
+    (None, None, ""),
+]
+
+
+@pytest.mark.parametrize(("own", "deployments", "words"), LIMITS)
+def test_only_what_cannot_fit_is_refused(own, deployments, words):
+    compute = {} if own is None else {"max_cost_usd": own}
+    receipt, problems, warnings = estimate(config(compute=compute), WORK, G5, Terms(PRICES, max_run_cost_usd=deployments))
+    assert [problem.code for problem in problems] == ["COST_LIMIT"] * bool(words)
+    assert all(words in problem.message for problem in problems)
+    assert warnings == []
+    assert receipt["limit_usd"] == min((limit for limit in (own, deployments) if limit), default=None)
+
+
+def test_the_cheapest_of_several_instance_types_decides():
+    dear, cheap = "ml.g5.12xlarge", "ml.g5.xlarge"
+    low = low_high(estimate(config(), WORK, [cheap], Terms(PRICES))[0])[0]
+    compute = config(compute={"max_cost_usd": low * 1.1})
+    assert [problem.code for problem in estimate(compute, WORK, [dear], Terms(PRICES))[1]] == ["COST_LIMIT"]
+    assert estimate(compute, WORK, [dear, cheap], Terms(PRICES))[1] == []
+
+
+UNKNOWN = [
+    (WORK._replace(parameters=None), G5, Terms(PRICES), "the size of the model is not known"),
+    (WORK, G5, Terms(), "no prices are known"),
+    (WORK, ["ml.g6.xlarge"], Terms(PRICES), "are known for ml.g6.xlarge"),
+    (WORK, ["ml.c5.xlarge"], Terms(PRICES), "are known for ml.c5.xlarge"),
+]
+
+
+@pytest.mark.parametrize(("work", "types", "terms", "words"), UNKNOWN)
+def test_what_is_not_known_is_said_and_refuses_nothing(work, types, terms, words):
+    receipt, problems, warnings = estimate(config(compute={"max_cost_usd": 0.01}), work, types, terms)
+    assert receipt["instances"][0]["usd"] is None
+    assert problems == []
+    assert words in warnings[0]
+    assert estimate(config(), work, types, terms)[1:] == ([], [])
+
+
+def test_a_run_that_cannot_end_in_time_warns():
+    _, problems, warnings = estimate(config(compute={"max_runtime": "10m"}), WORK, G5, Terms())
+    assert problems == []
+    assert "more than compute.max_runtime of 0.2 h, which will end it" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("SmolLM2-135M-Instruct", 135e6),
+        ("Qwen/Qwen3-0.6B", 0.6e9),
+        ("Qwen2.5-7B-Instruct-1M", 7e9),
+        ("meta-llama/Llama-3.2-1b", 1e9),
+        ("mine", None),
+    ],
+)
+def test_a_models_name_says_its_size(model, expected):
+    assert parameters_of(model, None, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"torch_dtype": "bfloat16"}, 135e6), ({"dtype": "float32"}, 67.5e6), ({}, 135e6), ({"dtype": "auto"}, 135e6)],
+)
+def test_the_weights_and_their_type_say_it_better(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert parameters_of("mine-2B", tmp_path, 270_000_000) == expected
+    assert parameters_of("mine-2B", tmp_path, 0) == 2e9  # no weights there
+    (tmp_path / "config.json").write_text("[")  # which is a problem of its own
+    assert parameters_of("mine-2B", tmp_path, 270_000_000) == 135e6
+
+
+def test_every_gpu_family_has_its_figures():
+    known = {family: gpu(f"ml.{family}.24xlarge") for family in _GPUS}
+    assert {family for family, found in known.items() if found is None} == {"p2"}  # SageMaker retired it

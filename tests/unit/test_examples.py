@@ -1,0 +1,48 @@
+"""The example configs are what the product itself accepts, as it is, for the instances they name."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer import sizing
+from tunedrop.instances import gpus
+from tunedrop.run_config import check_instances, config_warnings, load_run_config
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+RANKS = {"one_gpu": 1, "one_gpu_4bit": 1, "four_gpus": 4, "eight_gpus": 8, "two_nodes": 16}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_accepted_without_a_fix_or_a_warning(path):
+    config = load_run_config(path.read_bytes(), default_model="none")
+    assert config.fixes == []
+    assert config_warnings(config) == []
+    assert check_instances(config, config.compute.instance_type) == []
+    assert {config.compute.instance_count * gpus(name) for name in config.compute.instance_type} == {RANKS[path.stem]}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_fits_by_the_sizing_formula(path):
+    config = load_run_config(path.read_bytes(), default_model="none")
+    model = next(each for each in sizing.MODELS if config.model.split("/")[1].startswith(each.name))
+    settings = sizing.Settings(
+        sequences=config.grpo_value("per_device_train_batch_size"),
+        group=config.grpo_value("num_generations"),
+        steps_per_generation=config.grpo_value("gradient_accumulation_steps"),
+        prompt=config.max_prompt_length,
+        completion=config.grpo_value("max_completion_length"),
+        rank=config.lora.r,
+        load_in_4bit=config.lora.load_in_4bit,
+    )
+    needed = sizing.memory(model, settings).total / sizing.GB
+    if config.grpo_value("use_vllm"):  # it takes its share for itself, with weights and cache of its own
+        needed = sum(sizing.memory(model, settings)._replace(rollout=0)) / sizing.GB
+    for name in config.compute.instance_type:
+        family = name.rpartition(".")[0]
+        room = next(room for label, room in sizing.INSTANCES.items() if family in label.split(" (")[0].split(", "))
+        share = 1 - (config.grpo_value("vllm_gpu_memory_utilization") if config.grpo_value("use_vllm") else 0)
+        assert needed <= share * room, f"{needed:.0f} of {share * room:.0f} GB"
+
+
+def test_every_example_is_known():
+    assert {path.stem for path in EXAMPLES} == set(RANKS)

@@ -1,0 +1,121 @@
+"""A run's job request: only its own data, under the customer's key and in the customer's network."""
+
+import pytest
+from botocore.session import get_session
+from botocore.validate import validate_parameters
+from fake_stack import ARTIFACTS, DATA, PLAN, PREFIX, plan_request
+
+from tunedrop.launch_plan import job_request
+from tunedrop.run_config import RunConfig
+from tunedrop.runs import Run, State
+
+KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
+RUN = Run(
+    run_id="cars-0123456789ab",
+    dataset="cars",
+    state=State.TRAINED,
+    attempt=1,
+    trigger="training_data/cars.jsonl@1",
+    key="training_data/cars.jsonl",
+    version_id="v",
+    arrived="2026-01-01T00:00:00.000000+00:00",
+    updated="2026-01-01T00:00:00.000000+00:00",
+    model="base",
+    plan=PLAN,
+    artifacts=f"s3://{ARTIFACTS}/runs/cars-0123456789ab/training/tunedrop-train-cars-0123456789ab-1/output/model/",
+)
+
+
+def request(kind: str, instance: str = "ml.g5.4xlarge", model: str = "base", spot: bool = True, compute=None, **changes):
+    plan = {kind: plan_request(kind) | changes}
+    config = RunConfig(model=model, compute=compute or {})
+    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
+    return job_request(plan, kind, RUN, config, **names, instances={"InstanceType": instance}, spot=spot)
+
+
+@pytest.mark.parametrize(
+    ("compute", "spot", "seconds"),
+    [({"keep_alive": "30m"}, False, 1800), ({"keep_alive": "30m"}, True, None), ({}, False, None)],
+)
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_instances_stay_for_the_next_job_if_they_are_told_to_and_can(kind, compute, spot, seconds):
+    made = request(kind, compute=compute, spot=spot)
+    assert made["ResourceConfig"].get("KeepAlivePeriodInSeconds") == seconds
+    valid(made)
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_the_base_model_is_streamed(kind):
+    made = request(kind)
+    modes = {channel["ChannelName"]: channel.get("InputMode", "File") for channel in made["InputDataConfig"]}
+    assert modes.pop("models") == "FastFile"
+    assert set(modes.values()) == {"File"}
+    valid(made)
+
+
+def valid(made):
+    """Raise botocore's error if the request is none."""
+    shape = get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape
+    validate_parameters(made, shape)
+
+
+@pytest.mark.parametrize(
+    ("instance", "encrypted"),
+    [("ml.g5.4xlarge", False), ("ml.g6e.4xlarge", False), ("ml.p4d.24xlarge", False), ("ml.p3.2xlarge", True)],
+)
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_the_customers_key_encrypts_outputs_and_every_volume_that_a_key_can(kind, instance, encrypted):
+    output = plan_request(kind)["OutputDataConfig"] | {"KmsKeyId": KEY}
+    filled = request(kind, instance, OutputDataConfig=output)
+    assert filled["OutputDataConfig"]["KmsKeyId"] == KEY
+    assert ("VolumeKmsKeyId" in filled["ResourceConfig"]) == encrypted
+    assert "VolumeKmsKeyId" not in request(kind, instance)["ResourceConfig"]
+    valid(filled)
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_network_and_isolation_of_the_plan_stay(kind):
+    network = {
+        "VpcConfig": {"Subnets": ["subnet-1"], "SecurityGroupIds": ["sg-1"]},
+        "EnableNetworkIsolation": True,
+        "EnableInterContainerTrafficEncryption": True,
+    }
+    assert network.items() <= request(kind, **network).items()
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_a_job_is_pointed_at_its_own_run_and_the_named_model_only(kind):
+    filled = request(kind)
+    read = [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in filled["InputDataConfig"]]
+    own = f"s3://{ARTIFACTS}/runs/{RUN.run_id}/"
+    assert all(uri.startswith((own, f"s3://{DATA}/models/base/")) for uri in read)
+    written = [filled["OutputDataConfig"]["S3OutputPath"], filled.get("CheckpointConfig", {}).get("S3Uri", own)]
+    assert all(uri.startswith(own) for uri in written)
+    hub = [c["ChannelName"] for c in request(kind, model="org/model")["InputDataConfig"]]
+    assert "models" not in hub
+
+
+@pytest.mark.parametrize(
+    ("compute", "instances", "seconds"),
+    [
+        ({}, ["ml.g5.xlarge"], 21600),
+        ({"max_cost_usd": 1}, ["ml.g5.xlarge"], 3600),
+        ({"max_cost_usd": 1, "instance_count": 2}, ["ml.g5.xlarge"], 1800),
+        ({"max_cost_usd": 1}, ["ml.g5.xlarge", "ml.p4d.24xlarge"], 180),  # SageMaker chooses: the dearest counts
+        ({"max_cost_usd": 100}, ["ml.g5.xlarge"], 21600),
+        ({"max_cost_usd": 1}, ["ml.unknown.xlarge"], 21600),
+        ({"max_cost_usd": 0.0001}, ["ml.g5.xlarge"], 1),
+    ],
+)
+def test_a_budget_in_dollars_becomes_a_time_limit(compute, instances, seconds):
+    prices = {"dated": "2026-01-01", "region": "us-east-1", "on_demand": {"ml.g5.xlarge": 1.0, "ml.p4d.24xlarge": 20.0}}
+    plan = {kind: plan_request(kind) for kind in ("train", "test")} | {"prices": prices}
+    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS, "spot": True}
+    config = RunConfig(model="base", compute=compute)
+    chosen = {"InstancePreferences": [{"InstanceType": name} for name in instances]}
+    train, test = (job_request(plan, kind, RUN, config, **names, instances=chosen) for kind in ("train", "test"))
+    assert train["StoppingCondition"] == {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": 2 * seconds}
+    assert train["HyperParameters"]["max-runtime"] == str(seconds)  # by which the trainer ends in time
+    assert test["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600
+    without = job_request(plan | {"prices": None}, "train", RUN, config, **names, instances=chosen)
+    assert without["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600

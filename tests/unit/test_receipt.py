@@ -1,0 +1,291 @@
+import gzip
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import tokenizer_files
+
+from local_app.check import parameter
+from local_app.stack import PROJECT
+from tunedrop import readers, receipt
+from tunedrop.duplicates import Duplicates
+from tunedrop.lengths import summary
+from tunedrop.readers import MAX_BYTES, refuse
+from tunedrop.receipt import check_config, check_dataset
+from tunedrop.s3_stream import S3Stream
+from tunedrop.split import MAX_HELDOUT, Split
+
+GOOD = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(30)]
+
+
+def lines(rows) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Check rows or bytes; return the Check, whose files are in `tmp_path`."""
+
+    def check(data=GOOD, config="", tests=None, suffix=".jsonl", model=False, instances=("ml.g5.4xlarge",)):
+        folder = tmp_path / "model"
+        if model:
+            folder.mkdir(exist_ok=True)
+            for name, raw in tokenizer_files().items():
+                (folder / name).write_bytes(raw)
+        raw = data if isinstance(data, bytes) else lines(data)
+        found = check_config(config.encode(), "base")
+        tests_raw = None if tests is None else json.dumps({"evaluations": tests}).encode()
+        file = io.BufferedReader(io.BytesIO(raw))
+        check_dataset(found, file, suffix, tests_raw, tmp_path, instance_types=instances, model=folder if model else None)
+        return found
+
+    return check
+
+
+def rows_of(file: Path):
+    return [json.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def test_a_good_run_has_nothing_to_complain_about(check, tmp_path):
+    found = check(model=True)
+    assert found.ok
+    assert found.reason is None
+    assert (found.errors.listed, found.warnings, found.rejected.counts) == ([], [], {})
+    assert (found.rows, found.heldout, found.tests) == (30, 3, 3)
+    assert len(rows_of(tmp_path / "train.jsonl")) == 27
+    assert len(rows_of(tmp_path / "heldout.jsonl")) == 3
+    assert found.stats["prompt_characters"] == {"min": 14, "p50": 16, "p95": 16, "p99": 16, "max": 16, "mean": 15.3}
+    assert found.examples[0] == {"id": "row-1", "prompt": "<|user|>What is 0 + 0?<|end|><|assistant|>", "answer": "0"}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LONG = {"question": "long " * 200, "answer": "x"}
+WASTE = [
+    # what would be wasted without the check: rows, config, tests, how it is caught (a code or words of a warning or fix)
+    ("a row that a loader would drop", [*GOOD, {"question": "?"}], "", None, "NO_ANSWER"),
+    ("a row with an empty answer", [*GOOD, {"question": "?", "answer": " \n"}], "", None, "EMPTY_ANSWER"),
+    ("a prompt that ends with the wrong role", [*GOOD, {"prompt": [SYSTEM], "answer": "x"}], "", None, "ROLE_ORDER"),
+    ("a prompt that is too long", [*GOOD, LONG], "", None, "1 prompts have more than 512 tokens and will be left out"),
+    ("a prompt that is cut", [*GOOD, LONG], "prompt_overflow: truncate", None, "512 tokens and will be cut"),
+    ("a prompt that may not be cut", [*GOOD, LONG], "prompt_overflow: reject", None, "PROMPT_TOO_LONG"),
+    ("an answer that the model cannot give", GOOD, "grpo: {max_completion_length: 1}", None, "do not fit into"),
+    ("a typo in a hyperparameter", GOOD, "grpo: {lerning_rate: 1}", None, "CONFIG_KEY"),
+    ("a batch size that does not divide", GOOD, "grpo: {generation_batch_size: 12}", None, "12 → 16"),
+    ("too few rows for a step", GOOD[:4], "grpo: {per_device_train_batch_size: 64}", None, "CONFIG_STEPS"),
+    ("all prompts too long for a step", [LONG | {"id": n} for n in range(9)], "", None, "CONFIG_STEPS"),
+    ("a row twice", [*GOOD, GOOD[3]], "", None, "1 rows repeat another one, row 31 row 4"),
+    ("a prompt with two answers", [*GOOD, GOOD[3] | {"answer": "7"}], "", None, "rows 4 and 31 for example"),
+    ("a test that is trained on", GOOD, "", [{"prompt": GOOD[5]["question"], "description": "10"}], "what was memorised"),
+    ("no tests at all", GOOD, "heldout_fraction: 0", None, "NO_TESTS"),
+    ("columns that change", [*GOOD, {"prompt": "?", "answer": "!"}], "", None, "in different columns"),
+    ("a learning rate that breaks it", GOOD, "grpo: {learning_rate: 1.0e-2}", None, "learning_rate 0.01 is high"),
+    ("nothing", [], "", None, "NO_ROWS"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "tests", "caught"), [case[1:] for case in WASTE], ids=[case[0] for case in WASTE]
+)
+def test_waste_is_caught(check, rows, config, tests, caught):
+    found = check(rows, config, tests, model=True).receipt()
+    said = [*found.error_counts, *found.warnings, *found.fixes]
+    assert [words for words in said if caught in words], said
+    assert found.ok == (not caught.isupper())
+
+
+FINE = [
+    (GOOD, "max_prompt_length: 40", None),
+    ([{"prompt": [SYSTEM, {"role": "user", "content": f"{n}?"}], "answer": f"{2 * n}!"} for n in range(30)], "", None),
+    (GOOD, "heldout_fraction: 0", [{"prompt": "What is 99 + 1?", "description": "100"}]),
+    (GOOD, "grpo: {generation_batch_size: 16, max_completion_length: 16}", None),
+    (GOOD, "grpo: {per_device_train_batch_size: 64}", None),
+    ([*GOOD, GOOD[3] | {"question": "what is 3 + 3?"}], "", None),
+]
+
+
+@pytest.mark.parametrize(("rows", "config", "tests"), FINE)
+def test_what_is_as_near_to_it_but_fine_is_not_complained_about(check, rows, config, tests):
+    found = check(rows, config, tests, model=True).receipt()
+    assert (found.ok, found.errors, found.fixes) == (True, [], [])
+    assert [warning for warning in found.warnings if "is short" not in warning] == []
+
+
+def test_the_first_hundred_errors_are_listed_and_all_are_counted(check):
+    found = check([{"question": "?"}] * 150 + [{"answer": "!"}] * 50).receipt()
+    assert [error.line for error in found.errors] == list(range(1, 101))
+    assert found.error_counts == {"NO_ANSWER": 150, "NO_PROMPT": 50}
+
+
+@pytest.mark.parametrize(("share", "ok"), [(0.0, False), (0.05, False), (0.1, True), (0.5, True)])
+def test_bad_rows_up_to_a_share_are_set_aside(check, tmp_path, share, ok):
+    data = lines(GOOD[:18]) + b'{"question": oops}\n{"question": "?", "answer": ""}\n'
+    found = check(data, f"max_bad_rows: {share}")
+    assert found.ok == ok
+    assert (found.errors.counts if not ok else found.rejected.counts) == {"BAD_JSON": 1, "EMPTY_ANSWER": 1}
+    if ok:
+        assert found.rows == 18
+        assert [(row["line"], row["code"], row["record"]) for row in rows_of(tmp_path / "rejected.jsonl")] == [
+            (19, "BAD_JSON", '{"question": oops}'),
+            (20, "EMPTY_ANSWER", {"question": "?", "answer": ""}),
+        ]
+        assert "2 of 20 rows are broken and set aside" in found.warnings[-1]
+
+
+def test_a_file_that_is_cut_off_is_refused_whatever_share_may_be_bad(check):
+    assert check(gzip.compress(lines(GOOD))[:-4], "max_bad_rows: 0.9", suffix=".jsonl.gz").errors.counts["BAD_GZIP"] == 1
+
+
+def test_the_system_prompt_is_no_part_of_what_is_compared(check):
+    tests = [{"prompt": GOOD[5]["question"], "description": "10"}]
+    plain = check(GOOD, "", tests).stats
+    assert check(GOOD, "system_prompt: Be brief.", tests).stats == plain
+    own = [{"prompt": [SYSTEM, {"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in GOOD]
+    assert check(own, "", tests).stats["tests_in_training"] == ["test-1"]
+
+
+def test_more_than_fits_on_the_disk_is_refused(check, monkeypatch):
+    monkeypatch.setattr(receipt, "MAX_WRITTEN_BYTES", 100)
+    assert check(GOOD * 10).errors.counts == {"TOO_LARGE": 1}
+
+
+# --- size and time ---
+
+
+def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
+    for suffix in readers.DATA_SUFFIXES:
+        limit = MAX_BYTES[suffix.removesuffix(".gz")]
+        assert refuse(suffix, limit) is None
+        problem = refuse(suffix, limit + 1)
+        assert problem.code == "TOO_LARGE"
+        assert f"{limit + 1:,} bytes" in problem.message
+    assert refuse("", 1).code == "UNKNOWN_FORMAT"
+
+
+def test_the_function_has_the_disk_that_the_largest_dataset_needs():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda *_: None)
+    template = yaml.load((PROJECT / "template.yaml").read_text(), Loader=Loader)
+    function = template["Resources"]["ValidateDatasetFunction"]["Properties"]
+    assert function["Timeout"] == 900
+    disk = function["EphemeralStorage"]["Size"] * 1024**2
+    assert disk > receipt.MAX_WRITTEN_BYTES + MAX_BYTES[".parquet"] + 512 * 1024**2
+    assert MAX_BYTES[".jsonl"] < receipt.MAX_WRITTEN_BYTES
+
+
+# --- parts ---
+
+
+def write(folder: Path, rows, ranks, fraction, size):
+    with Split(folder, fraction) as split:
+        for start in range(0, len(rows), size):
+            end = min(start + size, len(rows))
+            split.add(rows[start:end], ranks[start:end], list(range(start + 1, end + 1)))
+        return split.finish()[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 30), min_size=2, max_size=700),
+    st.floats(0, 0.5),
+    st.integers(1, 300),
+    st.randoms(),
+)
+def test_held_out_rows_are_those_of_the_lowest_rank_in_any_order(tmp_path_factory, ranks, fraction, size, random):
+    folder = tmp_path_factory.mktemp("split")
+    rows = [{"id": str(number), "rank": str(rank)} for number, rank in enumerate(ranks)]
+    held = write(folder, rows, ranks, fraction, size)
+    train = rows_of(folder / "train.jsonl")
+    assert Counter(row["id"] for row in held + train) == Counter(row["id"] for row in rows)
+    assert rows_of(folder / "heldout.jsonl") == held
+    limit = sorted(ranks)[min(MAX_HELDOUT, round(len(ranks) * fraction))]
+    assert all(int(row["rank"]) < limit for row in held)
+    assert all(int(row["rank"]) >= limit for row in train)
+    both = list(zip(rows, ranks, strict=True))
+    random.shuffle(both)
+    again = write(folder, [row for row, _ in both], [rank for _, rank in both], fraction, size)
+    assert sorted(row["id"] for row in again) == sorted(row["id"] for row in held)
+
+
+def test_a_small_dataset_keeps_its_order(check, tmp_path):
+    check()
+    numbers = [int(row["id"].removeprefix("row-")) for row in rows_of(tmp_path / "train.jsonl")]
+    assert numbers == sorted(numbers)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("ab")), max_size=60))
+def test_repetitions_are_those_that_comparing_all_rows_finds(rows):
+    duplicates = Duplicates()
+    for start in range(0, len(rows), 7):
+        batch = rows[start : start + 7]
+        numbers = range(start + 1, start + 1 + len(batch))
+        duplicates.add(numbers, [prompt for prompt, _ in batch], [answer for _, answer in batch])
+    found = duplicates.found()
+    exact = [[n, rows.index(row) + 1] for n, row in enumerate(rows, 1) if row in rows[: n - 1]]
+    prompts = [prompt for prompt, _ in rows]
+    same = [
+        [n, prompts.index(row[0]) + 1]
+        for n, row in enumerate(rows, 1)
+        if row not in rows[: n - 1] and row[0] in prompts[: n - 1]
+    ]
+    assert (found["exact"], found["same_prompt"]) == (len(exact), len(same))
+    assert (found["exact_rows"], found["same_prompt_rows"]) == (exact[:10], same[:10])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1))
+def test_percentiles(lengths):
+    found, ordered = summary(Counter(lengths)), sorted(lengths)
+    assert (found["min"], found["max"]) == (ordered[0], ordered[-1])
+    assert found["p50"] == ordered[(len(ordered) + 1) // 2 - 1]
+    assert found["mean"] == round(sum(lengths) / len(lengths), 1)
+    assert found["min"] <= found["p50"] <= found["p95"] <= found["p99"] <= found["max"]
+
+
+class Body(io.BytesIO):
+    """An S3 body, which may break."""
+
+    broken = False
+
+    def read(self, size=-1):
+        if self.broken and self.tell():
+            raise ConnectionError("gone")
+        return super().read(size)
+
+
+def test_a_stream_is_the_objects_bytes_and_knows_its_digest():
+    import hashlib
+
+    raw = bytes(range(256)) * 20_000
+    with S3Stream(Body(raw)) as stream:
+        reader = io.BufferedReader(stream, 1000)
+        assert reader.read(3_000_000) == raw[:3_000_000]
+        stream.drain()
+        assert (stream.sha256, stream.size) == (hashlib.sha256(raw).hexdigest(), len(raw))
+
+
+def test_a_stream_that_nobody_reads_to_its_end_ends():
+    body = Body(b"x" * 100_000_000)
+    with S3Stream(body) as stream:
+        assert stream.read(1) == b"x"
+    assert body.closed
+
+
+def test_a_broken_download_is_the_readers_error():
+    body = Body(b"x" * 3_000_000)
+    body.broken = True
+    with S3Stream(body) as stream, pytest.raises(ConnectionError, match="gone"):
+        stream.drain()
+
+
+def test_the_receipt_says_how_it_is_versioned(check):
+    assert msgspec.to_builtins(check().receipt())["version"] == receipt.VERSION == 1
+    assert parameter("UseSpot") in {"true", "false"}

@@ -1,0 +1,228 @@
+"""The statistics against scipy's, the gate by a table of cases, and how often it approves where nothing improved."""
+
+import random
+from functools import cache
+from math import comb
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunedrop import statistics
+from tunedrop.inference_tests import Answer, Outcome
+from tunedrop.run_config import parse_run_config
+from tunedrop.statistics import Pair, compare, evaluate, interval, needed, sign_test
+
+
+def config(rewards=({"type": "exact_match"},), **gate):
+    return parse_run_config({"model": "m", "rewards": list(rewards), "gate": gate})
+
+
+def outcomes(*scores: tuple[float | None, float | None], **more: Any) -> list[Outcome]:
+    """Tests by (base score, tuned score); None is a test that could not be scored."""
+
+    def answer(score: float | None) -> Answer:
+        if score is None:
+            return Answer(error="reward 'exact_match' failed")
+        return Answer(text=str(score), score=score, rewards={"exact_match": score}, passed=score >= 1)
+
+    given = {"prompt": [{"role": "user", "content": "?"}], "reference": "!"} | more
+    return [Outcome(id=f"t{n}", base=answer(base), tuned=answer(tuned), **given) for n, (base, tuned) in enumerate(scores)]
+
+
+# --- the figures ---
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_the_sign_test_is_scipys(wins, losses):
+    ours = sign_test(wins, losses)
+    theirs = scipy.stats.binomtest(wins, wins + losses, 0.5).pvalue if wins + losses else 1.0
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=20, max_size=60), st.floats(0.6, 0.99))
+def test_the_interval_is_scipys_bootstrap_with_one_more_test(scores, confidence):
+    lifts = np.array([after - before for before, after in scores], float)
+    low, high = interval(lifts.tolist(), [1.0] * len(lifts), confidence, 4.0)
+    generator = np.random.default_rng(0)
+    for bound, value, one_more in (("low", low, -4.0), ("high", high, 4.0)):
+        theirs = scipy.stats.bootstrap(
+            ([*lifts, one_more],), np.mean, method="percentile", confidence_level=confidence, n_resamples=4000, rng=generator
+        ).confidence_interval
+        error = np.std([*lifts, one_more]) / len(lifts) ** 0.5
+        assert value == pytest.approx(getattr(theirs, bound), abs=0.25 * error + 1e-9)
+
+
+def test_weights_and_ties_count():
+    comparison = compare([Pair(0, 1, 3.0), Pair(0, 0), Pair(1, 0.5, 0.5)])
+    assert (comparison.wins, comparison.ties, comparison.losses) == (1, 1, 1)
+    assert comparison.lift == pytest.approx((3 - 0.25) / 4.5)
+    assert comparison.base_score == pytest.approx(0.5 / 4.5)
+    assert comparison.tuned_score == pytest.approx(3.25 / 4.5)
+    assert comparison.lift_low < comparison.lift < comparison.lift_high
+
+
+def test_the_span_is_at_least_what_the_scores_show():
+    pairs = [Pair(0, 10)] * 30
+    assert compare(pairs, span=1).lift_low == compare(pairs, span=10).lift_low < compare(pairs, span=0.1).lift
+
+
+def test_as_many_tests_as_needed_are_enough_four_times_in_five():
+    generator = random.Random(1)
+    lift, losses = 0.2, 0.1  # 30 % won, 10 % lost
+    tests = needed(lift, 0.4 - 0.2**2, 0.95, 1.0, 0.0)
+    enough = sum(
+        interval(generator.choices([1.0, -1.0, 0.0], [lift + losses, losses, 0.6], k=tests), [1.0] * tests, 0.95, 1.0, 200)[
+            0
+        ]
+        > 0
+        for _ in range(300)
+    )
+    assert 0.72 < enough / 300 < 0.88
+    assert needed(0.0, 0.4, 0.95, 1.0, 0.0) is None
+    assert needed(0.2, 0.4, 0.95, 1.0, 0.3) is None
+    assert needed(1.0, 0.0, 0.95, 1.0, 0.0) == statistics.FEW_TESTS
+
+
+# --- how often the gate is wrong ---
+
+
+@cache
+def approves(kinds: tuple[tuple[float, float], ...], counts: tuple[int, ...]) -> bool:
+    """Whether the gate approves a model with so many tests of each kind (base score, tuned score)."""
+    tests = [pair for pair, count in zip(kinds, counts, strict=True) for pair in [pair] * count]
+    return evaluate(outcomes(*tests), config()).verdict.status == "APPROVED"
+
+
+def approval_rate(kinds: dict[tuple[float, float], float], tests: int) -> float:
+    """The exact chance that the gate approves, when a test is of each kind with the given probability."""
+    (_, *rest), probabilities = list(kinds), list(kinds.values())
+
+    def chance(counts: tuple[int, ...]) -> float:
+        product, left = 1.0, tests
+        for count, probability in zip(counts, probabilities, strict=True):
+            product *= comb(left, count) * probability**count
+            left -= count
+        return product
+
+    def tables(left: int, kinds: int) -> list[tuple[int, ...]]:
+        if kinds == 0:
+            return [(left,)]
+        return [(count, *others) for count in range(left + 1) for others in tables(left - count, kinds - 1)]
+
+    likely = [(counts, p) for counts in tables(tests, len(rest)) if (p := chance(counts)) > 1e-4]
+    return sum(p for counts, p in likely if approves(tuple(kinds), counts)) + (1 - sum(p for _, p in likely))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(statistics.interval, "__defaults__", (300,))
+
+
+@pytest.mark.parametrize("tests", [20, 40])
+@pytest.mark.parametrize("loss", [0.03, 0.07, 0.12, 0.2])
+def test_many_small_gains_and_a_rare_disaster_are_not_an_improvement(quick, loss, tests):
+    """Where the mean stays the same, a plain bootstrap approves up to a third: it has seen no disaster in the sample."""
+    kinds = {(0.5, 0.5 + 0.5 * loss / (1 - loss)): 1 - loss, (0.5, 0.0): loss, (1.0, 1.0): 0.0}
+    assert approval_rate({pair: p for pair, p in kinds.items() if p}, tests) <= 0.05
+
+
+@pytest.mark.parametrize(("changed", "tests"), [(0.1, 20), (0.1, 30), (0.6, 20), (1.0, 20), (1.0, 40)])
+def test_a_model_that_wins_as_often_as_it_loses_is_not_an_improvement(quick, changed, tests):
+    kinds = {(0.0, 1.0): changed / 2, (1.0, 0.0): changed / 2, (1.0, 1.0): 1 - changed}
+    assert approval_rate({pair: p for pair, p in kinds.items() if p}, tests) <= 0.05
+
+
+@pytest.mark.parametrize("tests", [20, 60])
+def test_graded_scores_that_only_scatter_are_not_an_improvement(quick, tests):
+    generator = random.Random(tests)
+    cases = 150
+    approved = sum(
+        evaluate(outcomes(*[(generator.random(), generator.random()) for _ in range(tests)]), config()).verdict.status
+        == "APPROVED"
+        for _ in range(cases)
+    )
+    assert approved / cases <= 0.05
+
+
+def test_real_lifts_are_seen(quick):
+    """The demo's lift is nearly always seen, with as many tests; smaller ones need more."""
+    better = {(0.0, 1.0): 0.62, (1.0, 1.0): 0.38}
+    assert approval_rate(better, 28) > 0.99
+    some = {(0.0, 1.0): 0.25, (1.0, 0.0): 0.05, (1.0, 1.0): 0.7}
+    assert approval_rate(some, 20) < approval_rate(some, 40) < approval_rate({(0.0, 1.0): 0.4, (1.0, 1.0): 0.6}, 40)
+
+
+# --- the gate ---
+
+WON, LOST, TIED = (0, 1), (1, 0), (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("tests", "gate", "status", "words"),
+    [
+        (outcomes(*[WON] * 30), {}, "APPROVED", "a lift of +1.000 over 30 tests (95% interval +0.806 to +1.000)"),
+        (outcomes(*[WON] * 17, *[TIED] * 11), {}, "APPROVED", "The tuned model is better"),
+        (outcomes(*[WON] * 5), {}, "PENDING", "5 tests are too few to tell: give at least 20."),
+        (outcomes(*[WON, LOST] * 15), {}, "PENDING", "more tests like these would not show it"),
+        (outcomes(*[WON] * 8, *[LOST] * 4, *[TIED] * 18), {}, "PENDING", "about 188 tests like these would show"),
+        (outcomes(*[TIED] * 30), {}, "REJECTED", "scores the same as the base model in each of the 30 tests"),
+        (outcomes(*[TIED] * 4), {}, "PENDING", "too few"),
+        (outcomes(*[LOST] * 30), {}, "REJECTED", "The tuned model is not better: a lift of -1.000"),
+        (outcomes(*[LOST] * 6), {}, "REJECTED", "The tuned model is not better"),
+        (outcomes(*[WON] * 30), {"min_lift": 1.0}, "REJECTED", "where more than +1.000 is asked for"),
+        (
+            outcomes(*[WON] * 30) + outcomes(LOST, must_pass=True),
+            {},
+            "REJECTED",
+            "The test 't0' must pass and does not: it scores 0.00, not full marks.",
+        ),
+        (outcomes(*[WON] * 30) + outcomes((0, 0.5), must_pass=True), {}, "REJECTED", "must pass and does not"),
+        (outcomes(*[WON] * 30) + outcomes(TIED, must_pass=True), {}, "APPROVED", "All 1 tests that must pass do."),
+        (
+            outcomes(*[WON] * 30) + outcomes(LOST, TIED, tags=["math"]),
+            {"must_not_regress": ["math"]},
+            "REJECTED",
+            "The tests tagged 'math' must not regress and score 0.500 lower",
+        ),
+        (outcomes(*[WON] * 30) + outcomes(LOST, tags=["math"]), {}, "APPROVED", "better"),
+        (
+            outcomes(*[WON] * 30) + outcomes(TIED, tags=["math"]),
+            {"must_not_regress": ["math"]},
+            "APPROVED",
+            "The tests tagged 'math' did not regress.",
+        ),
+        (outcomes(*[WON] * 30), {"must_not_regress": ["safety"]}, "PENDING", "No inference test has the tag 'safety'"),
+        (outcomes(*[WON] * 30, (0, None)), {}, "PENDING", "1 of 31 tests could not be scored ('t30')"),
+        (outcomes(*[WON] * 30, (None, 0), (0, None)), {}, "PENDING", "2 of 32 tests could not be scored"),
+    ],
+)
+def test_the_gate(tests, gate, status, words):
+    evaluation = evaluate(tests, config(**gate))
+    assert evaluation.verdict.status == status
+    assert words in " ".join(evaluation.verdict.reasons)
+
+
+def test_a_check_that_is_not_met_says_so():
+    answer = Answer(text="", score=1.0, passed=False, unmet=["contains 0.00, at least 1.00 was asked for"])
+    musts = [Outcome(id="m", prompt=[], reference="", base=answer, tuned=answer, must_pass=True)]
+    (reason,) = evaluate(outcomes(*[WON] * 30) + musts, config()).verdict.reasons
+    assert reason == "The test 'm' must pass and does not: contains 0.00, at least 1.00 was asked for."
+
+
+def test_by_tag_and_by_reward():
+    tests = outcomes(*[WON] * 20, tags=["easy"]) + outcomes(*[LOST] * 3, tags=["hard", "long"])
+    evaluation = evaluate(tests, config(({"type": "exact_match"}, {"type": "length", "weight": 0.1})))
+    assert {tag: each.lift for tag, each in evaluation.by_tag.items()} == {"easy": 1.0, "hard": -1.0, "long": -1.0}
+    assert list(evaluation.by_reward) == ["exact_match"]  # the other one was not measured here
+    assert evaluation.by_reward["exact_match"].lift == evaluation.comparison.lift
+    assert evaluation.passed == {"base": 3, "tuned": 20}
+
+
+def test_no_test_that_could_be_scored_is_an_error():
+    with pytest.raises(ValueError, match="none of the 2 inference tests"):
+        evaluate(outcomes((0, None), (None, 1)), config())
