@@ -143,13 +143,14 @@ def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None
 
 
 @cli.command()
-@click.option("--schema", is_flag=True, help="Print the JSON Schema that editors complete a run config with.")
-def config(schema: bool) -> None:
+@click.option("--defaults", "what", flag_value="defaults", default=True, help="Print YAML, commented. What it does anyway.")
+@click.option("--schema", "what", flag_value="schema", help="Print the JSON Schema that editors complete a run config with.")
+def config(what: str) -> None:
     """Print a run config with every key, its default and what it does.
 
-    Example: tunedrop config > training.yaml
+    Example: tunedrop config --defaults > cars.yaml
     """
-    print(json.dumps(config_schema(), indent=1) if schema else config_defaults())  # noqa: T201 - for a file
+    print(json.dumps(config_schema(), indent=1) if what == "schema" else config_defaults())  # noqa: T201 - for a file
 
 
 @cli.command()

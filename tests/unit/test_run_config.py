@@ -2,8 +2,10 @@ import json
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
+from local_app.cli import cli
 from tunedrop import run_config
 from tunedrop.config_help import config_defaults, config_schema
 from tunedrop.instances import gpus, has_bf16
@@ -372,3 +374,9 @@ def test_the_schema_explains_every_key():
 def test_managed_fields_exist_in_the_pinned_versions():
     assert set(config_fields()["grpo"]) >= MANAGED_GRPO
     assert set(config_fields()["lora"]) >= MANAGED_LORA
+
+
+def test_the_command_prints_both():
+    printed = {flag: CliRunner().invoke(cli, ["config", *flag]).output for flag in [(), ("--defaults",), ("--schema",)]}
+    assert printed[()] == printed["--defaults",] == config_defaults() + "\n"
+    assert json.loads(printed["--schema",]) == config_schema()
