@@ -23,6 +23,8 @@ def test_size_and_what_it_says():
         "ENTROPY_COLLAPSE",
         "Planned before it started",
         "Could it be learnt?",
+        "Merge parity",
+        "0.0071",
         "aws s3api get-object",
     ):
         assert words in LARGE

@@ -11,6 +11,11 @@ from tunedrop.run_config import parse_run_config
 from tunedrop.statistics import evaluate
 
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'
+PROOFS = {
+    "adapter_effect": {"mean": 0.4, "largest": 9.1},
+    "merge_parity": {"mean": 0.0071, "answers": 3, "agreeing": 3, "tensors_off": 0},
+    "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
+}
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew".split()
 
 
@@ -63,7 +68,7 @@ def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
         "verdict": evaluation["verdict"]["status"],
         "reasons": [*evaluation["verdict"]["reasons"], HOSTILE],
         "bounded": True,
-        "training": {"steps": steps, "versions": {"trl": "1"}, "learnability": {"prompts": 64, "dead": 5}},
+        "training": {"steps": steps, "versions": {"trl": "1"}, "learnability": {"prompts": 64, "dead": 5}, "proofs": PROOFS},
         "jobs": {"train": "job", "test": "job"},
         "cost": {"usd": 3.5, "jobs": {"train": job, "test": job | {"billable_seconds": None, "usd": None}}},
         "source": f"s3://data/training_data/{HOSTILE}.jsonl",
