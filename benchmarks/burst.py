@@ -27,9 +27,10 @@ for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "POWERTOOLS_METRICS_N
 os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
 
 from botocore.client import BaseClient  # noqa: E402 - after the paths
-from fake_stack import OWN_RULES  # noqa: E402
+from fake_stack import OWN_RULES, PREFIX  # noqa: E402
 from world import World, deployed  # noqa: E402
 
+from tunedrop.layout import JobName  # noqa: E402
 from tunedrop.runs import RUN, State, run_of_item  # noqa: E402
 
 # On-demand list prices in US dollars, us-east-1, as of 2025-06, from aws.amazon.com/<service>/pricing. Writes of items under
@@ -125,15 +126,15 @@ def deliver(world: World, pending: deque[tuple[str, dict[str, Any]]], figures: F
 def end_jobs(world: World, pending: deque[tuple[str, dict[str, Any]]]) -> None:
     """Let every job complete."""
     for job in world.active_jobs:
-        kind, run_id = job.split("-", 2)[1], job.split("-", 2)[2].rpartition("-")[0]
-        run = world.run(run_id)
-        if kind == "train":
+        name = JobName.parse(job, PREFIX)
+        run = world.run(name.run_id)
+        if name.kind == "train":
             world.save_training(run)
             event = world.job_event("test_model.train_completed", job)
         else:
             world.save_tests(run, [outcome(n) for n in range(6)])
             event = world.job_event("publish_results.test_completed", job)
-        pending.extend([({"train": "test_model", "test": "publish_results"}[kind], event), ("start_training", event)])
+        pending.extend([({"train": "test_model", "test": "publish_results"}[name.kind], event), ("start_training", event)])
 
 
 def outcome(n: int) -> dict[str, Any]:

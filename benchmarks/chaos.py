@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -130,9 +131,9 @@ def check(runs: dict[str, Run]) -> Counter[str]:
     return Counter(run.state.lower() for run in runs.values())
 
 
-def bring_up(folder: Path) -> Stack:
-    """Bring an application up, with its launch plan."""
-    stack = Stack(folder, parameters={"MaxConcurrentJobs": "2"})
+def bring_up(folder: Path, parameters: Mapping[str, str] | None = None) -> Stack:
+    """Bring an application up, with its launch plan; `parameters` are the template's."""
+    stack = Stack(folder, parameters=parameters)
     stack.up()
     release = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", stack.region]
     subprocess.run(release, env=stack.environment, check=True, capture_output=True)
@@ -143,7 +144,7 @@ def chaos(minutes: float, pause: float, seed: int) -> tuple[Counter[str], Counte
     """Kill for so many minutes, every `pause` seconds on average; return what was killed, how runs ended, and how many."""
     random.seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        stack = bring_up(Path(scratch) / "app")
+        stack = bring_up(Path(scratch) / "app", {"MaxConcurrentJobs": "2"})
         try:
             app = Chaos(stack)
             app.drop(make_tiny_model(Path(scratch) / "tiny"))

@@ -12,6 +12,12 @@ from tunedrop.records import Row
 from tunedrop.rewards import Reward, text_of
 
 
+def columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return rows as columns but for the prompt, None where a row has no such column."""
+    names = {name for row in rows for name in row} - {"prompt"}
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
 class RowReward:
     """A reward that TRL calls with row numbers and that sees the rows' own columns."""
 
@@ -22,10 +28,7 @@ class RowReward:
 
     def __call__(self, prompts: list[Any], completions: list[Any], row: list[int], **_trainer: Any) -> list[float | None]:
         """Score completions; see `tunedrop.rewards.Reward`."""
-        chosen = [self._rows[index] for index in row]
-        names = {name for each in chosen for name in each} - {"prompt"}
-        columns: dict[str, Any] = {name: [each.get(name) for each in chosen] for name in names}
-        return self._reward(prompts, completions, **columns)
+        return self._reward(prompts, completions, **columns([self._rows[index] for index in row]))
 
 
 class EarlyRowReward(RowReward):

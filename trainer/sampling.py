@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 
+from trainer.row_rewards import columns
 from tunedrop.records import Row
 from tunedrop.rewards import Reward, score
 
@@ -20,12 +21,6 @@ class Answer(NamedTuple):
 
     text: str
     score: float
-
-
-def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return rows as columns but for the prompt, None where a row has no such column."""
-    names = {name for row in rows for name in row} - {"prompt"}
-    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def answers(

@@ -419,6 +419,7 @@ def summary(
     trainer: "GRPOTrainer", config: RunConfig, flags: argparse.Namespace, data: Dataset, chosen: "Checkpoint"
 ) -> dict[str, Any]:
     """Return what `training.json` says."""
+    from trainer.bounds import LIMITS
     from trainer.learnability import measured_nonzero_groups
     from trainer.progress import history
 
@@ -433,7 +434,7 @@ def summary(
         "max_steps": state.max_steps,
         "stopped": state.global_step < state.max_steps,
         "ended": record.ended,
-        "bounded": record.ended if record.ended in {"max_runtime", "max_cost_usd"} else None,
+        "bounded": record.ended if record.ended in LIMITS else None,
         "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
         "evaluations": record.evaluations,
         "learnability": gate,

@@ -29,7 +29,7 @@ def test_ten_minutes_of_chaos_lose_nothing(capsys):
 
 
 def test_twenty_drops_wait_for_two_places_in_the_order_they_came_in(tmp_path):
-    stack = bring_up(tmp_path / "app")
+    stack = bring_up(tmp_path / "app", {"MaxConcurrentJobs": "2"})
     try:
         app = Chaos(stack)
         app.drop(make_tiny_model(tmp_path / "tiny"))

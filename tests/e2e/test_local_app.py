@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from tiny_model import make_tiny_model
 
-from benchmarks.chaos import Chaos, check
+from benchmarks.chaos import Chaos, bring_up, check
 from local_app.deployment import Deployment
-from local_app.stack import STACK_NAME, Stack
+from local_app.stack import STACK_NAME
 from tunedrop.runs import State
 
 # The kind of file people have: several pretty-printed objects one after another, curly quotes in the texts.
@@ -44,11 +44,7 @@ class App:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.stack = Stack(folder / "state")
-        self.stack.up()
-        environment = self.stack.environment
-        release = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", self.stack.region]
-        subprocess.run(release, env=environment, check=True, capture_output=True)
+        self.stack = bring_up(folder / "state")
         self.deployment = Deployment.local(self.stack)
         self.model = make_tiny_model(folder / "tiny")
 

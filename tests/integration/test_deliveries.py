@@ -10,13 +10,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from fake_stack import OWN_RULES
+from fake_stack import OWN_RULES, PREFIX
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from world import GOOD_DATA, KilledError, World, deployed
 
 from tunedrop import runs
+from tunedrop.layout import JobName
 from tunedrop.runs import CAPACITY, FINAL, RUN, UPLOAD, Run, State, run_of_item
 from tunedrop.stages import reconcile, validate_dataset
 
@@ -86,8 +87,8 @@ class Deliveries(RuleBasedStateMachine):
 
     def end_job(self, job: str, how: str) -> None:
         """End a job; its events are in flight then."""
-        kind = job.split("-")[1]
-        run = self.world.run(job.split("-", 2)[2].rpartition("-")[0])
+        name = JobName.parse(job, PREFIX)
+        kind, run = name.kind, self.world.run(name.run_id)
         if how in {"train_completed", "train_at_limit"}:
             self.world.save_training(runs.structs.replace(run, train_job=job))
         elif how == "test_completed":
@@ -138,7 +139,7 @@ class Deliveries(RuleBasedStateMachine):
     @rule(which=pick, how=pick)
     def end_a_job(self, which, how):
         job = self.world.active_jobs[which % len(self.world.active_jobs)]
-        ends = ENDS[job.split("-")[1]]
+        ends = ENDS[JobName.parse(job, PREFIX).kind]
         if self.world.jobs[job]["TrainingJobStatus"] == "Stopping":
             ends = [name for name in ends if name.endswith(("stopped", "completed"))]
         self.end_job(job, ends[how % len(ends)])

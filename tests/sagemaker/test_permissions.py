@@ -6,29 +6,14 @@ from typing import Any
 
 import pytest
 from botocore.httpsession import URLLib3Session
-from fake_stack import ARTIFACTS, BUS, DATA, PLAN, PREFIX, plan_request
+from fake_stack import ARTIFACTS, BUS, DATA, PLAN, PREFIX, TRAINED_RUN, plan_request
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_request, policies
 
 from tunedrop.launch_plan import job_request
 from tunedrop.run_config import RunConfig
-from tunedrop.runs import Run, State
 
 ROLE = "SageMakerRole"
 FOLDER = "runs/cars-0123456789ab"
-RUN = Run(
-    run_id="cars-0123456789ab",
-    dataset="cars",
-    state=State.TRAINED,
-    attempt=1,
-    trigger="training_data/cars.jsonl@1",
-    key="training_data/cars.jsonl",
-    version_id="v",
-    arrived="2026-01-01T00:00:00.000000+00:00",
-    updated="2026-01-01T00:00:00.000000+00:00",
-    model="base",
-    plan=PLAN,
-    artifacts=f"s3://{ARTIFACTS}/{FOLDER}/training/{PREFIX}-train-cars-0123456789ab-1/output/model/",
-)
 SCRIPT = (
     "echo x > /opt/ml/model/training.json; if [ -d /opt/ml/checkpoints ]; then echo x > /opt/ml/checkpoints/a; fi; echo done"
 )
@@ -97,7 +82,7 @@ def request(kind: str) -> dict[str, Any]:
     plan["AlgorithmSpecification"] |= {"ContainerArguments": ["-c", SCRIPT]}
     names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
     instances = {"InstanceType": "ml.g5.4xlarge"}
-    return job_request({kind: plan}, kind, RUN, RunConfig(model="base"), **names, instances=instances, spot=True)
+    return job_request({kind: plan}, kind, TRAINED_RUN, RunConfig(model="base"), **names, instances=instances, spot=True)
 
 
 def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(

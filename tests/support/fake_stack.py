@@ -7,6 +7,8 @@ from typing import Any
 import boto3
 from tiny_tokenizer import tokenizer_files
 
+from tunedrop.runs import Run, State
+
 DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
 # The rules on our own bus: which function takes which detail types. tests/template holds them against template.yaml.
 OWN_RULES = {
@@ -14,6 +16,21 @@ OWN_RULES = {
     "validate_dataset": {"Validation Requested"},
 }
 PLAN = "f00d"
+# A run whose tests are to be started.
+TRAINED_RUN = Run(
+    run_id="cars-0123456789ab",
+    dataset="cars",
+    state=State.TRAINED,
+    attempt=1,
+    trigger="training_data/cars.jsonl@1",
+    key="training_data/cars.jsonl",
+    version_id="v",
+    arrived="2026-01-01T00:00:00.000000+00:00",
+    updated="2026-01-01T00:00:00.000000+00:00",
+    model="base",
+    plan=PLAN,
+    artifacts=f"s3://{ARTIFACTS}/runs/cars-0123456789ab/training/{PREFIX}-train-cars-0123456789ab-1/output/model/",
+)
 IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.9.0-gpu-py312-cu130-ubuntu22.04-sagemaker"
 SERVING_IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:0.30.0-gpu-py312-cu130-ubuntu24.04-sagemaker"
 

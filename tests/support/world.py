@@ -14,10 +14,11 @@ import msgspec
 import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
-from fake_stack import ARTIFACTS, DATA, OWN_RULES, TABLE, create_resources
+from fake_stack import ARTIFACTS, DATA, OWN_RULES, PREFIX, TABLE, create_resources
 from moto import mock_aws
 
 from tunedrop.aws import Aws, connect
+from tunedrop.layout import JobName
 from tunedrop.runs import Run
 
 GOOD_DATA = b"".join(b'{"question": "%d+1?", "answer": "%d"}\n' % (n, n + 1) for n in range(30))
@@ -138,9 +139,9 @@ class World:
 
     def artifacts(self, job: str) -> str:
         """Return where a job's model lies."""
-        kind, run_id = job.split("-", 2)[1], job.split("-", 2)[2].rpartition("-")[0]
-        folder = {"train": "training", "test": "inference"}[kind]
-        return f"s3://{ARTIFACTS}/runs/{run_id}/{folder}/{job}/output/model/"
+        name = JobName.parse(job, PREFIX)
+        folder = {"train": "training", "test": "inference"}[name.kind]
+        return f"s3://{ARTIFACTS}/runs/{name.run_id}/{folder}/{job}/output/model/"
 
     def save_training(self, run: Run) -> None:
         """Write what a training job writes, in the parts that publish_results reads."""

@@ -3,34 +3,19 @@
 import pytest
 from botocore.session import get_session
 from botocore.validate import validate_parameters
-from fake_stack import ARTIFACTS, DATA, PLAN, PREFIX, plan_request
+from fake_stack import ARTIFACTS, DATA, PREFIX, TRAINED_RUN, plan_request
 
 from tunedrop.launch_plan import job_request
 from tunedrop.run_config import RunConfig
-from tunedrop.runs import Run, State
 
 KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
-RUN = Run(
-    run_id="cars-0123456789ab",
-    dataset="cars",
-    state=State.TRAINED,
-    attempt=1,
-    trigger="training_data/cars.jsonl@1",
-    key="training_data/cars.jsonl",
-    version_id="v",
-    arrived="2026-01-01T00:00:00.000000+00:00",
-    updated="2026-01-01T00:00:00.000000+00:00",
-    model="base",
-    plan=PLAN,
-    artifacts=f"s3://{ARTIFACTS}/runs/cars-0123456789ab/training/tunedrop-train-cars-0123456789ab-1/output/model/",
-)
 
 
 def request(kind: str, instance: str = "ml.g5.4xlarge", model: str = "base", spot: bool = True, compute=None, **changes):
     plan = {kind: plan_request(kind) | changes}
     config = RunConfig(model=model, compute=compute or {})
     names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
-    return job_request(plan, kind, RUN, config, **names, instances={"InstanceType": instance}, spot=spot)
+    return job_request(plan, kind, TRAINED_RUN, config, **names, instances={"InstanceType": instance}, spot=spot)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +72,7 @@ def test_network_and_isolation_of_the_plan_stay(kind):
 def test_a_job_is_pointed_at_its_own_run_and_the_named_model_only(kind):
     filled = request(kind)
     read = [channel["DataSource"]["S3DataSource"]["S3Uri"] for channel in filled["InputDataConfig"]]
-    own = f"s3://{ARTIFACTS}/runs/{RUN.run_id}/"
+    own = f"s3://{ARTIFACTS}/runs/{TRAINED_RUN.run_id}/"
     assert all(uri.startswith((own, f"s3://{DATA}/models/base/")) for uri in read)
     written = [filled["OutputDataConfig"]["S3OutputPath"], filled.get("CheckpointConfig", {}).get("S3Uri", own)]
     assert all(uri.startswith(own) for uri in written)
@@ -113,9 +98,9 @@ def test_a_budget_in_dollars_becomes_a_time_limit(compute, instances, seconds):
     names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS, "spot": True}
     config = RunConfig(model="base", compute=compute)
     chosen = {"InstancePreferences": [{"InstanceType": name} for name in instances]}
-    train, test = (job_request(plan, kind, RUN, config, **names, instances=chosen) for kind in ("train", "test"))
+    train, test = (job_request(plan, kind, TRAINED_RUN, config, **names, instances=chosen) for kind in ("train", "test"))
     assert train["StoppingCondition"] == {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": 2 * seconds}
     assert train["HyperParameters"]["max-runtime"] == str(seconds)  # by which the trainer ends in time
     assert test["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600
-    without = job_request(plan | {"prices": None}, "train", RUN, config, **names, instances=chosen)
+    without = job_request(plan | {"prices": None}, "train", TRAINED_RUN, config, **names, instances=chosen)
     assert without["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600
