@@ -7,7 +7,8 @@ its hash. Only publish_results renders: the functions that share this artefact d
 import base64
 import hashlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def render_report(
     counts = {name: sum(test.outcome == name for test in tests) for name in ("won", "tied", "lost", "failed")}
     return _render(
         "report",
-        {"cut": lambda text: text if len(text) <= limit else text[:limit] + " … (cut here; all of it is in inference.json)"},
+        limit=limit,
         result=result,
         receipt=receipt,
         tests=tests,
@@ -77,22 +78,37 @@ def render_report(
     )
 
 
-def _render(page: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+@cache
+def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": _duration, "json": _json} | dict(filters or {})
+    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json}
+    return environment
+
+
+def _render(page: str, **values: Any) -> str:
+    from markupsafe import Markup
+
     script = (FOLDER / f"{page}.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(f"{page}.html.j2").render(
-        css=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - our own file
-        script=Markup(script),  # noqa: S704 - our own file
-        script_hash=f"sha256-{digest}",
-        **values,
+    rendered: str = (
+        _environment()
+        .get_template(f"{page}.html.j2")
+        .render(
+            css=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - our own file
+            script=Markup(script),  # noqa: S704 - our own file
+            script_hash=f"sha256-{digest}",
+            **values,
+        )
     )
+    return rendered
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + " … (cut here; all of it is in inference.json)"
 
 
 def _json(value: Any) -> str:

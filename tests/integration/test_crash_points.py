@@ -8,6 +8,7 @@ world must be the one without trouble: the same run, objects, jobs, model packag
 import json
 import re
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from fake_stack import ARTIFACTS
 from world import KilledError
 
 from tunedrop import runs
-from tunedrop.runs import State
+from tunedrop.runs import FINAL, State
 from tunedrop.stages import validate_dataset
+from tunedrop.stages.reconcile import ReconcileSettings, reconcile
 
 Deliveries = Iterator[tuple[str, dict[str, Any]]]
 Call = Callable[[], Any]
@@ -270,3 +272,59 @@ def test_the_scenarios_end_as_they_say(deploy):
         "stopped_while_waiting": (State.CANCELLED, 1),
         "untested_for_want_of_capacity": (State.TESTING, 2),
     }
+
+
+# --- stops ---
+
+
+def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
+    """Play a scenario whose run somebody stops right before one call of one delivery, which then goes on and comes again.
+
+    Asserts that what had not ended ends cancelled, its jobs and its place with it, and is announced. False: no run was there.
+    """
+    with deploy() as world:
+        found = []
+
+        def stop(call: Call, again: Call) -> Any:
+            item = world.aws.runs.upload("training_data/cars.jsonl") or {}
+            if run := world.aws.runs.get(item.get("run_id", "")):
+                found.append(run)
+                world.handle("start_training", stop_requested(world))
+            return call()
+
+        for number, (function, event) in enumerate(scenario(world)):
+            if number == delivery:
+                world.trouble_happens(stop, at, (function, event))
+            world.handle(function, event)
+            if number == delivery:
+                world.handle(function, event)
+                break
+        if not found:
+            return False
+        (run,) = found
+        end = run.state if run.state in FINAL else State.CANCELLED
+        assert {world.jobs[job]["TrainingJobStatus"] for job in world.active_jobs} <= {"Stopping"}
+        for job in world.active_jobs:
+            ended = "test_model.train_stopped" if "-train-" in job else "publish_results.test_stopped"
+            world.handle(ended.split(".")[0], world.job_event(ended, job))
+        reconcile(ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
+        there = world.run(run.run_id)
+        assert (there.state, there.attempt, there.open) == (end, run.attempt, None)
+        assert not world.aws.runs.has_place(there)
+        told = {message["MessageAttributes"]["id"]["StringValue"] for message in world.notifications}
+        assert [name.rpartition("/")[2] for name in told] == [end]
+        return True
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [published, *(pytest.param(each, marks=pytest.mark.soak) for each in (no_capacity, untested_for_want_of_capacity))],
+    ids=lambda scenario: scenario.__name__,
+)
+def test_a_run_can_be_stopped_before_every_call(deploy, scenario, capsys):
+    calls, _ = play(deploy, scenario)
+    moments = [(delivery, at) for delivery, operations in enumerate(calls) for at in range(len(operations))]
+    tried = sum(stopped_at(deploy, scenario, *moment) for moment in moments)
+    with capsys.disabled():
+        print(f"\n{tried} stops of a run {scenario.__name__}")
+    assert tried >= 20

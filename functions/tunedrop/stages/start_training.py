@@ -22,7 +22,11 @@ def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
 
     A second delivery of its event finishes what the first one left undone.
     """
-    if run.state == State.VALIDATED:
+    if run.state == State.CANCELLED:
+        end_cancelled(run, settings, aws)
+    elif run.failed:  # SageMaker refused its job
+        announce_failure(run, settings, aws)
+    elif run.state == State.VALIDATED:
         # Behind those that wait already; but one that has a place may have a job, too.
         if aws.runs.open_runs(State.WAITING, limit=1) and not aws.runs.has_place(run):
             run = aws.runs.move(run, State.WAITING, reason="other runs have waited longer")
@@ -32,8 +36,6 @@ def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
             run = aws.runs.move(run, State.WAITING, reason=f"{settings.max_concurrent_jobs} runs at a time, and as many run")
     if run.state == State.WAITING:
         announce_waiting(run, settings, aws)
-    elif run.state == State.CANCELLED:
-        end_cancelled(run, settings, aws)
     return run
 
 
