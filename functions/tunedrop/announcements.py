@@ -1,10 +1,12 @@
 """How the end of a run reaches people and programs: an SNS message beside the event on the bus."""
 
-from tunedrop import events, layout
+from typing import Any
+
+from tunedrop import bus, events, layout
 from tunedrop.aws import Aws, Settings
 from tunedrop.events import RunEvent
 from tunedrop.messages import message
-from tunedrop.runs import Run
+from tunedrop.runs import UPLOAD, Run, State
 
 
 class AnnounceSettings(Settings):
@@ -24,15 +26,24 @@ def announce_waiting(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
 
 
 def announce_failure(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
-    """Give the place of a run that ended without a model back, say so and close it; nothing if that has been done.
+    """Give the place of a run that ended without a model back, say so and close it, unless that has been done.
 
-    The event comes after the place is free: start_training gives it to the next run then.
+    The event comes after the place is free: start_training gives it to the next run then. An upload that came meanwhile, and
+    could not begin the next attempt before this one had ended, is validated now.
     """
-    if run.open is None:
-        return
-    aws.runs.release(run)
-    links = {"receipt": f"s3://{settings.artifact_bucket}/{layout.run_key(run.run_id, 'validation.json')}"}
-    event = RunEvent(detail_type=events.FAILED, run=run, links=links)
-    events.put_event(aws.events, settings.event_bus, event)
-    notify(aws, settings.topic_arn, event)
-    aws.runs.close(run)
+    if run.open is not None:
+        aws.runs.release(run)
+        links = {"receipt": f"s3://{settings.artifact_bucket}/{layout.run_key(run.run_id, 'validation.json')}"}
+        event = RunEvent(detail_type=events.FAILED, run=run, links=links)
+        events.put_event(aws.events, settings.event_bus, event)
+        notify(aws, settings.topic_arn, event)
+        aws.runs.close(run)
+    upload = aws.runs.upload(run.key)
+    if upload is not None and upload["state"] == State.VALIDATING and f"{run.key}@{upload['sequencer']}" != run.trigger:
+        request_validation(upload, settings, aws)
+
+
+def request_validation(upload: dict[str, Any], settings: AnnounceSettings, aws: Aws) -> None:
+    """Have validate_dataset take up an upload, of which this is the item, once more."""
+    detail = {"key": upload["id"].removeprefix(UPLOAD)} | {name: upload[name] for name in ("version_id", "sequencer")}
+    bus.put(aws.events, bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, detail))

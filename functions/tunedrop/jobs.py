@@ -1,5 +1,6 @@
 """A run's SageMaker jobs: creating one, finding the run of one, stopping them."""
 
+from datetime import timedelta
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -13,10 +14,12 @@ from tunedrop.launch_plan import instance_choices, job_request, load_plan
 from tunedrop.layout import JobName
 from tunedrop.observability import logger
 from tunedrop.run_config import RunConfig
-from tunedrop.runs import Run, State, backoff
+from tunedrop.runs import Run, State, ago, backoff
 
 # How SageMaker says that it knows no job of this name, or that there is nothing to stop.
 NO_SUCH_JOB = frozenset({"ValidationException", "ResourceNotFound"})
+# What a function has begun it has done by then, or died (https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html).
+LONGEST_INVOCATION = timedelta(minutes=15)
 
 
 class JobSettings(AnnounceSettings):
@@ -112,13 +115,13 @@ def wait_again(run: Run, to: State, reason: str, settings: AnnounceSettings, aws
     return run
 
 
-def end_cancelled(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
-    """Stop what job a cancelled run may have, and announce the run's end, unless that is for the end of a job to do."""
+def end_stopped(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
+    """Stop what job a run that ended may have, and announce its end, unless that is for the end of a job to do."""
     jobs = [_stopped(str(JobName(settings.job_prefix, kind, run.run_id, run.attempt)), aws) for kind in ("train", "test")]
     if any(job is not None and not job.final for job in jobs):
         return
-    if run.open is not None and run.train_job is None and jobs[0] is None and aws.runs.has_place(run):
-        return  # its job is being created: whoever does so stops it, or `reconcile` comes by again
+    if run.train_job is None and jobs[0] is None and run.updated > ago(LONGEST_INVOCATION) and aws.runs.has_place(run):
+        return  # its job may be being created: whoever does so stops it, or `reconcile` comes by again
     announce_failure(run, settings, aws)
 
 
@@ -132,8 +135,8 @@ def _stopped(name: str, aws: Aws) -> JobDetail | None:
     return describe(name, aws)
 
 
-def stop_if_cancelled(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
-    """Stop the job that was created for a run while the run was cancelled."""
+def stop_if_over(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
+    """Stop the job that was created for a run while the run ended: cancelled, or refused a job before it got this one."""
     there = aws.runs.get(run.run_id)
-    if there is not None and there.state == State.CANCELLED and there.attempt == run.attempt:
-        end_cancelled(there, settings, aws)
+    if there is not None and there.failed and there.attempt == run.attempt:
+        end_stopped(there, settings, aws)

@@ -134,6 +134,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
+def ago(age: timedelta) -> str:
+    """Return the time that was so long ago, as `now` does."""
+    return (datetime.fromisoformat(now()) - age).isoformat(timespec="microseconds")
+
+
 def backoff(run: Run) -> str | None:
     """Return the time before which a run whose job found no machine should not try again; None: at once.
 
@@ -143,7 +148,7 @@ def backoff(run: Run) -> str | None:
     if left:
         return None
     pause = min(timedelta(minutes=2 ** min(walks - 1, 10)), LONGEST_BACKOFF)
-    return (datetime.fromisoformat(now()) + pause).isoformat(timespec="microseconds")
+    return ago(-pause)
 
 
 class _ConditionFailedError(Exception):
@@ -218,7 +223,7 @@ class RunTable:
     def create(self, run: Run) -> Run:
         """Create a run, or begin the next attempt of a failed one that another upload triggered; return what is there.
 
-        The same content joins the run that has it, whatever state it is in.
+        The same content joins the run that has it, whatever state it is in; one whose end has not been announced yet, too.
         """
         item = msgspec.to_builtins(run) | {"id": RUN + run.run_id, "open": run.state.value}
         try:
@@ -229,7 +234,7 @@ class RunTable:
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
             there = self.get(run.run_id)
             assert there is not None  # runs are never deleted
-            if there.state in RETRYABLE and there.trigger != run.trigger:
+            if there.state in RETRYABLE and there.open is None and there.trigger != run.trigger:
                 return self._next_attempt(there, run)
             return there
         return run
@@ -389,6 +394,3 @@ def run_of_item(item: dict[str, Any]) -> Run:
     """Return the run that a run item of the table holds."""
     numbers = {"attempt", "rows", "choices"}
     return msgspec.convert({key: int(value) if key in numbers else value for key, value in item.items()}, Run)
-
-
-__all__ = ["FINAL", "MOVES", "RETRYABLE", "Run", "RunTable", "StaleMoveError", "State", "backoff", "now", "run_id"]

@@ -9,20 +9,26 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, ReadTimeoutError
-from fake_stack import ARTIFACTS
-from world import KilledError
+from fake_stack import ARTIFACTS, DATA
+from world import GOOD_DATA, KilledError
 
 from tunedrop import runs
-from tunedrop.runs import FINAL, State
+from tunedrop.events import VALIDATION_REQUESTED
+from tunedrop.runs import FINAL, RUN, State
 from tunedrop.stages import validate_dataset
 from tunedrop.stages.reconcile import ReconcileSettings, reconcile
 
 Deliveries = Iterator[tuple[str, dict[str, Any]]]
 Call = Callable[[], Any]
+START, LATER = (f"2026-01-01T00:0{minutes}:00.000000+00:00" for minutes in (0, 1))
+CLOCK = SimpleNamespace(now=START)
 
 
 def die_before(call: Call, again: Call) -> Any:
@@ -49,6 +55,12 @@ def time_out(call: Call, again: Call) -> Any:
 
 def overtake(call: Call, again: Call) -> Any:
     """A second delivery of the event is handled from beginning to end before this call is made."""
+    again()
+    return call()
+
+
+def hang(call: Call, again: Call) -> Any:
+    """The same, but all that the scenario still has happens as well before this call is made (see `play`)."""
     again()
     return call()
 
@@ -107,9 +119,8 @@ def no_capacity(world) -> Deliveries:
 
 def refused(world) -> Deliveries:
     yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
-    world.failing_jobs = ["ValidationException"] * 2  # for the delivery in trouble and the one after it
+    world.failing_jobs = ["ValidationException"] * 3  # for every delivery that there may be
     yield "start_training", validated(world, newest(world))
-    world.failing_jobs = []
 
 
 def stopped(world) -> Deliveries:
@@ -136,8 +147,35 @@ def untested_for_want_of_capacity(world) -> Deliveries:
     yield "start_training", world.job_event("start_training.job_ended", job)
 
 
+def dropped_again_while_stopping(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield "start_training", validated(world, newest(world))
+    yield "start_training", stop_requested(world)
+    run = world.run(newest(world))
+    CLOCK.now = LATER
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield "test_model", world.job_event("test_model.train_stopped", run.train_job)
+    (event,) = {
+        event["time"]: event for _, event in world.own_events() if event["detail-type"] == VALIDATION_REQUESTED
+    }.values()
+    yield "validate_dataset", event
+    yield "start_training", validated(world, run.run_id)
+
+
+def overwritten(world) -> Deliveries:
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", GOOD_DATA * 2)
+
+
+def overwritten_before(world) -> Deliveries:
+    late = world.upload_event("training_data/cars.jsonl")
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", GOOD_DATA * 2)
+    yield "validate_dataset", late
+
+
 def stop_requested(world) -> dict[str, Any]:
     event = world.load_event("start_training.stop_requested")
+    event["time"] = START
     event["detail"]["run_id"] = newest(world)
     return event
 
@@ -168,7 +206,7 @@ def outcome(n: int) -> dict[str, Any]:
 def fingerprint(world) -> dict[str, Any]:
     """All that there is in the end, but for the versions that S3 gave the uploads, and how long rewards took."""
     items = sorted(world.aws.runs._table.scan()["Items"], key=lambda item: item["id"])
-    versions = {item["version_id"] for item in items if "version_id" in item}
+    versions = [version["VersionId"] for version in world.aws.s3.list_object_versions(Bucket=DATA)["Versions"]]
     objects = {
         item["Key"]: world.aws.read(ARTIFACTS, item["Key"]).decode()
         for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix="runs/")["Contents"]
@@ -182,7 +220,7 @@ def fingerprint(world) -> dict[str, Any]:
         "objects": objects,
         "jobs": jobs,
         "packages": [(package["ModelPackageArn"], package["ModelApprovalStatus"]) for package in packages],
-        "events": sorted({json.loads(event["Detail"])["id"] for event in world.sent_events}),
+        "events": sorted({json.loads(event["Detail"]).get("id", event["DetailType"]) for event in world.sent_events}),
         "notified": sorted({message["MessageAttributes"]["id"]["StringValue"] for message in world.notifications}),
     }
     text = re.sub(r'\\"(p50_ms|p95_ms|run_seconds)\\": [-+.e\d]+', "", json.dumps(everything))
@@ -193,11 +231,18 @@ def fingerprint(world) -> dict[str, Any]:
 
 def play(deploy, scenario, trouble=None, delivery: int = -1, at: int = -1) -> tuple[list[list[str]], dict[str, Any]]:
     """Play a scenario with trouble at one call of one delivery; return the calls of each delivery, and the end."""
+    CLOCK.now = START
     with deploy() as world:
         calls = []
-        for number, (function, event) in enumerate(scenario(world)):
+        deliveries = scenario(world)
+
+        def again(*first: Any) -> None:
+            for function, event in chain([first], deliveries if trouble is hang else []):
+                world.handle(function, event)
+
+        for number, (function, event) in enumerate(deliveries):
             if number == delivery:
-                world.trouble_happens(trouble, at, (function, event))
+                world.trouble_happens(trouble, at, partial(again, function, event))
                 try:
                     world.handle(function, event)
                 except Exception:  # noqa: BLE001 - whatever the trouble turned into
@@ -230,7 +275,7 @@ def search(deploy, scenario, troubles) -> int:
 def still_time(monkeypatch):
     """A clock that stands still, so that what differs in the end is not the time."""
     for module in (runs, validate_dataset):
-        monkeypatch.setattr(module, "now", lambda: "2026-01-01T00:00:00.000000+00:00")
+        monkeypatch.setattr(module, "now", lambda: CLOCK.now)
 
 
 def test_a_published_run_survives_death_at_every_call(deploy, capsys):
@@ -240,16 +285,24 @@ def test_a_published_run_survives_death_at_every_call(deploy, capsys):
     assert tried >= 60
 
 
+@pytest.mark.parametrize("scenario", [overwritten, dropped_again_while_stopping], ids=lambda scenario: scenario.__name__)
+def test_a_handler_that_goes_on_after_all_the_others_changes_nothing(deploy, scenario, capsys):
+    tried = search(deploy, scenario, [hang])
+    with capsys.disabled():
+        print(f"\n{tried} handlers that went on at the end of a run {scenario.__name__}")
+
+
 SCENARIOS = [
-    *(published, rejected, training_failed, untested, no_capacity, refused),
-    *(stopped, stopped_while_waiting, untested_for_want_of_capacity),
+    *(published, rejected, training_failed, untested, no_capacity, refused, overwritten, overwritten_before),
+    *(stopped, stopped_while_waiting, dropped_again_while_stopping, untested_for_want_of_capacity),
 ]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_every_scenario_survives_every_trouble_at_every_call(deploy, scenario, capsys):
-    tried = search(deploy, scenario, [die_before, die_after, throttle, break_down, time_out, take_no_entry, overtake])
+    troubles = [die_before, die_after, throttle, break_down, time_out, take_no_entry, overtake, hang]
+    tried = search(deploy, scenario, troubles)
     with capsys.disabled():
         print(f"\n{tried} troubles of a run that ends {scenario.__name__}")
 
@@ -260,17 +313,22 @@ def test_the_scenarios_end_as_they_say(deploy):
         with deploy() as world:
             for function, event in scenario(world):
                 world.handle(function, event)
-            ends[scenario.__name__] = (world.run(newest(world)).state, world.run(newest(world)).attempt)
+            items = world.aws.runs._table.scan()["Items"]
+            run = world.run(newest(world))
+            ends[scenario.__name__] = (run.state, run.attempt, sum(item["id"].startswith(RUN) for item in items))
     assert ends == {
-        "published": (State.PUBLISHED, 1),
-        "rejected": (State.REJECTED, 1),
-        "training_failed": (State.TRAINING, 2),
-        "untested": (State.TESTING_FAILED, 1),
-        "no_capacity": (State.TRAINING, 2),
-        "refused": (State.TRAINING_FAILED, 1),
-        "stopped": (State.CANCELLED, 1),
-        "stopped_while_waiting": (State.CANCELLED, 1),
-        "untested_for_want_of_capacity": (State.TESTING, 2),
+        "published": (State.PUBLISHED, 1, 1),
+        "rejected": (State.REJECTED, 1, 1),
+        "training_failed": (State.TRAINING, 2, 1),
+        "untested": (State.TESTING_FAILED, 1, 1),
+        "no_capacity": (State.TRAINING, 2, 1),
+        "refused": (State.TRAINING_FAILED, 1, 1),
+        "overwritten": (State.VALIDATED, 1, 2),
+        "overwritten_before": (State.VALIDATED, 1, 1),
+        "stopped": (State.CANCELLED, 1, 1),
+        "stopped_while_waiting": (State.CANCELLED, 1, 1),
+        "dropped_again_while_stopping": (State.TRAINING, 2, 1),
+        "untested_for_want_of_capacity": (State.TESTING, 2, 1),
     }
 
 
@@ -280,7 +338,8 @@ def test_the_scenarios_end_as_they_say(deploy):
 def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
     """Play a scenario whose run somebody stops right before one call of one delivery, which then goes on and comes again.
 
-    Asserts that what had not ended ends cancelled, its jobs and its place with it, and is announced. False: no run was there.
+    Asserts that a run that had not ended is cancelled, that its jobs and its place end with it, and that it is announced.
+    False: there was no run yet.
     """
     with deploy() as world:
         found = []
@@ -294,7 +353,7 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
 
         for number, (function, event) in enumerate(scenario(world)):
             if number == delivery:
-                world.trouble_happens(stop, at, (function, event))
+                world.trouble_happens(stop, at)
             world.handle(function, event)
             if number == delivery:
                 world.handle(function, event)
@@ -305,8 +364,8 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
         end = run.state if run.state in FINAL else State.CANCELLED
         assert {world.jobs[job]["TrainingJobStatus"] for job in world.active_jobs} <= {"Stopping"}
         for job in world.active_jobs:
-            ended = "test_model.train_stopped" if "-train-" in job else "publish_results.test_stopped"
-            world.handle(ended.split(".")[0], world.job_event(ended, job))
+            function, kind = ("test_model", "train") if "-train-" in job else ("publish_results", "test")
+            world.handle(function, world.job_event(f"{function}.{kind}_stopped", job))
         reconcile(ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
         there = world.run(run.run_id)
         assert (there.state, there.attempt, there.open) == (end, run.attempt, None)

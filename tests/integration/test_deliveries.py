@@ -118,14 +118,15 @@ class Deliveries(RuleBasedStateMachine):
     @rule(which=pick, call=st.integers(0, 12), death=st.sampled_from([die_before, die_after]))
     def deliver_and_die(self, which, call, death):
         function, event = self.pending[which % len(self.pending)]
-        self.world.trouble_happens(death, call, (function, event))
+        self.world.trouble_happens(death, call)
         self.handle(function, event)
 
     @precondition(lambda self: len(self.pending) > 1)
     @rule(which=pick, other=pick, call=st.integers(0, 12))
     def deliver_two_at_once(self, which, other, call):
         function, event = self.pending[which % len(self.pending)]
-        self.world.trouble_happens(overtake, call, self.pending[other % len(self.pending)])
+        second = self.pending[other % len(self.pending)]
+        self.world.trouble_happens(overtake, call, lambda: self.world.handle(*second))
         self.handle(function, event)
 
     @precondition(lambda self: any(event["source"] != "aws.s3" for _, event in self.pending))

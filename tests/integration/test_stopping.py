@@ -1,10 +1,13 @@
 """A run can be stopped in every state that is not final, and ends CANCELLED; and how jobs' ends end their runs."""
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from fake_stack import ARTIFACTS
+from world import KilledError
 
+from tunedrop import jobs
 from tunedrop.runs import CAPACITY, State
 from tunedrop.stages.reconcile import ReconcileSettings, reconcile
 
@@ -17,6 +20,10 @@ def stop(world, run, when: datetime | None = None):
     event["time"] = (when or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
     world.handle("start_training", event)
     return world.run(run.run_id)
+
+
+def die(call):
+    raise KilledError
 
 
 def waiting(world):
@@ -127,6 +134,50 @@ def test_a_job_that_was_being_created_while_its_run_was_cancelled_is_stopped(wor
     world.handle(function, world.job_event(ended, job))
     assert world.run(run.run_id).open is None
     assert places(world) == set()
+
+
+def test_a_job_of_a_run_that_another_delivery_saw_refused_is_stopped(world):
+    run = world.drop()
+
+    def refused_meanwhile(call):
+        world.failing_jobs = ["ValidationException"]
+        world.start(run)
+        return call()
+
+    world.next_call("CreateTrainingJob", refused_meanwhile)
+    run = world.start(run)
+    assert (run.state, run.open) == (State.TRAINING_FAILED, None)
+    (job,) = world.jobs.values()
+    assert job["TrainingJobStatus"] == "Stopping"
+
+
+def test_a_run_whose_job_nobody_lived_to_create_ends_when_nobody_can_be_creating_it_any_more(world, monkeypatch):
+    run = world.drop()
+    world.next_call("CreateTrainingJob", die)
+    with pytest.raises(KilledError):
+        world.start(run)
+    run = stop(world, run)
+    assert (run.state, places(world)) == (State.CANCELLED, {run.run_id})  # who took the place may be creating the job still
+    help_after = partial(reconcile, ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
+    help_after()
+    assert world.run(run.run_id).open
+    monkeypatch.setattr(jobs, "LONGEST_INVOCATION", timedelta(0))
+    help_after()
+    assert (world.run(run.run_id).open, places(world)) == (None, set())
+
+
+def test_a_run_that_is_dropped_again_while_its_job_stops_begins_its_next_attempt_when_that_has_ended(world):
+    run = world.start(world.drop())
+    stop(world, run)
+    upload = world.upload_event(run.key)
+    assert world.handle("validate_dataset", upload) == {}
+    assert world.run(run.run_id).attempt == 1
+    world.handle("test_model", world.job_event("test_model.train_stopped", run.train_job))
+    (requested,) = [event for function, event in world.own_events() if function == "validate_dataset"]
+    world.handle("validate_dataset", requested)
+    again = world.run(run.run_id)
+    assert (again.state, again.attempt) == (State.VALIDATED, 2)
+    assert world.notifications[0]["MessageAttributes"]["status"]["StringValue"] == "CANCELLED"
 
 
 def test_reconcile_ends_a_cancelled_run_whose_jobs_end_was_lost(world):

@@ -83,13 +83,16 @@ class World:
             self.dead = False
 
     def trouble_happens(
-        self, trouble: Callable[[Callable[[], Any], Callable[[], Any]], Any], at: int, again: tuple[str, dict[str, Any]]
+        self,
+        trouble: Callable[[Callable[[], Any], Callable[[], Any]], Any],
+        at: int,
+        again: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Let trouble happen to one call of the next invocation; it may make the call, and have `again` handled."""
+        """Let trouble happen to one call of the next invocation; it may make the call, and have `again` happen before."""
 
         def once(call: Callable[[], Any]) -> Any:
             self.trouble_at = -1
-            return trouble(call, lambda: self.handle(*again))
+            return trouble(call, again)
 
         self.trouble, self.trouble_at = once, at
 

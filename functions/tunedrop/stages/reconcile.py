@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from tunedrop import bus, events
-from tunedrop.announcements import announce_failure
+from tunedrop.announcements import announce_failure, request_validation
 from tunedrop.aws import Aws
-from tunedrop.events import JobDetail, Upload
-from tunedrop.jobs import JobSettings, describe, end_cancelled
+from tunedrop.events import JobDetail
+from tunedrop.jobs import JobSettings, describe, end_stopped
 from tunedrop.observability import logger, metrics
-from tunedrop.runs import FINAL, UPLOAD, Run, StaleMoveError, State, now
+from tunedrop.runs import FINAL, Run, StaleMoveError, State, ago, now
 from tunedrop.stages import publish_results, start_training, test_model, validate_dataset
 from tunedrop.stages.publish_results import PublishSettings
 
@@ -43,7 +42,7 @@ def reconcile(
     for state in State:
         for seen in aws.runs.open_runs(state):
             oldest = min(oldest, seen.arrived)
-            run = aws.runs.get(seen.run_id) if seen.updated <= _ago(minimum_age) else None
+            run = aws.runs.get(seen.run_id) if seen.updated <= ago(minimum_age) else None
             if run is None or run.open is None:  # the index lags behind the table
                 continue
             looked_at += 1
@@ -56,15 +55,11 @@ def reconcile(
                 errors.append(error)
     age = datetime.fromisoformat(started) - datetime.fromisoformat(oldest)
     metrics.add_metric(name="OldestOpenRunHours", unit="Count", value=age / timedelta(hours=1))
-    _request_validations(_ago(validation_age), settings, aws)
+    _request_validations(ago(validation_age), settings, aws)
     start_training.start_waiting(settings, aws, limit=None)
     if errors:
         raise errors[0]
     return looked_at
-
-
-def _ago(age: timedelta) -> str:
-    return (datetime.fromisoformat(now()) - age).isoformat(timespec="microseconds")
 
 
 def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
@@ -80,7 +75,7 @@ def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
     elif run.state == State.PUBLISHED:
         publish_results.announce(run, settings, aws)
     elif run.state == State.CANCELLED:
-        end_cancelled(run, settings, aws)
+        end_stopped(run, settings, aws)
     elif run.state in FINAL:
         announce_failure(run, settings, aws)
 
@@ -101,5 +96,4 @@ def _request_validations(before: str, settings: ReconcileSettings, aws: Aws) -> 
         if item["tries"] >= MOST_VALIDATIONS:
             logger.error("an upload cannot be validated: see the dead-letter queue", version_id=item["version_id"])
             continue
-        upload = Upload(key=item["id"].removeprefix(UPLOAD), version_id=item["version_id"], sequencer=item["sequencer"])
-        bus.put(aws.events, bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, upload.model_dump()))
+        request_validation(item, settings, aws)

@@ -9,7 +9,7 @@ from tunedrop import events
 from tunedrop.announcements import announce_failure, announce_waiting
 from tunedrop.aws import Aws
 from tunedrop.events import RunEvent
-from tunedrop.jobs import JobRefusedError, JobSettings, create_job, end_cancelled, stop_if_cancelled
+from tunedrop.jobs import JobRefusedError, JobSettings, create_job, end_stopped, stop_if_over
 from tunedrop.observability import logger
 from tunedrop.runs import Run, StaleMoveError, State
 from tunedrop.stages.test_model import start_tests
@@ -23,7 +23,7 @@ def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
     A second delivery of its event finishes what the first one left undone.
     """
     if run.state == State.CANCELLED:
-        end_cancelled(run, settings, aws)
+        end_stopped(run, settings, aws)
     elif run.failed:  # SageMaker refused its job
         announce_failure(run, settings, aws)
     elif run.state == State.VALIDATED:
@@ -59,7 +59,7 @@ def _start(run: Run, settings: JobSettings, aws: Aws) -> Run:
     try:
         return aws.runs.move(run, State.TRAINING, reason=None, not_before=None, **job)
     except StaleMoveError:
-        stop_if_cancelled(run, settings, aws)
+        stop_if_over(run, settings, aws)
         raise
 
 

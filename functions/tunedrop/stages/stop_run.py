@@ -4,7 +4,7 @@ from datetime import datetime
 
 from tunedrop.announcements import AnnounceSettings
 from tunedrop.aws import Aws
-from tunedrop.jobs import end_cancelled
+from tunedrop.jobs import end_stopped
 from tunedrop.observability import logger
 from tunedrop.runs import FINAL, Run, StaleMoveError, State
 
@@ -15,14 +15,14 @@ def stop_run(run: Run, requested: datetime, settings: AnnounceSettings, aws: Aws
     The move comes first: nothing that a job or an event does afterwards makes the run go on. A request from before the
     run arrived (events have seconds only) meant an earlier attempt and is ignored.
     """
-    if requested < datetime.fromisoformat(run.arrived).replace(microsecond=0):
-        logger.info("ignored a request to stop an earlier attempt", run_id=run.run_id)
-        return run
     while run.state not in FINAL:
+        if requested < datetime.fromisoformat(run.arrived).replace(microsecond=0):
+            logger.info("ignored a request to stop an earlier attempt", run_id=run.run_id)
+            return run
         try:
             run = aws.runs.move(run, State.CANCELLED, reason="stopped on request")
         except StaleMoveError:  # it has begun its next attempt, or ended, this moment
             run = aws.runs.get(run.run_id) or run
     if run.state == State.CANCELLED:
-        end_cancelled(run, settings, aws)
+        end_stopped(run, settings, aws)
     return run

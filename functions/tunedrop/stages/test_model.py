@@ -9,7 +9,7 @@ from tunedrop import events
 from tunedrop.announcements import announce_failure, announce_waiting
 from tunedrop.aws import Aws
 from tunedrop.events import JobDetail, RunEvent
-from tunedrop.jobs import JobRefusedError, JobSettings, create_job, run_of_job, stop_if_cancelled, wait_again
+from tunedrop.jobs import JobRefusedError, JobSettings, create_job, run_of_job, stop_if_over, wait_again
 from tunedrop.runs import Run, StaleMoveError, State
 
 
@@ -75,5 +75,5 @@ def start_tests(run: Run, settings: JobSettings, aws: Aws) -> Run:
             run, State.TESTING, test_job=job["test_job"], choices=job["choices"], reason=None, not_before=None
         )
     except StaleMoveError:
-        stop_if_cancelled(run, settings, aws)
+        stop_if_over(run, settings, aws)
         raise

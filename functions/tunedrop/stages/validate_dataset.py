@@ -24,7 +24,7 @@ from tunedrop.readers import BLOCK_BYTES, refuse, suffix_of
 from tunedrop.receipt import Check, check_config, check_dataset
 from tunedrop.rewards import deployment_of
 from tunedrop.run_config import MAX_CONFIG_BYTES
-from tunedrop.runs import Run, State, now, run_id
+from tunedrop.runs import RETRYABLE, Run, State, now, run_id
 from tunedrop.s3_stream import CHUNK_BYTES, S3Stream
 
 INPUT_FILES = ("config.json", "train.jsonl", "heldout.jsonl", "inference_tests.json")
@@ -42,6 +42,9 @@ class ValidateSettings(AnnounceSettings):
 
 def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
     """Validate an uploaded dataset; return its run, or None if the upload is not a dataset or a newer one was seen.
+
+    None as well if it is to begin the next attempt of a run whose last one has not ended yet: `announce_failure` has it
+    validated again then.
 
     The run's input folder and its receipt are written before the run exists, and the run before it is announced, so that
     a second delivery of the event completes whatever the first one left undone.
@@ -126,10 +129,13 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             reason=None if check.ok else _reason(check),
         )
         _write(run, check, source, folder, settings, aws)
-    run = aws.runs.create(run)
+    there = aws.runs.create(run)
+    if there.state in RETRYABLE and there.open is not None and there.trigger != run.trigger:
+        logger.info("the run's last attempt has not ended yet", run_id=run.run_id)
+        return None
     aws.runs.finish_upload(upload.key, upload.sequencer, run.state, run.run_id)
-    announce(run, settings, aws)
-    return run
+    announce(there, settings, aws)
+    return there
 
 
 def _reason(check: Check) -> str:
