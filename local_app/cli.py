@@ -18,10 +18,12 @@ from rich.table import Table
 from local_app import base_model
 from local_app.check import check_file, receipt_json, receipt_text
 from local_app.deployment import Deployment
+from local_app.listener import listening
 from local_app.results import differences
 from local_app.sample import CONFIG, DATA, TESTS
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from local_app.watch import follow
+from tunedrop import events
 from tunedrop.config_help import config_defaults, config_schema
 from tunedrop.problems import Problem
 from tunedrop.readers import DATA_SUFFIXES, suffix_of
@@ -253,6 +255,7 @@ def _end_of(deployment: Deployment, run: Run) -> list[str]:
         f"verdict: {result['verdict']}: {scores}",
         *(f"  {reason}" for reason in result["reasons"]),
         f"model: {result['artifacts']['merged_model']}",
+        f"model package: {result['model_package']}",
         f"published: {deployment.save_report(run)}",
     ]
 
@@ -439,13 +442,19 @@ def redrive(deployment: Deployment) -> None:
 def demo(context: click.Context) -> None:
     """Start the application, drop the sample dataset, wait for its published model, and end the application.
 
+    Beside the verdict it shows what a subscriber of the stack's topic and a rule on its bus received.
+
     Example: tunedrop demo
     """
     stack = _start(context.obj)
     try:
         deployment = Deployment.local(stack)
-        run = follow(deployment, deployment.drop(DATA, CONFIG, TESTS), console)
-        lines = _end_of(deployment, run)
+        with listening(stack) as listener:
+            run = follow(deployment, deployment.drop(DATA, CONFIG, TESTS), console)
+            lines = _end_of(deployment, run)
+            if run.state == State.PUBLISHED:
+                notification, types = listener.heard_of(run.run_id, events.PUBLISHED)
+                lines[-1:-1] = [f"notification: {notification['Subject']}", f"events: {', '.join(types)}"]
     finally:
         stack.down()
     _finish(run, lines)

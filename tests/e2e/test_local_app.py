@@ -5,9 +5,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, check
 from local_app.deployment import Deployment
+from local_app.listener import listening
 from local_app.stack import STACK_NAME
 from tunedrop.runs import State
 
@@ -77,33 +76,14 @@ def app(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def notifications(app):
-    """What an HTTP subscriber of the stack's topic receives."""
-    received: list[dict[str, Any]] = []
-    sns = app.stack.client("sns")
-
-    class Subscriber(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            message = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
-            if message["Type"] == "SubscriptionConfirmation":
-                sns.confirm_subscription(TopicArn=message["TopicArn"], Token=message["Token"])
-            else:
-                received.append(message)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Subscriber)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sns.subscribe(TopicArn=app.stack.outputs.topic_arn, Protocol="http", Endpoint=f"http://127.0.0.1:{server.server_port}/")
-    yield received
-    server.shutdown()
+def listener(app):
+    """What an HTTP subscriber of the stack's topic and a rule on its bus receive."""
+    with listening(app.stack) as listener:
+        yield listener
 
 
 @pytest.fixture(scope="module")
-def published(app, notifications):
+def published(app, listener):
     """A run that was dropped with its config, tests and model, and followed to its end: what was printed, and the run."""
     data = app.write("faq.json", "\n".join(json.dumps(record, indent=2, ensure_ascii=False) for record in FAQ))
     config, tests = app.write("faq.yaml", CONFIG), app.write("tests.json", json.dumps(TESTS))
@@ -157,11 +137,13 @@ def test_iam_was_enforced_and_denied_nothing(app, published):
     assert [call for call in calls if not call["allowed"]] == []
 
 
-def test_the_end_is_notified(published, notifications):
+def test_the_end_is_notified_and_every_stage_is_on_the_bus(published, listener):
     _, run = published
-    (message,) = [message for message in notifications if run.run_id in message["Message"]]
+    message, types = listener.heard_of(run.run_id, "Results Published")
     assert message["Subject"].startswith(f"{run.verdict}: faq, score 0.")
     assert json.loads(message["Message"])["report"].startswith("s3://")
+    assert types[0] == "Dataset Validated"
+    assert {"Training Started", "Inference Tests Started"} <= set(types)
 
 
 def test_the_commands_that_look_at_runs(app, published):
