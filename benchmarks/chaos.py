@@ -31,7 +31,7 @@ from local_app.stack import STACK_NAME, Stack  # noqa: E402
 from tunedrop.runs import FINAL, Run, State  # noqa: E402
 
 CONFIG = """model: tiny
-rewards: [{type: exact_match}, {type: length, maximum: 8, unit: characters, weight: 0.1}]
+rewards: [{type: contains}, {type: similarity}]
 lora: {r: 4, lora_alpha: 8}
 grpo: {max_steps: 2, num_generations: 4, per_device_train_batch_size: 8, max_completion_length: 8, learning_rate: 1e-2}
 max_prompt_length: 200

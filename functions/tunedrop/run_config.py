@@ -213,7 +213,7 @@ class Learnability(_Section):
         default="go_on",
         description="go_on, drop the rows found to teach nothing, or stop the job if too few groups teach anything.",
     )
-    samples: Annotated[int, Field(ge=0, le=64, description="Answers to each row that is asked; 0: no row is asked.")] = 4
+    samples: Annotated[int, Field(ge=0, le=64, description="Answers to each row that is asked; 0: no row is asked.")] = 8
     min_nonzero_groups: Annotated[
         float, Field(ge=0, le=1, description="Expected share of groups with a gradient below which `stop` stops.")
     ] = 0.1

@@ -48,7 +48,7 @@ def test_rewards_of_many_values_are_expected_to_differ():
 
 @pytest.mark.parametrize(
     ("answers", "samples", "asked"),
-    [(100_000, 4, 128), (12_000, 4, 90), (480, 4, 24)],  # 3 % of the run's answers, within limits
+    [(100_000, 8, 128), (12_000, 8, 45), (480, 8, 24)],  # 3 % of the run's answers, within limits
 )
 def test_the_gate_costs_a_small_part_of_the_run(answers, samples, asked):
     assert learnability.prompts_to_ask(answers, samples) == asked
@@ -94,7 +94,7 @@ def test_the_forecast_is_what_training_then_measures(job, monkeypatch):
     prepare(job, monkeypatch, ["never"] * 6 + ["sometimes"] * 12 + ["always"] * 6)
     train.train(train.parse_flags([]))
     told = job.training()["learnability"]
-    assert (told["prompts"], told["samples"]) == (24, 4)
+    assert (told["prompts"], told["samples"]) == (24, 8)
     assert (told["dead"], told["solved"]) == (pytest.approx(0.25, abs=0.1), pytest.approx(0.25, abs=0.1))
     assert told["expected_nonzero_groups"] == pytest.approx(0.5, abs=0.1)
     shares = [1 - point["frac_reward_zero_std"] for point in job.metrics()]
