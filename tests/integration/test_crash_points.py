@@ -310,6 +310,7 @@ def test_every_scenario_survives_every_trouble_at_every_call(deploy, scenario, c
 def test_the_scenarios_end_as_they_say(deploy):
     ends = {}
     for scenario in SCENARIOS:
+        CLOCK.now = START
         with deploy() as world:
             for function, event in scenario(world):
                 world.handle(function, event)
@@ -341,6 +342,7 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
     Asserts that a run that had not ended is cancelled, that its jobs and its place end with it, and that it is announced.
     False: there was no run yet.
     """
+    CLOCK.now = START
     with deploy() as world:
         found = []
 
