@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from string import ascii_lowercase
 
 import psutil
 
@@ -31,7 +32,7 @@ from local_app.stack import STACK_NAME, Stack  # noqa: E402
 from tunedrop.runs import FINAL, Run, State  # noqa: E402
 
 CONFIG = """model: tiny
-rewards: [{type: contains}, {type: similarity}]
+rewards: [{type: similarity}]
 lora: {r: 4, lora_alpha: 8}
 grpo: {max_steps: 2, num_generations: 4, per_device_train_batch_size: 8, max_completion_length: 8, learning_rate: 1e-2}
 max_prompt_length: 200
@@ -53,7 +54,9 @@ class Chaos:
         folder = self.stack.folder / "datasets"
         folder.mkdir(exist_ok=True)
         name = f"d{len(self.dropped):03}"
-        rows = [f'{{"question": "Say {name} {letter}", "answer": "{letter}"}}\n' for letter in "abcdefghijkl"]
+        # Answers of many letters: any two texts are more or less like one, so that every group teaches something.
+        answers = [ascii_lowercase[n:] + ascii_lowercase[:n] for n in range(12)]
+        rows = [f'{{"question": "Say {name} from {text[0]}", "answer": "{text}"}}\n' for text in answers]
         data, config = folder / f"{name}.jsonl", folder / f"{name}.yaml"
         data.write_text("".join(rows))
         config.write_text(CONFIG)
