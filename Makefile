@@ -51,7 +51,7 @@ test: lint browser $(LINT)
 
 # What is slow by nature.
 soak: install browser $(LINT)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak -n 2 --dist load --durations=25 -rA --show-capture=no
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak -n 2 --dist load --durations=25
 
 # To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
 deploy: install

@@ -28,3 +28,17 @@ def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
 def load_event() -> Callable[[str], dict[str, Any]]:
     """Read `events/<name>.json`."""
     return lambda name: json.loads((EVENTS / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Have a figure that a test found printed at the end, by whichever process the test ran in."""
+    return lambda text: record_property("said", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests had to `say`."""
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, text in report.user_properties:
+            if name == "said" and report.when == "call":
+                terminalreporter.write_line(str(text))

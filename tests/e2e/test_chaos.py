@@ -19,10 +19,9 @@ def alone(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_ten_minutes_of_chaos_lose_nothing(capsys):
+def test_ten_minutes_of_chaos_lose_nothing(say):
     killed, ended, dropped = chaos(minutes=10, pause=8, seed=2026)
-    with capsys.disabled():
-        print(f"\nkilled {dict(killed)}; of {dropped} datasets {dict(ended)}")
+    say(f"killed {dict(killed)}; of {dropped} datasets {dict(ended)}")
     assert killed.keys() == {"function", "job", "application"}
     assert ended.total() == dropped
     assert ended["published"] > 0

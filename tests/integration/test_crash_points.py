@@ -278,18 +278,16 @@ def still_time(monkeypatch):
         monkeypatch.setattr(module, "now", lambda: CLOCK.now)
 
 
-def test_a_published_run_survives_death_at_every_call(deploy, capsys):
+def test_a_published_run_survives_death_at_every_call(deploy, say):
     tried = search(deploy, published, [die_before, die_after])
-    with capsys.disabled():
-        print(f"\n{tried} crash points of a published run")
+    say(f"{tried} crash points of a published run")
     assert tried >= 60
 
 
 @pytest.mark.parametrize("scenario", [overwritten, dropped_again_while_stopping], ids=lambda scenario: scenario.__name__)
-def test_a_handler_that_goes_on_after_all_the_others_changes_nothing(deploy, scenario, capsys):
+def test_a_handler_that_goes_on_after_all_the_others_changes_nothing(deploy, scenario, say):
     tried = search(deploy, scenario, [hang])
-    with capsys.disabled():
-        print(f"\n{tried} handlers that went on at the end of a run {scenario.__name__}")
+    say(f"{tried} handlers that went on at the end of a run {scenario.__name__}")
 
 
 SCENARIOS = [
@@ -300,11 +298,10 @@ SCENARIOS = [
 
 @pytest.mark.soak
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_every_scenario_survives_every_trouble_at_every_call(deploy, scenario, capsys):
+def test_every_scenario_survives_every_trouble_at_every_call(deploy, scenario, say):
     troubles = [die_before, die_after, throttle, break_down, time_out, take_no_entry, overtake, hang]
     tried = search(deploy, scenario, troubles)
-    with capsys.disabled():
-        print(f"\n{tried} troubles of a run that ends {scenario.__name__}")
+    say(f"{tried} troubles of a run that ends {scenario.__name__}")
 
 
 def test_the_scenarios_end_as_they_say(deploy):
@@ -382,10 +379,9 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
     [published, *(pytest.param(each, marks=pytest.mark.soak) for each in (no_capacity, untested_for_want_of_capacity))],
     ids=lambda scenario: scenario.__name__,
 )
-def test_a_run_can_be_stopped_before_every_call(deploy, scenario, capsys):
+def test_a_run_can_be_stopped_before_every_call(deploy, scenario, say):
     calls, _ = play(deploy, scenario)
     moments = [(delivery, at) for delivery, operations in enumerate(calls) for at in range(len(operations))]
     tried = sum(stopped_at(deploy, scenario, *moment) for moment in moments)
-    with capsys.disabled():
-        print(f"\n{tried} stops of a run {scenario.__name__}")
+    say(f"{tried} stops of a run {scenario.__name__}")
     assert tried >= 20
