@@ -100,12 +100,12 @@ SLOW: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
     "100 MB of opening braces": (".jsonl", lambda: repeated(b"", b"{", 100 * MB, b""), {"ROW_TOO_LARGE", "BAD_JSON"}),
     "10 million rows": (
         ".jsonl",
-        lambda: (b'{"question":"%d","answer":"%d"}\n' % (n, n) for n in range(10_000_000)),
+        lambda: (b'{"question":"%d","answer":"%d"}\n' % (n, n + 1) for n in range(10_000_000)),
         set(),
     ),
     "10 million rows in CSV": (
         ".csv",
-        lambda: iter([b"question,answer\n", *(b"%d,%d\n" % (n, n) for n in range(10_000_000))]),
+        lambda: iter([b"question,answer\n", *(b"%d,%d\n" % (n, n + 1) for n in range(10_000_000))]),
         set(),
     ),
     "gzip of more than a dataset may have": (
