@@ -1,7 +1,7 @@
 """Rows that say the same: exact repetitions, and one prompt with several answers, found in about 24 bytes a row."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -39,20 +39,22 @@ class Duplicates:
         counts, rows = {"exact": 0, "same_prompt": 0}, {"exact": list[list[int]](), "same_prompt": list[list[int]]()}
         for bucket in buckets:
             if len({self._prompts[index] for index in bucket}) < len(bucket):
-                for kind, pairs in self._repeated(bucket).items():
-                    counts[kind] += len(pairs)
-                    rows[kind] = sorted(rows[kind] + pairs[:SHOWN])[:SHOWN]
+                found = {kind: list[list[int]]() for kind in rows}  # the first of this bucket, which may have all rows
+                for kind, number, first in self._repeated(bucket):
+                    counts[kind] += 1
+                    if len(found[kind]) < SHOWN:
+                        found[kind].append([number, first])
+                rows = {kind: sorted(pairs + found[kind])[:SHOWN] for kind, pairs in rows.items()}
         return counts | {f"{kind}_rows": pairs for kind, pairs in rows.items()}
 
-    def _repeated(self, bucket: "array[int]") -> dict[str, list[list[int]]]:
-        found: dict[str, list[list[int]]] = {"exact": [], "same_prompt": []}
+    def _repeated(self, bucket: "array[int]") -> Iterator[tuple[str, int, int]]:
+        """Yield which rows of a bucket repeat one above them, in what, and which one."""
         first: dict[int, int] = {}
         for index in bucket:
             prompt, row, number = self._prompts[index], self._rows[index], self._numbers[index]
             if row in first:
-                found["exact"].append([number, first[row]])
+                yield "exact", number, first[row]
             elif prompt in first:
-                found["same_prompt"].append([number, first[prompt]])
+                yield "same_prompt", number, first[prompt]
             first.setdefault(row, number)
             first.setdefault(prompt, number)
-        return found
