@@ -4,7 +4,7 @@ from typing import Any
 
 from tunedrop import bus, events, layout
 from tunedrop.aws import Aws, Settings
-from tunedrop.events import RunEvent
+from tunedrop.events import RunEvent, Upload
 from tunedrop.messages import message
 from tunedrop.runs import UPLOAD, Run, State
 
@@ -43,7 +43,7 @@ def announce_failure(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
         request_validation(upload, settings, aws)
 
 
-def request_validation(upload: dict[str, Any], settings: AnnounceSettings, aws: Aws) -> None:
-    """Have validate_dataset take up an upload, of which this is the item, once more."""
-    detail = {"key": upload["id"].removeprefix(UPLOAD)} | {name: upload[name] for name in ("version_id", "sequencer")}
-    bus.put(aws.events, bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, detail))
+def request_validation(item: dict[str, Any], settings: AnnounceSettings, aws: Aws) -> None:
+    """Have validate_dataset take up the upload of this upload item once more."""
+    upload = Upload(key=item["id"].removeprefix(UPLOAD), version_id=item["version_id"], sequencer=item["sequencer"])
+    bus.put(aws.events, bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, upload.model_dump()))
