@@ -33,7 +33,7 @@ from world import World, deployed  # noqa: E402
 from tunedrop.layout import JobName  # noqa: E402
 from tunedrop.runs import RUN, State, run_of_item  # noqa: E402
 
-# On-demand list prices in US dollars, us-east-1, as of 2025-06, from aws.amazon.com/<service>/pricing. Writes of items under
+# On-demand list prices in US dollars, us-east-1, as of 2026-11, from aws.amazon.com/<service>/pricing. Writes of items under
 # 1 KB: one unit for the item and one for each entry of the index `open` that goes or comes; twice that in a transaction.
 WRITE_UNIT, READ_UNIT = 0.625e-6, 0.125e-6
 PRICES = {

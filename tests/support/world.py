@@ -1,5 +1,6 @@
 """The five handlers over moto: real events in, real (emulated) state behind, everything that was sent recorded."""
 
+import copy
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 from fake_stack import ARTIFACTS, DATA, OWN_RULES, PREFIX, TABLE, create_resources
 from moto import mock_aws
+from moto.dynamodb.models import DynamoDBBackend
+from moto.dynamodb.models.dynamo_type import DynamoType
+from moto.dynamodb.models.table import Table
 
 from tunedrop.aws import Aws, connect
 from tunedrop.layout import JobName
@@ -222,9 +226,32 @@ def deployed(load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
     with mock_aws(), pytest.MonkeyPatch.context() as patch:
         for name, value in create_resources(client).items():
             patch.setenv(name, value)
+        _roll_back_items(patch)
         world = World(connect(TABLE), load_event)
         _record(world, patch)
         yield world
+
+
+def _roll_back_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let moto keep the items of a transaction to roll back to, not a copy of the whole table."""
+    transact = DynamoDBBackend.transact_write_items
+
+    def transact_write_items(backend: Any, transact_items: list[dict[str, Any]]) -> None:
+        before = []
+        for [operation] in (item.values() for item in transact_items):
+            items, key = backend.get_table(operation["TableName"]).items, DynamoType(operation["Key"]["id"])
+            before.append((items, key, copy.deepcopy(items.get(key))))
+        try:
+            transact(backend, transact_items)
+        except Exception:
+            for items, key, item in before:
+                items.pop(key, None)
+                if item is not None:
+                    items[key] = item
+            raise
+
+    monkeypatch.setattr(DynamoDBBackend, "transact_write_items", transact_write_items)
+    monkeypatch.setattr(Table, "__deepcopy__", lambda table, _: table, raising=False)
 
 
 def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

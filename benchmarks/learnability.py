@@ -1,0 +1,99 @@
+"""How well the learnability gate foretells the share of groups with a gradient that training then measures.
+
+    .venv/bin/python -m benchmarks.learnability
+    .venv/bin/python -m benchmarks.learnability --seeds 20 --steps 8
+
+The demo's task and config. For each seed the gate asks the base model, with different numbers of prompts and of answers to
+each, and then the trainer takes some steps on the rows in its own order, at a learning rate of next to nothing: so that all groups that it
+measures, and not only those of the first step, are answered by the model that the gate saw. What the gates expect is held
+against the share of all groups measured.
+"""
+
+import argparse
+import logging
+import math
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from trainer import checkpoints, learnability, models, sampling, train
+from trainer.progress import history
+from tunedrop.rewards import build_rewards
+from tunedrop.run_config import parse_run_config
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "local_app/sample"
+# Prompts and answers to each. The gate asks 24 prompts in a run as short as the demo's.
+GATES = [(24, 2), (24, 4), (12, 8), (24, 8)]
+WITHIN = 0.10
+NEXT_TO_NOTHING = 1e-12
+
+
+def run(seed: int, steps: int) -> tuple[list[float], float, float, float]:
+    """Return what each gate expects, the share that training measures, and seconds of the largest gate and of a step."""
+    values = yaml.safe_load((SAMPLE / "additions.yaml").read_text())
+    values["grpo"] |= {"seed": seed, "max_steps": steps, "learning_rate": NEXT_TO_NOTHING, "logging_steps": 1}
+    config = parse_run_config(values)
+    location = str(ROOT / ".tunedrop/models" / config.model)
+    tokenizer = models.load_tokenizer(location)
+    rewards = build_rewards(config.rewards)
+    rows = train.fit_prompts(train.load_rows(SAMPLE / "additions.jsonl", config, None), tokenizer, config).rows
+    trainer = train.build_trainer(config, location, tokenizer, rows, rewards)
+    trainer.run, trainer.record = checkpoints.identity(config, rows), checkpoints.Record()
+    most_prompts, most_samples = (max(each) for each in zip(*GATES, strict=True))
+    asked = [rows[index] for index in list(dict.fromkeys(trainer._get_train_sampler()))[:most_prompts]]
+    began = time.perf_counter()
+    scores = [[answer.score for answer in each] for each in sampling.answers(trainer, rewards, asked, most_samples)]
+    asking = time.perf_counter() - began
+    expected = [
+        learnability.judge([each[:samples] for each in scores[:prompts]], trainer.num_generations).expected_nonzero_groups
+        for prompts, samples in GATES
+    ]
+    began = time.perf_counter()
+    trainer.train()
+    measured = 1 - statistics.fmean(point["frac_reward_zero_std"] for point in history(trainer.state))
+    return expected, measured, asking, (time.perf_counter() - began) / steps
+
+
+def main() -> None:
+    """Print what was expected and measured for each seed, and how far off each gate was."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    print("groups with a gradient: expected from (prompts x answers), and measured")
+    print("seed  " + "".join(f"{prompts:>6} x {samples}" for prompts, samples in GATES) + "  measured")
+    runs = []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # where checkpoints would be
+            runs.append(run(seed, arguments.steps))
+        expected, measured, *_ = runs[-1]
+        print(f"{seed:4}  " + "".join(f"{share:>10.2f}" for share in expected) + f"{measured:>10.2f}", flush=True)
+    truth = statistics.fmean(measured for _, measured, *_ in runs)
+    error = statistics.stdev(measured for _, measured, *_ in runs) / math.sqrt(len(runs))
+    print(f"measured over all: {truth:.3f}, standard error {error:.3f}")
+    for number, (prompts, samples) in enumerate(GATES):
+        off = [expected[number] - truth for expected, *_ in runs]
+        print(
+            f"{prompts} x {samples}: mean {truth + statistics.fmean(off):.3f}, off by {100 * statistics.fmean(off):+.1f} points on "
+            f"average, by {100 * statistics.stdev(off):.1f} from seed to seed; "
+            f"{sum(abs(each) <= WITHIN for each in off)} of {len(off)} within {100 * WITHIN:.0f} points"
+        )
+    print(
+        f"seconds: largest gate {statistics.median(each[2] for each in runs):.1f}, a step {statistics.median(each[3] for each in runs):.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
