@@ -89,16 +89,25 @@ def _all_equal(seen: Counter[float], prior: dict[float, float], strength: float,
     return sum(math.exp(math.lgamma(weight + group) - math.lgamma(weight) - all_draws) for weight in weights)
 
 
-def measured_nonzero_groups(history: Sequence[dict[str, Any]], asked: dict[str, Any], group: int) -> float | None:
-    """Return the share of groups with a gradient in the first steps: as many groups as the gate asked prompts, at most.
+def measured(history: Sequence[dict[str, Any]], asked: dict[str, Any], group: int) -> dict[str, Any]:
+    """Return what the first steps showed: `measured_nonzero_groups`, the share with a gradient, of `measured_groups`.
 
-    It ends where the reward is no longer what the gate saw: then the model is another one. `asked` is the gate's summary.
+    As many groups as the gate asked prompts, at most, and only while the reward is what the gate saw: then the model is
+    another one. `asked` is the gate's summary. Without a step there is nothing to tell.
     """
-    first: list[float] = []
+    first: list[dict[str, Any]] = []
     for point in history:
         error = math.hypot(asked["reward_error"], point["reward_std"] / math.sqrt(point["answers"]))
         changed = abs(point["reward"] - asked["reward"]) > STANDARD_ERRORS * error
-        if first and (changed or len(first) * point["answers"] / group >= asked["prompts"]):
+        if first and (changed or _groups(first, group) >= asked["prompts"]):
             break
-        first.append(point["frac_reward_zero_std"])
-    return round(1 - fmean(first), 4) if first else None
+        first.append(point)
+    if not first:
+        return {}
+    share = 1 - fmean(point["frac_reward_zero_std"] for point in first)
+    return {"measured_nonzero_groups": round(share, 4), "measured_groups": _groups(first, group)}
+
+
+def _groups(points: Sequence[dict[str, Any]], group: int) -> int:
+    answers = sum(int(point["answers"]) for point in points)
+    return answers // group

@@ -420,13 +420,13 @@ def summary(
 ) -> dict[str, Any]:
     """Return what `training.json` says."""
     from trainer.bounds import LIMITS
-    from trainer.learnability import measured_nonzero_groups
+    from trainer.learnability import measured
     from trainer.progress import history
 
     record, state, points = trainer.record, trainer.state, history(trainer.state)
     gate = record.learnability
     if gate:
-        gate = gate | {"measured_nonzero_groups": measured_nonzero_groups(points, gate, trainer.num_generations)}
+        gate = gate | measured(points, gate, trainer.num_generations)
     return {
         "model": config.model,
         "run_id": flags.run_id,

@@ -55,22 +55,22 @@ def test_the_gate_costs_a_small_part_of_the_run(answers, samples, asked):
 
 
 @pytest.mark.parametrize(
-    ("rewards", "shares", "measured"),
+    ("rewards", "shares", "measured", "groups"),
     [
-        ([0.1] * 5, [0.5, 0.0, 0.5, 1.0, 1.0], 2 / 3),  # as many groups as were asked
-        ([0.1, 0.2, 0.9, 0.9, 0.9], [0.5, 0.0, 1.0, 1.0, 1.0], 0.75),  # then it is another model
-        ([0.9], [0.5], 0.5),
-        ([], [], None),
+        ([0.1] * 5, [0.5, 0.0, 0.5, 1.0, 1.0], 2 / 3, 24),  # as many groups as were asked
+        ([0.1, 0.2, 0.9, 0.9, 0.9], [0.5, 0.0, 1.0, 1.0, 1.0], 0.75, 16),  # then it is another model
+        ([0.9], [0.5], 0.5, 8),
     ],
 )
-def test_the_first_steps_are_what_the_forecast_is_compared_with(rewards, shares, measured):
+def test_the_first_steps_are_what_the_forecast_is_compared_with(rewards, shares, measured, groups):
     history = [
         {"reward": reward, "reward_std": 0.4, "answers": 64.0, "frac_reward_zero_std": share}
         for reward, share in zip(rewards, shares, strict=True)
     ]
     asked = {"reward": 0.1, "reward_error": 0.05, "prompts": 24}
-    found = learnability.measured_nonzero_groups(history, asked, group=8)
-    assert found == (None if measured is None else pytest.approx(measured, abs=1e-4))
+    found = learnability.measured(history, asked, group=8)
+    assert found == {"measured_nonzero_groups": pytest.approx(measured, abs=1e-4), "measured_groups": groups}
+    assert learnability.measured([], asked, group=8) == {}
 
 
 class ByRow:
