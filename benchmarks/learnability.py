@@ -83,8 +83,8 @@ def main() -> None:
         own = [100 * (expected[number] - measured) for expected, measured in runs]
         off = [100 * (expected[number] - truth) for expected, _ in runs]
         print(
-            f"{prompts} x {samples}: {statistics.fmean(off):+.1f} points off on average, {statistics.stdev(off):.1f} from seed to "
-            f"seed; within {WITHIN} points of all: {sum(abs(each) <= WITHIN for each in off)} of {len(off)}, "
+            f"{prompts} x {samples}: {statistics.fmean(off):+.1f} points off on average, {statistics.stdev(off):.1f} from "
+            f"seed to seed; within {WITHIN} points of all: {sum(abs(each) <= WITHIN for each in off)} of {len(off)}, "
             f"of its own run: {sum(abs(each) <= WITHIN for each in own)}"
         )
 
