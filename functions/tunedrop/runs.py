@@ -45,7 +45,7 @@ class State(StrEnum):
 
 FINAL = frozenset({State.REJECTED, State.TRAINING_FAILED, State.TESTING_FAILED, State.PUBLISHED, State.CANCELLED})
 # A run in one of these may be tried again, when its dataset is dropped again.
-RETRYABLE = frozenset({State.TRAINING_FAILED, State.TESTING_FAILED, State.CANCELLED})
+RETRYABLE = FINAL - {State.PUBLISHED}
 # From which states a run may move to each. One that waits may begin to wait for another reason.
 MOVES: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.VALIDATED, State.WAITING}),
@@ -112,7 +112,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def failed(self) -> bool:
         """Whether the run ended without a model."""
-        return self.state in FINAL - {State.PUBLISHED}
+        return self.state in RETRYABLE
 
     @property
     def waits(self) -> bool:
@@ -220,48 +220,36 @@ class RunTable:
         item = self._table.get_item(Key={"id": RUN + run_id}, ConsistentRead=True).get("Item")
         return run_of_item(item) if item else None
 
-    def create(self, run: Run) -> Run:
+    def create(self, run: Run, sequencer: str) -> Run:
         """Create a run, or begin the next attempt of a failed one that another upload triggered; return what is there.
 
         The same content joins the run that has it, whatever state it is in; one whose end has not been announced yet, too.
+        `sequencer` is the upload's: only the newest of its key begins another attempt, and only while it is being validated.
         """
-        item = msgspec.to_builtins(run) | {"id": RUN + run.run_id, "open": run.state.value}
         try:
-            self._table.put_item(
-                Item={key: value for key, value in item.items() if value is not None},
-                ConditionExpression=Attr("id").not_exists(),
-            )
+            self._table.put_item(Item=_item_of(run), ConditionExpression=Attr("id").not_exists())
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
             there = self.get(run.run_id)
             assert there is not None  # runs are never deleted
             if there.state in RETRYABLE and there.open is None and there.trigger != run.trigger:
-                return self._next_attempt(there, run)
+                return self._next_attempt(there, run, sequencer)
             return there
         return run
 
-    def _next_attempt(self, there: Run, run: Run) -> Run:
+    def _next_attempt(self, there: Run, run: Run, sequencer: str) -> Run:
+        run = structs.replace(run, attempt=there.attempt + 1)
+        put = {"Item": _item_of(run)} | {name: part for name, part in self._is(there, there.state).items() if name != "Key"}
+        newest = {
+            "Key": {"id": UPLOAD + run.key},
+            "ConditionExpression": "sequencer = :sequencer AND #state = :state",
+            "ExpressionAttributeNames": {"#state": "state"},
+            "ExpressionAttributeValues": {":sequencer": sequencer, ":state": State.VALIDATING},
+        }
         try:
-            item = self._table.update_item(
-                Key={"id": RUN + run.run_id},
-                UpdateExpression="SET #state = :state, #open = :state, attempt = attempt + :one, #trigger = :trigger, "
-                "arrived = :arrived, updated = :arrived, version_id = :version "
-                "REMOVE train_job, test_job, artifacts, bounded, reason, verdict, instance_type, choices, not_before",
-                ConditionExpression=Attr("attempt").eq(there.attempt) & Attr("state").is_in(sorted(RETRYABLE)),
-                ExpressionAttributeNames={"#state": "state", "#open": "open", "#trigger": "trigger"},
-                ExpressionAttributeValues={
-                    ":state": State.VALIDATED.value,
-                    ":one": 1,
-                    ":trigger": run.trigger,
-                    ":arrived": run.arrived,
-                    ":version": run.version_id,
-                },
-                ReturnValues="ALL_NEW",
-            )["Attributes"]
-        except self._table.meta.client.exceptions.ConditionalCheckFailedException:
-            retried = self.get(run.run_id)
-            assert retried is not None
-            return retried
-        return run_of_item(item)
+            self._transact({"Put": put}, {"ConditionCheck": newest})
+        except _ConditionFailedError:
+            return self.get(run.run_id) or run
+        return run
 
     def move(self, run: Run, to: State, *, next_attempt: bool = False, **values: Any) -> Run:
         """Move a run to another state, set `values` on it and remove those that are None.
@@ -388,6 +376,12 @@ def _place(run: Run, what: str) -> dict[str, Any]:
         "UpdateExpression": f"{what} running :runs",
         "ExpressionAttributeValues": {":runs": {run.run_id}},
     }
+
+
+def _item_of(run: Run) -> dict[str, Any]:
+    """Return the item of a run that begins."""
+    item = msgspec.to_builtins(run) | {"id": RUN + run.run_id, "open": run.state.value}
+    return {key: value for key, value in item.items() if value is not None}
 
 
 def run_of_item(item: dict[str, Any]) -> Run:

@@ -91,7 +91,10 @@ def trained(world, run_id: str) -> Deliveries:
 
 
 def rejected(world) -> Deliveries:
-    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", b'{"question": "a"}\n')
+    broken = b'{"question": "a"}\n'
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", broken)
+    # Dropping the same bytes again is the next attempt.
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", broken)
 
 
 def training_failed(world) -> Deliveries:
@@ -317,7 +320,7 @@ def test_the_scenarios_end_as_they_say(deploy):
             ends[scenario.__name__] = (run.state, run.attempt, sum(item["id"].startswith(RUN) for item in items))
     assert ends == {
         "published": (State.PUBLISHED, 1, 1),
-        "rejected": (State.REJECTED, 1, 1),
+        "rejected": (State.REJECTED, 2, 1),
         "training_failed": (State.TRAINING, 2, 1),
         "untested": (State.TESTING_FAILED, 1, 1),
         "no_capacity": (State.TRAINING, 2, 1),

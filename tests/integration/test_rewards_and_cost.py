@@ -120,3 +120,23 @@ def test_the_function_accepts_what_its_jobs_may_do_and_nothing_else(world, monke
         build_rewards(rewards, deployment_of(request["Environment"], python_folder=tmp_path))
     with pytest.raises(RewardError, match="not"):
         build_rewards(rewards, deployment_of({}, python_folder=tmp_path))
+
+
+def test_a_dataset_that_is_dropped_again_is_judged_by_the_stack_as_it_is_then(world, monkeypatch):
+    release(world, prices=PRICES)
+    ends = []
+    for limit in ("0.01", "0.01", "0"):
+        monkeypatch.setenv("MAX_RUN_COST_USD", limit)
+        run, receipt = drop(world, b"")
+        assert receipt["ok"] == (run.state == State.VALIDATED)
+        ends.append((run.run_id, run.attempt, run.state, run.reason is None))
+    refused = [(run.run_id, attempt, State.REJECTED, False) for attempt in (1, 2)]
+    assert ends == [*refused, (run.run_id, 3, State.VALIDATED, True)]
+    assert world.event_types == ["Dataset Rejected", "Dataset Rejected", "Dataset Validated"]
+    # ... and so is one whose job failed.
+    world.start(run)
+    failed = world.job_event("test_model.train_failed", str(world.run(run.run_id).train_job))
+    world.handle("test_model", failed)
+    monkeypatch.setenv("MAX_RUN_COST_USD", "0.01")
+    run, _ = drop(world, b"")
+    assert (run.attempt, run.state, run.open) == (4, State.REJECTED, None)

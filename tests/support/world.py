@@ -239,7 +239,8 @@ def _roll_back_items(monkeypatch: pytest.MonkeyPatch) -> None:
     def transact_write_items(backend: Any, transact_items: list[dict[str, Any]]) -> None:
         before = []
         for [operation] in (item.values() for item in transact_items):
-            items, key = backend.get_table(operation["TableName"]).items, DynamoType(operation["Key"]["id"])
+            items = backend.get_table(operation["TableName"]).items
+            key = DynamoType(operation.get("Key", operation.get("Item"))["id"])
             before.append((items, key, copy.deepcopy(items.get(key))))
         try:
             transact(backend, transact_items)

@@ -129,7 +129,10 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             reason=None if check.ok else _reason(check),
         )
         _write(run, check, source, folder, settings, aws)
-    there = aws.runs.create(run)
+    there = aws.runs.create(run, upload.sequencer)
+    if there.state == State.REJECTED and there.open is not None and there.trigger != run.trigger:
+        announce(there, settings, aws)  # nobody has yet, and only then can it begin the next attempt
+        there = aws.runs.create(run, upload.sequencer)
     if there.state in RETRYABLE and there.open is not None and there.trigger != run.trigger:
         logger.info("the run's last attempt has not ended yet", run_id=run.run_id)
         return None
