@@ -22,12 +22,14 @@ def measure(file: io.BufferedReader) -> tuple[int, int]:
     """
     try:
         footer = _footer(file)
-        largest = 0
+        size, largest = file.seek(0, os.SEEK_END), 0
         for group in footer[4]:
             for chunk in group[1]:
                 column = chunk[3]
                 at = min(column[9], column.get(11, column[9]))  # data_page_offset, dictionary_page_offset
                 end = at + column[7]  # total_compressed_size
+                if at < 0 or end > size:
+                    raise ValueError("a column lies outside of the file")
                 while at < end:
                     unpacked, after = _page(file, at)
                     largest, at = max(largest, unpacked), after

@@ -10,12 +10,14 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from tunedrop.parquet_pages import measure
 from tunedrop.problems import Problem
+from tunedrop.worker import Worker
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
@@ -28,6 +30,8 @@ MAX_BROKEN = 500_000
 # that common writers make, have 100 MB.
 MAX_ROWS = 30_000_000
 MAX_PAGE_BYTES = 100_000_000
+PARQUET_WORKER = Path(__file__).with_name("parquet_worker.py")
+PARQUET_SECONDS = 300.0
 # Of one line of CSV, where each is at least eight bytes of memory.
 MAX_COMMAS = 1_000_000
 _GIB = 1024**3
@@ -327,22 +331,45 @@ def _read_csv(file: io.BufferedReader) -> Iterator[Batch]:
 
 
 def _read_parquet(file: io.BufferedReader) -> Iterator[Batch]:
-    # 35 MB of shared libraries: only a Parquet file pays for loading them.
-    from arro3.io import read_parquet
-
     row = 1
     try:
         rows, largest = measure(file)
-        if rows > MAX_ROWS or largest > MAX_PAGE_BYTES:
-            message = f"it has {rows:,} rows, and {largest:,} bytes in one page"
-            hint = f"at most {MAX_ROWS:,} rows, and {MAX_PAGE_BYTES:,} bytes in a page, can be checked"
-            yield _failure(Problem("TOO_LARGE", message, hint))
-            return
-        for batch in read_parquet(file):
-            values = batch.to_struct_array().to_pylist()
-            yield Batch(values, row, None)
-            row += len(values)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 - arro3 panics outside Exception on a broken file
-        yield _failure(Problem("BAD_PARQUET", f"not a readable Parquet file: {str(error)[:300]}", "write it again", row=row))
+    except ValueError as error:
+        yield _bad_parquet(str(error), row)
+        return
+    if rows > MAX_ROWS or largest > MAX_PAGE_BYTES:
+        message = f"it has {rows:,} rows, and {largest:,} bytes in one page"
+        hint = f"at most {MAX_ROWS:,} rows, and {MAX_PAGE_BYTES:,} bytes in a page, can be checked"
+        yield _failure(Problem("TOO_LARGE", message, hint))
+        return
+    worker = Worker(PARQUET_WORKER, PARQUET_SECONDS, stdin=file)
+    values: list[Any] = []
+    size = 0
+    try:
+        while isinstance((sent := _message(worker))[0], list):
+            values += sent[0]
+            size += sent[1]
+            if len(values) >= BATCH_ROWS or size >= MAX_ROW_BYTES:
+                yield Batch(values, row, None)
+                row, size, values = row + len(values), 0, []
+    finally:
+        worker.close()
+    if values:
+        yield Batch(values, row, None)
+    if why := sent[0]:
+        yield _bad_parquet(why, row + len(values))
+
+
+def _message(worker: Worker) -> tuple[list[Any] | str, int]:
+    """Return what parquet_worker.py sends next, and its bytes: rows, or at the end why it ended early, if it did."""
+    output = worker.process.stdout
+    assert output is not None
+    length = int.from_bytes(output.read(8), "little")
+    message = output.read(length)
+    if not length or len(message) < length:
+        return "it makes its reader crash, or needs more memory or time than a file of its size", 0
+    return msgspec.msgpack.decode(message), length
+
+
+def _bad_parquet(why: str, row: int) -> Batch:
+    return _failure(Problem("BAD_PARQUET", f"not a readable Parquet file: {why}", "write it again", row=row))

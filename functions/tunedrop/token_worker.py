@@ -6,6 +6,7 @@ Tunedrop.
 """
 
 import json
+import os
 import resource
 import sys
 from datetime import datetime
@@ -96,6 +97,7 @@ class Worker:
 
 def main() -> None:
     """Answer requests: `{"folder", "kwargs"}` first, then `{"render": prompts}` and `{"count": texts}`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     worker: Worker | None = None

@@ -4,10 +4,6 @@ Prompts that could be longer than the limit are counted exactly: a text never ha
 others need no counting. Of those a sample is counted, for the distribution.
 """
 
-import os
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -20,6 +16,7 @@ from tunedrop.lengths import summary
 from tunedrop.problems import Problem
 from tunedrop.records import Row
 from tunedrop.run_config import RunConfig, prompt_limit
+from tunedrop.worker import Worker
 
 # Of a model's files, those that are read here. Larger ones than any known model has are not.
 TOKENIZER_FILES = {"tokenizer.json": 64 * 1024**2, "tokenizer_config.json": 8 * 1024**2, "chat_template.jinja": 1024**2}
@@ -47,17 +44,7 @@ class TokenCounter:
         for name, limit in TOKENIZER_FILES.items():
             if (folder / name).exists() and (folder / name).stat().st_size > limit:
                 raise TokenizerError(f"{name} is larger than {limit // 1024**2} MiB")
-        environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "true"}
-        self._process = subprocess.Popen(  # noqa: S603 - our own file
-            [sys.executable, "-S", str(WORKER)],
-            env=environment,  # no credentials
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._end = threading.Timer(LIMIT_SECONDS, self._process.kill)
-        self._end.daemon = True
-        self._end.start()
+        self._worker = Worker(WORKER, LIMIT_SECONDS)
         self._started = time.monotonic()
         try:
             self._ask({"folder": str(folder.resolve()), "kwargs": kwargs or {}})
@@ -81,12 +68,13 @@ class TokenCounter:
         return counts
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        stdin, stdout = self._worker.process.stdin, self._worker.process.stdout
+        assert stdin is not None
+        assert stdout is not None
         try:
-            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            stdin.write(msgspec.json.encode(request) + b"\n")
+            stdin.flush()
+            answer = stdout.readline()
         except BrokenPipeError:
             answer = b""
         if not answer:
@@ -98,9 +86,7 @@ class TokenCounter:
 
     def close(self) -> None:
         """End the process."""
-        self._end.cancel()
-        self._process.kill()
-        self._process.communicate()
+        self._worker.close()
 
 
 class PromptTokens:

@@ -91,11 +91,18 @@ def test_datasets(tmp_path, suffix, data):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("suffix", SEEDS)
+@pytest.mark.parametrize("suffix", sorted(SEEDS.keys() - {".parquet"}))
 @long_fuzz
 @given(data=st.data())
 def test_datasets_for_long(tmp_path, suffix, data):
     read(tmp_path, suffix, data.draw(damaged(SEEDS[suffix])))
+
+
+@pytest.mark.soak
+@settings(fuzz, max_examples=3_000)  # each is read by a process of its own
+@given(data=st.data())
+def test_parquet_for_long(tmp_path, data):
+    read(tmp_path, ".parquet", data.draw(damaged(SEEDS[".parquet"])))
 
 
 @pytest.mark.parametrize("suffix", DATA_SUFFIXES)

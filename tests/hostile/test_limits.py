@@ -16,7 +16,7 @@ from hostile import CSV, GOOD, parquet_bomb
 MB = 1_000_000
 MAX_GROWTH_MB = 300
 CHECK = """
-import json, sys, tempfile
+import json, resource, sys, tempfile
 from pathlib import Path
 import arro3.io, yaml
 from tunedrop.readers import suffix_of
@@ -33,8 +33,9 @@ with tempfile.TemporaryDirectory(dir=path.parent) as folder, path.open("rb") as 
     check_dataset(
         check, data, suffix_of(path.name), None, Path(folder), instance_types=["ml.g5.4xlarge"], model=None
     )
+grown = peak() - before + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000  # and of Parquet
 receipt = check.receipt()
-print(json.dumps({"codes": sorted(receipt.error_counts), "rows": receipt.rows, "grown": peak() - before}))
+print(json.dumps({"codes": sorted(receipt.error_counts), "rows": receipt.rows, "grown": grown}))
 """
 
 
@@ -89,6 +90,11 @@ CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
     ),
     "a Parquet bomb of many values": (".parquet", lambda: iter([parquet_bomb(300_000)]), {"REWARD_PAYS_WRONG"}),
     "a Parquet bomb of one value": (".parquet", lambda: iter([large_value()]), {"TOO_LARGE"}),
+    "a Parquet bomb of large values": (
+        ".parquet",
+        lambda: iter([parquet_bomb(1000, 50 * MB)]),
+        {"BAD_PARQUET"},
+    ),
     "200,000 columns": (".jsonl", lambda: iter([many_columns()]), set()),
     "rows of 50,000 shapes": (
         ".jsonl",

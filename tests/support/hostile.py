@@ -46,15 +46,16 @@ def good_parquet() -> bytes:
     return parquet(question=[f"{n}+1?" for n in range(30)], answer=[str(n + 1) for n in range(30)])
 
 
-def parquet_bomb(rows: int = 2_000_000) -> bytes:
-    """A few kilobytes that unpack to `rows` kilobytes: one value, repeated."""
+def parquet_bomb(rows: int = 2_000_000, size: int = 1000) -> bytes:
+    """A few kilobytes that unpack to `rows` times `size` bytes: one value, repeated."""
     import pyarrow
     from pyarrow import parquet
 
     index = pyarrow.repeat(pyarrow.scalar(0, pyarrow.int32()), rows)
-    column = pyarrow.DictionaryArray.from_arrays(index, ["x" * 1000])
+    column = pyarrow.DictionaryArray.from_arrays(index, ["x" * size])
     out = io.BytesIO()
-    parquet.write_table(pyarrow.table({"question": column, "answer": column}), out, row_group_size=rows)
+    table = pyarrow.table({"question": column, "answer": column})
+    parquet.write_table(table, out, row_group_size=rows, compression="zstd", write_statistics=False)
     return out.getvalue()
 
 
@@ -111,6 +112,13 @@ DATASETS = [
     case("a good Parquet file", ".parquet", good_parquet),
     case("a Parquet file that was cut off", ".parquet", lambda: good_parquet()[:-100], "BAD_PARQUET"),
     case("a Parquet file with other bytes in it", ".parquet", lambda: _damaged(good_parquet()), "BAD_PARQUET"),
+    case(
+        "a Parquet file that makes its reader crash",
+        ".parquet",
+        lambda: good_parquet().replace(b"\x3c\x01\x05", b"\xff\x01\x05"),  # the length of its levels
+        "BAD_PARQUET",
+        says="makes its reader crash",
+    ),
     case("a Parquet file's magic alone", ".parquet", b"PAR1PAR1", "BAD_PARQUET"),
     case("no Parquet file", ".parquet", GOOD, "BAD_PARQUET"),
     case("Parquet without a prompt", ".parquet", lambda: parquet(a=[1, 2], b=[None, None]), "NO_PROMPT"),
