@@ -15,8 +15,8 @@ _BINARY, _LIST, _SET, _MAP, _STRUCT = 8, 9, 10, 11, 12
 _FIXED = {1: 0, 2: 0, 3: 1, 7: 8}  # bytes of values that are not varints: booleans, a byte, a double
 
 
-def measure(file: io.BufferedReader) -> tuple[int, int]:
-    """Return the number of rows, and the unpacked bytes of the largest page; leave the file at its start.
+def largest_page(file: io.BufferedReader) -> int:
+    """Return the unpacked bytes of the largest page; leave the file at its start.
 
     Raises ValueError when the file's structure is not Parquet's.
     """
@@ -34,7 +34,7 @@ def measure(file: io.BufferedReader) -> tuple[int, int]:
                     unpacked, after = _page(file, at)
                     largest, at = max(largest, unpacked), after
         file.seek(0)
-        return int(footer[3]), largest
+        return largest
     except (IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("its structure is broken") from error
 

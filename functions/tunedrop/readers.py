@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tunedrop.parquet_pages import measure
+from tunedrop.parquet_pages import largest_page
 from tunedrop.problems import Problem
 from tunedrop.worker import Worker
 
@@ -26,14 +26,15 @@ BATCH_ROWS = 1024
 MAX_ROW_BYTES = 16 * 1024**2
 # A few bytes can be a broken record, so that a large file could hold more of them than can be looked at in time.
 MAX_BROKEN = 500_000
-# Of Parquet: a few bytes can stand for any number of rows, and a page is unpacked as a whole. DuckDB's pages, the largest
-# that common writers make, have 100 MB.
-MAX_ROWS = 30_000_000
+# Of each row some 24 bytes are remembered, to find those that say the same.
+MAX_ROWS = 10_000_000
+# Of Parquet, where a page is unpacked as a whole. DuckDB's, the largest that common writers make, have 100 MB.
 MAX_PAGE_BYTES = 100_000_000
 PARQUET_WORKER = Path(__file__).with_name("parquet_worker.py")
 PARQUET_SECONDS = 300.0
 # Of one line of CSV, where each is at least eight bytes of memory.
 MAX_COMMAS = 1_000_000
+SAMPLE_HINT = "GRPO takes thousands of rows, not millions: drop a sample of them"
 _GIB = 1024**3
 # What validate_dataset finishes in half of its time, on a third of a core and at the rates of docs/benchmarks.md; gzipped
 # files count unpacked. Its /tmp has room for twice as much.
@@ -72,14 +73,20 @@ def refuse(suffix: str, size: int) -> Problem | None:
     if size <= limit:
         return None
     message = f"the dataset has {size:,} bytes; at most {limit:,} bytes of {plain} can be checked in time"
-    return Problem("TOO_LARGE", message, "GRPO takes thousands of rows, not millions: drop a sample of them")
+    return Problem("TOO_LARGE", message, SAMPLE_HINT)
 
 
 def read_batches(file: io.BufferedReader, suffix: str) -> Iterator[Batch]:
     """Read the records of an open file (binary; seekable for Parquet) by the suffix of its format."""
-    if suffix == ".parquet":
-        yield from _read_parquet(file)
-        return
+    for batch in _read_parquet(file) if suffix == ".parquet" else _read_text(file, suffix):
+        yield batch
+        if batch.row + len(batch.values) - 1 > MAX_ROWS:
+            message = f"it has more than {MAX_ROWS:,} rows; what follows was not read"
+            yield _failure(Problem("TOO_LARGE", message, SAMPLE_HINT))
+            return
+
+
+def _read_text(file: io.BufferedReader, suffix: str) -> Iterator[Batch]:
     if suffix.endswith(".gz"):
         unpacked = _Limited(gzip.GzipFile(fileobj=file), MAX_BYTES[suffix.removesuffix(".gz")])
         file = io.BufferedReader(unpacked, BLOCK_BYTES)
@@ -333,14 +340,13 @@ def _read_csv(file: io.BufferedReader) -> Iterator[Batch]:
 def _read_parquet(file: io.BufferedReader) -> Iterator[Batch]:
     row = 1
     try:
-        rows, largest = measure(file)
+        largest = largest_page(file)
     except ValueError as error:
         yield _bad_parquet(str(error), row)
         return
-    if rows > MAX_ROWS or largest > MAX_PAGE_BYTES:
-        message = f"it has {rows:,} rows, and {largest:,} bytes in one page"
-        hint = f"at most {MAX_ROWS:,} rows, and {MAX_PAGE_BYTES:,} bytes in a page, can be checked"
-        yield _failure(Problem("TOO_LARGE", message, hint))
+    if largest > MAX_PAGE_BYTES:
+        message = f"it has a page of {largest:,} bytes; at most {MAX_PAGE_BYTES:,} bytes in a page can be checked"
+        yield _failure(Problem("TOO_LARGE", message, "write it with smaller pages"))
         return
     worker = Worker(PARQUET_WORKER, PARQUET_SECONDS, stdin=file)
     values: list[Any] = []

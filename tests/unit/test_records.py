@@ -296,3 +296,20 @@ def test_a_named_column_that_is_not_there_is_named(tmp_path):
     assert problem.code == "NO_PROMPT"
     assert "'Question'" in problem.message
     assert problem.hint == "did you mean 'question'?"
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+def test_a_file_has_so_many_rows_at_most(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    table = pa.table({"question": [str(n) for n in range(9000)], "answer": ["a"] * 9000})
+    if name.endswith("parquet"):
+        pq.write_table(table, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    monkeypatch.setattr(readers, "MAX_ROWS", 9000)
+    assert len(list(read_rows(path, CONFIG))) == 9000
+    monkeypatch.setattr(readers, "MAX_ROWS", 100)
+    *rows, problem = read_rows(path, CONFIG)
+    assert 100 < len(rows) < 4500  # to the end of a batch
+    assert problem.code == "TOO_LARGE"
+    assert "more than 100 rows" in problem.message
