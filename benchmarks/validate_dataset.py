@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -171,10 +172,16 @@ def timed(check: Callable[[Path, Path], int], path: Path, rows: int) -> tuple[fl
     best: tuple[float, float] = (float("inf"), float("inf"))
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            wall, processor = time.perf_counter(), time.process_time()
+            wall, before = time.perf_counter(), processor()
             assert check(path, Path(folder)) == rows
-            best = min(best, (time.process_time() - processor, time.perf_counter() - wall))
+            best = min(best, (processor() - before, time.perf_counter() - wall))
     return best
+
+
+def processor() -> float:
+    """Return the processor seconds of this process and those it started: Parquet is read by one."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def peak_bytes() -> int:
@@ -190,9 +197,9 @@ def grown(path: Path) -> dict[str, Any]:
         write_rows(small, 1)
         tunedrop(small, Path(folder))  # what is imported late is imported now
         before = peak_bytes()
-        started = time.process_time()
+        started = processor()
         rows = tunedrop(path, Path(folder))
-        seconds = time.process_time() - started
+        seconds = processor() - started
     return {"rows": rows, "mb": (peak_bytes() - before) / 1e6, "seconds": seconds}
 
 
