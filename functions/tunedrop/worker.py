@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import IO
 
 
+def bare_environment() -> dict[str, str]:
+    """Return the environment of a process that is not to have our credentials.
+
+    Lambda's interpreter finds its own shared library by LD_LIBRARY_PATH (a defined runtime environment variable,
+    https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html).
+    """
+    return {"PATH": os.defpath, "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+
+
 class Worker:
     """One of our own files, running without credentials until it is done or its time is over. Close it.
 
@@ -17,7 +26,7 @@ class Worker:
     def __init__(self, file: Path, seconds: float, stdin: int | IO[bytes] = subprocess.PIPE):
         self.process = subprocess.Popen(  # noqa: S603 - our own file
             [sys.executable, "-S", str(file)],
-            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=bare_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from tunedrop.rewards.base import Deployment, RewardError, Sample, fenced, final_answer
+from tunedrop.worker import bare_environment
 
 # Runs in the subprocess. It limits itself, then runs the program and each test, and says what passed in one line that
 # begins with a word only the parent and this file's variables know: a program that exits or prints cannot say it. Tests are
@@ -122,7 +123,7 @@ def run_tests(program: str, tests: Sequence[str], *, timeout: float, memory_mb: 
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={"PATH": os.defpath},  # no credentials
+            env=bare_environment(),
             start_new_session=True,
         )
         try:
