@@ -23,8 +23,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trainer")
 
-# How torch says on a CPU that there is no memory left; on a GPU it has an exception of its own.
-OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory")
+# How torch says on a CPU that there is no memory left; on a GPU it has an exception of its own. oneDNN's text has no reason
+# in it: https://github.com/uxlfoundation/oneDNN/blob/main/include/oneapi/dnnl/dnnl.hpp
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "could not create a primitive",
+    "could not execute a primitive",
+)
 
 
 class Batch(NamedTuple):

@@ -65,23 +65,29 @@ def test_out_of_memory_comes_first_and_its_advice_holds(job):
 
 
 @pytest.mark.parametrize(
-    ("fits", "advice"),
+    ("fits", "error", "advice"),
     [
         (
             lambda batch: batch.sequences <= 4,
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
             "4 at a time fit: lower grpo.per_device_train_batch_size from 12 to 4 and raise",
         ),
         (
             lambda batch: batch.completion <= 60,
+            RuntimeError("could not create a primitive"),
             "One alone fits with 50 new tokens: lower grpo.max_completion_length from 200 to 50 and grpo.per_device",
         ),
-        (lambda batch: False, "Not even one short one fits: take a smaller model, lora.load_in_4bit, or a larger instance."),
+        (
+            lambda batch: False,
+            MemoryError(),
+            "Not even one short one fits: take a smaller model, lora.load_in_4bit, or a larger instance.",
+        ),
     ],
 )
-def test_what_to_lower(job, monkeypatch, fits, advice):
+def test_what_to_lower(job, monkeypatch, fits, error, advice):
     def run(_self, batch):
         if not fits(batch):
-            raise MemoryError
+            raise error
 
     monkeypatch.setattr(memory_probe.MemoryProbe, "_run", run)
     grpo = {"per_device_train_batch_size": 12, "num_generations": 4, "max_completion_length": 200}
