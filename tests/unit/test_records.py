@@ -168,7 +168,7 @@ BROKEN = [
     ("t.jsonl", '{"messages":[{"role":"assistant","content":"a"}]}', [("ROLE_ORDER", 1)], 0),
     ("t.jsonl", '{"messages":[{"role":"user","content":"q"}]}', [("NO_ANSWER", 1)], 0),
     ("t.jsonl", '{"prompt":3,"answer":"a"}', [("NO_PROMPT", 1)], 0),
-    ("t.jsonl.gz", gzip.compress(b'{"question":"q","answer":"a"}\n' * 999)[:-9], [("BAD_GZIP", None)], 0),
+    ("t.jsonl.gz", gzip.compress(b'{"question":"q","answer":"a"}\n' * 999, mtime=0)[:-9], [("BAD_GZIP", None)], 0),
     ("t.jsonl.gz", b"no gzip", [("BAD_GZIP", None)], 0),
     ("t.csv", "question,question\na,b\n", [("BAD_CSV", 1)], 0),
     ("t.csv", "question,answer\na,b\nc\n", [("BAD_CSV", 3)], 1),
