@@ -65,7 +65,7 @@ def compile_template(source: str) -> Any:
     return environment.from_string(source)
 
 
-class Worker:
+class ChatTokenizer:
     """A tokenizer and its chat template."""
 
     def __init__(self, folder: Path, kwargs: dict[str, Any]):
@@ -100,18 +100,18 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    worker: Worker | None = None
+    tokenizer: ChatTokenizer | None = None
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any
         try:
-            if worker is None:
-                worker = Worker(Path(request["folder"]), request["kwargs"])
+            if tokenizer is None:
+                tokenizer = ChatTokenizer(Path(request["folder"]), request["kwargs"])
                 answer = True
             elif "render" in request:
-                answer = worker.render(request["render"])
+                answer = tokenizer.render(request["render"])
             else:
-                answer = worker.count(request["count"])
+                answer = tokenizer.count(request["count"])
         except BaseException as error:  # noqa: BLE001 - whatever a template or tokenizer does
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(answer), flush=True)  # noqa: T201 - the answer

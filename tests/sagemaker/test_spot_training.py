@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +19,20 @@ export SM_MODEL_DIR=/opt/ml/model SM_OUTPUT_FAILURE=/opt/ml/output/failure
 for channel in training run models; do export SM_CHANNEL_${{channel^^}}=/opt/ml/input/data/$channel; done
 exec {sys.executable} -m trainer.job train
 """
+STEPS = 100  # enough to be interrupted in, and learnt slowly enough to have gradients to the end
 CONFIG = {
     "model": "tiny",
     "rewards": [{"type": "contains", "text": "e"}],
     "learnability": {"samples": 0},
     "lora": {"r": 4, "lora_dropout": 0.1},
     "grpo": {
-        "max_steps": 60,
+        "max_steps": STEPS,
         "save_steps": 1,
         "num_iterations": 2,
         "num_generations": 8,
         "per_device_train_batch_size": 16,
         "max_completion_length": 6,
-        "learning_rate": 2e-2,
+        "learning_rate": 5e-4,
         "bf16": False,
     },
 }
@@ -61,22 +63,26 @@ def test_an_interrupted_training_ends_bitwise_like_one_that_was_not(start: Calla
         local.until(lambda: local.describe(name)["TrainingJobStatus"] != "InProgress", 300)
         job = local.describe(name)
         assert job["TrainingJobStatus"] == "Completed", job.get("FailureReason")
-        told = json.loads(local.text(f"out/{name}/{name}/output/model/training.json"))
-        assert (told["steps"], told["ended"]) == (60, "complete")
+        summary = json.loads(local.text(f"out/{name}/{name}/output/model/training.json"))
+        assert (summary["steps"], summary["ended"]) == (STEPS, "complete")
         key = f"out/{name}/{name}/output/model/adapter/adapter_model.safetensors"
         return bytes(local.s3.get_object(Bucket="art", Key=key)["Body"].read())
 
-    def reached(name: str) -> int:
-        """The newest step of which S3 has a part."""
-        return max(
-            [0, *(int(key.split("checkpoint-")[1].split("/")[0]) for key in local.keys(f"checkpoints/{name}/checkpoint-"))]
-        )
+    def told(pattern: str) -> list[int]:
+        """The numbers that the job's log has told so far."""
+        return [int(number) for number in re.findall(pattern, log.read_text())]
 
     train("interrupted")
-    for step in (3, 20):
-        local.until(lambda step=step: reached("interrupted") >= step, 120)
+    log = tmp_path / "state/jobs/interrupted/job.log"
+    local.until(log.exists)
+    for runs in (1, 2):
+        local.until(lambda runs=runs: len(told(r"from_step=(\d+)")) == runs, 120)
+        begun = told(r"from_step=(\d+)")[-1]
+        local.until(lambda begun=begun: told(r"step=(\d+) max_steps")[-1:] > [begun + 10], 120)
         assert local.interrupt("interrupted") == 202
     interrupted = ended("interrupted")
     assert local.statuses("interrupted").count("Interrupted") == 2
+    first, second, third = told(r"from_step=(\d+)")
+    assert first == 0 < second < third < STEPS
     train("quiet")
     assert ended("quiet") == interrupted
