@@ -54,6 +54,32 @@ def test_who_waits_says_so_in_the_run_and_by_event(world):
     assert places(world) == {run.run_id}
 
 
+def fails(world, run) -> None:
+    world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
+
+
+def is_published(world, run) -> None:
+    world.save_training(run)
+    world.handle("test_model", world.job_event("test_model.train_completed", run.train_job))
+    world.tested(world.run(run.run_id))
+
+
+@pytest.mark.parametrize("ends", [fails, is_published])
+def test_a_place_is_free_before_the_event_that_has_the_next_run_take_it(world, ends):
+    run = world.start(world.drop())
+    taken = []
+
+    def look(put):
+        taken.append(places(world))
+        world.next_call("PutEvents", look)
+        return put()
+
+    world.next_call("PutEvents", look)
+    ends(world, run)
+    assert world.event_types[-1] in ("Training Failed", "Results Published")
+    assert taken[-1] == set()
+
+
 def test_a_choice_of_instance_whose_quota_is_full_is_passed_over(world):
     world.failing_jobs = ["ResourceLimitExceeded"]
     run = world.start(world.drop())
