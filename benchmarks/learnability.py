@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from trainer import checkpoints, learnability, models, sampling, train
+from trainer import checkpoints, dataset, learnability, models, sampling, train
 from trainer.progress import history
 from tunedrop.rewards import build_rewards
 from tunedrop.run_config import parse_run_config
@@ -42,7 +42,7 @@ def run(seed: int, steps: int) -> tuple[list[float], float]:
     location = str(ROOT / ".tunedrop/models" / config.model)
     tokenizer = models.load_tokenizer(location)
     rewards = build_rewards(config.rewards)
-    rows = train.fit_prompts(train.load_rows(SAMPLE / "additions.jsonl", config, None), tokenizer, config).rows
+    rows = dataset.fit_prompts(dataset.load_rows(SAMPLE / "additions.jsonl", config, None), tokenizer, config).rows
     trainer = train.build_trainer(config, location, tokenizer, rows, rewards)
     trainer.run, trainer.record = checkpoints.identity(config, rows), checkpoints.Record()
     most_prompts, most_samples = (max(each) for each in zip(*GATES, strict=True))

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trainer import models, train
+from trainer import dataset, models
 from trainer.grpo import SharedPrefixGRPOTrainer
 from trainer.row_rewards import RowReward
 from tunedrop.rewards import build_rewards
@@ -70,7 +70,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
 def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> HeldOut:
     """Train until the target or for so many steps; returns what was seen after each step."""
     config = parse_run_config(yaml.safe_load((SAMPLE / "additions.yaml").read_text()))
-    rows = train.load_rows(SAMPLE / "additions.jsonl", config, None)
+    rows = dataset.load_rows(SAMPLE / "additions.jsonl", config, None)
     learn, held_out = [row for index, row in enumerate(rows) if index % 5], rows[::5]
     location = str(ROOT / ".tunedrop/models" / config.model)
     tokenizer = models.load_tokenizer(location)

@@ -21,18 +21,16 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import folders, models
+from trainer.dataset import Dataset, dataset_file, fit_prompts, heldout_rows, load_rows
 from trainer.deployment import deployment
 from trainer.job import JobError, failure_reported, set_up_logging, started
-from tunedrop.problems import Problem, RejectedError
-from tunedrop.readers import DATA_SUFFIXES, suffix_of
-from tunedrop.records import Row, read_rows
+from tunedrop.records import Row
 from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
-from tunedrop.run_config import RunConfig, generated_answers, optimizer_steps, parse_run_config, prompt_limit
+from tunedrop.run_config import RunConfig, generated_answers, optimizer_steps, parse_run_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("trainer")
 
 CHECKPOINTS_KEPT = 2  # the newest; the best one stays, too
-EVALUATED_ROWS = 64
-SHOWN_PROBLEMS = 20
 
 
 def _boolean(value: str) -> bool:
@@ -108,103 +104,6 @@ def read_config(flags: argparse.Namespace) -> RunConfig:
     if "model" not in given:
         raise JobError("Which model? Give --model-name, or a run config with 'model' in the 'run' channel.")
     return parse_run_config(given)
-
-
-def dataset_file(filename: str | None) -> Path:
-    """Return the file to train on. Raises JobError when it is not there."""
-    folder = folders.channel("training")
-    if folder is None and filename is None:
-        raise JobError("Which data? Give --dataset-filename, or the folder with the data in SM_CHANNEL_TRAINING.")
-    folder = folder or Path()
-    here = sorted(path for path in folder.glob("*") if suffix_of(path.name))
-    wanted = folder / (filename or "train.jsonl")
-    if wanted.is_file():
-        return wanted
-    if filename or not here:
-        names = ", ".join(path.name for path in here[:10]) or "no data files"
-        raise JobError(f"No data file '{filename or '*' + ' *'.join(DATA_SUFFIXES)}' in {folder.resolve()}: found {names}.")
-    return here[0]
-
-
-def heldout_rows(tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> list[Row]:
-    """Return the rows that evaluations ask: the first held-out ones whose prompt fits, none where nothing is held out."""
-    path = (folders.channel("training") or Path()) / "heldout.jsonl"
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    rows = load_rows(path, config, EVALUATED_ROWS)
-    return [row for row in rows if prompt_tokens(row["prompt"], tokenizer, config) <= prompt_limit(config)]
-
-
-class Dataset(NamedTuple):
-    """The rows to train on, how many were left out or cut for the length of their prompt, and the lengths in tokens."""
-
-    rows: list[Row]
-    dropped: int
-    truncated: int
-    lengths: list[int]
-
-
-def load_rows(path: Path, config: RunConfig, max_samples: int | None) -> list[Row]:
-    """Read the rows. Raises RejectedError with the first problems when the file has any, JobError when it has no rows."""
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for item in read_rows(path, config):
-        if isinstance(item, Problem):
-            problems.append(item)
-        else:
-            rows.append(item)
-        if len(rows) == max_samples or len(problems) == SHOWN_PROBLEMS:
-            break
-    if problems:
-        raise RejectedError(problems)
-    if not rows:
-        raise JobError(f"{path.name} has no rows to train on.")
-    return rows
-
-
-def prompt_tokens(prompt: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> int:
-    """Return how many tokens a prompt has, chat template included."""
-    kwargs = config.grpo.get("chat_template_kwargs") or {}
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
-
-
-def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> Dataset:
-    """Apply `prompt_overflow` to prompts longer than the limit in tokens, chat template included.
-
-    `truncate` cuts the beginning of the last user message; a row whose other messages alone are too long is dropped.
-    """
-    limit, policy = prompt_limit(config), config.prompt_overflow
-
-    def excess(prompt: list[dict[str, str]]) -> int:
-        return prompt_tokens(prompt, tokenizer, config) - limit
-
-    def cut(prompt: list[dict[str, str]], over: int) -> list[dict[str, str]] | None:
-        *before, last = prompt
-        while over > 0:
-            text = tokenizer(last["content"], add_special_tokens=False)["input_ids"]
-            if len(text) <= over:
-                return None
-            last = last | {"content": tokenizer.decode(text[over:])}
-            over = excess([*before, last])  # cutting can change how the rest is split into tokens
-        return [*before, last]
-
-    kept: list[Row] = []
-    lengths: list[int] = []
-    truncated = 0
-    for row in rows:
-        over = excess(row["prompt"])
-        if over <= 0:
-            kept.append(row)
-            lengths.append(limit + over)
-        elif policy == "reject":
-            raise JobError(f"The prompt of row '{row['id']}' has {limit + over} tokens, more than the limit of {limit}.")
-        elif policy == "truncate" and (prompt := cut(row["prompt"], over)):
-            kept.append(row | {"prompt": prompt})
-            lengths.append(limit)
-            truncated += 1
-    if not kept:
-        raise JobError(f"All {len(rows)} prompts are longer than the limit of {limit} tokens: raise max_prompt_length.")
-    return Dataset(kept, len(rows) - len(kept), truncated, lengths)
 
 
 def trackers() -> list[str]:

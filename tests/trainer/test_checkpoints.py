@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import checkpoints, train
+from trainer import checkpoints, dataset, train
 from trainer.bounds import Bounds
 from trainer.job import JobError
 from tunedrop.run_config import RunConfig
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted, change, rows, mes
     config = RunConfig.model_validate(
         given | {name: given.get(name, {}) | new if isinstance(new, dict) else new for name, new in change.items()}
     )
-    run = checkpoints.identity(config, train.load_rows(uninterrupted.root / "input/training/train.jsonl", config, rows))
+    run = checkpoints.identity(config, dataset.load_rows(uninterrupted.root / "input/training/train.jsonl", config, rows))
     folder = uninterrupted.root / "output/checkpoints"
     if message is None:
         assert checkpoints.newest(folder, run).step == 10
