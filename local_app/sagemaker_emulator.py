@@ -30,12 +30,13 @@ from typing import Self
 
 from botocore import xform_name
 
-from local_app.job_runner import EnvironmentProblem, Services
 from local_app.sagemaker_model import Json, ServiceError, validate_request
 from local_app.sagemaker_permissions import Check, required_permissions
 from local_app.sagemaker_registry import ModelRegistry
+from local_app.sagemaker_services import Services
 from local_app.sagemaker_state import Store
 from local_app.sagemaker_training import TrainingJobs
+from local_app.sandbox import EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,10 @@ class ServiceError(Exception):
         self.code, self.message, self.status = code, message, status
 
 
+class JobError(Exception):
+    """A failure of the job itself; the message becomes its FailureReason."""
+
+
 def not_found(message: str = "Requested resource not found.") -> ServiceError:
     """Build what SageMaker answers for an unknown name: a ValidationException, not a 404."""
     return ServiceError("ValidationException", message)

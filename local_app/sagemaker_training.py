@@ -18,9 +18,11 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from local_app.job_runner import JobRun, Outcome, Services, find_sandbox
+from local_app.job_runner import JobRun, Outcome
 from local_app.sagemaker_model import Json, ServiceError, not_found, page, service_model
+from local_app.sagemaker_services import Services
 from local_app.sagemaker_state import Store
+from local_app.sandbox import find_sandbox
 from tunedrop.instances import has_local_disk
 
 logger = logging.getLogger(__name__)

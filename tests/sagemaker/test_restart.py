@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from local_app.job_runner import EnvironmentProblem
+from local_app.sandbox import EnvironmentProblem
 
 COUNTS_RUNS = """
 trap 'exit 0' TERM
