@@ -143,23 +143,22 @@ def bring_up(folder: Path, parameters: Mapping[str, str] | None = None) -> Stack
     return stack
 
 
-def chaos(minutes: float, pause: float, seed: int) -> tuple[Counter[str], Counter[str], int]:
+def chaos(folder: Path, minutes: float, pause: float, seed: int) -> tuple[Counter[str], Counter[str], int]:
     """Kill for so many minutes, every `pause` seconds on average; return what was killed, how runs ended, and how many."""
     random.seed(seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        stack = bring_up(Path(scratch) / "app", {"MaxConcurrentJobs": "2"})
-        try:
-            app = Chaos(stack)
-            app.drop(make_tiny_model(Path(scratch) / "tiny"))
-            end = time.monotonic() + 60 * minutes
-            while time.monotonic() < end:
-                time.sleep(random.uniform(0, 2 * pause))
-                app.kill(random.choices(KINDS, weights=(4, 2, 1))[0])
-                if sum(run.open is not None for run in app.runs().values()) < 3:
-                    app.drop()
-            return app.killed, check(app.settle(600)), len(app.dropped)
-        finally:
-            stack.down()
+    stack = bring_up(folder / "app", {"MaxConcurrentJobs": "2"})
+    try:
+        app = Chaos(stack)
+        app.drop(make_tiny_model(folder / "tiny"))
+        end = time.monotonic() + 60 * minutes
+        while time.monotonic() < end:
+            time.sleep(random.uniform(0, 2 * pause))
+            app.kill(random.choices(KINDS, weights=(4, 2, 1))[0])
+            if sum(run.open is not None for run in app.runs().values()) < 3:
+                app.drop()
+        return app.killed, check(app.settle(600)), len(app.dropped)
+    finally:
+        stack.down()
 
 
 def main() -> None:
@@ -170,7 +169,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
     options = parser.parse_args()
     print(f"seed {options.seed}")
-    killed, ended, dropped = chaos(options.minutes, options.pause, options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        killed, ended, dropped = chaos(Path(folder), options.minutes, options.pause, options.seed)
     print(f"killed: {', '.join(f'{number} {kind}s' for kind, number in killed.items())}")
     print(f"{dropped} datasets dropped: {', '.join(f'{number} {how}' for how, number in ended.items())}")
 

@@ -36,6 +36,7 @@ STACK_NAME = "tunedrop"
 PARAMETERS = {"MaxConcurrentJobs": "1", "ReconcileInterval": "rate(1 minute)"}
 STARTUP_SECONDS = 60.0
 SHUTDOWN_SECONDS = 15.0
+ANSWER_SECONDS = 30.0
 
 
 class StackError(Exception):
@@ -283,7 +284,8 @@ class Stack:
     def _healthy(self, url: str) -> bool:
         try:
             trust = ssl.create_default_context(cafile=self.tls.authority)
-            with urllib.request.urlopen(f"{url}/_tunedrop/health", timeout=2, context=trust):  # noqa: S310 - our own URL
+            # Where nobody listens the refusal comes at once; who is busy may take long to answer.
+            with urllib.request.urlopen(f"{url}/_tunedrop/health", timeout=ANSWER_SECONDS, context=trust):  # noqa: S310 - our own URL
                 return True
         except (urllib.error.URLError, OSError):
             return False

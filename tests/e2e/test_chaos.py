@@ -19,8 +19,8 @@ def alone(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_ten_minutes_of_chaos_lose_nothing(say):
-    killed, ended, dropped = chaos(minutes=10, pause=8, seed=2026)
+def test_ten_minutes_of_chaos_lose_nothing(tmp_path, say):
+    killed, ended, dropped = chaos(tmp_path, minutes=10, pause=8, seed=2026)
     say(f"killed {dict(killed)}; of {dropped} datasets {dict(ended)}")
     assert killed.keys() == {"function", "job", "application"}
     assert ended.total() == dropped
