@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 MEMORY_BYTES = 256 * 1024**2
+NO_MEMORY = "PyObject pointer is null"  # arro3's panic when Python has no memory for a value
 BATCH_ROWS = 32  # a value that a page has once and rows repeat is unpacked for each of them
 
 
@@ -32,9 +33,9 @@ def main() -> None:
     try:
         for batch in read_parquet(sys.stdin.buffer, batch_size=BATCH_ROWS):
             send(batch.to_struct_array().to_pylist())
-    except MemoryError:
-        raise  # it says nothing, like arro3's panics, which are no Exceptions: who reads the messages finds no end of them
-    except Exception as raised:  # noqa: BLE001 - whatever arro3 says is wrong
+    except BaseException as raised:  # arro3 panics outside Exception
+        if isinstance(raised, MemoryError) or str(raised) == NO_MEMORY:
+            raise  # like a crash: who reads the messages finds no end of them
         error = str(raised)[:300] or type(raised).__name__
     send(error)
     sys.stdout.flush()

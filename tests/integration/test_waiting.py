@@ -55,18 +55,16 @@ def test_who_waits_says_so_in_the_run_and_by_event(world):
 
 
 def fails(world, run) -> None:
-    world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
+    world.handle("test_model", world.job_event("test_model.train_failed", world.start(run).train_job))
 
 
 def is_published(world, run) -> None:
-    world.save_training(run)
-    world.handle("test_model", world.job_event("test_model.train_completed", run.train_job))
-    world.tested(world.run(run.run_id))
+    world.tested(world.trained(run))
 
 
 @pytest.mark.parametrize("ends", [fails, is_published])
 def test_a_place_is_free_before_the_event_that_has_the_next_run_take_it(world, ends):
-    run = world.start(world.drop())
+    run = world.drop()
     taken = []
 
     def look(put):

@@ -119,6 +119,20 @@ DATASETS = [
         "BAD_PARQUET",
         says="makes its reader crash",
     ),
+    case(
+        "Parquet values too large to unpack",
+        ".parquet",
+        lambda: parquet_bomb(64, 4_000_000),
+        "BAD_PARQUET",
+        says="more memory",
+    ),
+    case(
+        "a Parquet file with a broken schema",
+        ".parquet",
+        lambda: good_parquet().replace(b"/////", b"!!!!!"),  # of the base64 of Arrow's schema
+        "BAD_PARQUET",
+        says="ARROW:schema",
+    ),
     case("a Parquet file's magic alone", ".parquet", b"PAR1PAR1", "BAD_PARQUET"),
     case("no Parquet file", ".parquet", GOOD, "BAD_PARQUET"),
     case("Parquet without a prompt", ".parquet", lambda: parquet(a=[1, 2], b=[None, None]), "NO_PROMPT"),
