@@ -42,6 +42,12 @@ def service_model() -> ServiceModel:
     return botocore.session.get_session().get_service_model("sagemaker")
 
 
+def fitting(shape: str, values: Json) -> Json:
+    """Keep the members of `values` that a structure of the service model has."""
+    members = service_model().shape_for(shape).members
+    return {name: value for name, value in values.items() if name in members}
+
+
 def validate_request(operation: str, request: Json) -> None:
     """Raise ServiceError("ValidationException") when `request` does not fit the operation's input shape.
 

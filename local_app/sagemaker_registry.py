@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from local_app.sagemaker_model import Json, ServiceError, not_found, page
+from local_app.sagemaker_model import Json, ServiceError, fitting, not_found, page
 from local_app.sagemaker_state import Store
-from local_app.sagemaker_training import fitting
 
 
 def path_of(name_or_arn: str) -> str:
