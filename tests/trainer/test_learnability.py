@@ -74,13 +74,15 @@ def test_the_first_steps_are_what_the_forecast_is_compared_with(rewards, shares,
 
 
 class ByRow:
-    """Pays by the row's answer: `always`, `never`, or by whether the completion has a letter of the first half."""
+    """Pays by the row's answer: `always`, `never`, or by drawing a lot, whatever a machine's rounding made the completion."""
 
     __name__, weight, gate, spec = "by_row", 1.0, None, RewardSpec(type="contains", text="?")
 
+    def __init__(self):
+        self.lots = random.Random(0)
+
     def __call__(self, prompts, completions, answer, **_columns):
-        sometimes = [sum(letter < "n" for letter in each[0]["content"]) % 2 for each in completions]
-        return [{"always": 1.0, "never": 0.0}.get(kind, now) for kind, now in zip(answer, sometimes, strict=True)]
+        return [{"always": 1.0, "never": 0.0}.get(kind, float(self.lots.random() < 0.5)) for kind in answer]
 
 
 def prepare(job, monkeypatch, answers, **policy):
