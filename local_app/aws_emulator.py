@@ -7,6 +7,7 @@ All that touches MiniStack's private names is in this file; `tests/aws_emulator`
 - `POST /_tunedrop/events` takes a whole EventBridge event (JSON) from an AWS service, such as a SageMaker job state
   change, which PutEvents refuses, and puts it on the default bus.
 - CloudFormation knows `AWS::SageMaker::ModelPackageGroup` (made in the SageMaker at AWS_ENDPOINT_URL_SAGEMAKER).
+- EventBridge refuses rules that are too complex, as AWS does.
 - S3's events name the object's version, as they do for versioned buckets on AWS.
 - Whatever invokes a function asynchronously (rules, schedules, Invoke) is queued on disk, retried and, if it fails to
   the end, sent to the function's on-failure destination; what a rule may not or cannot deliver goes to the rule's DLQ.
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from local_app.certificates import Certificates, certificates
+from local_app.event_patterns import MOST_COMPLEX, TOO_COMPLEX, complexity
 
 ACCOUNT = "000000000000"
 REGION = "us-east-1"
@@ -247,6 +249,32 @@ def _hook_s3_events() -> None:
 
     s3._fire_s3_event_async = fire
     eventbridge._dispatch_event = dispatch_with_version
+
+
+def _hook_rule_complexity() -> None:
+    """Refuse rules that are too complex, in EventBridge's words; MiniStack measures nothing.
+
+    CloudFormation makes its rules past PutRule.
+    """
+    from ministack.services import eventbridge
+    from ministack.services.cloudformation import provisioners
+
+    error_of = eventbridge._event_pattern_error
+    create_rule = provisioners._RESOURCE_HANDLERS["AWS::Events::Rule"]["create"]
+
+    def event_pattern_error(pattern: Any) -> Any:
+        error = error_of(pattern)
+        if error is None and pattern and complexity(json.loads(pattern)) > MOST_COMPLEX:
+            return TOO_COMPLEX
+        return error
+
+    def create(logical_id: str, props: Json, stack: str) -> Any:
+        if error := event_pattern_error(json.dumps(props["EventPattern"]) if "EventPattern" in props else ""):
+            raise ValueError(f"Event pattern is not valid. Reason: {error}")
+        return create_rule(logical_id, props, stack)
+
+    eventbridge._event_pattern_error = event_pattern_error
+    provisioners._RESOURCE_HANDLERS["AWS::Events::Rule"]["create"] = create
 
 
 # ---- CloudFormation --------------------------------------------------------------------------------------------------
@@ -581,6 +609,7 @@ def main(argv: list[str] | None = None) -> None:
     _hook_interpreter(state_dir / "tmp")
     _hook_s3_events()
     _hook_async_invocations(invocations)
+    _hook_rule_complexity()
     _hook_model_package_group(sagemaker_endpoint)
     _hook_calls(state_dir / "calls.jsonl")
     _hook_trust_policies()

@@ -47,7 +47,7 @@ def check_file(data: Path, config: Path | None, tests: Path | None, model: Path 
     else:
         check.warnings.append("the base model was not looked at, nor tokens counted: give its folder with --model")
     suffix = suffix_of(data.name)
-    if refused := refuse(suffix, data.stat().st_size):
+    if refused := refuse(data.name, data.stat().st_size):
         check.add(refused)
         return check.receipt()
     with tempfile.TemporaryDirectory() as folder, data.open("rb") as file:

@@ -26,7 +26,7 @@ from local_app.watch import follow
 from tunedrop import events
 from tunedrop.config_help import config_defaults, config_schema
 from tunedrop.problems import Problem
-from tunedrop.readers import DATA_SUFFIXES, suffix_of
+from tunedrop.readers import refuse
 from tunedrop.runs import FINAL, Run, State
 
 DEFAULT_FOLDER = PROJECT / ".tunedrop"
@@ -223,8 +223,8 @@ def check(file: Path, config: Path | None, tests: Path | None, model: Path | Non
 
     Example: tunedrop check cars.jsonl --config cars.yaml --tests cars.tests.json
     """
-    if not suffix_of(file.name):
-        raise click.BadParameter(f"'{file.name}' is none of {', '.join(DATA_SUFFIXES)}.", param_hint="FILE")
+    if problem := refuse(file.name, size=0):
+        raise click.BadParameter(f"{file.name}: {problem}", param_hint="FILE")
     try:
         receipt = check_file(file, config, tests, model)
     except StackError as error:

@@ -19,7 +19,8 @@ from local_app.redrive import redrive
 from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
 from tunedrop import bus, events, layout
 from tunedrop.aws import read_object
-from tunedrop.readers import DATA_SUFFIXES, suffix_of
+from tunedrop.launch_plan import instance_type_of
+from tunedrop.readers import refuse
 from tunedrop.runs import FINAL, RUN, Run, RunTable, State, run_of_item
 
 SAVED_REPORTS = 20  # that come with the page of all runs
@@ -74,16 +75,16 @@ class Deployment:
     def drop(self, data: Path, config: Path | None = None, tests: Path | None = None, model: Path | None = None) -> Run:
         """Upload a dataset, what belongs to it first, and return its run once it is validated or rejected.
 
-        Raises StackError for a file that cannot be a dataset, or when nothing comes of the upload.
+        Raises StackError when nothing comes of the upload.
         """
         return self._run_of_upload(*self.upload(data, config, tests, model))
 
     def upload(
         self, data: Path, config: Path | None = None, tests: Path | None = None, model: Path | None = None
     ) -> tuple[str, str]:
-        """Upload a dataset, what belongs to it first, and return its key and version. Raises StackError."""
-        if not suffix_of(data.name):
-            raise StackError(f"'{data.name}' is none of {', '.join(DATA_SUFFIXES)}: Tunedrop would not notice it.")
+        """Upload a dataset, what belongs to it first, and return its key and version. Raises StackError for no dataset."""
+        if problem := refuse(data.name, size=0):
+            raise StackError(f"{data.name}: {problem}")
         bucket, dataset = self.outputs.data_bucket, layout.dataset_of(data.name)
         name = self.upload_model(model) if model else None
         if config or name:
@@ -179,7 +180,7 @@ class Deployment:
         raw = read_object(self.s3, self.outputs.artifact_bucket, f"{layout.LAUNCH_PLANS}{run.plan}.json")
         prices = (msgspec.json.decode(raw or b"{}").get("prices") or {}).get("on_demand", {})
         resources, started = described["ResourceConfig"], described.get("TrainingStartTime")
-        price = prices.get(resources.get("InstanceType"))
+        price = prices.get(instance_type_of(resources))
         if price is None or started is None:
             return None
         ended = described.get("TrainingEndTime") or datetime.now(UTC)

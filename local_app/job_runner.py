@@ -60,7 +60,8 @@ class JobRun:
 
     Each of the job's instances is a process in namespaces of its own; they share the machine's network, where `algo-1`,
     `algo-2`, … are its loopback address. `job` is the job as DescribeTrainingJob answers it; `folder` is the job's own;
-    `on_phase` hears the secondary status ("Downloading", "Training", "Stopping", "Uploading") as it is entered.
+    without `network` its processes reach only themselves. `on_phase` hears the secondary status ("Downloading", "Training",
+    "Stopping", "Uploading") as it is entered.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class JobRun:
         sandbox: Sandbox,
         on_phase: Callable[[str], None],
         *,
+        network: bool = True,
         grace: float = 120,
         checkpoint_interval: float = 5,
     ) -> None:
+        self._network = network
         self._job, self._services, self._sandbox, self._on_phase = job, services, sandbox, on_phase
         self._grace = grace
         self._folder = folder
@@ -201,7 +204,7 @@ class JobRun:
         started = time.monotonic()
         threads, logs = [], []
         for host in self._hosts:
-            command, environment = self._sandbox.command(job, host.ml.resolve(), self._environment())
+            command, environment = self._sandbox.command(job, host.ml.resolve(), self._environment(), network=self._network)
             stream = f"{job['TrainingJobName']}/{host.name}-{int(time.time())}"
             logs.append(log := LogStream(self._services, stream, self._folder / "job.log"))
             host.process = subprocess.Popen(  # noqa: S603 - the request's entry point, and no shell around it

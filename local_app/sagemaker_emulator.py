@@ -22,10 +22,10 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from botocore import xform_name
@@ -67,7 +67,8 @@ class SageMakerEmulator:
         endpoint_url: str,
         *,
         on_state_change: Callable[[Json], object],
-        max_jobs: int = 4,
+        max_instances: int = 4,
+        quotas: Mapping[str, int] = MappingProxyType({}),
         without_capacity: Collection[str] = (),
         grace: float = 120,
         checkpoint_interval: float = 5,
@@ -91,7 +92,8 @@ class SageMakerEmulator:
             state_dir / "jobs",
             Services(endpoint_url, region),
             arn_prefix,
-            max_jobs=max_jobs,
+            max_instances=max_instances,
+            quotas=quotas,
             without_capacity=without_capacity,
             grace=grace,
             checkpoint_interval=checkpoint_interval,
@@ -287,6 +289,12 @@ def serve(
     return server
 
 
+def _quota(text: str) -> tuple[str, int]:
+    """Read `ml.g5.4xlarge for training job usage=2`."""
+    name, _, number = text.rpartition("=")
+    return name, int(number)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the emulator until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(
@@ -298,7 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--s3-endpoint", required=True, help="URL of the account's S3 and CloudWatch Logs")
     parser.add_argument("--event-sink", required=True, help="URL that gets each state change event by POST")
     parser.add_argument("--authorizer", help="URL that decides what a signed request may do (default: everything)")
-    parser.add_argument("--max-jobs", type=int, default=4, help="jobs at a time; more are ResourceLimitExceeded")
+    parser.add_argument("--max-instances", type=int, default=4, help="every quota of an instance type that has no --quota")
+    parser.add_argument("--quota", type=_quota, action="append", default=[], metavar="NAME=N", help="a quota, by AWS's name")
     parser.add_argument("--grace", type=float, default=120, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("--no-capacity", default="", help="instance types without capacity, with commas between")
     parser.add_argument("--region", default="us-east-1")
@@ -314,7 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
             options.state_dir,
             options.s3_endpoint,
             on_state_change=post_json(options.event_sink),
-            max_jobs=options.max_jobs,
+            max_instances=options.max_instances,
+            quotas=dict(options.quota),
             without_capacity=tuple(filter(None, options.no_capacity.split(","))),
             grace=options.grace,
             region=options.region,

@@ -62,6 +62,23 @@ class Services:
         session._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
         return Services(self.endpoint_url, self.region, session)
 
+    def reach_internet(self, subnets: list[str]) -> bool:
+        """Return whether a job in these subnets reaches the internet: all of them have a route to a NAT gateway.
+
+        A job's network interfaces have no public address: an internet gateway is of no use to them
+        (https://docs.aws.amazon.com/sagemaker/latest/dg/train-vpc.html).
+        """
+        ec2 = self._session.client("ec2", endpoint_url=self.endpoint_url)
+
+        def has_nat(subnet: str) -> bool:
+            tables = ec2.describe_route_tables(Filters=[{"Name": "association.subnet-id", "Values": [subnet]}])[
+                "RouteTables"
+            ]
+            routes = [route for table in tables for route in table["Routes"]]
+            return any("NatGatewayId" in route and route.get("DestinationCidrBlock") == "0.0.0.0/0" for route in routes)
+
+        return all(map(has_nat, subnets))
+
     @property
     def credentials(self) -> dict[str, str]:
         """The credentials as environment variables."""

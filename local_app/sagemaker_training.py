@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from botocore.exceptions import ClientError
 
 from local_app.job_runner import JobRun, Outcome
 from local_app.sagemaker_model import Json, ServiceError, fitting, not_found, page
+from local_app.sagemaker_quotas import check_quotas
 from local_app.sagemaker_services import Services
 from local_app.sagemaker_state import Store
 from local_app.sagemaker_training_job import check_request, new_job, state_change_event, training_time
@@ -49,13 +50,15 @@ class TrainingJobs:
         services: Services,
         arn_prefix: str,
         *,
-        max_jobs: int,
+        max_instances: int,
+        quotas: Mapping[str, int],
         without_capacity: Collection[str],
         grace: float,
         checkpoint_interval: float,
     ) -> None:
         self._store, self._folder, self._services, self._arn_prefix = store, folder, services, arn_prefix
-        self._max_jobs, self._without_capacity, self._grace = max_jobs, without_capacity, grace
+        self._max_instances, self._quotas = max_instances, quotas
+        self._without_capacity, self._grace = without_capacity, grace
         self._checkpoint_interval = checkpoint_interval
         self._sandbox = find_sandbox()
         self._lock = threading.Lock()  # taken before the store's; guards _runs together with a job's status
@@ -68,7 +71,7 @@ class TrainingJobs:
 
     def create_training_job(self, request: Json) -> Json:
         """Check, store and start a job; answers at once, as AWS does."""
-        check_request(request)
+        check_request(request, self._services.region)
         self._check_role(request["RoleArn"])
         name = request["TrainingJobName"]
         with self._lock, self._store.transaction():
@@ -78,14 +81,8 @@ class TrainingJobs:
                     f"Training job names must be unique within an AWS account and region, "
                     f"and {self._arn(name)} exists already.",
                 )
-            running = sum(job["TrainingJobStatus"] not in FINAL for job in self._store.all("job"))
-            if running >= self._max_jobs:
-                raise ServiceError(
-                    "ResourceLimitExceeded",
-                    f"The account-level service limit 'Number of instances across all training jobs' is {self._max_jobs} "
-                    f"Instances, with current utilization of {running} Instances and a request delta of 1 Instances. "
-                    "Please use AWS Service Quotas to request an increase for this quota.",
-                )
+            running = [job for job in self._store.all("job") if job["TrainingJobStatus"] not in FINAL]
+            check_quotas(request, running, lambda quota: self._quotas.get(quota, self._max_instances))
             job = new_job(request, self._arn(name))
             self._store.put("tags", job["TrainingJobArn"], {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])})
             self._record(job, "Starting", "InProgress", "Starting the training job")
@@ -218,6 +215,7 @@ class TrainingJobs:
                 self._services.assume(job["RoleArn"]),
                 self._sandbox,
                 lambda secondary: self._move(name, secondary),
+                network=self._has_network(job),
                 grace=self._grace,
                 checkpoint_interval=self._checkpoint_interval,
             )
@@ -252,6 +250,11 @@ class TrainingJobs:
             self._end(name, outcome)
             run.discard()
             return False
+
+    def _has_network(self, job: Json) -> bool:
+        if job.get("EnableNetworkIsolation"):
+            return False
+        return "VpcConfig" not in job or self._services.reach_internet(job["VpcConfig"]["Subnets"])
 
     def _end(self, name: str, outcome: Outcome) -> None:
         """Move the job to its final status."""

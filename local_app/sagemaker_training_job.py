@@ -23,9 +23,16 @@ EVENT_MEMBERS = (
 TIMES = ("CreationTime", "TrainingStartTime", "TrainingEndTime", "LastModifiedTime", "StartTime", "EndTime", "Timestamp")
 
 
-def check_request(request: Json) -> None:
+# An image of ECR: registry/repository[:tag] or registry/repository[@digest]
+# (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_AlgorithmSpecification.html).
+ECR_IMAGE = re.compile(
+    r"\d{12}\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.[a-z0-9.-]+/[a-z0-9._/-]+(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
+)
+
+
+def check_request(request: Json, region: str) -> None:
     """Raise ServiceError for what botocore's model cannot say: AWS's rules between members, then what only runs there."""
-    for refused, message in (*_aws_rules(request), *_local_limits(request)):
+    for refused, message in (*_aws_rules(request), *_image_rules(request, region), *_local_limits(request)):
         if refused:
             raise ServiceError("ValidationException", message)
 
@@ -37,6 +44,7 @@ def _aws_rules(request: Json) -> list[tuple[bool, str]]:
     spot = request.get("EnableManagedSpotTraining", False)
     preferences = [preference["InstanceType"] for preference in resources.get("InstancePreferences", [])]
     types = preferences or [resources.get("InstanceType", "")]
+    counts = [each["InstanceType"] for each in resources.get("InstancePreferences", []) if "InstanceCount" in each]
     disks = [kind for kind in types if kind and has_local_disk(kind)]
     channels = [channel["ChannelName"] for channel in request.get("InputDataConfig", [])]
     keys = [tag["Key"] for tag in request.get("Tags", [])]
@@ -59,12 +67,29 @@ def _aws_rules(request: Json) -> list[tuple[bool, str]]:
             "ResourceConfig must have either InstanceType or InstancePreferences",
         ),
         (bool(preferences) and spot, "InstancePreferences cannot be used with managed spot training"),
+        (len(set(preferences)) < len(preferences), "An instance type can appear only once in InstancePreferences"),
+        (
+            bool(preferences) and counts != ([] if "InstanceCount" in resources else preferences),
+            "InstanceCount must be in ResourceConfig or in every entry of InstancePreferences, and not in both",
+        ),
         (len(set(channels)) < len(channels), "Duplicate channel names are not allowed in InputDataConfig"),
         (len(set(keys)) < len(keys), "Duplicate tag keys are not allowed"),
         *(
             (not _compiles(definition["Regex"]), f"Invalid regex in metric definition {definition['Name']}")
             for definition in specification.get("MetricDefinitions", [])
         ),
+    ]
+
+
+def _image_rules(request: Json, region: str) -> list[tuple[bool, str]]:
+    image = request.get("AlgorithmSpecification", {}).get("TrainingImage")
+    if image is None or ".dkr.ecr" not in image:
+        return []  # an image of one's own machine, or of another registry
+    found = ECR_IMAGE.fullmatch(image)
+    return [
+        (found is None, f'ECR image "{image}" is invalid.'),
+        # Assumption: the API reference asks for one region of models' images only.
+        (found is not None and found["region"] != region, f'ECR image "{image}" is not in the region of the job, {region}.'),
     ]
 
 

@@ -31,7 +31,9 @@ class EnvironmentProblem(Exception):  # noqa: N818 - it reads as what it is
 class Sandbox(Protocol):
     """A way to give a process its own /opt/ml, PID 1 and network."""
 
-    def command(self, job: Json, ml: Path, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self, job: Json, ml: Path, environment: dict[str, str], *, network: bool
+    ) -> tuple[list[str], dict[str, str]]:
         """Return the command that runs the entry point with `ml` on /opt/ml and `environment`, and its own environment."""
 
     def signal(self, process: subprocess.Popen[bytes], job: Json, number: signal.Signals) -> None:
@@ -45,15 +47,16 @@ def entry_point(job: Json) -> list[str]:
 
 
 class Namespaces:
-    """Linux mount, PID and (isolated jobs) network namespaces. The container's Python is the one that runs this.
+    """Linux mount, PID and (jobs without network) network namespaces. The container's Python is the one that runs this.
 
     `setpriv` ends `unshare` when this process dies, even by kill -9, and `unshare --kill-child` then ends PID 1 and
     with it everything that the job started.
     """
 
-    def command(self, job: Json, ml: Path, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self, job: Json, ml: Path, environment: dict[str, str], *, network: bool
+    ) -> tuple[list[str], dict[str, str]]:
         """See Sandbox."""
-        isolated = bool(job.get("EnableNetworkIsolation"))
         defaults = {name: os.environ[name] for name in HOST_VARIABLES if name in os.environ} | {
             "HOME": "/opt/ml/home",
             "TMPDIR": "/opt/ml/tmp",
@@ -68,12 +71,12 @@ class Namespaces:
             "PIP_ROOT_USER_ACTION": "ignore",
         }
         fixed = {"PATH": f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-        if isolated:
+        if not network:
             fixed["TUNEDROP_NETWORK_ISOLATION"] = "1"
         command = [
             *(_program("setpriv"), "--pdeathsig", "KILL", _program("unshare")),
             *(["--user", "--map-root-user"] if os.geteuid() else []),
-            *("--mount", "--pid", "--fork", "--kill-child", *(["--net"] if isolated else [])),
+            *("--mount", "--pid", "--fork", "--kill-child", *([] if network else ["--net"])),
             *(sys.executable, "-I", "-S", str(Path(__file__).with_name("sagemaker_container.py")), str(ml)),
             *entry_point(job),
         ]
@@ -93,7 +96,9 @@ class Namespaces:
 class Docker:
     """The request's own image under Docker, where Linux namespaces cannot be had (macOS, locked-down hosts)."""
 
-    def command(self, job: Json, ml: Path, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self, job: Json, ml: Path, environment: dict[str, str], *, network: bool
+    ) -> tuple[list[str], dict[str, str]]:
         """See Sandbox. The names of variables are on the command line, their values are not."""
         if job.get("ResourceConfig", {}).get("InstanceCount", 1) > 1:
             raise JobError("ClientError: Docker runs jobs on one instance here; several need Linux namespaces (unshare)")
@@ -101,14 +106,13 @@ class Docker:
         if endpoint := environment.get("AWS_ENDPOINT_URL"):  # the container's own 127.0.0.1 is another one
             host = urlsplit(endpoint).hostname or ""
             environment = environment | {"AWS_ENDPOINT_URL": endpoint.replace(host, "host.docker.internal", 1)}
-        network = "none" if job.get("EnableNetworkIsolation") else "bridge"
         # A container outlives a client that was killed: the one of an earlier run goes first.
         remove = [_program("docker"), "rm", "--force", job["TrainingJobName"]]
         subprocess.run(remove, check=False, capture_output=True)  # noqa: S603
         first, *arguments = entry_point(job)
         command = [
             *(_program("docker"), "run", "--rm", "--name", job["TrainingJobName"], "--volume", f"{ml}:/opt/ml"),
-            *("--network", network, "--add-host", "host.docker.internal:host-gateway", *variables),
+            *("--network", "bridge" if network else "none", "--add-host", "host.docker.internal:host-gateway", *variables),
             *("--entrypoint", first, job["AlgorithmSpecification"]["TrainingImage"], *arguments),
         ]
         return command, environment | {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}  # for the docker client
@@ -128,7 +132,7 @@ def find_sandbox() -> Sandbox:
     probe = {"TrainingJobName": "probe", "AlgorithmSpecification": {"ContainerEntrypoint": ["true"]}}
     namespaces = Namespaces()
     with tempfile.TemporaryDirectory() as folder:
-        command, environment = namespaces.command(probe, Path(folder), {})
+        command, environment = namespaces.command(probe, Path(folder), {}, network=True)
         try:
             result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
             reason = result.stderr.strip()

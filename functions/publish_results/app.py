@@ -17,7 +17,7 @@ from tunedrop.stages.publish_results import PublishSettings, testing_ended
 @metrics.log_metrics(capture_cold_start_metric=True)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Handle a "SageMaker Training Job State Change" event of a final status."""
-    job = parse(event, model=JobStateChange).detail
+    job = parse(event, model=JobStateChange).detail.TrainingJobName
     settings = PublishSettings.from_environment()
     try:
         run = testing_ended(job, settings, connect(settings.run_table))

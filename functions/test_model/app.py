@@ -18,7 +18,7 @@ from tunedrop.stages.test_model import training_ended
 @metrics.log_metrics(capture_cold_start_metric=True)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Handle a "SageMaker Training Job State Change" event of a final status."""
-    job = parse(event, model=JobStateChange).detail
+    job = parse(event, model=JobStateChange).detail.TrainingJobName
     settings = JobSettings.from_environment()
     try:
         run = training_ended(job, settings, connect(settings.run_table))

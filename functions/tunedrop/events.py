@@ -10,9 +10,6 @@ from tunedrop.bus import entry, put
 from tunedrop.runs import Run
 
 SEQUENCER_LENGTH = 64
-# How SageMaker says that there is no machine to be had: at once as an error's code, or late as a failed job's reason
-# (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateTrainingJob.html#API_CreateTrainingJob_Errors).
-NO_CAPACITY = ("ResourceLimitExceeded", "CapacityError", "InsufficientCapacityError")
 # Detail types of our events.
 VALIDATED = "Dataset Validated"
 REJECTED = "Dataset Rejected"
@@ -50,71 +47,20 @@ class Upload(BaseModel):
         )
 
 
-class JobDetail(BaseModel):
-    """The part we read of the detail of a "SageMaker Training Job State Change", which is DescribeTrainingJob's answer."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    class _Transition(BaseModel):
-        Status: str
-        StatusMessage: str = ""
-
-    class _Artifacts(BaseModel):
-        S3ModelArtifacts: str
-
-    class _Resources(BaseModel):
-        InstanceType: str | None = None
-        SelectedInstanceType: str | None = None
+class JobReference(BaseModel):
+    """The part that our functions read of the detail of a "SageMaker Training Job State Change": which job."""
 
     TrainingJobName: str
-    TrainingJobStatus: str
-    SecondaryStatus: str = ""
-    FailureReason: str = ""
-    ModelArtifacts: _Artifacts | None = None
-    ResourceConfig: _Resources = _Resources()
-    SecondaryStatusTransitions: list[_Transition] = []
-    BillableTimeInSeconds: int | None = None
-    TrainingTimeInSeconds: int | None = None
-
-    @property
-    def artifacts(self) -> str | None:
-        """The S3 URI of what the job left in /opt/ml/model."""
-        return self.ModelArtifacts.S3ModelArtifacts if self.ModelArtifacts else None
-
-    @property
-    def started(self) -> bool:
-        """Whether the job ever had an instance that ran its container."""
-        return any(transition.Status == "Training" for transition in self.SecondaryStatusTransitions)
-
-    @property
-    def final(self) -> bool:
-        """Whether the job has ended."""
-        return self.TrainingJobStatus in {"Completed", "Failed", "Stopped"}
-
-    @property
-    def at_limit(self) -> bool:
-        """Whether SageMaker stopped the job at its time limit."""
-        return self.SecondaryStatus in {"MaxRuntimeExceeded", "MaxWaitTimeExceeded"}
-
-    @property
-    def no_capacity(self) -> str | None:
-        """Why the job found no machine; None if it found one."""
-        if self.TrainingJobStatus == "Failed" and self.FailureReason.startswith(NO_CAPACITY):
-            return self.FailureReason[:1024]
-        if self.TrainingJobStatus == "Stopped" and self.at_limit and not self.started:
-            return "no instance came within the waiting time"
-        return None
-
-    @property
-    def instance_type(self) -> str | None:
-        """The instance type that the job ran on; of several on demand, the one that SageMaker selected."""
-        return self.ResourceConfig.SelectedInstanceType or self.ResourceConfig.InstanceType
 
 
-class JobStateChange(EventBridgeModel):
-    """A "SageMaker Training Job State Change" event."""
+class JobStateChange(BaseModel):
+    """A "SageMaker Training Job State Change" event: it names a job, and DescribeTrainingJob says how the job is.
 
-    detail: JobDetail
+    The other fields of the detail may be absent, null or empty; AWS's own sample has no status transitions
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html).
+    """
+
+    detail: JobReference
 
 
 class RunReference(BaseModel):

@@ -1,21 +1,32 @@
 """A run's SageMaker jobs: creating one, finding the run of one, stopping them."""
 
+import re
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 from botocore.exceptions import ClientError
-from pydantic import ValidationError
+from msgspec import structs
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunedrop import layout
-from tunedrop.announcements import AnnounceSettings, announce_failure, announce_waiting
+from tunedrop import events, layout
+from tunedrop.announcements import AnnounceSettings, announce_failure, announce_waiting, notify
 from tunedrop.aws import Aws, InstanceTypes, error_code
-from tunedrop.events import NO_CAPACITY, JobDetail
+from tunedrop.events import RunEvent
 from tunedrop.launch_plan import instance_choices, job_request, load_plan
 from tunedrop.layout import JobName
 from tunedrop.observability import logger
 from tunedrop.run_config import RunConfig
 from tunedrop.runs import Run, State, ago, backoff
 
+# How SageMaker says that there is no machine to be had: at once as an error's code, or late as a failed job's reason
+# (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateTrainingJob.html#API_CreateTrainingJob_Errors).
+NO_CAPACITY = ("ResourceLimitExceeded", "CapacityError", "InsufficientCapacityError")
+JOBS = {"train": "training", "test": "test"}
+# What a ResourceLimitExceeded says of the quota, in AWS's words, which the API reference does not list:
+# "The account-level service limit 'ml.g5.4xlarge for spot training job usage' is 0 Instances, with current utilization of
+# 0 Instances and a request delta of 1 Instances. …"
+QUOTA = re.compile(r"service limit '(?P<name>[^']+)' is (?P<limit>\d+) .* request delta of (?P<asked>\d+) ")
 # How SageMaker says that it knows no job of this name, or that there is nothing to stop.
 NO_SUCH_JOB = frozenset({"ValidationException", "ResourceNotFound"})
 # What a function has begun it has done by then, or died (https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html).
@@ -30,16 +41,93 @@ class JobSettings(AnnounceSettings):
     max_concurrent_jobs: int
 
 
+class TrainingJob(BaseModel):
+    """The part we read of DescribeTrainingJob's answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    class _Transition(BaseModel):
+        Status: str
+
+    class _Artifacts(BaseModel):
+        S3ModelArtifacts: str
+
+    class _Resources(BaseModel):
+        InstanceType: str | None = None
+        SelectedInstanceType: str | None = None
+
+    TrainingJobName: str
+    TrainingJobStatus: str
+    SecondaryStatus: str = ""
+    FailureReason: str = ""
+    ModelArtifacts: _Artifacts | None = None
+    ResourceConfig: _Resources = _Resources()
+    SecondaryStatusTransitions: list[_Transition] = []
+
+    @property
+    def artifacts(self) -> str | None:
+        """The S3 URI of what the job left in /opt/ml/model."""
+        return self.ModelArtifacts.S3ModelArtifacts if self.ModelArtifacts else None
+
+    @property
+    def started(self) -> bool:
+        """Whether the job ever had an instance that ran its container."""
+        return any(transition.Status == "Training" for transition in self.SecondaryStatusTransitions)
+
+    @property
+    def final(self) -> bool:
+        """Whether the job has ended."""
+        return self.TrainingJobStatus in {"Completed", "Failed", "Stopped"}
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether SageMaker stopped the job at its time limit."""
+        return self.SecondaryStatus in {"MaxRuntimeExceeded", "MaxWaitTimeExceeded"}
+
+    @property
+    def no_capacity(self) -> str | None:
+        """Why the job found no machine; None if it found one."""
+        if self.TrainingJobStatus == "Failed" and self.FailureReason.startswith(NO_CAPACITY):
+            return self.FailureReason[:1024]
+        if self.SecondaryStatus == "MaxWaitTimeExceeded" and not self.started:
+            return "no instance came within the waiting time"
+        return None
+
+    @property
+    def instance_type(self) -> str | None:
+        """The instance type that the job ran on; of several on demand, the one that SageMaker selected."""
+        return self.ResourceConfig.SelectedInstanceType or self.ResourceConfig.InstanceType
+
+
 class JobRefusedError(Exception):
     """SageMaker does not accept the job as configured, an instance type it does not know for example."""
 
 
-def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str, Any] | None:
-    """Create a run's `train` or `test` job; None if SageMaker's quotas leave no room for it.
+class NoRoomError(Exception):
+    """SageMaker's quotas leave no room for the job. `too_small`: none of them could hold it, however long it waited."""
+
+    def __init__(self, kind: str, messages: list[str]):
+        quotas = [QUOTA.search(message) for message in messages]
+        self.too_small = all(quota is not None and int(quota["limit"]) < int(quota["asked"]) for quota in quotas)
+        found = [
+            f"'{quota['name']}' is {quota['limit']}" if quota else message
+            for quota, message in zip(quotas, messages, strict=True)
+        ]
+        reason = f"{', '.join(dict.fromkeys(found))}; no room for the {JOBS[kind]} job"
+        if self.too_small:
+            asked = max(int(quota["asked"]) for quota in quotas if quota)
+            reason = f"{', '.join(dict.fromkeys(found))}, and the {JOBS[kind]} job needs {asked}. "
+            reason += "Ask for more in Service Quotas (Amazon SageMaker): the run then starts by itself"
+        super().__init__(f"SageMaker quota: {reason}"[:1024])
+
+
+def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str, Any]:
+    """Create a run's `train` or `test` job.
 
     Returns what the run should remember: `{kind}_job`, `instance_type`, `choices`. The job's name carries run and
-    attempt, so a job that exists already is this very one. Attempts begin with one choice of instance after the other; a
-    choice whose quota is full is passed over. Raises JobRefusedError.
+    attempt, so a job that exists already is this very one. Attempts begin with one choice of instances after the other; a
+    choice that SageMaker refuses, for its quota or as such, is passed over. Raises JobRefusedError, or NoRoomError where
+    a quota refused the job.
     """
     raw = aws.read(settings.artifact_bucket, layout.run_key(run.run_id, "input/config.json"))
     assert raw is not None  # written before the run existed
@@ -50,9 +138,11 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
     spot = settings.use_spot if config.compute.spot is None else config.compute.spot
     choices = instance_choices(config.compute, settings.instance_types, spot)
+    first = (run.attempt - 1) % len(choices)
     name = str(JobName(settings.job_prefix, kind, run.run_id, run.attempt))
-    for number in range(len(choices)):
-        instances = choices[(run.attempt - 1 + number) % len(choices)]
+    refused: list[str] = []
+    no_room: list[str] = []
+    for instances in chain.from_iterable(choices[first:] + choices[:first]):
         request = job_request(
             plan,
             kind,
@@ -67,45 +157,71 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str
         try:
             aws.sagemaker.create_training_job(**request)
         except ClientError as error:
+            message = error.response["Error"]["Message"]
+            logger.info("SageMaker refused a job", code=error_code(error), detail=message)
+            if error_code(error) == "ResourceInUse":
+                break
             if error_code(error) == "ValidationException":
-                raise JobRefusedError(f"SageMaker refused the job: {error.response['Error']['Message']}") from None
-            if error_code(error) not in {*NO_CAPACITY, "ResourceInUse"}:
+                refused.append(message)
+            elif error_code(error) in NO_CAPACITY:
+                no_room.append(message)
+            else:
                 raise
         else:
             return {f"{kind}_job": name, "instance_type": instances.get("InstanceType"), "choices": len(choices)}
     # A full quota may be full of this very job, whose creation somebody did not live to write down.
     job = describe(name, aws)
-    return None if job is None else {f"{kind}_job": name, "instance_type": job.instance_type, "choices": len(choices)}
+    if job is not None:
+        return {f"{kind}_job": name, "instance_type": job.instance_type, "choices": len(choices)}
+    if no_room:
+        raise NoRoomError(kind, no_room)
+    raise JobRefusedError(f"SageMaker refused the job: {'; '.join(dict.fromkeys(refused))}")
 
 
-def describe(name: str, aws: Aws) -> JobDetail | None:
+def wait_for_room(run: Run, to: State, error: NoRoomError, settings: AnnounceSettings, aws: Aws) -> Run:
+    """Let a run wait for a quota's room, WAITING or, for the tests, TRAINED.
+
+    A quota that is too small is announced once, before the move: waiting alone would never end.
+    """
+    reason = str(error)
+    if error.too_small and run.reason != reason:
+        waiting = structs.replace(run, state=to, reason=reason)
+        announce_waiting(waiting, settings, aws)
+        notify(aws, settings.topic_arn, RunEvent(detail_type=events.WAITING, run=waiting))
+    return aws.runs.move(run, to, reason=reason)
+
+
+def describe(name: str, aws: Aws) -> TrainingJob | None:
     """Return a job as SageMaker describes it, None if there is no such job."""
     try:
-        return JobDetail.model_validate(aws.sagemaker.describe_training_job(TrainingJobName=name))
+        return TrainingJob.model_validate(aws.sagemaker.describe_training_job(TrainingJobName=name))
     except ClientError as error:
         if error_code(error) not in NO_SUCH_JOB:
             raise
         return None
 
 
-def run_of_job(job: JobDetail, settings: AnnounceSettings, aws: Aws) -> Run | None:
-    """Return the run whose current attempt a job belongs to, None for every other job.
+def run_of_job(name: str, settings: AnnounceSettings, aws: Aws) -> tuple[Run, TrainingJob] | None:
+    """Return the run whose current attempt a job belongs to, and the job; None for every other job.
 
     A job that found no machine has begun the run's next attempt; a second delivery of its event says again that the run
-    waits, since whoever wrote it may have died before saying so.
+    waits, since whoever wrote it may have died before saying so. Raises LookupError for a job that SageMaker does not know.
     """
     try:
-        name = JobName.parse(job.TrainingJobName, settings.job_prefix)
+        parsed = JobName.parse(name, settings.job_prefix)
     except ValueError as error:
         logger.warning("ignored a job", reason=str(error))
         return None
-    run = aws.runs.get(name.run_id)
-    if run is not None and run.waits and run.attempt == name.attempt + 1:
+    run = aws.runs.get(parsed.run_id)
+    if run is not None and run.waits and run.attempt == parsed.attempt + 1:
         announce_waiting(run, settings, aws)
-    if run is None or run.attempt != name.attempt:
-        logger.info("ignored a job of no current attempt", job=job.TrainingJobName)
+    if run is None or run.attempt != parsed.attempt:
+        logger.info("ignored a job of no current attempt", job=name)
         return None
-    return run
+    job = describe(name, aws)
+    if job is None:
+        raise LookupError(f"SageMaker knows no training job '{name}'")
+    return run, job
 
 
 def wait_again(run: Run, to: State, reason: str, settings: AnnounceSettings, aws: Aws) -> Run:
@@ -125,7 +241,7 @@ def end_stopped(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
     announce_failure(run, settings, aws)
 
 
-def _stopped(name: str, aws: Aws) -> JobDetail | None:
+def _stopped(name: str, aws: Aws) -> TrainingJob | None:
     """Ask a job to stop and return it as it is then, None if there is no such job."""
     try:
         aws.sagemaker.stop_training_job(TrainingJobName=name)

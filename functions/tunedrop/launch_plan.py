@@ -17,6 +17,10 @@ from tunedrop.run_config import Compute, RunConfig
 from tunedrop.runs import Run
 
 MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
+# 28 days: the most that a job may run, and so wait (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
+MOST_SECONDS = 28 * 86400
+# What SageMaker itself broke ("InternalServerError") runs again; no other failure does.
+RETRIES = {"MaximumRetryAttempts": 2}
 
 
 class NoLaunchPlanError(Exception):
@@ -46,17 +50,19 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "CompressionType": "None"}
 
 
-def instance_choices(compute: Compute, instance_types: list[str], spot: bool) -> list[dict[str, Any]]:
-    """Return the parts of ResourceConfig that a job may be tried with, the first choice first.
+def instance_choices(compute: Compute, instance_types: list[str], spot: bool) -> list[list[dict[str, Any]]]:
+    """Return what a job may run on: choices for the attempts of a run to walk, each the parts of ResourceConfig to try.
 
-    On demand, one part names all types and SageMaker takes the first that has capacity. With spot it takes one type only,
-    so each type is a choice, for the attempts of a run to walk
-    (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html).
+    With spot, SageMaker takes one type, and each type is a choice. On demand there is one choice: a list of which
+    SageMaker takes the first type that has capacity. But each type's quota must cover the job, "even when the types ahead
+    of it would have succeeded": after a refusal each type is tried alone
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/train-instance-preferences.html).
     """
     types = list(dict.fromkeys(compute.instance_type or instance_types))
+    alone: list[dict[str, Any]] = [{"InstanceType": name} for name in types]
     if spot or len(types) == 1:
-        return [{"InstanceType": name} for name in types]
-    return [{"InstancePreferences": [{"InstanceType": name} for name in types[:MOST_PREFERENCES]]}]
+        return [[each] for each in alone]
+    return [[{"InstancePreferences": alone[:MOST_PREFERENCES]}, *alone]]
 
 
 def time_limit(compute: Compute, instances: dict[str, Any], plan: dict[str, Any]) -> int:
@@ -76,6 +82,12 @@ def _types(instances: dict[str, Any]) -> list[str]:
     return [each["InstanceType"] for each in instances.get("InstancePreferences", [instances])]
 
 
+def instance_type_of(resources: dict[str, Any]) -> str:
+    """Return the instance type that a job runs on, from DescribeTrainingJob's ResourceConfig: the one that was selected."""
+    choices = [each["InstanceType"] for each in resources.get("InstancePreferences", [])]
+    return resources.get("SelectedInstanceType") or resources.get("InstanceType") or " or ".join(choices)
+
+
 def job_request(
     plan: dict[str, Any],
     kind: str,
@@ -88,9 +100,9 @@ def job_request(
     instances: dict[str, Any],
     spot: bool,
 ) -> dict[str, Any]:
-    """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, one of `instance_choices`.
+    """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, a part of ResourceConfig.
 
-    Spot jobs may wait as long again as they may run.
+    Spot jobs may wait as long again as they may run, 28 days in all.
     """
     folder = f"s3://{artifact_bucket}/{layout.run_key(run.run_id)}"
     channels = [
@@ -111,7 +123,7 @@ def job_request(
     seconds = time_limit(compute, instances, plan) if kind == "train" else compute.max_runtime
     limits = {"MaxRuntimeInSeconds": seconds}
     if spot:
-        limits["MaxWaitTimeInSeconds"] = 2 * seconds
+        limits["MaxWaitTimeInSeconds"] = min(2 * seconds, MOST_SECONDS)
     request: dict[str, Any] = plan[kind]
     filled = request | {
         "TrainingJobName": str(JobName(prefix, kind, run.run_id, run.attempt)),
@@ -127,6 +139,7 @@ def job_request(
         },
         "StoppingCondition": limits,
         "EnableManagedSpotTraining": spot,
+        "RetryStrategy": RETRIES,
         "Tags": [
             {"Key": "tunedrop:run-id", "Value": run.run_id},
             {"Key": "tunedrop:prefix", "Value": prefix},

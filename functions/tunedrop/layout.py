@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 TRAINING_DATA = "training_data/"
 INFERENCE_TESTS = "inference_test/"
+BESIDE = (".yaml", ".py")  # suffixes of configs and rewards
 TEST_SUFFIXES = (".json", ".jsonl", ".yaml", ".csv")
 LAUNCH_PLANS = "launch_plans/"
 CURRENT_PLAN = LAUNCH_PLANS + "current.json"
@@ -14,7 +15,19 @@ SLUG_LENGTH = 23  # <prefix ≤ 16>-train-<slug>-<12 hex>-<attempt> fits SageMak
 
 def dataset_of(key: str) -> str:
     """`training_data/cars.jsonl.gz` → `cars`; folders below `training_data/` are part of the name."""
-    return key.removeprefix(TRAINING_DATA).removesuffix(".gz").rpartition(".")[0]
+    path = key.removeprefix(TRAINING_DATA).removesuffix(".gz")
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
+
+
+def is_dataset(key: str) -> bool:
+    """Whether an object is dropped to be trained on: under `training_data/`, and not what only lies beside a dataset.
+
+    That is a run config, a file of a `python` reward, a folder that a console made, and what tools hide: names that begin
+    with `.` or `_` (`.DS_Store`, Spark's `_SUCCESS`).
+    """
+    name = key.rpartition("/")[2]
+    return key.startswith(TRAINING_DATA) and bool(name) and not name.startswith((".", "_")) and not name.endswith(BESIDE)
 
 
 def config_key(dataset: str) -> str:

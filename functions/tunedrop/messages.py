@@ -20,11 +20,13 @@ MOST_CHARACTERS = 2_000
 
 
 def outcome_of(event: RunEvent) -> str:
-    """Return what subscribers filter by, as `verdict`: the gate's, `FAILED`, `CANCELLED`, or `DATASET_REJECTED`."""
+    """Return what subscribers filter by, as `verdict`: the gate's, FAILED, CANCELLED, WAITING or DATASET_REJECTED."""
     if event.detail_type == events.PUBLISHED:
         return str(event.extra["verdict"])
     if event.detail_type == events.REJECTED:
         return "DATASET_REJECTED"
+    if event.detail_type == events.WAITING:
+        return "WAITING"
     return "CANCELLED" if event.run.state == "CANCELLED" else "FAILED"
 
 
@@ -58,7 +60,8 @@ def _headline(event: RunEvent, outcome: str) -> str:
     if event.detail_type == events.PUBLISHED:
         comparison = event.extra["comparison"]
         return f"{outcome}: {event.run.dataset}, score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
-    what = {"DATASET_REJECTED": "Dataset rejected", "CANCELLED": "Run stopped"}.get(outcome, "Run failed")
+    headlines = {"DATASET_REJECTED": "Dataset rejected", "CANCELLED": "Run stopped", "WAITING": "Run waits for a quota"}
+    what = headlines.get(outcome, "Run failed")
     return f"{what}: {event.run.dataset}"
 
 

@@ -48,6 +48,21 @@ class Broken(NamedTuple):
     text: bytes = b""
 
 
+# How to make a dataset of a file that is none, by what its name ends with.
+CONVERSIONS = {
+    "xlsx xls ods numbers": "save the sheet as CSV",
+    "tsv tab": "write it as CSV, with commas",
+    "txt md": "write a JSON object a line, with prompt and answer, and call it .jsonl",
+    "ndjson jsonlines jl": "it is JSON Lines: call it .jsonl",
+    "yml": "a run config ends with .yaml; a dataset is JSON Lines, JSON, CSV or Parquet",
+    "zip tar tgz bz2 xz zst 7z": "unpack it, or pack it with gzip alone: .jsonl.gz",
+    "gz": "gzip is taken of JSON Lines, JSON and CSV: name the format before it, such as .jsonl.gz",
+    "arrow feather orc avro": "write it as Parquet",
+    "pkl pickle npz npy pt": "write it as JSON Lines or Parquet: a pickle can run code and is never opened",
+    "db sqlite sqlite3": "export the table as CSV",
+}
+
+
 class Batch(NamedTuple):
     """Records one after another: decoded values or Broken ones, the row of the first (from 1), and each one's line.
 
@@ -64,10 +79,13 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in DATA_SUFFIXES if name.lower().endswith(suffix)), "")
 
 
-def refuse(suffix: str, size: int) -> Problem | None:
+def refuse(name: str, size: int) -> Problem | None:
     """Return a problem when a file's name has no known format's suffix, or when it cannot be checked in time."""
+    suffix = suffix_of(name)
     if not suffix:
-        return Problem("UNKNOWN_FORMAT", f"the file is none of {', '.join(DATA_SUFFIXES)}", "name it by its format")
+        last = name.lower().rpartition(".")[2]
+        hint = next((hint for endings, hint in CONVERSIONS.items() if last in endings.split()), "name it by its format")
+        return Problem("UNKNOWN_FORMAT", f"the file is none of {', '.join(DATA_SUFFIXES)}", hint)
     plain = suffix.removesuffix(".gz")
     limit = MAX_BYTES[plain]
     if size <= limit:

@@ -260,7 +260,7 @@ class _BadRowError(Exception):
 def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
     """Read the rows of a file by its suffix (`.jsonl`, `.json`, `.csv`, these gzipped, `.parquet`), with its problems."""
     suffix = suffix_of(path.name)
-    if problem := refuse(suffix, size=0):  # any size: only a Lambda is short of time
+    if problem := refuse(path.name, size=0):  # any size: only a Lambda is short of time
         yield problem
         return
     with path.open("rb") as file:

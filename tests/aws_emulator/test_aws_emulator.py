@@ -163,6 +163,31 @@ def deployed(emulators: Emulators) -> Deployed:
     return Deployed(emulators)
 
 
+def test_a_rule_that_is_too_complex_is_refused_by_put_rule_and_by_cloudformation(emulators: Emulators) -> None:
+    suffixes = ".jsonl .json .csv .jsonl.gz .json.gz .csv.gz .parquet".split()
+    pattern = {"detail": {"object": {"key": [{"wildcard": f"training_data/*{suffix}"} for suffix in suffixes]}}}
+    events, cloudformation = emulators.client("events"), emulators.client("cloudformation")
+    with pytest.raises(ClientError, match="Reason: Rule is too complex") as refused:
+        events.put_rule(Name="complex", EventPattern=json.dumps(pattern))
+    assert refused.value.response["Error"]["Code"] == "InvalidEventPatternException"
+    events.put_rule(Name="simple", EventPattern=json.dumps({"detail": {"object": {"key": [{"prefix": "training_data/"}]}}}))
+    events.delete_rule(Name="simple")
+    rule = {"Type": "AWS::Events::Rule", "Properties": {"EventPattern": pattern}}
+    cloudformation.create_stack(StackName="complex", TemplateBody=json.dumps({"Resources": {"Rule": rule}}))
+
+    def status() -> str:
+        return str(cloudformation.describe_stacks(StackName="complex")["Stacks"][0]["StackStatus"])
+
+    assert wait_for(lambda: not status().endswith("_IN_PROGRESS"))
+    assert status() == "ROLLBACK_COMPLETE"
+    reasons = [
+        event.get("ResourceStatusReason", "")
+        for event in cloudformation.describe_stack_events(StackName="complex")["StackEvents"]
+    ]
+    assert any("Rule is too complex" in reason for reason in reasons)
+    cloudformation.delete_stack(StackName="complex")
+
+
 def test_nothing_listens_beyond_this_machine(emulators: Emulators, deployed: Deployed) -> None:
     process = psutil.Process(emulators.processes["aws"].pid)
     listening = {c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN}

@@ -9,6 +9,7 @@ from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEve
 
 from local_app.aws_emulator import matches_pattern
 from tunedrop.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
+from tunedrop.jobs import TrainingJob
 from tunedrop.runs import Run, State
 
 EVENTS = Path(__file__).parents[2] / "events"
@@ -30,7 +31,8 @@ def test_events_parse_in_their_consumers(name, load_event):
         upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
         assert upload.key == event["detail"]["object"]["key"]
     elif event["source"] == "aws.sagemaker":
-        job = parse(event, model=JobStateChange).detail
+        assert parse(event, model=JobStateChange).detail.TrainingJobName == event["detail"]["TrainingJobName"]
+        job = TrainingJob.model_validate(event["detail"])  # what DescribeTrainingJob would say
         assert job.final
         assert job.started == (name != "test_model.train_no_capacity")
     elif event["detail-type"] == "Validation Requested":

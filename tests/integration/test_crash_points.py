@@ -122,7 +122,7 @@ def no_capacity(world) -> Deliveries:
 
 def refused(world) -> Deliveries:
     yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
-    world.failing_jobs = ["ValidationException"] * 3  # for every delivery that there may be
+    world.failing_jobs = ["ValidationException"] * 6  # for each instance type, in every delivery that there may be
     yield "start_training", validated(world, newest(world))
 
 

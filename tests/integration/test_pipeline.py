@@ -251,7 +251,7 @@ def test_a_duplicate_of_the_upload_that_failed_is_no_new_attempt(world):
 
 
 def test_a_refused_job_ends_with_sagemakers_words(world):
-    world.failing_jobs = ["ValidationException"]
+    world.failing_jobs = ["ValidationException"] * 2  # for each instance type
     run = world.start(world.drop())
     assert run.state == State.TRAINING_FAILED
     assert run.reason.startswith("SageMaker refused the job: ValidationException for")
@@ -265,6 +265,21 @@ def test_at_most_the_given_number_of_runs_have_jobs_and_the_oldest_goes_first(wo
     world.handle("test_model", world.job_event("test_model.train_failed", first.train_job))
     world.handle("start_training", world.load_event("start_training.job_ended"))
     assert [world.run(run.run_id).state for run in runs[1:]] == [State.TRAINING, State.TRAINING, State.WAITING]
+
+
+def test_a_file_that_is_no_dataset_gets_a_receipt_and_is_announced(world):
+    run = world.drop("training_data/2026/cars.xlsx", b"PK..")
+    assert (run.state, run.dataset) == (State.REJECTED, "2026/cars")
+    (error,) = world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
+    assert (error["code"], error["hint"]) == ("UNKNOWN_FORMAT", "save the sheet as CSV")
+    assert world.event_types == ["Dataset Rejected"]
+    assert world.notifications[0]["Subject"] == "Dataset rejected: 2026/cars"
+
+
+@pytest.mark.parametrize("name", ["cars.yaml", "rewards.py", "2026/", "_SUCCESS", ".DS_Store"])
+def test_what_lies_beside_a_dataset_is_none(world, name):
+    assert world.handle("validate_dataset", world.upload_event(f"training_data/{name}", b"x")) == {}
+    assert world.aws.runs.upload(f"training_data/{name}") is None
 
 
 def test_other_stacks_jobs_are_ignored(world):

@@ -140,7 +140,7 @@ def test_a_job_of_a_run_that_another_delivery_saw_refused_is_stopped(world):
     run = world.drop()
 
     def refused_meanwhile(call):
-        world.failing_jobs = ["ValidationException"]
+        world.failing_jobs = ["ValidationException"] * 2  # for each instance type
         world.start(run)
         return call()
 
@@ -258,13 +258,14 @@ def test_ends_of_a_training_job(world, name, saved, state, attempt):
         "waited": ["Starting", "Stopping", "MaxWaitTimeExceeded"],
         "interrupted": ["Starting", "Downloading", "Training", "Interrupted", "Starting", "Stopping", "MaxWaitTimeExceeded"],
     }.get(name)
-    event = world.job_event("test_model.train_at_limit" if transitions else name, run.train_job)
+    described = {}
     if transitions:
-        event["detail"] |= {
+        described = {
             "SecondaryStatus": transitions[-1],
             "SecondaryStatusTransitions": [{"Status": status, "StatusMessage": ""} for status in transitions],
         }
-    world.handle("test_model", event)
+    event = "test_model.train_at_limit" if transitions else name
+    world.handle("test_model", world.job_event(event, run.train_job, **described))
     run = world.run(run.run_id)
     assert (run.state, run.attempt) == (state, attempt)
     assert run.bounded == (state == State.TESTING and name != "test_model.train_completed")

@@ -39,7 +39,8 @@ def clock(monkeypatch):
 def test_who_waits_says_so_in_the_run_and_by_event(world):
     world.quota = 0
     run = world.start(world.drop())
-    assert (run.state, run.reason) == (State.WAITING, "SageMaker's quotas leave no room for the training job")
+    assert run.state == State.WAITING
+    assert run.reason.startswith("SageMaker quota: 'Instances across all types for training job usage' is 0, and the ")
     detail = json.loads(world.sent_events[-1]["Detail"])
     assert (detail["status"], detail["reason"]) == ("WAITING", run.reason)
     assert world.event_types[-1] == "Training Waiting"
@@ -84,6 +85,71 @@ def test_a_choice_of_instance_whose_quota_is_full_is_passed_over(world):
     assert (run.state, run.instance_type, run.attempt) == (State.TRAINING, "ml.g5.4xlarge", 1)
 
 
+SPOT, ON_DEMAND = "{} for spot training job usage", "{} for training job usage"
+
+
+def test_a_type_that_sagemaker_does_not_know_there_is_passed_over(world):
+    world.failing_jobs = ["ValidationException"]
+    run = world.start(world.drop())
+    assert (run.state, run.instance_type, run.attempt) == (State.TRAINING, "ml.g5.4xlarge", 1)
+
+
+def test_after_the_list_was_refused_for_one_types_quota_each_type_is_tried_alone(world):
+    """The quota of every type of a list must cover the job, though the first would have done."""
+    world.put("training_data/cars.yaml", b"compute: {spot: false}")
+    world.quotas = {ON_DEMAND.format("ml.g5.4xlarge"): 0}
+    run = world.start(world.drop())
+    assert (run.state, run.instance_type, run.attempt) == (State.TRAINING, "ml.g6e.4xlarge", 1)
+    assert world.job_requests[-1]["ResourceConfig"]["InstanceType"] == "ml.g6e.4xlarge"
+
+
+def test_spot_and_on_demand_have_quotas_of_their_own(world):
+    world.quotas = {ON_DEMAND.format(name): 0 for name in ("ml.g6e.4xlarge", "ml.g5.4xlarge")}
+    assert world.start(world.drop()).state == State.TRAINING
+
+
+@pytest.mark.parametrize(("config", "quota"), [(b"", SPOT), (b"compute: {spot: false}", ON_DEMAND)])
+def test_a_quota_below_the_need_is_said_at_once_and_once(world, config, quota):
+    """A new account's quotas of GPU types are 0: waiting alone would never end."""
+    world.put("training_data/cars.yaml", config)
+    names = [quota.format(name) for name in ("ml.g6e.4xlarge", "ml.g5.4xlarge")]
+    world.quotas = dict.fromkeys(names, 0)
+    run = world.start(world.drop())
+    assert run.state == State.WAITING
+    assert run.reason == (
+        f"SageMaker quota: '{names[0]}' is 0, '{names[1]}' is 0, and the training job needs 1. "
+        "Ask for more in Service Quotas (Amazon SageMaker): the run then starts by itself"
+    )
+    for _ in range(3):
+        room(world)
+    (notification,) = world.notifications
+    assert notification["Subject"] == "Run waits for a quota: cars"
+    assert run.reason in json.loads(notification["Message"])["default"]
+    events = [json.loads(each["Detail"]) for each in world.sent_events if each["DetailType"] == "Training Waiting"]
+    assert {each["reason"] for each in events} == {run.reason}
+    world.quotas[names[1]] = 1
+    room(world)
+    run = world.run(run.run_id)
+    assert (run.state, run.reason, run.instance_type) == (State.TRAINING, None, "ml.g5.4xlarge")
+
+
+def test_several_instances_need_a_quota_for_all_of_them(world):
+    world.put("training_data/cars.yaml", b"compute: {instance_type: ml.g5.4xlarge, instance_count: 2}")
+    world.quotas = {SPOT.format("ml.g5.4xlarge"): 1}
+    run = world.start(world.drop())
+    assert "is 1, and the training job needs 2." in run.reason
+    assert len(world.notifications) == 1
+
+
+def test_a_full_quota_is_no_news_for_people(world):
+    world.quotas = {SPOT.format("ml.g6e.4xlarge"): 1, SPOT.format("ml.g5.4xlarge"): 0}
+    world.start(world.drop())
+    waits = world.start(world.drop("training_data/trucks.jsonl"))
+    assert waits.state == State.WAITING
+    assert "'ml.g6e.4xlarge for spot training job usage' is 1" in waits.reason
+    assert world.notifications == []
+
+
 def test_on_demand_sagemaker_walks_the_list_of_instance_types(world):
     world.put("training_data/cars.yaml", b"compute: {spot: false}")
     run = world.start(world.drop())
@@ -92,8 +158,8 @@ def test_on_demand_sagemaker_walks_the_list_of_instance_types(world):
     assert resources["InstancePreferences"] == [{"InstanceType": name} for name in types]
     assert resources["InstanceCount"] == 1
     assert "InstanceType" not in resources
-    event = world.job_event("test_model.train_completed", run.train_job)
-    event["detail"]["ResourceConfig"] = resources | {"SelectedInstanceType": "ml.g5.4xlarge"}
+    selected = resources | {"SelectedInstanceType": "ml.g5.4xlarge"}
+    event = world.job_event("test_model.train_completed", run.train_job, ResourceConfig=selected)
     world.save_training(run)
     world.handle("test_model", event)
     assert world.run(run.run_id).instance_type == "ml.g5.4xlarge"
@@ -176,7 +242,10 @@ def test_a_test_job_without_quota_is_started_by_the_next_final_job_event(world):
     world.quota = 0
     world.handle("test_model", ended)
     run = world.run(run.run_id)
-    assert (run.state, run.reason) == (State.TRAINED, "SageMaker's quotas leave no room for the test job")
+    assert run.state == State.TRAINED
+    assert run.reason.startswith(
+        "SageMaker quota: 'Instances across all types for training job usage' is 0, and the test job"
+    )
     assert json.loads(world.sent_events[-1]["Detail"])["status"] == "TRAINED"
     assert world.event_types[-1] == "Training Waiting"
     assert places(world) == {run.run_id}

@@ -295,13 +295,8 @@ def test_an_isolated_job_reaches_itself_and_nothing_else(local: Any) -> None:
     assert "FailureReason" not in local.wait("open"), local.wait("open")["FailureReason"]
 
 
-def test_the_limit_of_concurrent_jobs_and_missing_capacity(start: Callable[..., Any]) -> None:
-    local = start(max_jobs=1, without_capacity=["ml.p5.48xlarge"])
-    local.create("first", "sleep 60")
-    with pytest.raises(local.client.exceptions.ResourceLimitExceeded, match="current utilization of 1 Instances"):
-        local.create("second", "true")
-    local.client.stop_training_job(TrainingJobName="first")
-    local.wait("first")
+def test_missing_capacity_fails_a_job_late(start: Callable[..., Any]) -> None:
+    local = start(without_capacity=["ml.p5.48xlarge"])
     resources = {"InstanceCount": 1, "VolumeSizeInGB": 50}
     local.create("none-left", "true", ResourceConfig={"InstanceType": "ml.p5.48xlarge", **resources})
     job = local.wait("none-left")
@@ -375,7 +370,7 @@ def test_the_sandbox_needs_no_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     before = sorted(path.name for path in Path("/opt").iterdir())
     script = "echo $$ $(id -u) > /opt/ml/seen; ls /opt"
     job = {"AlgorithmSpecification": {"ContainerEntrypoint": ["sh", "-c", script]}}
-    command, environment = sandbox.command(job, tmp_path, {})
+    command, environment = sandbox.command(job, tmp_path, {}, network=True)
     assert "--map-root-user" in command
     listing = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
     assert sorted({*before, "ml"}) == sorted(listing)
@@ -397,7 +392,7 @@ def test_the_docker_command_keeps_values_off_the_command_line(monkeypatch: pytes
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: removed.append(command[1:]))
     removed: list[list[str]] = []
-    command, environment = Docker().command(job, Path("/state/a/ml"), given)
+    command, environment = Docker().command(job, Path("/state/a/ml"), given, network=True)
     assert removed == [["rm", "--force", "a"]]
     line = " ".join(command[1:])
     assert line.startswith("run --rm --name a --volume /state/a/ml:/opt/ml --network bridge")

@@ -182,7 +182,7 @@ KEYS = {
     "training_data/../models/base/cars.jsonl": True,
     "training_data/../../../../etc/cars.jsonl": True,
     "training_data//cars.jsonl": True,
-    "training_data/..jsonl": True,
+    "training_data/..jsonl": False,  # hidden, as ".jsonl" is
     "training_data/a\nb\tc.jsonl": True,
     "training_data/$(touch /tmp/tunedrop-pwned).jsonl": True,
     "training_data/<script>alert(1)</script>.jsonl": True,

@@ -29,9 +29,9 @@ def _long_form(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Json:
 _Loader.add_multi_constructor("!", _long_form)
 
 
-def load_template() -> Json:
-    """Return the template with every intrinsic function in its long form."""
-    return yaml.load(TEMPLATE.read_text(), _Loader)
+def load_template(path: Path = TEMPLATE) -> Json:
+    """Return a template with every intrinsic function in its long form."""
+    return yaml.load(path.read_text(), _Loader)
 
 
 def of_type(template: Json, kind: str) -> dict[str, Json]:

@@ -21,10 +21,14 @@ from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.dynamo_type import DynamoType
 from moto.dynamodb.models.table import Table
 
+from local_app.sagemaker_model import ServiceError
+from local_app.sagemaker_quotas import check_quotas
 from tunedrop.aws import Aws, connect
 from tunedrop.layout import JobName
 from tunedrop.runs import Run
 
+# A job as the quota of all types together sees it.
+ALL_INSTANCES = {"ResourceConfig": {"InstanceType": "Instances across all types", "InstanceCount": 1}}
 GOOD_DATA = b"".join(b'{"question": "%d+1?", "answer": "%d"}\n' % (n, n + 1) for n in range(30))
 # What an event and DescribeTrainingJob say of a job's status.
 STATUS = ("TrainingJobStatus", "SecondaryStatus", "FailureReason", "SecondaryStatusTransitions")
@@ -35,6 +39,43 @@ CONTEXT = SimpleNamespace(
     aws_request_id="request",
     get_remaining_time_in_millis=lambda: 30_000,
 )
+
+
+def sample_event(job: str, status: str) -> dict[str, Any]:
+    """Return a "SageMaker Training Job State Change" event as AWS's sample has it: times as text, no transitions.
+
+    https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html
+    """
+    arn = f"arn:aws:sagemaker:us-east-1:123456789012:training-job/{job}"
+    return {
+        "version": "0",
+        "id": "844e2571-85d4-695f-b930-0153b71dcb42",
+        "detail-type": "SageMaker Training Job State Change",
+        "source": "aws.sagemaker",
+        "account": "123456789012",
+        "time": "2018-10-06T12:26:13Z",
+        "region": "us-east-1",
+        "resources": [arn],
+        "detail": {
+            "TrainingJobName": job,
+            "TrainingJobArn": arn,
+            "TrainingJobStatus": status,
+            "SecondaryStatus": status,
+            "HyperParameters": {"Hyper": "Parameters"},
+            "AlgorithmSpecification": {"TrainingImage": "TrainingImage", "TrainingInputMode": "TrainingInputMode"},
+            "RoleArn": "arn:aws:iam::123456789012:role/SMRole",
+            "OutputDataConfig": {"KmsKeyId": "KmsKeyId", "S3OutputPath": "S3OutputPath"},
+            "ResourceConfig": {"InstanceType": "InstanceType", "InstanceCount": 3, "VolumeSizeInGB": 20},
+            "VpcConfig": {},
+            "StoppingCondition": {"MaxRuntimeInSeconds": 60},
+            "CreationTime": "1583831889050",
+            "TrainingStartTime": "1583831889050",
+            "TrainingEndTime": "1583831889050",
+            "LastModifiedTime": "1583831889050",
+            "SecondaryStatusTransitions": [],
+            "Tags": {},
+        },
+    }
 
 
 class KilledError(Exception):
@@ -52,7 +93,8 @@ class World:
     job_requests: list[dict[str, Any]] = field(default_factory=list)
     failing_jobs: list[str] = field(default_factory=list)  # error codes that the next CreateTrainingJob calls answer
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # what DescribeTrainingJob says of a job's status
-    quota: int | None = None  # how many jobs the account may run at a time
+    quota: int | None = None  # how many instances the account may run at a time
+    quotas: dict[str, int] = field(default_factory=dict)  # the same by the name of a type's quota
     troubles: dict[str, Callable[[Callable[[], Any]], Any]] = field(default_factory=dict)  # by operation, once
     uploads: int = 0
     calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
@@ -115,14 +157,14 @@ class World:
         self.handle("start_training", event)
         return self.run(run.run_id)
 
-    def job_event(self, name: str, job: str) -> dict[str, Any]:
-        """Return `events/<name>.json` for another job."""
-        event = self.load_event(name)
-        event["detail"]["TrainingJobName"] = job
-        if "ModelArtifacts" in event["detail"]:
-            event["detail"]["ModelArtifacts"]["S3ModelArtifacts"] = self.artifacts(job)
-        self.jobs[job] = {key: event["detail"][key] for key in STATUS if key in event["detail"]}
-        return event
+    def job_event(self, name: str, job: str, **described: Any) -> dict[str, Any]:
+        """Let a job be as `events/<name>.json` has it, with `described` on top, and return the event that tells of it.
+
+        The event's body is that of AWS's own sample, which says little of the job: DescribeTrainingJob says the rest.
+        """
+        detail = self.load_event(name)["detail"] | described
+        self.jobs[job] = {key: detail[key] for key in (*STATUS, *described) if key in detail}
+        return sample_event(job, detail["TrainingJobStatus"])
 
     def own_events(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the events of our bus that rules take, as EventBridge delivers them: who gets each, and the event."""
@@ -143,6 +185,17 @@ class World:
     def active_jobs(self) -> list[str]:
         """The names of the jobs that have not ended."""
         return [name for name, job in self.jobs.items() if job["TrainingJobStatus"] in {"InProgress", "Stopping"}]
+
+    def check_quotas(self, request: dict[str, Any]) -> None:
+        """Refuse a CreateTrainingJob request that is above a quota, in AWS's words."""
+        running = [each for each in self.job_requests if each["TrainingJobName"] in self.active_jobs]
+        try:
+            check_quotas(request, running, lambda name: self.quotas.get(name, 100))
+            if self.quota is not None:
+                check_quotas(ALL_INSTANCES, [ALL_INSTANCES] * len(running), lambda _: self.quota or 0)
+        except ServiceError as error:
+            answer = {"Error": {"Code": error.code, "Message": error.message}}
+            raise ClientError(answer, "CreateTrainingJob") from None
 
     def artifacts(self, job: str) -> str:
         """Return where a job's model lies."""
@@ -264,8 +317,8 @@ def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         if operation == "CreateTrainingJob" and world.failing_jobs:
             code = world.failing_jobs.pop(0)
             raise ClientError({"Error": {"Code": code, "Message": f"{code} for {arguments['TrainingJobName']}"}}, operation)
-        if operation == "CreateTrainingJob" and world.quota is not None and len(world.active_jobs) >= world.quota:
-            raise ClientError({"Error": {"Code": "ResourceLimitExceeded", "Message": "the quota is full"}}, operation)
+        if operation == "CreateTrainingJob":
+            world.check_quotas(arguments)
         if operation == "CreateTrainingJob" and arguments["TrainingJobName"] in {
             request["TrainingJobName"] for request in world.job_requests
         }:  # moto would create it again

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from local_app.stack import Build, build
+from local_app.stack import Build
 
 # What the layer is for. Nothing of it may cost a cold start.
 ON_DEMAND = ("math_verify", "sympy", "rapidfuzz", "jsonschema", "tokenizers", "arro3")
@@ -20,11 +18,6 @@ REWARDS = [
     {"type": "numeric"},
     {"type": "code_tests", "tests": ["assert True"]},
 ]
-
-
-@pytest.fixture(scope="module")
-def built() -> Build:
-    return build()
 
 
 def in_lambda(built: Build, program: str) -> str:

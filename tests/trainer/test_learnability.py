@@ -74,7 +74,7 @@ def test_the_first_steps_are_what_the_forecast_is_compared_with(rewards, shares,
 
 
 class ByRow:
-    """Pays by the row's answer: `always`, `never`, or by drawing a lot, whatever a machine's rounding made the completion."""
+    """Pays by the row's answer: `always`, `never`, or by lot, whatever a machine's rounding made the completion."""
 
     __name__, weight, gate, spec = "by_row", 1.0, None, RewardSpec(type="contains", text="?")
 

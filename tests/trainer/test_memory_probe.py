@@ -1,5 +1,6 @@
 """The memory probe: out of memory before the first step, with advice that holds, and no trace where there is enough."""
 
+import ctypes
 import multiprocessing
 import re
 import resource
@@ -12,6 +13,7 @@ from trainer import memory_probe, train
 from trainer.memory_probe import Batch, smaller
 
 FITS = 42
+M_MMAP_THRESHOLD = -3  # <malloc.h>
 # Enough sequences of enough tokens for the tiny model to need a few hundred megabytes, with stock TRL's full logits.
 HUNGRY = {
     "per_device_train_batch_size": 96,
@@ -26,6 +28,8 @@ def limited(megabytes: int) -> int:
 
     def run() -> None:
         torch.set_num_threads(1)  # makes a thread pool: the one of before is not in this process
+        # What earlier tests left free in the heap is address space already: large blocks are mapped anew, within the limit.
+        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
         begin = memory_probe.MemoryProbe.on_train_begin
 
         def with_limit(*args, **kwargs):

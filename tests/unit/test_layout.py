@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunedrop.layout import JobName, dataset_of, slug
+from tunedrop.layout import JobName, dataset_of, is_dataset, slug
 from tunedrop.runs import run_id
 
 PREFIXES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)
@@ -50,3 +50,25 @@ def test_run_ids_depend_on_every_part_and_on_where_a_part_ends():
     }
     assert len(ids) == 5
     assert run_id("cars", ["a", b"b"]) == run_id("cars", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("key", "dataset"),
+    [
+        ("training_data/cars.jsonl", True),
+        ("training_data/2026/cars.csv.gz", True),
+        ("training_data/cars.xlsx", True),  # it gets a receipt that says why not
+        ("training_data/cars", True),
+        ("training_data/.jsonl", False),
+        ("training_data/cars.yaml", False),
+        ("training_data/rewards.py", False),
+        ("training_data/", False),
+        ("training_data/2026/", False),
+        ("training_data/2026/_SUCCESS", False),
+        ("training_data/.DS_Store", False),
+        ("inference_test/cars.json", False),
+        ("old/training_data/cars.json", False),
+    ],
+)
+def test_what_is_a_dataset(key, dataset):
+    assert is_dataset(key) == dataset

@@ -160,11 +160,31 @@ def test_more_than_fits_on_the_disk_is_refused(check, monkeypatch):
 def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
     for suffix in readers.DATA_SUFFIXES:
         limit = MAX_BYTES[suffix.removesuffix(".gz")]
-        assert refuse(suffix, limit) is None
-        problem = refuse(suffix, limit + 1)
+        assert refuse(f"cars{suffix}", limit) is None
+        problem = refuse(f"cars{suffix}", limit + 1)
         assert problem.code == "TOO_LARGE"
         assert f"{limit + 1:,} bytes" in problem.message
-    assert refuse("", 1).code == "UNKNOWN_FORMAT"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("cars.xlsx", "save the sheet as CSV"),
+        ("CARS.XLS", "save the sheet as CSV"),
+        ("cars.txt", "call it .jsonl"),
+        ("cars.yml", "a run config ends with .yaml"),
+        ("cars.jsonl.zip", "pack it with gzip alone"),
+        ("cars.parquet.gz", "gzip is taken of JSON Lines, JSON and CSV"),
+        ("cars.pkl", "never opened"),
+        ("cars.what", "name it by its format"),
+        ("cars", "name it by its format"),
+    ],
+)
+def test_a_file_of_another_format_hears_what_is_taken_and_how_to_convert_it(name, hint):
+    problem = refuse(name, 1)
+    assert problem.code == "UNKNOWN_FORMAT"
+    assert problem.message == "the file is none of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
+    assert hint in problem.hint
 
 
 def test_the_function_has_the_disk_that_the_largest_dataset_needs():

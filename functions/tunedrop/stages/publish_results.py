@@ -10,10 +10,10 @@ from pydantic import Field
 from tunedrop import events, layout
 from tunedrop.announcements import AnnounceSettings, announce_failure, notify
 from tunedrop.aws import Aws, error_code
-from tunedrop.events import JobDetail, RunEvent
+from tunedrop.events import RunEvent
 from tunedrop.inference_tests import Outcome
-from tunedrop.jobs import run_of_job, wait_again
-from tunedrop.launch_plan import load_plan
+from tunedrop.jobs import TrainingJob, run_of_job, wait_again
+from tunedrop.launch_plan import instance_type_of, load_plan
 from tunedrop.report import IndexedRun, indexed_run, read_index, render_index, render_report
 from tunedrop.run_config import RunConfig
 from tunedrop.runs import Run, State
@@ -34,14 +34,15 @@ class PublishSettings(AnnounceSettings):
     report_link_hours: int = Field(ge=0, le=168)
 
 
-def testing_ended(job: JobDetail, settings: PublishSettings, aws: Aws) -> Run | None:
-    """Publish a run after its test job ended; return it, or None if the job is of no current attempt."""
-    run = run_of_job(job, settings, aws)
-    if run is None or not job.final:
+def testing_ended(name: str, settings: PublishSettings, aws: Aws) -> Run | None:
+    """Publish a run if its test job has ended; return it, or None if the job runs, or is of no current attempt."""
+    found = run_of_job(name, settings, aws)
+    if found is None or not found[1].final:
         return None
+    run, job = found
     if run.state == State.TRAINED:
         # The job ended before the move that followed its creation was written: write that move first.
-        run = aws.runs.move(run, State.TESTING, test_job=job.TrainingJobName, reason=None, not_before=None)
+        run = aws.runs.move(run, State.TESTING, test_job=name, reason=None, not_before=None)
     if run.state == State.TESTING:
         run = _after_tests(run, job, settings, aws)
     if run.state == State.TESTED:
@@ -53,7 +54,7 @@ def testing_ended(job: JobDetail, settings: PublishSettings, aws: Aws) -> Run | 
     return run
 
 
-def _after_tests(run: Run, job: JobDetail, settings: PublishSettings, aws: Aws) -> Run:
+def _after_tests(run: Run, job: TrainingJob, settings: PublishSettings, aws: Aws) -> Run:
     """Decide what the end of a test job means for its run, and move it there."""
     if job.TrainingJobStatus == "Completed":
         return aws.runs.move(run, State.TESTED)
@@ -173,8 +174,7 @@ def cost(jobs: dict[str, dict[str, Any]], prices: dict[str, float]) -> dict[str,
     described = {}
     for kind, job in jobs.items():
         resources = job["ResourceConfig"]
-        choices = [each["InstanceType"] for each in resources.get("InstancePreferences", [])]
-        instance = resources.get("InstanceType") or " or ".join(choices)
+        instance = instance_type_of(resources)
         seconds, price = job.get("BillableTimeInSeconds"), prices.get(instance)
         count = resources.get("InstanceCount", 1)
         described[kind] = {

@@ -1,12 +1,10 @@
 """The net below the events: look at every open run and upload, and do what a lost event should have made happen."""
 
-from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from tunedrop.announcements import announce_failure, request_validation
 from tunedrop.aws import Aws
-from tunedrop.events import JobDetail
-from tunedrop.jobs import JobSettings, describe, end_stopped
+from tunedrop.jobs import JobSettings, end_stopped
 from tunedrop.observability import logger, metrics
 from tunedrop.runs import FINAL, Run, StaleMoveError, State, ago, now
 from tunedrop.stages import publish_results, start_training, test_model, validate_dataset
@@ -67,9 +65,9 @@ def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
     if run.state in {State.VALIDATED, State.REJECTED}:
         validate_dataset.announce(run, settings, aws)
     elif run.state == State.TRAINING:
-        _ended(run.train_job, lambda job: test_model.training_ended(job, settings, aws), aws)
+        test_model.training_ended(str(run.train_job), settings, aws)
     elif run.state == State.TESTING:
-        _ended(run.test_job, lambda job: publish_results.testing_ended(job, settings, aws), aws)
+        publish_results.testing_ended(str(run.test_job), settings, aws)
     elif run.state == State.TESTED:
         publish_results.announce(publish_results.publish(run, settings, aws), settings, aws)
     elif run.state == State.PUBLISHED:
@@ -78,14 +76,6 @@ def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
         end_stopped(run, settings, aws)
     elif run.state in FINAL:
         announce_failure(run, settings, aws)
-
-
-def _ended(name: str | None, then: Callable[[JobDetail], object], aws: Aws) -> None:
-    """Describe a job and, if it has ended, do what its event should have done."""
-    job = describe(str(name), aws)
-    assert job is not None, f"the job {name} is gone"
-    if job.final:
-        then(job)
 
 
 def _request_validations(before: str, settings: ReconcileSettings, aws: Aws) -> None:

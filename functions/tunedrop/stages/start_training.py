@@ -9,7 +9,15 @@ from tunedrop import events
 from tunedrop.announcements import announce_failure, announce_waiting
 from tunedrop.aws import Aws
 from tunedrop.events import RunEvent
-from tunedrop.jobs import JobRefusedError, JobSettings, create_job, end_stopped, stop_if_over
+from tunedrop.jobs import (
+    JobRefusedError,
+    JobSettings,
+    NoRoomError,
+    create_job,
+    end_stopped,
+    stop_if_over,
+    wait_for_room,
+)
 from tunedrop.observability import logger
 from tunedrop.runs import Run, StaleMoveError, State
 from tunedrop.stages.test_model import start_tests
@@ -47,8 +55,8 @@ def _start(run: Run, settings: JobSettings, aws: Aws) -> Run:
         run = aws.runs.move(run, State.TRAINING_FAILED, reason=str(error)[:1024])
         announce_failure(run, settings, aws)
         return run
-    if job is None:
-        return aws.runs.move(run, State.WAITING, reason="SageMaker's quotas leave no room for the training job")
+    except NoRoomError as error:
+        return wait_for_room(run, State.WAITING, error, settings, aws)
     event = RunEvent(
         detail_type=events.STARTED,
         run=structs.replace(run, state=State.TRAINING, reason=None),

@@ -8,19 +8,30 @@ from msgspec import structs
 from tunedrop import events
 from tunedrop.announcements import announce_failure, announce_waiting
 from tunedrop.aws import Aws
-from tunedrop.events import JobDetail, RunEvent
-from tunedrop.jobs import JobRefusedError, JobSettings, create_job, run_of_job, stop_if_over, wait_again
+from tunedrop.events import RunEvent
+from tunedrop.jobs import (
+    JobRefusedError,
+    JobSettings,
+    NoRoomError,
+    TrainingJob,
+    create_job,
+    run_of_job,
+    stop_if_over,
+    wait_again,
+    wait_for_room,
+)
 from tunedrop.runs import Run, StaleMoveError, State
 
 
-def training_ended(job: JobDetail, settings: JobSettings, aws: Aws) -> Run | None:
-    """Move a run on after its training job ended; return it, or None if the job is of no current attempt."""
-    run = run_of_job(job, settings, aws)
-    if run is None or not job.final:
+def training_ended(name: str, settings: JobSettings, aws: Aws) -> Run | None:
+    """Move a run on if its training job has ended; return it, or None if the job runs, or is of no current attempt."""
+    found = run_of_job(name, settings, aws)
+    if found is None or not found[1].final:
         return None
+    run, job = found
     if run.state in {State.VALIDATED, State.WAITING}:
         # The job ended before the move that followed its creation was written: write that move first.
-        run = aws.runs.move(run, State.TRAINING, train_job=job.TrainingJobName, reason=None, not_before=None)
+        run = aws.runs.move(run, State.TRAINING, train_job=name, reason=None, not_before=None)
     if run.state == State.TRAINING:
         run = _after_training(run, job, settings, aws)
     if run.state == State.TRAINED:
@@ -32,7 +43,7 @@ def training_ended(job: JobDetail, settings: JobSettings, aws: Aws) -> Run | Non
     return run
 
 
-def _after_training(run: Run, job: JobDetail, settings: JobSettings, aws: Aws) -> Run:
+def _after_training(run: Run, job: TrainingJob, settings: JobSettings, aws: Aws) -> Run:
     """Decide what the end of a training job means for its run, and move it there."""
     trained: dict[str, Any] = {"artifacts": job.artifacts, "instance_type": job.instance_type}
     if job.TrainingJobStatus == "Completed":
@@ -50,7 +61,7 @@ def _after_training(run: Run, job: JobDetail, settings: JobSettings, aws: Aws) -
     return aws.runs.move(run, State.CANCELLED, reason="the training job was stopped")
 
 
-def _summary(job: JobDetail, settings: JobSettings, aws: Aws) -> dict[str, Any] | None:
+def _summary(job: TrainingJob, settings: JobSettings, aws: Aws) -> dict[str, Any] | None:
     """Return the job's training.json, which the trainer writes after the model; None if there is none."""
     folder = (job.artifacts or "").removeprefix(f"s3://{settings.artifact_bucket}/").rstrip("/")
     raw = aws.read(settings.artifact_bucket, f"{folder}/training.json")
@@ -65,8 +76,8 @@ def start_tests(run: Run, settings: JobSettings, aws: Aws) -> Run:
         run = aws.runs.move(run, State.TESTING_FAILED, reason=str(error)[:1024])
         announce_failure(run, settings, aws)
         return run
-    if job is None:
-        return aws.runs.move(run, State.TRAINED, reason="SageMaker's quotas leave no room for the test job")
+    except NoRoomError as error:
+        return wait_for_room(run, State.TRAINED, error, settings, aws)
     testing = structs.replace(run, state=State.TESTING, reason=None)
     event = RunEvent(detail_type=events.TESTS_STARTED, run=testing, extra={"test_job": job["test_job"]})
     events.put_event(aws.events, settings.event_bus, event)

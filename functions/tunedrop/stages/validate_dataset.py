@@ -50,7 +50,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
     a second delivery of the event completes whatever the first one left undone.
     """
     dataset = layout.dataset_of(upload.key)
-    if not upload.key.startswith(layout.TRAINING_DATA) or not dataset:
+    if not layout.is_dataset(upload.key):
         logger.info("ignored an object that is no dataset")
         return None
     if not aws.runs.claim_upload(upload.key, upload.version_id, upload.sequencer):
@@ -89,7 +89,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             "bytes": stored["ContentLength"],
         }
         suffix = suffix_of(upload.key)
-        if refused := refuse(suffix, stored["ContentLength"]):
+        if refused := refuse(upload.key, stored["ContentLength"]):
             check.add(refused)
             digest = f"not read: {stored['ETag']}"
         else:
