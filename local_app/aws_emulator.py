@@ -6,7 +6,6 @@ All that touches MiniStack's private names is in this file; `tests/aws_emulator`
 
 - `POST /_tunedrop/events` takes a whole EventBridge event (JSON) from an AWS service, such as a SageMaker job state
   change, which PutEvents refuses, and puts it on the default bus.
-- CloudFormation knows `AWS::SageMaker::ModelPackageGroup` (made in the SageMaker at AWS_ENDPOINT_URL_SAGEMAKER).
 - EventBridge refuses rules that are too complex, as AWS does.
 - S3's events name the object's version, as they do for versioned buckets on AWS.
 - Whatever invokes a function asynchronously (rules, schedules, Invoke) is queued on disk, retried and, if it fails to
@@ -287,20 +286,6 @@ def _client(service: str, endpoint: str, region: str = REGION) -> Any:
     return boto3.client(service, endpoint_url=endpoint, region_name=region, **key)
 
 
-def _hook_model_package_group(sagemaker_endpoint: str) -> None:
-    from ministack.services.cloudformation import provisioners
-
-    def create(_logical_id: str, props: Json, _stack: str) -> tuple[str, Json]:
-        answer = _client("sagemaker", sagemaker_endpoint).create_model_package_group(**props)
-        arn = answer["ModelPackageGroupArn"]
-        return arn, {"ModelPackageGroupArn": arn, "ModelPackageGroupStatus": "Completed"}
-
-    def delete(physical_id: str, _props: Json) -> None:
-        _client("sagemaker", sagemaker_endpoint).delete_model_package_group(ModelPackageGroupName=physical_id)
-
-    provisioners._RESOURCE_HANDLERS["AWS::SageMaker::ModelPackageGroup"] = {"create": create, "delete": delete}
-
-
 # ---- IAM -------------------------------------------------------------------------------------------------------------
 
 
@@ -544,12 +529,11 @@ def _throw_away(folder: Path) -> None:
         threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True).start()
 
 
-def _configure(host: str, port: int, state_dir: Path, tls: Certificates) -> str:
-    """Set MiniStack's environment, which it reads when imported, and return the SageMaker endpoint.
+def _configure(host: str, port: int, state_dir: Path, tls: Certificates) -> None:
+    """Set MiniStack's environment, which it reads when imported.
 
     MiniStack hands its environment on to the functions: so nothing of the caller's stays but where programs are.
     """
-    sagemaker_endpoint = os.environ["AWS_ENDPOINT_URL_SAGEMAKER"]
     for name in os.environ.keys() - {"PATH", "HOME", "LANG", MARKER}:
         del os.environ[name]
     _throw_away(state_dir / "tmp")  # what the functions of an earlier emulator left
@@ -574,7 +558,6 @@ def _configure(host: str, port: int, state_dir: Path, tls: Certificates) -> str:
         # There is no X-Ray daemon here.
         "POWERTOOLS_TRACE_DISABLED": "true",
     }
-    return sagemaker_endpoint
 
 
 async def serve(host: str, port: int, tls: Certificates, invocations: AsyncInvocations) -> None:
@@ -603,14 +586,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tls-dir", type=Path, required=True, help="where local_app.certificates has made them")
     options = parser.parse_args(argv)
     state_dir, tls = options.state_dir.resolve(), certificates(options.tls_dir.resolve())
-    sagemaker_endpoint = _configure(options.host, options.port, state_dir, tls)
+    _configure(options.host, options.port, state_dir, tls)
 
     invocations = AsyncInvocations(state_dir / "invocations", f"https://{options.host}:{options.port}")
     _hook_interpreter(state_dir / "tmp")
     _hook_s3_events()
     _hook_async_invocations(invocations)
     _hook_rule_complexity()
-    _hook_model_package_group(sagemaker_endpoint)
     _hook_calls(state_dir / "calls.jsonl")
     _hook_trust_policies()
     _hook_alarms()

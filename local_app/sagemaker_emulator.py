@@ -201,8 +201,7 @@ def post_json(url: str) -> Callable[[Json], Json]:
 def ask(authorizer: str, own_keys: Collection[str]) -> Authorizer:
     """Return an authorizer that asks the AWS emulator at the URL `authorizer`, whose IAM knows the account's roles.
 
-    Who signs with one of `own_keys` is the account itself, and may do everything. Nobody is asked then: while
-    CloudFormation makes a model package group, the emulator that it is part of cannot answer.
+    Who signs with one of `own_keys` is the account itself, and may do everything.
     """
     post = post_json(authorizer)
 

@@ -2,16 +2,30 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import strict_model
 
 ROOT = Path(__file__).parents[1]
 EVENTS = ROOT / "events"
 # Read when tunedrop.observability is imported, which tests do before any fixture.
 os.environ["POWERTOOLS_METRICS_NAMESPACE"] = "tunedrop"
+
+
+strict_model.install()
+
+
+@pytest.fixture(autouse=True)
+def strict_requests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No request breaks its service's model, but for those of a test that is about that."""
+    strict_model.broken.clear()
+    yield
+    if not request.node.get_closest_marker("breaks_the_model"):
+        assert strict_model.broken == []
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +50,22 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]
     return lambda text: record_property("said", text)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the number of checked requests from a worker to the process that prints it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["calls"] = dict(strict_model.calls)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take a worker's number over."""
+    strict_model.calls.update(Counter(getattr(node, "workeroutput", {}).get("calls", {})))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests had to `say`."""
+    """Print what tests had to `say`, and how many requests were held against the service models."""
+    checked, operations = strict_model.calls.total(), len(strict_model.calls)
+    terminalreporter.write_line(f"{checked:,} requests of {operations} operations fit their services' models")
     for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
         for name, text in report.user_properties:
             if name == "said" and report.when == "call":

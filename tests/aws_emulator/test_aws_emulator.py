@@ -90,7 +90,6 @@ def template(notes: Path) -> str:
     resources = {
         "Queue": {"Type": "AWS::SQS::Queue"},
         "Bucket": {"Type": "AWS::S3::Bucket", "Properties": bucket},
-        "Group": {"Type": "AWS::SageMaker::ModelPackageGroup", "Properties": {"ModelPackageGroupName": "models"}},
         "Role": {
             "Type": "AWS::IAM::Role",
             "Properties": {"AssumeRolePolicyDocument": {"Version": "2012-10-17", "Statement": [trust]}},
@@ -104,7 +103,6 @@ def template(notes: Path) -> str:
     outputs = {
         "Bucket": {"Value": {"Ref": "Bucket"}},
         "Queue": {"Value": {"Ref": "Queue"}},
-        "GroupArn": {"Value": {"Ref": "Group"}},
         "Function": {"Value": {"Ref": "Function"}},
     }
     return json.dumps({"Resources": resources, "Outputs": outputs})
@@ -334,25 +332,6 @@ def test_an_alarm_is_announced_where_the_topic_lets_cloudwatch_publish(emulators
     assert not sqs.receive_message(QueueUrl=queue).get("Messages")
 
 
-def test_a_model_package_group_is_made_and_deleted_with_its_stack(emulators: Emulators, deployed: Deployed) -> None:
-    sagemaker, cloudformation = emulators.client("sagemaker"), emulators.client("cloudformation")
-    described = sagemaker.describe_model_package_group(ModelPackageGroupName="models")
-    assert described["ModelPackageGroupArn"] == deployed.outputs["GroupArn"]
-
-    group = {"Type": "AWS::SageMaker::ModelPackageGroup", "Properties": {"ModelPackageGroupName": "short-lived"}}
-    cloudformation.create_stack(StackName="short-lived", TemplateBody=json.dumps({"Resources": {"Group": group}}))
-    cloudformation.get_waiter("stack_create_complete").wait(StackName="short-lived", WaiterConfig={"Delay": 0.1})
-
-    def names() -> set[str]:
-        return {g["ModelPackageGroupName"] for g in sagemaker.list_model_package_groups()["ModelPackageGroupSummaryList"]}
-
-    assert names() == {"models", "short-lived"}
-    cloudformation.delete_stack(StackName="short-lived")
-    cloudformation.get_waiter("stack_delete_complete").wait(StackName="short-lived", WaiterConfig={"Delay": 0.1})
-    assert names() == {"models"}
-
-
-@pytest.mark.parametrize("how", ["fail", "die"])
 def test_a_failing_function_is_tried_three_times_and_then_reported(deployed: Deployed, how: str) -> None:
     event_id = deployed.post_job_event(**{how: True})
     message = json.loads(deployed.dead_letter(event_id)["Body"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, ReadTimeoutError
-from fake_stack import ARTIFACTS, DATA
+from fake_stack import ARTIFACTS, DATA, MODELS
 from world import GOOD_DATA, KilledError
 
 from tunedrop import runs
@@ -215,7 +215,7 @@ def fingerprint(world) -> dict[str, Any]:
         for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix="runs/")["Contents"]
     }
     jobs = sorted(request["TrainingJobName"] for request in world.job_requests)
-    packages = world.aws.sagemaker.list_model_packages(ModelPackageGroupName="models")["ModelPackageSummaryList"]
+    packages = world.aws.sagemaker.list_model_packages(ModelPackageGroupName=MODELS)["ModelPackageSummaryList"]
     everything = {
         "table": json.loads(
             json.dumps(items, default=lambda value: sorted(value) if isinstance(value, set) else str(value))

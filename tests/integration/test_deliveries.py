@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from fake_stack import OWN_RULES, PREFIX
+from fake_stack import MODELS, OWN_RULES, PREFIX
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -198,7 +198,7 @@ class Deliveries(RuleBasedStateMachine):
         assert receipt["ok"] == (run.state != State.REJECTED)
         if run.state == State.PUBLISHED:
             assert self.world.read_json(f"runs/{run.run_id}/result.json")["model_package"] == run.model_package
-            packages = self.world.aws.sagemaker.list_model_packages(ModelPackageGroupName="models")
+            packages = self.world.aws.sagemaker.list_model_packages(ModelPackageGroupName=MODELS)
             arns = [package["ModelPackageArn"] for package in packages["ModelPackageSummaryList"]]
             assert run.model_package in arns
             # One for each attempt that came so far as to register one.

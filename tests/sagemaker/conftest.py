@@ -23,7 +23,8 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from local_app.sagemaker_emulator import SageMakerEmulator, serve
-from local_app.sagemaker_model import service_model, shape_problems
+from local_app.sagemaker_model import service_model
+from local_app.service_model import shape_problems
 
 Json = dict[str, Any]
 ROLE = "arn:aws:iam::123456789012:role/SageMakerRole"

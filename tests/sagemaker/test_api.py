@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from local_app.sagemaker_model import _compiled
+from local_app.service_model import compiled
 
 SPOT = {"EnableManagedSpotTraining": True}
 G5 = {"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50}
@@ -225,7 +225,7 @@ def test_every_pattern_of_the_supported_operations_compiles(supported_shapes: li
             return
         seen.add(shape.name)
         if pattern := shape.metadata.get("pattern"):
-            _compiled(pattern)
+            compiled(pattern)
         members = getattr(shape, "members", {}).values()
         for child in (*members, *(getattr(shape, name, None) for name in ("member", "key", "value"))):
             if child is not None:

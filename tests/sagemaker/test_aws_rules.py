@@ -71,6 +71,7 @@ def test_a_list_is_refused_if_any_type_falls_short_even_behind_one_that_would_ha
 # --- preference lists: the same page, and InstancePreference in the API reference ---
 
 
+@pytest.mark.breaks_the_model
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,6 +10,8 @@ from tiny_tokenizer import tokenizer_files
 from tunedrop.runs import Run, State
 
 DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
+STACK_ID = "7fb2c419-8e0a-4f2e-9c2f-0123456789ab"
+MODELS = f"{PREFIX}-7fb2c419"  # the model package group
 # The rules on our own bus: which function takes which detail types. tests/template holds them against template.yaml.
 OWN_RULES = {
     "start_training": {"Dataset Validated", "Stop Requested", "Training Waiting", "Training Failed", "Results Published"},
@@ -31,7 +33,7 @@ TRAINED_RUN = Run(
     plan=PLAN,
     artifacts=f"s3://{ARTIFACTS}/runs/cars-0123456789ab/training/{PREFIX}-train-cars-0123456789ab-1/output/model/",
 )
-IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.9.0-gpu-py312-cu130-ubuntu22.04-sagemaker"
+IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
 SERVING_IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:0.30.0-gpu-py312-cu130-ubuntu24.04-sagemaker"
 
 
@@ -81,7 +83,6 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
     plan = {"digest": PLAN, "inference_image": SERVING_IMAGE, "train": plan_request("train"), "test": plan_request("test")}
     s3.put_object(Bucket=ARTIFACTS, Key=f"launch_plans/{PLAN}.json", Body=json.dumps(plan).encode())
     s3.put_object(Bucket=ARTIFACTS, Key="launch_plans/current.json", Body=json.dumps({"digest": PLAN}).encode())
-    client("sagemaker").create_model_package_group(ModelPackageGroupName="models")
     topic = client("sns").create_topic(Name="topic")["TopicArn"]
     return {
         "DATA_BUCKET": DATA,
@@ -95,7 +96,7 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
         "MAX_CONCURRENT_JOBS": "2",
         "DEFAULT_MODEL": "base",
         "TOPIC_ARN": topic,
-        "MODEL_PACKAGE_GROUP": "models",
+        "MODEL_PACKAGE_GROUP": MODELS,
         "REPORT_LINK_HOURS": "12",
         "POWERTOOLS_SERVICE_NAME": "test",
         "POWERTOOLS_METRICS_NAMESPACE": "tunedrop",

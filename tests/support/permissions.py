@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from fake_stack import ARTIFACTS, BUS, DATA, PREFIX, TABLE
+from fake_stack import ARTIFACTS, BUS, DATA, PREFIX, STACK_ID, TABLE
 from ministack.app import _extract_s3_vhost_bucket
 from ministack.core import iam_actions, iam_evaluator, router
 from template import listed, load_template, of_type, resolve
@@ -87,7 +87,7 @@ def known_names(prefix: str = PREFIX) -> dict[str, str]:
         "AlarmTopic": f"arn:aws:sns:{REGION}:{ACCOUNT}:alarms",
         "DeadLetterQueue.Arn": f"arn:aws:sqs:{REGION}:{ACCOUNT}:dead-letters",
         "SageMakerRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/SageMakerRole",
-        "ModelPackageGroup": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:model-package-group/models",
+        "AWS::StackId": f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/tunedrop/{STACK_ID}",
         "JobPrefix": prefix,
         "TrainingImageUri": IMAGE,
         "KmsKeyArn": KEY,

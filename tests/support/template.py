@@ -65,6 +65,8 @@ def resolve(value: Any, known: dict[str, str], conditions: dict[str, bool] | Non
                 return do(items)[int(index)]
             case {"Fn::Split": [separator, text]}:
                 return do(text).split(separator)
+            case {"Fn::FindInMap": [name, key, entry]}:
+                return load_template()["Mappings"][name][do(key)][entry]
             case {"Fn::Join": [separator, items]}:
                 return separator.join(do(items))
             case dict():

@@ -96,6 +96,7 @@ class World:
     quota: int | None = None  # how many instances the account may run at a time
     quotas: dict[str, int] = field(default_factory=dict)  # the same by the name of a type's quota
     troubles: dict[str, Callable[[Callable[[], Any]], Any]] = field(default_factory=dict)  # by operation, once
+    groups: set[str] = field(default_factory=set)  # model package groups
     uploads: int = 0
     calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
     dead: bool = False  # this invocation makes no more calls
@@ -328,8 +329,13 @@ def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise ClientError({"Error": {"Code": "ValidationException", "Message": "nothing to stop"}}, operation)
             world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "Stopping", "SecondaryStatus": "Stopping"}
             return {}
-        if operation == "CreateModelPackage" and arguments["ClientToken"] in packages:
-            return packages[arguments["ClientToken"]]  # moto would register it again
+        if operation == "CreateModelPackage":
+            if arguments["ModelPackageGroupName"] not in world.groups:  # moto would register it all the same
+                raise ClientError({"Error": {"Code": "ValidationException", "Message": "no such group"}}, operation)
+            if arguments["ClientToken"] in packages:
+                return packages[arguments["ClientToken"]]  # moto would register it again
+        if operation == "CreateModelPackageGroup":
+            world.groups.add(arguments["ModelPackageGroupName"])
         answer = make_api_call(client, operation, arguments)
         if operation == "PutEvents":
             world.sent_events += arguments["Entries"]

@@ -12,6 +12,7 @@ FUNCTIONS = of_type(TEMPLATE_DATA, "AWS::Serverless::Function")
 OPERATIONS = (TEMPLATE.parent / "docs" / "operations.md").read_text()
 KNOWN = {
     "AWS::StackName": "mine",
+    "JobPrefix": "ours",
     "AWS::Partition": "aws",
     "AWS::Region": "eu-central-1",
     "AWS::AccountId": "123456789012",

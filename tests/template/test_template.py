@@ -142,7 +142,7 @@ def test_every_function_has_an_on_failure_destination_that_it_may_send_to(transf
         assert role["ManagedPolicyArns"] == [{"Ref": "FunctionPolicy"}]
 
 
-@pytest.mark.parametrize("name", ["DataBucket", "ArtifactBucket", "RunTable", "ModelPackageGroup"])
+@pytest.mark.parametrize("name", ["DataBucket", "ArtifactBucket", "RunTable"])
 def test_what_people_made_outlives_the_stack(transformed: Json, name: str) -> None:
     resource = transformed["Resources"][name]
     # A creation that fails leaves nothing that the next one would stumble over.

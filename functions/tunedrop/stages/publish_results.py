@@ -1,6 +1,7 @@
 """A test job ended: judge the tuned model, write the report, register the model, and tell everyone."""
 
 import re
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from tunedrop.events import RunEvent
 from tunedrop.inference_tests import Outcome
 from tunedrop.jobs import TrainingJob, run_of_job, wait_again
 from tunedrop.launch_plan import instance_type_of, load_plan
+from tunedrop.observability import logger
 from tunedrop.report import IndexedRun, indexed_run, read_index, render_index, render_report
 from tunedrop.run_config import RunConfig
 from tunedrop.runs import Run, State
@@ -238,7 +240,8 @@ def _register(
         "adapter": artifacts["adapter"],
         "report": artifacts["report"],
     }
-    answer = aws.sagemaker.create_model_package(
+    create = partial(
+        aws.sagemaker.create_model_package,
         ModelPackageGroupName=settings.model_package_group,
         ModelPackageDescription=" ".join(description.split())[:1024],
         ModelApprovalStatus=APPROVAL[result["verdict"]],
@@ -247,9 +250,9 @@ def _register(
         Task="TEXT_GENERATION",
         InferenceSpecification={
             "Containers": [
-                {
+                ({"Image": plan["inference_image"]} if plan["inference_image"] else {})
+                | {
                     # vLLM behind SageMaker's /invocations: every SM_VLLM_* is one of its flags.
-                    "Image": plan["inference_image"],
                     "Environment": {"SM_VLLM_MODEL": "/opt/ml/model"}
                     | ({"SM_VLLM_MAX_MODEL_LEN": str(limit)} if limit else {}),
                     "ModelDataSource": {
@@ -270,7 +273,27 @@ def _register(
         # Of 256 characters at most, and not every character: keys of datasets have others.
         CustomerMetadataProperties={name: UNREGISTRABLE.sub("_", value)[:256] for name, value in properties.items()},
     )
+    try:
+        answer = create()
+    except ClientError as error:
+        if error_code(error) != "ValidationException":
+            raise
+        _create_group(settings.model_package_group, aws)
+        answer = create()
     return str(answer["ModelPackageArn"])
+
+
+def _create_group(name: str, aws: Aws) -> None:
+    """Make the model package group, unless it is there. Not every region's CloudFormation can."""
+    try:
+        aws.sagemaker.create_model_package_group(
+            ModelPackageGroupName=name,
+            ModelPackageGroupDescription="Models tuned by Tunedrop, one version per published run.",
+        )
+    except ClientError as error:
+        if error_code(error) != "ValidationException":
+            raise
+        logger.info("the model package group was not made", detail=str(error))
 
 
 def add_to_index(aws: Aws, bucket: str, run: IndexedRun) -> None:
