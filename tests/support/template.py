@@ -1,6 +1,7 @@
 """template.yaml as data, and its intrinsic functions resolved for a stack with given names."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ _Loader.add_multi_constructor("!", _long_form)
 def load_template(path: Path = TEMPLATE) -> Json:
     """Return a template with every intrinsic function in its long form."""
     return yaml.load(path.read_text(), _Loader)
+
+
+@cache
+def _mappings() -> Json:
+    return load_template()["Mappings"]
 
 
 def of_type(template: Json, kind: str) -> dict[str, Json]:
@@ -66,7 +72,7 @@ def resolve(value: Any, known: dict[str, str], conditions: dict[str, bool] | Non
             case {"Fn::Split": [separator, text]}:
                 return do(text).split(separator)
             case {"Fn::FindInMap": [name, key, entry]}:
-                return load_template()["Mappings"][name][do(key)][entry]
+                return _mappings()[name][do(key)][entry]
             case {"Fn::Join": [separator, items]}:
                 return separator.join(do(items))
             case dict():
