@@ -27,6 +27,9 @@ TOKEN_SECONDS = {False: (0.012, 0.06), True: (0.002, 0.015)}
 # "Up to 90 %" less than on demand is what AWS says of managed spot training; there is no price list.
 SPOT_PRICE = (0.1, 1.0)
 CHARACTERS_PER_TOKEN = 4
+# How long a training job may run in an account that has not asked for more ("Longest run time for a training job",
+# https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
+LONGEST_RUNTIME = 5 * 86400
 
 Range = tuple[float, float]
 
@@ -100,6 +103,11 @@ def estimate(
         warnings.append(
             f"training is estimated at {quickest:.1f} h at least, more than compute.max_runtime of "
             f"{config.compute.max_runtime / 3600:.1f} h, which will end it: raise that, or lower rows, epochs or generations"
+        )
+    if config.compute.max_runtime > LONGEST_RUNTIME:
+        warnings.append(
+            f"compute.max_runtime is {config.compute.max_runtime / 3600:.0f} h; SageMaker refuses jobs of more than "
+            f"{LONGEST_RUNTIME // 3600} h unless the account's quota 'Longest run time for a training job' was raised"
         )
     return receipt, problems, warnings
 

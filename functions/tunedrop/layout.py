@@ -10,7 +10,7 @@ TEST_SUFFIXES = (".json", ".jsonl", ".yaml", ".csv")
 LAUNCH_PLANS = "launch_plans/"
 CURRENT_PLAN = LAUNCH_PLANS + "current.json"
 INDEX = "runs/index.html"
-SLUG_LENGTH = 23  # <prefix ≤ 16>-train-<slug>-<12 hex>-<attempt> fits SageMaker's 63 characters
+SLUG_LENGTH = 22  # <prefix ≤ 16>-train-<slug>-<12 hex>-<attempt ≤ 9999> fits SageMaker's 63 characters
 
 
 def dataset_of(key: str) -> str:

@@ -14,12 +14,15 @@ SERVING = image_uris.config_for_framework("vllm")["inference"]["versions"]
 REGIONS = sorted(TRAINING)
 
 
+ENDPOINTS = get_session().get_component("endpoint_resolver")
+
+
 def known(region, **more):
-    endpoints = get_session().get_component("endpoint_resolver")
+    partition = ENDPOINTS.get_partition_for_region(region)
     return {
         "AWS::Region": region,
-        "AWS::Partition": get_session().get_partition_for_region(region),
-        "AWS::URLSuffix": endpoints.get_partition_dns_suffix(get_session().get_partition_for_region(region)),
+        "AWS::Partition": partition,
+        "AWS::URLSuffix": ENDPOINTS.get_partition_dns_suffix(partition),
         "AWS::AccountId": "123456789012",
         "TrainingImageUri": "",
     } | more
@@ -54,8 +57,9 @@ def test_the_training_image_is_the_sdks_and_the_role_may_pull_it(region):
 @pytest.mark.parametrize("region", REGIONS)
 def test_the_serving_image_is_the_newest_of_the_region(region):
     newest = [version for version, image in SERVING.items() if region in image["registries"]][-1]
-    assert f".ecr.{region}." in inference_image(region)
-    assert inference_image(region).rpartition("/")[2].startswith(f"vllm:{newest}-")
+    registry, _, image = inference_image(region).partition("/")
+    assert registry.startswith(f"{SERVING[newest]['registries'][region]}.dkr.ecr.{region}.")
+    assert image.startswith(f"vllm:{newest}-")
 
 
 def test_a_region_without_the_serving_image_has_none():
