@@ -1,34 +1,49 @@
-# Everything installs itself: `make demo` and `make test` are all that a fresh machine needs (Python 3.11, make, git).
-PYTHON ?= python3.11
+# Everything installs itself: `make demo` and `make test` are all that a fresh machine needs (Python 3.11 to 3.13, make, git).
+# The newest of them that runs; `make PYTHON=...` names another.
+PYTHON ?= $(or $(call runs,python3.13 python3.12 python3.11),$(error no python3.13, python3.12 or python3.11 runs here: \
+  install one of them, or name one with `make PYTHON=...`))
+# The first of some commands that runs. To be found is not enough: a version manager has a file for each version it knows.
+runs = $(shell for python in $(1); do $$python -c "" 2> /dev/null && echo $$python && break; done)
+
 # pip says nothing while it works; these files say when it has.
 APP := .venv/.installed
 SAM := .venv-sam/.installed
 LINT := .venv-lint/.installed
+DEPLOY := .venv-deploy/.installed
+PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: install demo test lint browser deploy soak clean
+.PHONY: install demo test lint browser deploy soak locks clean
 
 install: $(APP) $(SAM)
 
-$(APP): requirements/app.txt requirements/app.lock functions/requirements.txt trainer/requirements.txt pyproject.toml
+# Makes the environment $(1) with what the lock $(2) lists, and nothing else, whatever is newest today.
+define environment
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+	@$(1)/$(PIP_INSTALL) pip==26.3
+	@$(1)/$(PIP_INSTALL) --require-hashes --no-deps --only-binary=:all: -r $(2)
+endef
+
+$(APP): requirements/app.lock requirements/torch.txt pyproject.toml
 	@echo "installing the application into .venv"
-	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check pip==26.3
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements/app.txt -c requirements/app.lock
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
+	$(call environment,.venv,$<)
+	@.venv/$(PIP_INSTALL) -r requirements/torch.txt
+	@.venv/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(SAM): requirements/sam.txt requirements/sam.lock
+$(SAM): requirements/sam.lock
 	@echo "installing the SAM CLI into .venv-sam"
-	@test -x .venv-sam/bin/python || $(PYTHON) -m venv .venv-sam
-	@.venv-sam/bin/python -m pip install -qq --disable-pip-version-check pip==26.3
-	@.venv-sam/bin/python -m pip install -qq --disable-pip-version-check -r requirements/sam.txt -c requirements/sam.lock
+	$(call environment,.venv-sam,$<)
 	@touch $@
 
-$(LINT): requirements/lint.txt requirements/lint.lock
+$(LINT): requirements/lint.lock
 	@echo "installing the template's linters into .venv-lint"
-	@test -x .venv-lint/bin/python || $(PYTHON) -m venv .venv-lint
-	@.venv-lint/bin/python -m pip install -qq --disable-pip-version-check pip==26.3
-	@.venv-lint/bin/python -m pip install -qq --disable-pip-version-check -r requirements/lint.txt -c requirements/lint.lock
+	$(call environment,.venv-lint,$<)
+	@touch $@
+
+$(DEPLOY): requirements/deploy.lock pyproject.toml
+	@echo "installing what deploying needs into .venv-deploy"
+	$(call environment,.venv-deploy,$<)
+	@.venv-deploy/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The tests open the report in a browser.
@@ -54,11 +69,25 @@ soak: install browser $(LINT)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak -n 2 --dist load --durations=25
 
 # To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
-deploy: install
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv-sam/bin/sam build
+deploy: $(DEPLOY) $(SAM)
+	PIP="$(CURDIR)/.venv-deploy/bin/python -m pip" .venv-sam/bin/sam build
 	.venv-sam/bin/sam deploy
-	.venv/bin/python -m trainer.release --stack tunedrop
+	.venv-deploy/bin/python -m trainer.release --stack tunedrop
+
+# Writes the locks after a change of what they are made of, on any machine: they hold for every Python and platform. Versions
+# that are locked stay as long as they fit; for newer ones, delete the lock first.
+UV := .venv-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+  --no-annotate --custom-compile-command "make locks"
+locks:
+	@test -x .venv-uv/bin/pip || $(PYTHON) -m venv .venv-uv
+	@.venv-uv/$(PIP_INSTALL) uv==0.13.9
+	$(UV) requirements/app.in -o requirements/app.lock --no-emit-package torch
+	$(UV) requirements/sam.in -o requirements/sam.lock
+	$(UV) requirements/lint.in -o requirements/lint.lock
+	$(UV) requirements/deploy.in -o requirements/deploy.lock -c requirements/app.lock
+	$(UV) layers/dependencies.in -o layers/dependencies.lock -c requirements/app.lock
+	$(UV) layers/validation.in -o layers/validation.lock -c requirements/app.lock --no-deps
 
 clean:
 	-.venv/bin/tunedrop down
-	rm -rf .venv .venv-sam .venv-lint .aws-sam .tunedrop build *.egg-info
+	rm -rf .venv .venv-* .aws-sam .tunedrop build *.egg-info

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+import shlex
 import socket
 import ssl
 import subprocess
@@ -61,12 +61,22 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Build:
-    """What `sam build` made: the template to deploy, the folder with the code that all functions share, and the layer's."""
+    """What `sam build` made: in `folder` the template to deploy, and a folder for each function and layer by its logical id."""
 
-    template: Path
-    code: Path
-    layer: Path
+    folder: Path
     digest: str
+
+    @property
+    def template(self) -> Path:
+        """The template to deploy, which names the other folders."""
+        return self.folder / "template.yaml"
+
+    def paths(self, function: str) -> list[str]:
+        """Return what Lambda has in `sys.path` for a function, for example `validate_dataset`: its code, then its layers."""
+        template = yaml.safe_load(self.template.read_text())
+        name = "".join(part.title() for part in function.split("_")) + "Function"
+        layers = [*template["Globals"]["Function"]["Layers"], *template["Resources"][name]["Properties"].get("Layers", [])]
+        return [str(self.folder / name), *(str(self.folder / layer["Ref"] / "python") for layer in layers)]
 
 
 class Stack:
@@ -320,12 +330,11 @@ def outputs_of(cloudformation: Any, stack_name: str) -> Outputs | None:
 def build(progress: Callable[[str], None] = lambda _line: None, log: Path = PROJECT / ".aws-sam/local.log") -> Build:
     """Run `sam build`, unless neither the template nor anything under functions/ or layers/ has changed since last time.
 
-    All functions share one CodeUri, so one is built and its artefact is what all of them get: built for each, it would
-    be copied and zipped five times, which takes most of a minute and changes nothing.
+    The functions run here with this Python, so their layers are built for it; `sam build` alone builds for Lambda's.
     """
+    python = "{}.{}".format(*sys.version_info)
     folder = PROJECT / ".aws-sam" / "local"
-    code, layer = folder / "ValidateDatasetFunction", folder / "ValidationLayer"
-    built = Build(folder / "one-artefact.yaml", code, layer, _source_digest())
+    built = Build(folder, _source_digest(python))
     stamp = folder / "built"
     folder.parent.mkdir(exist_ok=True)
     with _locked(folder.parent / "local.lock"):
@@ -333,24 +342,13 @@ def build(progress: Callable[[str], None] = lambda _line: None, log: Path = PROJ
             progress("functions: nothing changed since they were built")
             return built
         progress("functions: sam build")
-        # The function's interpreter is this one, wherever the caller's PATH points.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        _sam(["build", built.code.name], {**os.environ, "PATH": path}, log)
-        shutil.make_archive(str(folder / "functions"), "zip", built.code)
-        shutil.make_archive(str(folder / "layer"), "zip", built.layer)
-        template = yaml.safe_load((folder / "template.yaml").read_text())
-        for resource in template["Resources"].values():
-            if resource["Type"] == "AWS::Serverless::Function":
-                resource["Properties"]["CodeUri"] = "functions.zip"
-            elif resource["Type"] == "AWS::Serverless::LayerVersion":
-                resource["Properties"]["ContentUri"] = "layer.zip"
-        built.template.write_text(yaml.safe_dump(template, sort_keys=False))
+        _sam(["build"], {**os.environ, "LAMBDA_PYTHON": python, "PIP": f"{shlex.quote(sys.executable)} -m pip"}, log)
         stamp.write_text(built.digest)
     return built
 
 
-def _source_digest() -> str:
-    digest = hashlib.sha256()
+def _source_digest(python: str) -> str:
+    digest = hashlib.sha256(python.encode())
     folders = (PROJECT / "functions", PROJECT / "layers")
     sources = [p for f in folders for p in f.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     for file in [PROJECT / "template.yaml", PROJECT / "samconfig.toml", *sorted(sources)]:
