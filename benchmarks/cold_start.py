@@ -1,8 +1,8 @@
-"""How big the functions' artefact is and how long each handler takes to import, beside the SageMaker SDK.
+"""How big the functions and their layers are and how long each handler takes to import, beside the SageMaker SDK.
 
     .venv/bin/python benchmarks/cold_start.py
 
-Each import is a fresh process that sees the built artefact alone; the median of several is shown.
+Each import is a fresh process that sees the built function and its layers alone; the median of several is shown.
 """
 
 import os
@@ -29,13 +29,18 @@ def import_seconds(statement: str, paths: list[str], *options: str) -> float:
     return statistics.median(runs[1:])  # the first one writes the byte code
 
 
+def size(folder: str) -> int:
+    """Return the bytes of the files in a folder, byte code aside."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
 def main() -> None:
     """Print the figures."""
-    artefact: Path = build(print).code
-    size = sum(path.stat().st_size for path in artefact.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    print(f"artefact: {size / 1e6:.1f} MB unzipped")
+    built = build(print)
     for handler in HANDLERS:
-        print(f"{handler + '.app':24} {import_seconds(f'import {handler}.app', [str(artefact)], '-S'):.3f} s")
+        paths = built.paths(handler)
+        megabytes = " + ".join(f"{size(path) / 1e6:.1f}" for path in paths)
+        print(f"{handler + '.app':24} {import_seconds(f'import {handler}.app', paths, '-S'):.3f} s   {megabytes} MB")
     sdk = "from sagemaker.train import ModelTrainer"
     print(f"{sdk}: {import_seconds(sdk, []):.3f} s")
 

@@ -45,7 +45,7 @@ def template(notes: Path) -> str:
 
     def function(name: str) -> Json:
         properties = {
-            "Runtime": "python3.11",
+            "Runtime": "python3.13",
             "Handler": "index.handler",
             "Role": {"Fn::GetAtt": ["Role", "Arn"]},
             "Code": {"ZipFile": FUNCTION},

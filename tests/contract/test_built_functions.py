@@ -1,4 +1,4 @@
-"""Every event of `events/` into the built artefact, run by AWS's own Lambda runtime emulator."""
+"""Every event of `events/` into its built function, run by AWS's own Lambda runtime emulator."""
 
 import gzip
 import importlib.metadata
@@ -67,9 +67,8 @@ def environment() -> Iterator[dict[str, str]]:
 def invoke(
     environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
-    """Invoke a built function, each in a runtime of its own that sees the artefact alone."""
+    """Invoke a built function, each in a runtime of its own that sees the function and its layers alone."""
     built = build()
-    artefact = built.code
     client = tmp_path_factory.mktemp("runtime-client")  # Lambda keeps it beside the interpreter, not in the artefact
     for distribution in ("awslambdaric", "simplejson", "snapshot-restore-py"):
         files = importlib.metadata.files(distribution) or []
@@ -83,14 +82,13 @@ def invoke(
                 probe.bind(("127.0.0.1", 0))
                 other.bind(("127.0.0.1", 0))
                 port, api = probe.getsockname()[1], other.getsockname()[1]
-            layers = [str(built.layer / "python")] if function == "validate_dataset" else []
-            paths = [str(artefact), *layers, str(client)]
+            paths = [*built.paths(function), str(client)]
             boot = f"import sys; sys.path[:0] = {paths!r}; from awslambdaric.__main__ import main; main(sys.argv)"
             command = [str(EMULATOR), "--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address"]
             command += [f"127.0.0.1:{api}", sys.executable, "-S", "-c", boot, f"{function}.app.handler"]
             process = subprocess.Popen(
                 command,
-                cwd=artefact,
+                cwd=paths[0],
                 env={
                     "PATH": os.environ["PATH"],
                     "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
