@@ -10,9 +10,10 @@ APP := .venv/.installed
 SAM := .venv-sam/.installed
 LINT := .venv-lint/.installed
 DEPLOY := .venv-deploy/.installed
+LIGHT = .venv-$(notdir $(PYTHON))
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: install demo test lint browser deploy soak locks clean
+.PHONY: install demo test test-python lint browser deploy soak locks clean
 
 install: $(APP) $(SAM)
 
@@ -46,6 +47,12 @@ $(DEPLOY): requirements/deploy.lock pyproject.toml
 	@.venv-deploy/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(LIGHT)/.installed: requirements/light.lock pyproject.toml
+	@echo "installing what the tests without torch need into $(LIGHT)"
+	$(call environment,$(LIGHT),$<)
+	@$(LIGHT)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
 # The tests open the report in a browser.
 browser:
 	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || ! command -v apt-get > /dev/null \
@@ -61,8 +68,17 @@ lint: install
 	.venv/bin/mypy functions trainer local_app
 
 # Two files of tests at a time; torch's threads would only fight over two cores.
+PYTEST = -m pytest -n 2 --dist loadfile
+
+# Every test, and those without torch once more with another Python, where one runs.
+OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
 test: lint browser $(LINT)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST)
+	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "not tested with another Python: of 3.12 and 3.13 none runs here")
+
+# `make test-python PYTHON=python3.12`: the tests of what runs without torch: the command, the functions, the template.
+test-python: $(LIGHT)/.installed $(SAM) $(LINT)
+	$(LIGHT)/bin/python $(PYTEST) tests/unit tests/contract tests/template
 
 # What is slow by nature.
 soak: install browser $(LINT)
@@ -85,6 +101,7 @@ locks:
 	$(UV) requirements/sam.in -o requirements/sam.lock
 	$(UV) requirements/lint.in -o requirements/lint.lock
 	$(UV) requirements/deploy.in -o requirements/deploy.lock -c requirements/app.lock
+	$(UV) requirements/light.in -o requirements/light.lock -c requirements/app.lock
 	$(UV) layers/dependencies.in -o layers/dependencies.lock -c requirements/app.lock
 	$(UV) layers/validation.in -o layers/validation.lock -c requirements/app.lock --no-deps
 

@@ -450,11 +450,14 @@ state = State()
 
 
 def _hook_interpreter(folder: Path) -> None:
-    """Run Python functions with `-S`: no site-packages, so what the artefact lacks is missing here as on AWS."""
+    """Run Python functions with this Python, for which the local build chose wheels, whatever version their `Runtime` names.
+
+    With `-S`: no site-packages, so what the function and its layers lack is missing here as on AWS.
+    """
     from ministack.core import lambda_runtime
 
     folder.mkdir(parents=True, exist_ok=True)
-    python = folder / "python3.11"
+    python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     python.chmod(stat.S_IRWXU)
     detect = lambda_runtime._detect_runtime_binary
