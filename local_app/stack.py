@@ -61,7 +61,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Build:
-    """What `sam build` made: in `folder` the template to deploy, and a folder for each function and layer, by logical ids."""
+    """What `sam build` made in `folder`: the template to deploy, and each function and layer by its logical id."""
 
     folder: Path
     digest: str
