@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,20 @@ def test_deploying_needs_what_it_installs_and_loads_nothing_heavier(tmp_path: Pa
     loaded = {module.split(".")[0] for module in done.stdout.splitlines()[-1].split()}
     assert loaded >= {"sagemaker", "trainer", "click"}
     assert loaded & {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "mlflow", "sklearn"} == set()
+
+
+@pytest.mark.parametrize(
+    ("run", "taken"), [(["3.13", "3.12", "3.11"], "3.13"), (["3.12", "3.11"], "3.12"), (["3.11"], "3.11"), ([], None)]
+)
+def test_make_takes_the_newest_python_that_runs(tmp_path: Path, run: list[str], taken: str | None) -> None:
+    """A version manager's python3.13 is there and does not run where that version is not in use."""
+    for version in ("3.13", "3.12", "3.11"):
+        python = tmp_path / f"python{version}"
+        python.write_text(f"#!/bin/sh\nexit {0 if version in run else 127}\n")
+        python.chmod(0o700)
+    make = [shutil.which("make") or "make", "--dry-run", "--always-make", ".venv-sam/.installed"]
+    done = subprocess.run(make, cwd=PROJECT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    if taken:
+        assert f"python{taken} -m venv .venv-sam" in done.stdout
+    else:
+        assert "no python3.13, python3.12 or python3.11 runs here" in done.stderr
