@@ -11,7 +11,7 @@ All that touches MiniStack's private names is in this file; `tests/aws_emulator`
 - Whatever invokes a function asynchronously (rules, schedules, Invoke) is queued on disk, retried and, if it fails to
   the end, sent to the function's on-failure destination; what a rule may not or cannot deliver goes to the rule's DLQ.
 - State is saved as it changes, so that a killed emulator forgets at most the last second.
-- Functions run in an interpreter that sees the standard library and their own artefact, nothing of this environment.
+- Functions run in an interpreter that sees the standard library, their code and their layers, nothing of this environment.
 - IAM is enforced, over TLS. `POST /_tunedrop/authorize` says whether it lets a request to SageMaker through, services
   may assume roles that trust them for their own account, `calls.jsonl` notes what each role did and was denied, and an
   alarm reaches only topics that let CloudWatch publish.

@@ -1,7 +1,7 @@
 """`report.html`, about one run, and `index.html`, of all runs: self-contained pages that load nothing from anywhere.
 
 All text of models and datasets is escaped, and the pages' content security policy runs no script but the page's own, by
-its hash. Only publish_results renders: the functions that share this artefact do not pay for these imports.
+its hash. Only publish_results renders: the other functions, with the same packages, do not pay for these imports.
 """
 
 import base64
