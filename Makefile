@@ -89,6 +89,7 @@ deploy: $(DEPLOY) $(SAM)
 	PIP="$(CURDIR)/.venv-deploy/bin/python -m pip" .venv-sam/bin/sam build
 	.venv-sam/bin/sam deploy
 	.venv-deploy/bin/python -m trainer.release --stack tunedrop
+	-.venv-deploy/bin/tunedrop doctor --stack tunedrop
 
 # Writes the locks after a change of what they are made of, on any machine: they hold for every Python and platform. Versions
 # that are locked stay as long as they fit; for newer ones, delete the lock first.

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from local_app import base_model
 from local_app.check import check_file, receipt_json, receipt_text
-from local_app.deployment import Deployment
+from local_app.deployment import Deployment, Place
 from local_app.listener import listening
 from local_app.results import differences
 from local_app.sample import CONFIG, DATA, TESTS
@@ -62,16 +62,26 @@ def cli(context: click.Context, state: Path) -> None:
     context.obj = state
 
 
-def _deployment(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the deployment it works on: the local one, or one on AWS when a profile or region is named."""
+def _stack_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that name a stack on AWS."""
+    for option in (
+        click.option("--stack", help=f"Name of a stack on AWS.  [default there: {STACK_NAME}]"),
+        click.option("--region", help="AWS region: use a stack on AWS."),
+        click.option("--profile", help="AWS profile: use a stack on AWS."),
+    ):
+        command = option(command)
+    return command
 
-    @click.option("--profile", help="AWS profile: use a stack on AWS.")
-    @click.option("--region", help="AWS region: use a stack on AWS.")
-    @click.option("--stack", default=STACK_NAME, show_default=True, help="Name of the stack on AWS.")
+
+def _deployment(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the deployment it works on: the local one, or one on AWS when a profile, region or stack is named."""
+
+    @_stack_options
     @click.pass_obj
-    def wrapped(state: Path, /, profile: str | None, region: str | None, stack: str, **options: Any) -> Any:
-        on_aws = profile or region
-        deployment = Deployment.on_aws(state, profile, region, stack) if on_aws else Deployment.local(Stack(state))
+    def wrapped(state: Path, /, profile: str | None, region: str | None, stack: str | None, **options: Any) -> Any:
+        on_aws = profile or region or stack
+        name = stack or STACK_NAME
+        deployment = Deployment.on_aws(state, profile, region, name) if on_aws else Deployment.local(Stack(state))
         return command(deployment, **options)
 
     return update_wrapper(wrapped, command)
@@ -435,6 +445,30 @@ def redrive(deployment: Deployment) -> None:
         console.print(function)
         functions.append(function)
     console.print(f"{len(functions)} events redriven")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@_stack_options
+@click.pass_obj
+def doctor(state: Path, profile: str | None, region: str | None, stack: str | None, as_json: bool) -> None:
+    """Say what keeps runs from working, and how to mend it; changes nothing. Exit 0: nothing is wrong, 1: something is.
+
+    Example: tunedrop doctor --stack tunedrop --region eu-central-1
+    """
+    from local_app.doctor import Finding, examine, report
+
+    name = stack or STACK_NAME
+    try:
+        place = Place.aws(profile, region, name) if profile or region or stack else Place.local(Stack(state))
+        findings = examine(place)
+    except StackError as error:  # nothing runs here, or there is no such profile
+        findings = [Finding("NOT_REACHED", str(error), "")]
+    troubles = any(finding.trouble for finding in findings)
+    shown = {"ok": not troubles, "findings": msgspec.to_builtins(findings)}
+    print(json.dumps(shown, indent=1) if as_json else report(name, findings))  # noqa: T201 - commands to copy: no wrapping
+    if troubles:
+        sys.exit(1)
 
 
 @cli.command()

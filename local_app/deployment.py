@@ -4,16 +4,18 @@ The stack is the local one (`.tunedrop/`) or one on AWS; everything here works o
 """
 
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
 import msgspec
 import yaml
 from boto3.dynamodb.conditions import Attr
+from botocore.exceptions import ProfileNotFound
 
 from local_app.redrive import redrive
 from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
@@ -25,6 +27,65 @@ from tunedrop.runs import FINAL, RUN, Run, RunTable, State, run_of_item
 
 SAVED_REPORTS = 20  # that come with the page of all runs
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+
+
+class Place(NamedTuple):
+    """Where a stack is, and how to reach it there.
+
+    `connect` returns a boto3 `client` or `resource` (its first argument) of a service. `aws_options` are those that AWS's
+    CLI needs for this place, `options` those of the `tunedrop` command.
+    """
+
+    connect: Callable[[str, str], Any]
+    stack_name: str
+    on_aws: bool
+    aws_options: dict[str, str]
+    options: dict[str, str]
+
+    @classmethod
+    def local(cls, stack: Stack) -> "Place":
+        """Return the place of the stack on this machine. Raises StackError when it does not run."""
+        stack.check_running()
+        options = {"endpoint-url": stack.endpoint, "ca-bundle": str(stack.tls.authority), "region": stack.region}
+        return cls(stack.connect, STACK_NAME, False, options, {})
+
+    @classmethod
+    def aws(cls, profile: str | None, region: str | None, stack_name: str) -> "Place":
+        """Return the place of a stack on AWS. Raises StackError when there is no such profile."""
+        try:
+            session = boto3.Session(profile_name=profile, region_name=region)
+        except ProfileNotFound as error:
+            raise StackError(f"{error}. `aws configure list-profiles` lists them.") from None
+        named = {"region": session.region_name, "profile": profile}
+        options = {name: value for name, value in named.items() if value}
+        return cls(
+            lambda kind, service: getattr(session, kind)(service),
+            stack_name,
+            True,
+            options,
+            {"stack": stack_name, **options},
+        )
+
+    def aws_command(self, text: str) -> str:
+        """Return a command of AWS's CLI as it is typed for this place."""
+        return _with("aws " + text, self.aws_options)
+
+    def command(self, text: str) -> str:
+        """Return a command of ours as it is typed for this place."""
+        return _with("tunedrop " + text, self.options)
+
+    @property
+    def release(self) -> str:
+        """The command that stores a launch plan for the stack."""
+        if not self.on_aws:
+            return "tunedrop up"
+        profile = f"AWS_PROFILE={shlex.quote(self.options['profile'])} " if "profile" in self.options else ""
+        options = {name: value for name, value in self.options.items() if name != "profile"}
+        return _with(f"{profile}python -m trainer.release", options)
+
+
+def _with(command: str, options: dict[str, str]) -> str:
+    return " ".join([command, *(f"--{name} {shlex.quote(value)}" for name, value in options.items())])
 
 
 class Deployment:
@@ -47,17 +108,14 @@ class Deployment:
     @classmethod
     def on_aws(cls, folder: Path, profile: str | None, region: str | None, stack_name: str = STACK_NAME) -> "Deployment":
         """Return a stack on AWS. Raises StackError when there is no such stack."""
-        session = boto3.Session(profile_name=profile, region_name=region)
-
-        def connect(kind: str, service: str) -> Any:
-            return getattr(session, kind)(service)
-
-        outputs = outputs_of(session.client("cloudformation"), stack_name)
+        place = Place.aws(profile, region, stack_name)
+        outputs = outputs_of(place.connect("client", "cloudformation"), stack_name)
         if outputs is None:
             raise StackError(
-                f"There is no deployed stack '{stack_name}' in {session.region_name}. Deploy it with `make deploy`."
+                f"There is no deployed stack '{stack_name}' in {place.options['region']}. Deploy it with `make deploy`; "
+                f"`{place.command('doctor')}` says more."
             )
-        return cls(connect, outputs, folder)
+        return cls(place.connect, outputs, folder)
 
     # --- dropping ---
 

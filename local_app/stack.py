@@ -148,8 +148,7 @@ class Stack:
     @functools.cached_property
     def outputs(self) -> Outputs:
         """The deployed stack's outputs; StackError when it is not up."""
-        if not self.running:
-            raise StackError(f"Tunedrop is not running in {self.folder}. Start it with `tunedrop up`.")
+        self.check_running()
         outputs = outputs_of(self.client("cloudformation"), STACK_NAME)
         if outputs is None:
             raise StackError(f"Tunedrop is running in {self.folder} but not deployed. Finish with `tunedrop up`.")
@@ -159,6 +158,11 @@ class Stack:
     def running(self) -> bool:
         """Whether both servers answer."""
         return (self.folder / "address.json").exists() and all(map(self._healthy, (self.endpoint, self.sagemaker_endpoint)))
+
+    def check_running(self) -> None:
+        """Raise StackError unless both servers answer."""
+        if not self.running:
+            raise StackError(f"Tunedrop is not running in {self.folder}. Start it with `tunedrop up`.")
 
     # ---- up and down -------------------------------------------------------------------------------------------------
 

@@ -18,12 +18,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import chdir
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import boto3
 from botocore.config import Config
@@ -44,8 +44,8 @@ from sagemaker.train import ModelTrainer
 import trainer
 import tunedrop
 from trainer.job import MODULES
+from trainer.target import Target, comma_separated, target_of_outputs
 from tunedrop.layout import CURRENT_PLAN, LAUNCH_PLANS
-from tunedrop.rewards import REWARD_ENVIRONMENT
 from tunedrop.run_config import load_run_config
 
 # What may travel as a hyperparameter: ModelTrainer's driver writes them into a shell file without quoting.
@@ -60,21 +60,6 @@ IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 INSTANCE_TYPE = "ml.g5.4xlarge"
 MAX_RUNTIME = 6 * 3600
 NO_TELEMETRY = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
-
-
-class Target(NamedTuple):
-    """What the jobs of a stack have in common."""
-
-    artifact_bucket: str
-    role: str
-    image: str
-    job_prefix: str = "tunedrop"
-    kms_key: str = ""
-    subnets: Sequence[str] = ()
-    security_groups: Sequence[str] = ()
-    network_isolation: bool = False
-    encrypt_traffic: bool = False
-    environment: Mapping[str, str] = {}  # what rewards may do, see REWARD_ENVIRONMENT; the bus for verdicts
 
 
 class _Session(Session):  # type: ignore[misc] # the SDK is untyped
@@ -323,27 +308,9 @@ def submit(target: Target, region: str, options: argparse.Namespace) -> str:
 def target_of_stack(stack: str, region: str) -> Target:
     """Read a deployed stack's outputs."""
     described = boto3.client("cloudformation", region_name=region).describe_stacks(StackName=stack)
-    outputs = {output["OutputKey"]: output["OutputValue"] for output in described["Stacks"][0].get("Outputs", [])}
-    return Target(
-        artifact_bucket=outputs["ArtifactBucket"],
-        role=outputs["SageMakerRoleArn"],
-        image=outputs["TrainingImageUri"],
-        job_prefix=outputs["JobPrefix"],
-        kms_key=outputs.get("KmsKeyArn", ""),
-        subnets=_names(outputs.get("VpcSubnetIds", "")),
-        security_groups=_names(outputs.get("VpcSecurityGroupIds", "")),
-        network_isolation=outputs.get("EnableNetworkIsolation") == "true",
-        encrypt_traffic=outputs.get("EnableInterContainerTrafficEncryption") == "true",
-        environment={
-            variable: value
-            for variable, parameter in {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName"}.items()
-            if (value := outputs.get(parameter, "")) not in {"", "false"}
-        },
+    return target_of_outputs(
+        {output["OutputKey"]: output["OutputValue"] for output in described["Stacks"][0].get("Outputs", [])}
     )
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -357,8 +324,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", help="the container image of the jobs")
     parser.add_argument("--job-prefix")
     parser.add_argument("--kms-key")
-    parser.add_argument("--subnets", type=_names, help="comma-separated")
-    parser.add_argument("--security-groups", type=_names, help="comma-separated")
+    parser.add_argument("--subnets", type=comma_separated, help="comma-separated")
+    parser.add_argument("--security-groups", type=comma_separated, help="comma-separated")
     parser.add_argument("--network-isolation", action="store_true")
     parser.add_argument("--encrypt-traffic", action="store_true", help="between the instances of one job")
     direct = parser.add_argument_group("start one job directly")

@@ -21,16 +21,19 @@ def check_model(config: RunConfig, names: Collection[str], folder: Path, place: 
 
     `place` is where the user keeps them, for messages.
     """
-    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    if missing:
+    if missing := missing_files(names):
         message = f"the base model '{config.model}' lacks {', '.join(missing)} in {place}"
         return [Problem("MODEL_MISSING", message, "upload its files there, or name another model", key="model")]
     contents = {name: _object(folder / name) for name in ("config.json", "tokenizer_config.json") if name in names}
     context = (contents["config.json"] or {}).get("max_position_embeddings")
     lengths = check_lengths(config, context) if isinstance(context, int) else []
     return [*_what_runs(config.model, names, contents), *lengths]
+
+
+def missing_files(names: Collection[str]) -> list[str]:
+    """Return which files a base model lacks whose files have these names."""
+    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
+    return missing if any(name.endswith(".safetensors") for name in names) else [*missing, "*.safetensors"]
 
 
 def _what_runs(model: str, names: Collection[str], contents: dict[str, dict[str, Any] | None]) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ class App:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.stack = bring_up(folder / "state")
+        self.stack = bring_up(folder / "state", {"BaseModel": "tiny"})
         self.deployment = Deployment.local(self.stack)
         self.model = make_tiny_model(folder / "tiny")
 
@@ -153,6 +153,15 @@ def test_the_commands_that_look_at_runs(app, published):
     assert json.loads(app.tunedrop("show", run.run_id, "--json"))["result"]["run_id"] == run.run_id
     assert "max_steps=2" in app.tunedrop("logs", "faq")
     assert "There is no run 'nothing'" in app.tunedrop("show", "nothing", code=1)
+
+
+def test_the_doctor_has_nothing_to_say_until_something_is_wrong(app, published):
+    assert app.tunedrop("doctor") == "tunedrop: nothing is wrong.\n"
+    events = app.stack.client("events")
+    (rule,) = events.list_rules(NamePrefix="tunedrop-ReconcileFunctionInterval-")["Rules"]
+    events.disable_rule(Name=rule["Name"])
+    assert "RULE_DISABLED: The rule tunedrop-ReconcileFunctionInterval-" in app.tunedrop("doctor", code=1)
+    events.enable_rule(Name=rule["Name"])
 
 
 def test_the_same_bytes_again_join_the_run(app, published):

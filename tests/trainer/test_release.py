@@ -20,6 +20,7 @@ from moto import mock_aws
 import trainer
 from trainer import release
 from trainer.job import MODULES
+from trainer.target import differences
 
 REGION = "eu-central-1"
 TARGET = release.Target(
@@ -106,13 +107,19 @@ def test_network_and_key_go_into_the_requests(tmp_path):
         assert plan[kind]["OutputDataConfig"]["KmsKeyId"] == target.kms_key
         assert plan[kind]["EnableNetworkIsolation"] is plan[kind]["EnableInterContainerTrafficEncryption"] is False
         check_request(plan[kind] | {"TrainingJobName": "a"})
+        assert list(differences(target, plan[kind])) == []
+        assert {name for name, _, _ in differences(TARGET, plan[kind])} == {
+            "KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds",
+        }  # fmt: skip
 
 
 def test_isolation_and_encrypted_traffic_go_into_the_requests_without_a_network_of_ones_own(tmp_path):
-    plan = release.build_plan(TARGET._replace(network_isolation=True, encrypt_traffic=True), REGION, tmp_path)
+    target = TARGET._replace(network_isolation=True, encrypt_traffic=True)
+    plan = release.build_plan(target, REGION, tmp_path)
     for kind in MODULES:
         assert plan[kind]["EnableNetworkIsolation"] is plan[kind]["EnableInterContainerTrafficEncryption"] is True
         assert "VpcConfig" not in plan[kind]
+        assert list(differences(target, plan[kind])) == []
 
 
 def test_what_rewards_may_do_goes_into_the_jobs_environment(tmp_path, plan):
@@ -122,6 +129,9 @@ def test_what_rewards_may_do_goes_into_the_jobs_environment(tmp_path, plan):
         assert allowed[kind]["Environment"] == environment
         check_request(allowed[kind] | {"TrainingJobName": "a"})
         assert plan[kind].get("Environment", {}) == {}
+        assert list(differences(TARGET._replace(environment=environment), allowed[kind])) == []
+        has = {"RewardFunctionArns": environment["REWARD_FUNCTION_ARNS"], "AllowCodeRewards": "true"}
+        assert list(differences(TARGET, allowed[kind])) == [(name, "", value) for name, value in has.items()]
     assert allowed["digest"] != plan["digest"]  # what a run may do is part of what it is
 
 

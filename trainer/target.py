@@ -1,0 +1,87 @@
+"""What the jobs of a stack have in common: read from the stack's outputs, and found again in a launch plan's requests."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tunedrop.rewards import REWARD_ENVIRONMENT
+
+# The jobs' environment variables, by name, and the stack's output that each is made of.
+ENVIRONMENT = {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName"}
+
+
+class Target(NamedTuple):
+    """What the jobs of a stack have in common."""
+
+    artifact_bucket: str
+    role: str
+    image: str
+    job_prefix: str = "tunedrop"
+    kms_key: str = ""
+    subnets: Sequence[str] = ()
+    security_groups: Sequence[str] = ()
+    network_isolation: bool = False
+    encrypt_traffic: bool = False
+    environment: Mapping[str, str] = {}  # what rewards may do, see REWARD_ENVIRONMENT; the bus for verdicts
+
+
+def target_of_outputs(outputs: Mapping[str, str]) -> Target:
+    """Return the target that a stack's outputs describe. Raises KeyError when an output is missing."""
+    return Target(
+        artifact_bucket=outputs["ArtifactBucket"],
+        role=outputs["SageMakerRoleArn"],
+        image=outputs["TrainingImageUri"],
+        job_prefix=outputs["JobPrefix"],
+        kms_key=outputs.get("KmsKeyArn", ""),
+        subnets=comma_separated(outputs.get("VpcSubnetIds", "")),
+        security_groups=comma_separated(outputs.get("VpcSecurityGroupIds", "")),
+        network_isolation=outputs.get("EnableNetworkIsolation") == "true",
+        encrypt_traffic=outputs.get("EnableInterContainerTrafficEncryption") == "true",
+        environment={
+            variable: value
+            for variable, output in ENVIRONMENT.items()
+            if (value := outputs.get(output, "")) not in {"", "false"}
+        },
+    )
+
+
+def comma_separated(text: str) -> list[str]:
+    """Return the names in a comma-separated list."""
+    return [name for name in text.split(",") if name]
+
+
+def differences(target: Target, request: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield what a plan's captured CreateTrainingJob request has otherwise than the target of a stack.
+
+    Each is the output's name, the stack's value and the plan's; what is not set is an empty text. Everything of a target
+    counts but its job prefix, which the functions fill in.
+    """
+    network = request.get("VpcConfig", {})
+    environment = request.get("Environment", {})
+    captured = Target(
+        artifact_bucket=request["OutputDataConfig"]["S3OutputPath"].split("/")[2],
+        role=request["RoleArn"],
+        image=request["AlgorithmSpecification"]["TrainingImage"],
+        kms_key=request["OutputDataConfig"].get("KmsKeyId", ""),
+        subnets=network.get("Subnets", []),
+        security_groups=network.get("SecurityGroupIds", []),
+        network_isolation=request.get("EnableNetworkIsolation", False),
+        encrypt_traffic=request.get("EnableInterContainerTrafficEncryption", False),
+        environment=environment,
+    )
+    is_set, has = _outputs_of(target), _outputs_of(captured)
+    yield from ((name, is_set[name], has[name]) for name in is_set if is_set[name] != has[name])
+
+
+def _outputs_of(target: Target) -> dict[str, str]:
+    """Return the outputs that describe a target, but for its job prefix."""
+    return {
+        "ArtifactBucket": target.artifact_bucket,
+        "SageMakerRoleArn": target.role,
+        "TrainingImageUri": target.image,
+        "KmsKeyArn": target.kms_key,
+        "VpcSubnetIds": ",".join(target.subnets),
+        "VpcSecurityGroupIds": ",".join(target.security_groups),
+        "EnableNetworkIsolation": str(target.network_isolation).lower(),
+        "EnableInterContainerTrafficEncryption": str(target.encrypt_traffic).lower(),
+        **{output: target.environment.get(variable, "") for variable, output in ENVIRONMENT.items()},
+    }
