@@ -434,6 +434,23 @@ def interrupt(state: Path, run: str) -> None:
 
 
 @cli.command()
+@click.argument("name", metavar="KEY|JOB|RUN")
+@click.option("--stage", type=click.Choice(["start", "test", "publish"]), help="Of a run: the stage that is to come.")
+@_deployment
+def event(deployment: Deployment, name: str, stage: str | None) -> None:
+    """Print the event that a function takes, for `sam local invoke --event`.
+
+    That is S3's of an object that is in the data bucket, named by its KEY; SageMaker's of a JOB that has ended; or, of a RUN
+    and its `--stage`: what has it started, and what has its tests and its publication begin.
+
+    Example: tunedrop event training_data/cars.jsonl
+    """
+    from local_app.printed_event import event_of
+
+    print(json.dumps(event_of(deployment, name, stage), indent=1))  # noqa: T201 - for a program
+
+
+@cli.command()
 @_deployment
 def redrive(deployment: Deployment) -> None:
     """Give the events in the dead-letter queue to their functions again.

@@ -92,7 +92,7 @@ class Deployment:
     """A stack's clients and outputs; `folder` is where reports are kept on this machine."""
 
     def __init__(self, connect: Callable[[str, str], Any], outputs: Outputs, folder: Path):
-        self._connect = connect
+        self.connect = connect
         self.outputs = outputs
         self.folder = folder
         self.s3 = connect("client", "s3")
@@ -173,7 +173,7 @@ class Deployment:
         if run.state in FINAL:
             raise StackError(f"{run.run_id} has ended already: {run.state.lower().replace('_', ' ')}.")
         request = bus.entry(self.outputs.event_bus_name, events.STOP_REQUESTED, {"run_id": run.run_id})
-        bus.put(self._connect("client", "events"), request)
+        bus.put(self.connect("client", "events"), request)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             now = self.find(run.run_id)
@@ -234,7 +234,7 @@ class Deployment:
 
     def spent(self, run: Run, job: str) -> float | None:
         """Return what a job has cost so far in USD, None where no price is known or it has no machine yet."""
-        described = self._connect("client", "sagemaker").describe_training_job(TrainingJobName=job)
+        described = self.connect("client", "sagemaker").describe_training_job(TrainingJobName=job)
         raw = read_object(self.s3, self.outputs.artifact_bucket, f"{layout.LAUNCH_PLANS}{run.plan}.json")
         prices = (msgspec.json.decode(raw or b"{}").get("prices") or {}).get("on_demand", {})
         resources, started = described["ResourceConfig"], described.get("TrainingStartTime")
@@ -246,7 +246,7 @@ class Deployment:
 
     def redrive(self) -> Iterator[str]:
         """Give the events in the dead-letter queue to their functions again; yield each function's name."""
-        sqs, functions = self._connect("client", "sqs"), self._connect("client", "lambda")
+        sqs, functions = self.connect("client", "sqs"), self.connect("client", "lambda")
         yield from redrive(sqs, functions, self.outputs.dead_letter_queue_url)
 
     def log_lines(self, job: str, seen: dict[str, str]) -> Iterator[str]:

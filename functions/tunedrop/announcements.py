@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tunedrop import bus, events, layout
+from tunedrop import bus, events
 from tunedrop.aws import Aws, Settings
 from tunedrop.events import RunEvent, Upload
 from tunedrop.messages import message
@@ -33,7 +33,7 @@ def announce_failure(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
     """
     if run.open is not None:
         aws.runs.release(run)
-        links = {"receipt": f"s3://{settings.artifact_bucket}/{layout.run_key(run.run_id, 'validation.json')}"}
+        links = events.receipt_link(run, settings.artifact_bucket)
         event = RunEvent(detail_type=events.FAILED, run=run, links=links)
         events.put_event(aws.events, settings.event_bus, event)
         notify(aws, settings.topic_arn, event)

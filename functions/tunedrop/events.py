@@ -7,7 +7,8 @@ from aws_lambda_powertools.utilities.parser.models import EventBridgeModel, S3Ev
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunedrop.bus import entry, put
-from tunedrop.runs import Run
+from tunedrop.layout import run_key
+from tunedrop.runs import Run, State
 
 SEQUENCER_LENGTH = 64
 # Detail types of our events.
@@ -112,6 +113,17 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
     def entry(self, bus: str) -> dict[str, Any]:
         """Return the entry for PutEvents."""
         return entry(bus, self.detail_type, self.detail)
+
+
+def validated(run: Run, artifact_bucket: str) -> RunEvent:
+    """Return the event that has a validated run started; a run that is further on is as it was then."""
+    run = msgspec.structs.replace(run, state=State.VALIDATED, reason=None)
+    return RunEvent(detail_type=VALIDATED, run=run, links=receipt_link(run, artifact_bucket))
+
+
+def receipt_link(run: Run, artifact_bucket: str) -> dict[str, str]:
+    """Return the link to a run's receipt."""
+    return {"receipt": f"s3://{artifact_bucket}/{run_key(run.run_id, 'validation.json')}"}
 
 
 def put_event(client: Any, bus: str, event: RunEvent) -> None:

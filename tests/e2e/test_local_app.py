@@ -155,6 +155,17 @@ def test_the_commands_that_look_at_runs(app, published):
     assert "There is no run 'nothing'" in app.tunedrop("show", "nothing", code=1)
 
 
+def test_the_events_of_what_is_there(app, published):
+    _, run = published
+    upload = json.loads(app.tunedrop("event", run.key))["detail"]["object"]
+    assert (upload["version-id"], upload["size"]) == (run.version_id, (app.folder / "faq.json").stat().st_size)
+    assert upload["sequencer"] > app.deployment.runs.upload(run.key)["sequencer"]
+    for stage, job in (("test", run.train_job), ("publish", run.test_job)):
+        ended = json.loads(app.tunedrop("event", "faq", "--stage", stage))["detail"]
+        assert (ended["TrainingJobName"], ended["TrainingJobStatus"]) == (job, "Completed")
+        assert ended["ModelArtifacts"]["S3ModelArtifacts"].endswith(f"/{job}/output/model/")
+
+
 def test_the_doctor_has_nothing_to_say_until_something_is_wrong(app, published):
     assert app.tunedrop("doctor") == "tunedrop: nothing is wrong.\n"
     events = app.stack.client("events")

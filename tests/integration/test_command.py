@@ -5,46 +5,11 @@ import json
 import boto3
 import pytest
 from click.testing import CliRunner
-from fake_stack import ARTIFACTS, BUS, DATA, PREFIX, TABLE
 
 from local_app.cli import cli, main
 from local_app.deployment import LOG_GROUP
-from local_app.stack import StackError
 from tunedrop.report import read_index
 from tunedrop.runs import State
-
-REGION = ["--region", "us-east-1"]
-OUTPUTS = {
-    "DataBucket": DATA,
-    "ArtifactBucket": ARTIFACTS,
-    "EventBusName": BUS,
-    "RunTable": TABLE,
-    "TopicArn": "topic",
-    "DeadLetterQueueUrl": "queue",
-    "SageMakerRoleArn": "role",
-    "ModelPackageGroup": "models",
-    "TrainingImageUri": "",
-    "JobPrefix": PREFIX,
-}
-
-
-@pytest.fixture
-def tunedrop(world, tmp_path):
-    """Run the command against the stack."""
-    outputs = {name: {"Value": value or "-"} for name, value in OUTPUTS.items()}
-    topic = {"Topic": {"Type": "AWS::SNS::Topic"}}
-    boto3.client("cloudformation").create_stack(
-        StackName="tunedrop", TemplateBody=json.dumps({"Resources": topic, "Outputs": outputs})
-    )
-
-    def run(*arguments, code=0):
-        done = CliRunner().invoke(cli, ["--state", str(tmp_path), *arguments, *REGION])
-        if isinstance(done.exception, StackError):
-            return f"error: {done.exception}"
-        assert done.exit_code == code, (done.output, done.exception)
-        return done.output
-
-    return run
 
 
 def published(world, name="cars", config=b""):

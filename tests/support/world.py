@@ -32,6 +32,20 @@ ALL_INSTANCES = {"ResourceConfig": {"InstanceType": "Instances across all types"
 GOOD_DATA = b"".join(b'{"question": "%d+1?", "answer": "%d"}\n' % (n, n + 1) for n in range(30))
 # What an event and DescribeTrainingJob say of a job's status.
 STATUS = ("TrainingJobStatus", "SecondaryStatus", "FailureReason", "SecondaryStatusTransitions")
+# What a test job writes of thirty tests that the tuned model wins.
+WON: list[dict[str, Any]] = [
+    {
+        "id": f"t{n}",
+        "prompt": [{"role": "user", "content": f"<b>{n}+1?</b>"}],
+        "reference": str(n + 1),
+        "tags": [],
+        "weight": 1.0,
+        "must_pass": False,
+        "base": {"text": "no <script>alert(1)</script>", "score": 0.0, "rewards": {"exact_match": 0.0}},
+        "tuned": {"text": str(n + 1), "score": 1.0, "rewards": {"exact_match": 1.0}},
+    }
+    for n in range(30)
+]
 CONTEXT = SimpleNamespace(
     function_name="f",
     memory_limit_in_mb=128,
@@ -225,20 +239,7 @@ class World:
 
     def tested(self, run: Run) -> Run:
         """Deliver the end of a run's test job, with thirty tests that the tuned model wins."""
-        tests = [
-            {
-                "id": f"t{n}",
-                "prompt": [{"role": "user", "content": f"<b>{n}+1?</b>"}],
-                "reference": str(n + 1),
-                "tags": [],
-                "weight": 1.0,
-                "must_pass": False,
-                "base": {"text": "no <script>alert(1)</script>", "score": 0.0, "rewards": {"exact_match": 0.0}},
-                "tuned": {"text": str(n + 1), "score": 1.0, "rewards": {"exact_match": 1.0}},
-            }
-            for n in range(30)
-        ]
-        self.save_tests(run, tests)
+        self.save_tests(run, WON)
         self.handle("publish_results", self.job_event("publish_results.test_completed", str(run.test_job)))
         return self.run(run.run_id)
 

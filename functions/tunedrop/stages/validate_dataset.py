@@ -164,10 +164,10 @@ def _announced_again(upload: Upload, settings: ValidateSettings, aws: Aws) -> Ru
 
 def announce(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
     """Say that a run was validated or rejected; nothing if it is further on."""
-    links = {"receipt": f"s3://{settings.artifact_bucket}/{layout.run_key(run.run_id, 'validation.json')}"}
     if run.state == State.VALIDATED:
-        events.put_event(aws.events, settings.event_bus, RunEvent(detail_type=events.VALIDATED, run=run, links=links))
+        events.put_event(aws.events, settings.event_bus, events.validated(run, settings.artifact_bucket))
     elif run.state == State.REJECTED:
+        links = events.receipt_link(run, settings.artifact_bucket)
         event = RunEvent(detail_type=events.REJECTED, run=run, links=links)
         events.put_event(aws.events, settings.event_bus, event)
         notify(aws, settings.topic_arn, event)
