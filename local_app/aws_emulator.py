@@ -546,6 +546,8 @@ def _configure(host: str, port: int, state_dir: Path, tls: Certificates) -> None
     os.environ |= {
         "GATEWAY_PORT": str(port),
         "MINISTACK_HOST": host,
+        # Where the functions find AWS: MiniStack would have it on 127.0.0.1, whatever it listens on.
+        "AWS_ENDPOINT_URL": f"https://{host}:{port}",
         "MINISTACK_REGION": REGION,
         "PERSIST_STATE": "1",
         "S3_PERSIST": "1",

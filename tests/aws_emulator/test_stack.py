@@ -5,12 +5,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from fake_stack import plan_request
+from tiny_tokenizer import tokenizer_files
 
 from local_app.aws_emulator import MARKER
+from local_app.deployment import Deployment
 from local_app.stack import Stack, StackError
+from tunedrop.runs import State
 
 from .conftest import wait_for
 
@@ -22,12 +27,6 @@ def started_in(folder: Path) -> list[psutil.Process]:
             if process.environ().get(MARKER) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def receipt(stack: Stack, bucket: str) -> str | None:
-    """The key of the first receipt there is."""
-    listed = stack.client("s3").list_objects_v2(Bucket=bucket, Prefix="runs/").get("Contents", [])
-    return next((item["Key"] for item in listed if item["Key"].endswith("/validation.json")), None)
 
 
 @pytest.fixture
@@ -42,24 +41,40 @@ def test_what_is_not_up_says_so(stack: Stack) -> None:
         _ = stack.outputs
 
 
-def test_up_crash_up_down(stack: Stack) -> None:
+def release_a_job_that_fails(stack: Stack) -> None:
+    """Store a launch plan whose jobs end at once, and a base model for the runs."""
+    s3, outputs = stack.client("s3"), stack.outputs
+    plan: dict[str, Any] = {"digest": "0"}
+    for kind in ("train", "test"):
+        plan[kind] = plan_request(kind) | {"RoleArn": outputs.sagemaker_role_arn}
+        plan[kind]["AlgorithmSpecification"]["ContainerArguments"] = ["-c", "exit 1"]
+    for name in ("current", "0"):
+        s3.put_object(Bucket=outputs.artifact_bucket, Key=f"launch_plans/{name}.json", Body=json.dumps(plan).encode())
+    for name, body in {"config.json": b"{}", "model.safetensors": b"{}", **tokenizer_files()}.items():
+        s3.put_object(Bucket=outputs.data_bucket, Key=f"models/SmolLM2-135M-Instruct/{name}", Body=body)
+
+
+def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path) -> None:
+    """As with `tunedrop up --host`: nothing listens on 127.0.0.1, and everything finds everything."""
     said: list[str] = []
-    stack = Stack(stack.folder, progress=said.append)
+    stack = Stack(stack.folder, host="127.0.0.2", progress=said.append)
     outputs = stack.up()
 
     variables = stack.client("lambda").get_function_configuration(FunctionName="tunedrop-start-training")["Environment"]
     assert variables["Variables"]["AWS_ENDPOINT_URL_SAGEMAKER"] == stack.sagemaker_endpoint
     assert variables["Variables"]["MAX_CONCURRENT_JOBS"] == "1"
     addresses = {c.laddr for p in started_in(stack.folder) for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
-    assert {address.ip for address in addresses} == {"127.0.0.1"}
-    # A dataset that cannot be one goes through the real validate_dataset and comes back as a receipt.
-    s3 = stack.client("s3")
-    plan = b'{"digest": "0", "train": {}, "test": {}}'
-    for name in ("current", "0"):
-        s3.put_object(Bucket=outputs.artifact_bucket, Key=f"launch_plans/{name}.json", Body=plan)
-    s3.put_object(Bucket=outputs.data_bucket, Key="training_data/broken.jsonl", Body=b"{")
-    key = wait_for(lambda: receipt(stack, outputs.artifact_bucket))
-    # It did so with its own role, which IAM let do all that it did.
+    assert {address.ip for address in addresses} == {"127.0.0.2"}
+    # A dataset becomes a run, whose job is started and fails, and each function hears of it.
+    release_a_job_that_fails(stack)
+    deployment = Deployment.local(stack)
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"question": "{n}+1?", "answer": "{n + 1}"}}\n' for n in range(20)))
+    key, _ = deployment.upload(tmp_path / "sums.jsonl")
+    wait_for(lambda: (deployment.runs.upload(key) or {}).get("run_id"), 60)
+    run = deployment.find("sums")
+    assert (run.rows, run.state != State.REJECTED) == (20, True)
+    wait_for(lambda: deployment.find("sums").state == State.TRAINING_FAILED, 60)
+    # They did so with their own roles, which IAM let do all that they did.
     calls = [json.loads(line) for line in (stack.folder / "aws" / "calls.jsonl").read_text().splitlines()]
     assert {("s3:GetObjectVersion", True), ("s3:PutObject", True)} <= {(c["action"], c["allowed"]) for c in calls}
     assert [call for call in calls if not call["allowed"]] == []
@@ -72,7 +87,7 @@ def test_up_crash_up_down(stack: Stack) -> None:
     said.clear()
     assert stack.up() == outputs
     assert "stack: nothing changed since it was deployed" in said
-    assert s3.get_object(Bucket=outputs.artifact_bucket, Key=key)["Body"].read()
+    assert Deployment.local(stack).find("sums").run_id == run.run_id
     assert Stack(stack.folder).outputs == outputs  # as another process finds it
 
     stack.down()
