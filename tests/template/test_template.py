@@ -12,7 +12,7 @@ from fake_stack import OWN_RULES
 from template import Json, listed, of_type, resolve
 
 from local_app.aws_emulator import matches_pattern
-from local_app.stack import PROJECT, Build
+from local_app.stack import PROJECT
 from tunedrop.aws import Settings
 from tunedrop.jobs import JobSettings
 from tunedrop.rewards import REWARD_ENVIRONMENT
