@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from trainer.packages import HEADS, PackageError, import_all
 from tunedrop.problems import RejectedError
 
 MODULES = {"train": "trainer.train", "test": "trainer.test_model"}
@@ -37,6 +38,10 @@ class JobError(Exception):
     """Something the user can put right (files missing, a limit too low). Its message is shown without a traceback."""
 
 
+# Errors whose messages say all that there is to say.
+MESSAGES = (JobError, RejectedError, PackageError)
+
+
 def started() -> float:
     """Return when the job's container started, in seconds since 1970; in a shell, when this process did."""
     return float(os.environ.get(STARTED) or psutil.Process().create_time())
@@ -44,7 +49,7 @@ def started() -> float:
 
 def describe(error: BaseException) -> str:
     """Say why a job failed, the reason first and within 1,024 characters: a user's error is its message only."""
-    if isinstance(error, JobError | RejectedError):
+    if isinstance(error, MESSAGES):
         return str(error)[:REASON_CHARACTERS]
     frames = traceback.extract_tb(error.__traceback__)[-TRACEBACK_FRAMES:]
     where = "\n".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
@@ -63,7 +68,7 @@ def failure_reported() -> Iterator[None]:
         yield
     except Exception as error:
         report(describe(error))
-        if isinstance(error, JobError | RejectedError):
+        if isinstance(error, MESSAGES):
             sys.exit(f"The job failed: {error}")
         raise
 
@@ -155,6 +160,7 @@ def main() -> None:
     if sys.argv[1:] not in [[stage] for stage in MODULES]:
         sys.exit("usage: python -m trainer.job {train|test}")
     with failure_reported():
+        import_all(HEADS)
         code = run(sys.argv[1])
     sys.exit(code)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.job import JobError
+from trainer.packages import STAGES, import_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,6 +202,7 @@ def unequal(saved: "PreTrainedModel", expected: "PreTrainedModel") -> list[str]:
 
 def main() -> None:
     """Measure what stdin asks for; the last line of stdout is the answer."""
+    import_all(STAGES["proofs"])
     import torch
 
     with torch.no_grad():

@@ -56,6 +56,10 @@ METRIC_NAMES = (
     "entropy completion_length clipped_ratio learning_rate memory_gb step_seconds eta_seconds base_score tuned_score"
 ).split()
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
+# ModelTrainer's entry point is not the image's own, which would look whether the driver is too old for the image's CUDA and
+# load NVIDIA's libraries that make up for that. AWS's images have a script for it, written to be sourced:
+# https://github.com/aws/deep-learning-containers/blob/main/scripts/docker/pytorch/start_cuda_compat.sh
+CUDA_COMPAT = "/usr/local/bin/start_cuda_compat.sh"
 # ModelTrainer needs an instance type and a limit; the Lambda sets each run's own.
 INSTANCE_TYPE = "ml.g5.4xlarge"
 MAX_RUNTIME = 6 * 3600
@@ -90,16 +94,26 @@ class _CapturedError(Exception):
 
 
 def stage(folder: Path) -> None:
-    """Copy what a job's container needs into `folder`, in the import layout of the repository."""
+    """Copy what a job's container needs into `folder`, in the import layout of the repository.
+
+    What the container installs is the lock, see requirements/lock_jobs.py.
+    """
     for package in (trainer, tunedrop):
         source = Path(package.__path__[0])
         shutil.copytree(source, folder / source.name, ignore=IGNORED)
-    shutil.move(folder / "trainer" / "requirements.txt", folder / "requirements.txt")
+    (folder / "trainer" / "requirements.lock").rename(folder / "requirements.txt")
+    for name in ("requirements.txt", "Dockerfile"):  # no job reads them
+        (folder / "trainer" / name).unlink()
 
 
 def metric_definitions() -> dict[str, str]:
     """Return the regular expression by which SageMaker finds each metric in the job's log."""
     return {name: rf"\b{name}=([-+0-9.e]+)" for name in METRIC_NAMES}
+
+
+def entry(kind: str) -> str:
+    """Return the shell command of a `train` or `test` job, one line: ModelTrainer's script has `set -e` and traps errors."""
+    return f"[ ! -f {CUDA_COMPAT} ] || source {CUDA_COMPAT} || true; exec python -m trainer.job {kind}"
 
 
 def model_trainer(session: Session, target: Target, kind: str, **kwargs: Any) -> ModelTrainer:
@@ -126,9 +140,7 @@ def model_trainer(session: Session, target: Target, kind: str, **kwargs: Any) ->
         role=target.role,
         training_image=target.image,
         base_job_name=f"{target.job_prefix}-submit",
-        source_code=SourceCode(
-            source_dir="code", requirements="requirements.txt", command=f"exec python -m trainer.job {kind}"
-        ),
+        source_code=SourceCode(source_dir="code", requirements="requirements.txt", command=entry(kind)),
         networking=networking,
         environment=dict(target.environment),
         output_data_config=OutputDataConfig(**output, compression_type="NONE"),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from trainer import folders, models
+from trainer import container, folders, models
 from trainer.deployment import deployment
 from trainer.job import JobError, failure_reported, set_up_logging
 from tunedrop.inference_tests import Answer, Check, InferenceTest, Latency, Outcome, build_checks, parse_tests
@@ -401,6 +401,7 @@ def evaluation_lines(tests: list[InferenceTest], answers: list[Answer]) -> bytes
 def run() -> Path:
     """Test both models and return the path of `inference.json`."""
     started = time.monotonic()
+    container.check("test")
     config_file, tests_file = folders.channel_file("run"), folders.channel_file("inference_testing")
     if config_file is None or tests_file is None:
         raise JobError("A test job needs the channels 'run' (config.json) and 'inference_testing' (inference_tests.json).")

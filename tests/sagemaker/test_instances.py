@@ -86,6 +86,8 @@ config=/opt/ml/input/config/resourceconfig.json
 export SM_HOSTS=$(python -c "import json; print(json.dumps(json.load(open('$config'))['hosts']))")
 export SM_CURRENT_HOST=$(python -c "import json; print(json.load(open('$config'))['current_host'])")
 cd /opt/ml/input/data/trainer
+# trainer.job starts a rank for each GPU; where there are none, several must be asked for.
+[ -z "$RANKS" ] || exec python -m torch.distributed.run --nproc-per-node=$RANKS -m trainer.train
 exec python -m trainer.job train
 """
 
@@ -148,7 +150,7 @@ def trained(
     ("name", "changes"),
     [
         ("instances", TWO),
-        pytest.param("processes", {"Environment": {"SM_NUM_GPUS": "2"}}, marks=pytest.mark.soak),
+        pytest.param("processes", {"Environment": {"RANKS": "2"}}, marks=pytest.mark.soak),
     ],
 )
 @pytest.mark.usefixtures("data")

@@ -33,7 +33,7 @@ def made_by_sagemaker() -> list[Permission]:
 
     https://docs.aws.amazon.com/sagemaker/latest/dg/sagemaker-roles.html#sagemaker-roles-createtrainingjob-perms
     """
-    image = f"arn:aws:ecr:{REGION}:763104351884:repository/pytorch-training"
+    image = f"arn:aws:ecr:{REGION}:763104351884:repository/pytorch"
     logs = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/TrainingJobs:log-stream:job/algo-1-1"
     network = [
         f"arn:aws:ec2:{REGION}:{ACCOUNT}:{kind}" for kind in ("network-interface/*", "subnet/s-1", "security-group/g-1")

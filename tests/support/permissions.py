@@ -21,7 +21,7 @@ from local_app.sagemaker_permissions import required_permissions
 Json = dict[str, Any]
 ACCOUNT, REGION = "123456789012", "us-east-1"
 KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/11111111-2222-3333-4444-555555555555"
-IMAGE = f"763104351884.dkr.ecr.{REGION}.amazonaws.com/pytorch-training:tag"
+IMAGE = f"763104351884.dkr.ecr.{REGION}.amazonaws.com/pytorch:tag"
 
 
 @dataclass(frozen=True)

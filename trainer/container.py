@@ -1,0 +1,70 @@
+"""What must hold of a job's container before its work begins: its packages fit together, and torch can use its GPUs."""
+
+import os
+import re
+from pathlib import Path
+
+from trainer.job import JobError
+from trainer.packages import STAGES, import_all
+
+DRIVER = Path("/proc/driver/nvidia/version")
+# The oldest driver that runs programs made for a CUDA of this major version, without NVIDIA's compatibility libraries:
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+DRIVERS = {"12": "525.60.13", "13": "580.65.06"}
+
+
+def check(stage: str) -> float:
+    """Import what a stage works with and look for its GPUs; return the seconds that the imports took.
+
+    Raises PackageError or JobError with the reason why the job cannot be done here.
+    """
+    seconds = import_all(STAGES[stage])
+    check_gpus()
+    return seconds
+
+
+def check_gpus() -> None:
+    """Raise JobError where the instance has GPUs (`SM_NUM_GPUS`) and torch can use none: it would train on the CPU."""
+    expected = int(os.environ.get("SM_NUM_GPUS", "0"))
+    if not expected:
+        return
+    import torch
+
+    # transformers and PEFT ask in this way, too.
+    if not torch.cuda.is_available():
+        raise JobError(f"The instance has {expected} GPU(s), but torch can use none: {_reason()}. {_needs()}")
+    # sm_75 is compute capability 7.5.
+    oldest = min(int(name.removeprefix("sm_")) for name in torch.cuda.get_arch_list() if name.startswith("sm_"))
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < oldest:
+        raise JobError(
+            f"The GPU is a {torch.cuda.get_device_name()} of compute capability {major}.{minor}, and the image's torch "
+            f"{torch.__version__} is built for {oldest / 10} and newer: choose a newer instance type, such as ml.g5.xlarge."
+        )
+
+
+def _reason() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
+        return str(error).strip().rstrip(".")
+    return "it says no more"
+
+
+def _needs() -> str:
+    """Say what torch is built for, what the driver is, and what would fit."""
+    import torch
+
+    found = re.search(r"Kernel Module.*?\s(\d[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
+    driver = f"driver is {found[1]}" if found else "driver is not there"
+    if torch.version.cuda is None:
+        return (
+            f"The image's torch {torch.__version__} is built without CUDA, NVIDIA's {driver}: choose an image made for GPUs."
+        )
+    needed = DRIVERS.get(torch.version.cuda.partition(".")[0], "a newer one")
+    return (
+        f"The image's torch {torch.__version__} is built for CUDA {torch.version.cuda}, which takes driver {needed} or "
+        f"newer; NVIDIA's {driver}. Choose a newer instance type, or an image for an older CUDA (TrainingImageUri)."
+    )
