@@ -1,10 +1,12 @@
-"""What must be known about SageMaker's instance types: how many GPUs, whether these compute in bf16, and their disks."""
+"""What must be known about SageMaker's instance types: their GPUs, what these can do, which images they run, their disks."""
 
 import re
 from typing import NamedTuple
 
-# GPUs by family and size, where a size has more than one (AWS, "Accelerated computing" instance tables).
+# GPUs by family and size, where a size has more than one: EC2's DescribeInstanceTypes, and "Accelerated computing" in
+# https://docs.aws.amazon.com/ec2/latest/instancetypes/ac.html. A test compares them, and finds the next unknown family.
 _ONE_FOUR_EIGHT = {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8}
+_ONE_TWO_FOUR_EIGHT = {"12xlarge": 2, "24xlarge": 4, "48xlarge": 8}
 _GPUS: dict[str, dict[str, int]] = {
     "p2": {"8xlarge": 8, "16xlarge": 16},
     "p3": {"8xlarge": 4, "16xlarge": 8},
@@ -15,22 +17,33 @@ _GPUS: dict[str, dict[str, int]] = {
     "p5e": {"48xlarge": 8},
     "p5en": {"48xlarge": 8},
     "p6-b200": {"48xlarge": 8},
+    "p6-b300": {"48xlarge": 8},
+    "p6e-gb200": {"36xlarge": 4},
     "g4dn": {"12xlarge": 4},
     "g5": _ONE_FOUR_EIGHT,
     "g6": _ONE_FOUR_EIGHT,
     "g6e": _ONE_FOUR_EIGHT,
+    "g7": _ONE_TWO_FOUR_EIGHT,
+    "g7e": _ONE_TWO_FOUR_EIGHT,
 }
+# CUDA 13 is for NVIDIA's Turing (T4) and newer: K80 and V100 went with Maxwell, Pascal and Volta, see "Deprecated
+# Architectures" in https://docs.nvidia.com/cuda/archive/13.0.0/cuda-toolkit-release-notes/index.html
+_WITHOUT_CUDA_13 = frozenset({"p2", "p3", "p3dn"})
+_ARM = frozenset({"p6e-gb200"})  # NVIDIA's Grace
 # Before NVIDIA's Ampere: K80, V100 and T4.
 _WITHOUT_BF16 = frozenset({"p2", "p3", "p3dn", "g4dn"})
 # With NVMe disks in the machine, which it encrypts itself: SageMaker refuses a VolumeKmsKeyId for them
 # (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html).
 _WITH_LOCAL_DISK = frozenset(
-    "c5d g4dn g5 g6 g6e gr6 m5d p3dn p4d p4de p5 p5e p5en p6-b200 r5d trn1 trn1n trn2".split(),
+    "c5d g4dn g5 g6 g6e g7 g7e m5d p3dn p4d p4de p5 p5e p5en p6-b200 p6-b300 p6e-gb200 r5d trn1 trn1n trn2".split(),
 )
 
 
 class Gpu(NamedTuple):
-    """One GPU: its name, dense 16-bit tensor TFLOPS, and memory bandwidth in GB/s, by NVIDIA's data sheets."""
+    """One GPU: its name, dense 16-bit tensor TFLOPS, and memory bandwidth in GB/s, by NVIDIA's data sheets.
+
+    Those of the RTX PRO GPUs give no 16-bit figure; it is an eighth of the one for FP4 with sparsity.
+    """
 
     name: str
     tflops: float
@@ -46,12 +59,16 @@ _GPU: dict[str, Gpu] = {
     "p5e": (_H200 := Gpu("H200", 989, 4800)),
     "p5en": _H200,
     "p6-b200": Gpu("B200", 2250, 8000),
+    "p6-b300": Gpu("B300", 2250, 8000),
+    "p6e-gb200": Gpu("GB200", 2500, 8000),
     "g4dn": Gpu("T4", 65, 320),
     "g5": Gpu("A10G", 70, 600),
     "g6": Gpu("L4", 121, 300),
     "g6e": Gpu("L40S", 362, 864),
+    "g7": Gpu("RTX PRO 4500", 200, 800),
+    "g7e": Gpu("RTX PRO 6000", 500, 1597),
 }
-_CPU = re.compile(r"^[cmrt]\d")
+_CPU = re.compile(r"^([cmrt]\d|trn\d)")  # Trainium's chips are no GPUs
 
 
 def gpus(instance_type: str) -> int | None:
@@ -75,3 +92,21 @@ def has_local_disk(instance_type: str) -> bool:
 def has_bf16(instance_type: str) -> bool:
     """Return whether the instance's GPUs compute in bf16; taken as given for families not known here."""
     return instance_type.split(".")[1] not in _WITHOUT_BF16
+
+
+def why_not(instance_type: str, image: str) -> str | None:
+    """Return why jobs in an image cannot run on an instance type, as far as the image's name says what it is made for.
+
+    AWS's images have the version of CUDA in their tags, `-cu133-` for 13.3; of an image without one, nothing is known, and a
+    job says it.
+    """
+    family, cuda = instance_type.split(".")[1], re.search(r"-cu(\d\d)\d\b", image)
+    if cuda is None:
+        return None
+    if family.startswith("trn"):
+        return "it has AWS's Trainium chips, and the jobs' image is made for NVIDIA's GPUs"
+    if family in _WITHOUT_CUDA_13 and int(cuda[1]) >= 13:
+        return f"its GPUs are too old for CUDA {cuda[1]}, which the jobs' image is made for"
+    if family in _ARM and "arm64" not in image:
+        return "its CPUs are ARM, and the jobs' image is made for x86_64"
+    return None

@@ -161,6 +161,7 @@ def check_dataset(
     folder: Path,
     *,
     instance_types: Sequence[str],
+    image: str = "",
     model: Path | None,
     weights: int = 0,
     deployment: Deployment = TEXT_ONLY,
@@ -169,12 +170,13 @@ def check_dataset(
     """Check an open dataset file of a format with the config and tests, and write the run's input files into `folder`.
 
     `tests_raw` is None where no test file was given: the held-out rows are the tests then. `instance_types` are the
-    deployment's, for a config that names none. `model` is a folder with the base model's tokenizer, None where only the
-    job will see it, and `weights` the bytes of its weights. `deployment` is what rewards may do, and `terms` what it pays.
+    deployment's, for a config that names none, and `image` is the one that its jobs run in. `model` is a folder with the base
+    model's tokenizer, None where only the job will see it, and `weights` the bytes of its weights. `deployment` is what
+    rewards may do, and `terms` what it pays.
     The files are `config.json`, `train.jsonl`, `heldout.jsonl` and `inference_tests.json`, complete only if the check is
     `ok`, and `rejected.jsonl`.
     """
-    check.add(*check_instances(check.config, check.config.compute.instance_type or instance_types))
+    check.add(*check_instances(check.config, check.config.compute.instance_type or instance_types, image))
     rewards = _rewards(check, deployment)
     tests: list[InferenceTest] = []
     if tests_raw is not None:

@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from tunedrop.instances import gpus, has_bf16
+from tunedrop.instances import gpus, has_bf16, why_not
 from tunedrop.problems import Problem, RejectedError, nearest
 from tunedrop.rewards import FORMAT_REWARDS, PARAMETERS, RewardSpec, check_names
 
@@ -416,13 +416,20 @@ _RULES: list[tuple[tuple[str, ...], Callable[[RunConfig], Any], str]] = [
 ]
 
 
-def check_instances(config: RunConfig, instance_types: Sequence[str]) -> list[Problem]:
+def check_instances(config: RunConfig, instance_types: Sequence[str], image: str = "") -> list[Problem]:
     """Return what of the config cannot run on one of these instance types: those it names, else its deployment's.
 
-    A stand-in for SageMaker that runs jobs on this machine has no instance types to check.
+    `image` is the deployment's for its jobs. A stand-in for SageMaker that runs jobs on this machine has no instance types
+    to check.
     """
     problems = []
     for name in instance_types:
+        if reason := why_not(name, image):
+            hint = "choose another, such as ml.g5.xlarge"
+            if config.compute.instance_type is None:
+                hint += ": it is one of the stack's InstanceTypes"
+            problems.append(Problem("CONFIG_INSTANCE", f"{name} runs no job: {reason}", hint, key="compute.instance_type"))
+            continue
         count = gpus(name)
         for key, wanted in (
             ("lora.load_in_4bit", config.lora.load_in_4bit),

@@ -140,3 +140,12 @@ def test_a_dataset_that_is_dropped_again_is_judged_by_the_stack_as_it_is_then(wo
     monkeypatch.setenv("MAX_RUN_COST_USD", "0.01")
     run, _ = drop(world, b"")
     assert (run.attempt, run.state, run.open) == (4, State.REJECTED, None)
+
+
+def test_instances_that_cannot_run_the_plans_image_reject_the_run_before_a_job_starts(world):
+    """The launch plan's image is made for CUDA 13; V100 GPUs are too old for that."""
+    run, receipt = drop(world, b"compute: {instance_type: [ml.g5.xlarge, ml.p3.2xlarge]}")
+    assert run.state == State.REJECTED
+    (error,) = receipt["errors"]
+    assert (error["code"], error["key"]) == ("CONFIG_INSTANCE", "compute.instance_type")
+    assert error["message"].startswith("ml.p3.2xlarge runs no job: its GPUs are too old for CUDA 13")

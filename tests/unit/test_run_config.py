@@ -1,5 +1,9 @@
+import gzip
 import json
+from pathlib import Path
 
+import botocore.session
+import moto.ec2
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -8,7 +12,7 @@ from jsonschema import Draft202012Validator
 from local_app.cli import cli
 from tunedrop import run_config
 from tunedrop.config_help import config_defaults, config_schema
-from tunedrop.instances import gpus, has_bf16
+from tunedrop.instances import gpu, gpus, has_bf16, has_local_disk
 from tunedrop.problems import RejectedError
 from tunedrop.rewards import REWARDS
 from tunedrop.run_config import (
@@ -254,6 +258,66 @@ def test_what_an_instance_type_cannot_run_is_named(text, types, keys):
     assert all(problem.code == "CONFIG_INSTANCE" and problem.hint for problem in problems)
 
 
+DEFAULT = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
+OLDER = DEFAULT.replace("cu133", "cu128")
+OWN = "111122223333.dkr.ecr.us-east-1.amazonaws.com/tunedrop:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "reason"),
+    [
+        ("ml.p2.xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image is made for"),
+        ("ml.p3.2xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image is made for"),
+        ("ml.p3dn.24xlarge", f"{DEFAULT}@sha256:{64 * 'a'}", "its GPUs are too old for CUDA 13"),
+        ("ml.p3.2xlarge", OLDER, None),
+        ("ml.p3.2xlarge", OWN, None),  # nothing is known of it; the job says it
+        ("ml.g4dn.xlarge", DEFAULT, None),
+        ("ml.g7e.2xlarge", DEFAULT, None),
+        ("ml.trn1.2xlarge", DEFAULT, "it has AWS's Trainium chips, and the jobs' image is made for NVIDIA's GPUs"),
+        ("ml.trn1.2xlarge", OWN, None),
+        ("ml.p6e-gb200.36xlarge", DEFAULT, "its CPUs are ARM, and the jobs' image is made for x86_64"),
+        ("ml.p6e-gb200.36xlarge", DEFAULT.replace(":2.13", "-arm64:2.13"), None),
+        ("ml.m5.xlarge", DEFAULT, None),
+    ],
+)
+@pytest.mark.parametrize("by", ["config", "stack"])
+def test_an_instance_type_that_cannot_run_the_image_is_refused_with_the_reason(name, image, reason, by):
+    config = load(f"compute: {{instance_type: {name}}}" if by == "config" else "")
+    problems = check_instances(config, ["ml.m5.xlarge", name], image)
+    if reason is None:
+        assert not [problem for problem in problems if problem.key == "compute.instance_type"]
+    else:
+        (problem,) = problems
+        assert (problem.code, problem.key) == ("CONFIG_INSTANCE", "compute.instance_type")
+        assert problem.message.startswith(f"{name} runs no job: {reason}")
+        assert problem.hint.startswith("choose another, such as ml.g5.xlarge")
+        assert problem.hint.endswith("InstanceTypes") == (by == "stack")
+
+
+def test_every_instance_type_that_sagemaker_trains_on_is_known():
+    """By SageMaker's own list, and what EC2's DescribeInstanceTypes says of them, which moto has.
+
+    A type that fails here is new: add its family to instances.py, with its GPU.
+    """
+    described = json.loads(
+        gzip.decompress((Path(moto.ec2.__file__).parent / "resources/instance_types.json.gz").read_bytes())
+    )
+    model = botocore.session.get_session().get_service_model("sagemaker")
+    names = model.shape_for("TrainingInstanceType").enum
+    known = [name for name in names if name.removeprefix("ml.") in described]
+    # Retired by EC2, and one that is sold as a whole rack.
+    assert {name.split(".")[1] for name in set(names) - set(known)} <= {"p2", "p3", "p6e-gb200"}
+    for name in known:
+        found = described[name.removeprefix("ml.")]
+        cards = found.get("GpuInfo", {}).get("Gpus", [])
+        assert gpus(name) == sum(each["Count"] for each in cards), name
+        assert (gpu(name) is not None) == bool(cards), name
+        assert has_local_disk(name) == found["InstanceStorageSupported"], name
+        if cards:  # "A10G" and "RTX PRO Server 6000"
+            assert set(gpu(name).name.split()[:1]) <= set(cards[0]["Name"].split()), name
+    assert all(gpus(name) is not None for name in names)
+
+
 @pytest.mark.parametrize(
     ("name", "count", "bf16"),
     [
@@ -262,7 +326,8 @@ def test_what_an_instance_type_cannot_run_is_named(text, types, keys):
         ("ml.g5.16xlarge", 1, True),
         ("ml.p5.48xlarge", 8, True),
         ("ml.p3.16xlarge", 8, False),
-        ("ml.trn1.2xlarge", None, True),
+        ("ml.trn1.2xlarge", 0, True),
+        ("ml.x99.large", None, True),
     ],
 )
 def test_instance_types(name, count, bf16):

@@ -104,6 +104,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
                 tests_raw,
                 folder,
                 instance_types=settings.instance_types,
+                image=plan["train"]["AlgorithmSpecification"]["TrainingImage"],
                 model=model,
                 weights=weights,
                 # The environment that the jobs will have: what is accepted here is what they may do.
