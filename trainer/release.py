@@ -325,6 +325,14 @@ def target_of_stack(stack: str, region: str) -> Target:
     )
 
 
+def _variable(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    # The service model's own rules for a job's environment.
+    if not separator or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]{0,511}", name) or len(value) > 512:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE, with a value of at most 512 characters")
+    return name, value
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer.release", description=__doc__.split("\n")[0])
     parser.add_argument("--stack", help="read what follows from this stack's outputs; flags win over them")
@@ -340,6 +348,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--security-groups", type=comma_separated, help="comma-separated")
     parser.add_argument("--network-isolation", action="store_true")
     parser.add_argument("--encrypt-traffic", action="store_true", help="between the instances of one job")
+    parser.add_argument(
+        "--environment",
+        type=_variable,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of every job, beside the stack's own: CA_REPOSITORY_ARN, MLFLOW_TRACKING_URI; may be given again",
+    )
     direct = parser.add_argument_group("start one job directly")
     direct.add_argument("--submit", action="store_true")
     direct.add_argument("--hyperparameters", type=read_hyperparameters, default={}, help="JSON, or @file")
@@ -364,6 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # endpoint. The role is the stack's own, and CreateTrainingJob checks it anyway.
     os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
     known = target_of_stack(options.stack, options.region)._asdict() if options.stack else {}
+    options.environment = {**known.get("environment", {}), **dict(options.environment)}
     given = {name: getattr(options, name) for name in Target._fields if getattr(options, name, None)}
     missing = [name for name in ("artifact_bucket", "role", "image") if name not in known | given]
     if missing:

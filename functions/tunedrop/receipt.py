@@ -170,7 +170,7 @@ def check_dataset(
     """Check an open dataset file of a format with the config and tests, and write the run's input files into `folder`.
 
     `tests_raw` is None where no test file was given: the held-out rows are the tests then. `instance_types` are the
-    deployment's, for a config that names none, and `image` is the one that its jobs run in. `model` is a folder with the base
+    deployment's, for a config that names none, and `image` is what its jobs run in. `model` is a folder with the base
     model's tokenizer, None where only the job will see it, and `weights` the bytes of its weights. `deployment` is what
     rewards may do, and `terms` what it pays.
     The files are `config.json`, `train.jsonl`, `heldout.jsonl` and `inference_tests.json`, complete only if the check is

@@ -9,9 +9,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import botocore.session
 import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from trainer import release
 
 ROOT = Path(__file__).parents[2]
 IMAGE = tomllib.loads((ROOT / "requirements/training_image.toml").read_text())
@@ -115,6 +118,17 @@ def test_the_image_is_one_that_the_sdk_knows_and_its_torch_the_one_tested_here()
 def test_one_image_is_named_everywhere(file):
     named = re.findall(r"\bpytorch(?:-training)?:[\w.-]+", (ROOT / file).read_text())
     assert set(named) == {NAME}
+
+
+def test_the_endpoint_in_the_docs_has_a_driver_for_the_image_that_serves():
+    """SageMaker's service model says which CUDA each AMI's driver is for, and the image's tag which it is made for."""
+    variant = botocore.session.get_session().get_service_model("sagemaker").shape_for("ProductionVariant")
+    told = variant.members["InferenceAmiVersion"].documentation
+    amis = dict(re.findall(r"<dt>([\w-]+)</dt>.*?CUDA version: (\d+\.\d+)", told))
+    assert amis["al2-ami-sagemaker-inference-gpu-3-1"] == "12.4"  # a driver of 550
+    (named,) = re.findall(r"InferenceAmiVersion=([\w-]+)", (ROOT / "docs/serving.md").read_text())
+    (cuda,) = re.findall(r"-cu(\d\d)\d-", release.inference_image("us-east-1"))
+    assert int(cuda) <= float(amis[named])
 
 
 def test_the_image_is_still_patched():

@@ -232,13 +232,16 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
     monkeypatch.setattr(release.boto3, "client", lambda service, region_name: cloudformation)
     with Stubber(cloudformation) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
-        release.main(["--stack", "mine", "--region", REGION, "--image", "other"])
+        given = ["--image", "other", "--environment", "CA_REPOSITORY_ARN=arn:b", "--environment", "EMPTY="]
+        release.main(["--stack", "mine", "--region", REGION, *given])
     expected = TARGET._replace(job_prefix="mine", image="other", subnets=["s-1", "s-2"], security_groups=["g-1"])
     environment = {
         "REWARD_JUDGE_MODEL": "amazon.nova-lite-v1:0",
         "REWARD_HTTP_HOSTS": "a.example.com,b.example.com",
         "ALLOW_PYTHON_REWARDS": "true",
         "EVENT_BUS": "mine-bus",
+        "CA_REPOSITORY_ARN": "arn:b",
+        "EMPTY": "",
     }
     expected = expected._replace(network_isolation=True, environment=environment)
     assert capsys.readouterr().out == f"{expected} {REGION}\n"
@@ -392,3 +395,10 @@ def test_hyperparameters_from_a_file(tmp_path):
     path = tmp_path / "hps.json"
     path.write_text('{"learning-rate": 5e-3}')
     assert release.read_hyperparameters(f"@{path}") == {"learning-rate": 0.005}
+
+
+@pytest.mark.parametrize("given", ["NAME", "=value", "A B=c", "1A=b", f"NAME={513 * 'a'}"])
+def test_a_variable_that_sagemaker_would_refuse_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        release.main([*FLAGS, "--environment", given])
+    assert "is not NAME=VALUE, with a value of at most 512 characters" in capsys.readouterr().err
