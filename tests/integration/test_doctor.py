@@ -94,7 +94,7 @@ class Healthy:
         for _, role in self._physical("AWS::IAM::Role", "RoleName"):
             self.client("iam").create_role(RoleName=role, AssumeRolePolicyDocument=json.dumps(TRUST))
         self.role = f"arn:aws:iam::{ACCOUNT}:role/{NAME}-SageMakerRole-1A2B3C4D5E6F"
-        policy = KEY_POLICY.replace("ACCOUNT", ACCOUNT).replace("REGION", REGION).replace("STACK", NAME)
+        policy = KEY_POLICY.replace("ACCOUNT", ACCOUNT).replace("REGION", REGION).replace("PREFIX", NAME)
         self.key = self.client("kms").create_key(Policy=policy)["KeyMetadata"]["Arn"]
         self.parameters["KmsKeyArn"] = self.key
 
@@ -288,7 +288,7 @@ def without_statement(sid: str) -> Callable[[Healthy], None]:
 def key_of_another_stack(stack: Healthy) -> None:
     """As somebody leaves docs/operations.md's placeholder in the condition."""
     policy = stack.client("kms").get_key_policy(KeyId=stack.key, PolicyName="default")["Policy"]
-    policy = policy.replace("/aws/lambda/tunedrop-*", "/aws/lambda/STACK-*")
+    policy = policy.replace("/aws/lambda/tunedrop-*", "/aws/lambda/PREFIX-*")
     stack.client("kms").put_key_policy(KeyId=stack.key.rpartition("/")[2], PolicyName="default", Policy=policy)
 
 
