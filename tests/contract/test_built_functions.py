@@ -33,7 +33,7 @@ ANSWERS: dict[str, Any] = {
     "validate_dataset.upload": RUN,
     "validate_dataset.duplicate": RUN,
     "validate_dataset.gzipped": RUN,
-    "validate_dataset.odd_key": RUN | {"run_id": "Fragen-Antworten-gr-e-m-"},
+    "validate_dataset.odd_key": RUN | {"run_id": "Fragen-Antworten-gr-e-"},
     "validate_dataset.requested": RUN,
     "validate_dataset.outside": {},
     # The event names a run that this stack does not have: an error, which takes it to the dead-letter queue.

@@ -84,7 +84,7 @@ class Healthy:
 
     def _physical(self, kind: str, name_of: str) -> Iterator[tuple[str, str]]:
         """Note the template's resources of a type, and yield each one's logical and physical id."""
-        known = {"AWS::StackName": NAME}
+        known = {"AWS::StackName": NAME, "JobPrefix": NAME}
         for logical, properties in of_type(TEMPLATE_DATA, kind).items():
             name = resolve(properties[name_of], known) if name_of in properties else f"{NAME}-{logical}-1A2B3C4D5E6F"
             self.resources.append((kind, logical, name))

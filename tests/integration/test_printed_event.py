@@ -65,7 +65,7 @@ def test_printed_events_drive_a_run_from_its_upload_to_its_publication(
     assert event["detail"]["Tags"] == {"tunedrop:run-id": run.run_id, "tunedrop:prefix": "tunedrop"}
     assert event["detail"]["SecondaryStatusTransitions"][1]["StartTime"] == 1793612700000
     assert event["resources"] == [event["detail"]["TrainingJobArn"]]
-    assert parse(event, model=JobStateChange).detail.started
+    assert parse(event, model=JobStateChange).detail.TrainingJobName == run.train_job
     missing = load_event("test_model.train_completed")["detail"].keys() - event["detail"].keys()
     assert missing <= {"TrainingTimeInSeconds", "BillableTimeInSeconds"}  # moto knows neither
     assert world.handle("test_model", event) == {"run_id": run.run_id, "status": "TESTING"}

@@ -35,11 +35,14 @@ def made_by_sagemaker() -> list[Permission]:
     """
     image = f"arn:aws:ecr:{REGION}:763104351884:repository/pytorch"
     logs = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/TrainingJobs:log-stream:job/algo-1-1"
+    # Subnets and security groups may be another account's, which shares them.
     network = [
-        f"arn:aws:ec2:{REGION}:{ACCOUNT}:{kind}" for kind in ("network-interface/*", "subnet/s-1", "security-group/g-1")
+        f"arn:aws:ec2:{REGION}:{ACCOUNT}:network-interface/*",
+        f"arn:aws:ec2:{REGION}:210987654321:subnet/s-1",
+        f"arn:aws:ec2:{REGION}:210987654321:security-group/g-1",
     ]
     ecr = ("BatchCheckLayerAvailability", "BatchGetImage", "GetDownloadUrlForLayer")
-    keys = ("Decrypt", "GenerateDataKey", "DescribeKey", "CreateGrant")
+    keys = ("Encrypt", "Decrypt", "GenerateDataKey", "DescribeKey", "CreateGrant")
     looks = ("DhcpOptions", "NetworkInterfaces", "SecurityGroups", "Subnets", "Vpcs")
     changes = ("CreateNetworkInterfacePermission", "DeleteNetworkInterface", "DeleteNetworkInterfacePermission")
     return [
