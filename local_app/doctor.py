@@ -4,7 +4,6 @@ Each check takes the deployed stack and yields what it finds. `ACTIONS` has ever
 each needs; docs/operations.md lists these. Where a permission is missing, the check is left out and that is said.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -15,7 +14,7 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 from local_app.deployment import Place
-from trainer.target import differences, target_of_outputs
+from trainer.target import ECR_IMAGE, differences, target_of_outputs
 from tunedrop import layout
 from tunedrop.aws import error_code, read_object
 from tunedrop.model_files import missing_files
@@ -53,10 +52,6 @@ NOT_WHOLE = {
 NEVER_MADE = "Mend the cause, delete what is left with `{delete}`, then deploy again."
 ROOM = "for spot training job usage", "for training job usage"  # how the quotas of an instance type are named
 LAST = timedelta(hours=24)
-IMAGE = re.compile(
-    r"(?P<account>\d{12})\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
-    r"(?P<repository>[^:@]+)(:(?P<tag>[^@]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
-)
 # What a customer's key must let be done, by roles, log groups and alarms; docs/operations.md has the policy.
 ROLES_USE = "kms:Encrypt kms:Decrypt kms:GenerateDataKey kms:DescribeKey kms:CreateGrant".split()
 LOGS_USE = "kms:Encrypt kms:Decrypt kms:ReEncryptFrom kms:ReEncryptTo kms:GenerateDataKey kms:DescribeKey".split()
@@ -456,19 +451,18 @@ def _listed(value: Any) -> list[Any]:
 
 
 def quotas(deployed: Deployed) -> Iterator[Finding]:
-    """The account may use the instance types that runs use by default.
+    """The account may use one of the instance types that runs use by default: a type without room is passed over.
 
-    On demand, the quota of every listed type must cover the job, even when a type ahead of it would do
-    (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html, InstancePreferences); with spot,
-    attempts pass over a type whose quota is full.
+    On demand, SageMaker chooses among all types only if each one's quota covers the job
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/train-instance-preferences.html); else they are tried one by one.
     """
     spot = deployed.parameters["UseSpot"] == "true"
     jobs = int(deployed.parameters["MaxConcurrentJobs"])
     types = [name.strip() for name in deployed.parameters["InstanceTypes"].split(",")]
     names = [f"{each} {ROOM[0] if spot else ROOM[1]}" for each in types]
     found = _quotas(deployed, set(names))
-    works = spot and any(found[name].value >= 1 for name in names if name in found)
-    rest = " Attempts with the other types work." if works else ""
+    works = any(found[name].value >= 1 for name in names if name in found)
+    rest = " The other types work." if works else ""
     for name in names:
         quota = found.get(name)
         if quota is None:
@@ -511,7 +505,7 @@ def image(deployed: Deployed) -> Iterator[Finding]:
     AWS's registries answer DescribeImages, too, for those whom IAM allows it.
     """
     uri = deployed.outputs["TrainingImageUri"]
-    parts = IMAGE.fullmatch(uri)
+    parts = ECR_IMAGE.fullmatch(uri)
     if parts is None:
         what = f"The image '{uri}' is not in ECR, where SageMaker's jobs pull from."
         yield Finding("IMAGE_PLACE", what, "Push it to ECR, and deploy again with its URI (parameter TrainingImageUri).")

@@ -10,6 +10,7 @@ from typing import Any
 
 from local_app.job_runner import Outcome
 from local_app.sagemaker_model import Json, ServiceError, fitting
+from trainer.target import ECR_IMAGE
 from tunedrop.instances import has_local_disk
 
 EVENT_MEMBERS = (
@@ -21,13 +22,6 @@ EVENT_MEMBERS = (
     *("TrainingTimeInSeconds", "BillableTimeInSeconds"),
 )
 TIMES = ("CreationTime", "TrainingStartTime", "TrainingEndTime", "LastModifiedTime", "StartTime", "EndTime", "Timestamp")
-
-
-# An image of ECR: registry/repository[:tag] or registry/repository[@digest]
-# (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_AlgorithmSpecification.html).
-ECR_IMAGE = re.compile(
-    r"\d{12}\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.[a-z0-9.-]+/[a-z0-9._/-]+(:[\w][\w.-]{0,127})?(@sha256:[0-9a-f]{64})?"
-)
 
 
 def check_request(request: Json, region: str) -> None:

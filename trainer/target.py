@@ -1,5 +1,6 @@
 """What the jobs of a stack have in common: read from the stack's outputs, and found again in a launch plan's requests."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,14 @@ from tunedrop.rewards import REWARD_ENVIRONMENT
 
 # The jobs' environment variables, by name, and the stack's output that each is made of.
 ENVIRONMENT = {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName"}
+
+
+# An image of ECR in any partition: registry/repository[:tag] or registry/repository[@digest]
+# (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_AlgorithmSpecification.html).
+ECR_IMAGE = re.compile(
+    r"(?P<account>\d{12})\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-]+)\.[a-z0-9.-]+/"
+    r"(?P<repository>[a-z0-9._/-]+)(:(?P<tag>\w[\w.-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
 
 
 class Target(NamedTuple):

@@ -293,7 +293,7 @@ def key_of_another_stack(stack: Healthy) -> None:
 
 
 def on_demand(stack: Healthy, **values: float) -> None:
-    stack.parameters["UseSpot"] = "false"
+    stack.parameters |= {"UseSpot": "false", "InstanceTypes": ",".join(f"ml.{kind}.4xlarge" for kind in values)}
     stack.applied = {ON_DEMAND[f"ml.{kind}.4xlarge for training job usage"]: value for kind, value in values.items()}
 
 
@@ -427,14 +427,14 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
     (without_statement("Alarms"), "KEY_POLICY", "does not let alarms do kms:Decrypt, kms:GenerateDataKey."),
     (key_of_another_stack, "KEY_POLICY", "does not let CloudWatch Logs do"),
     (lambda stack: stack.client("kms").disable_key(KeyId=stack.key.rpartition("/")[2]), "KEY_STATE", "aws kms enable-key"),
-    (lambda stack: on_demand(stack, g6e=0, g5=4), "QUOTA_ZERO", "'ml.g6e.4xlarge for training job usage' (L-33333333) is 0"),
+    (lambda stack: on_demand(stack, g6e=0), "QUOTA_ZERO", "'ml.g6e.4xlarge for training job usage' (L-33333333) is 0"),
     (
-        lambda stack: on_demand(stack, g6e=4, g5=0),
+        lambda stack: on_demand(stack, g5=0),
         "QUOTA_ZERO",
         "service-quotas request-service-quota-increase --service-code sagemaker --quota-code L-44444444 --desired-value 2",
     ),
     (
-        lambda stack: on_demand(stack, g6e=4),
+        lambda stack: (on_demand(stack, g5=0), stack.applied.clear()),
         "QUOTA_UNKNOWN",
         "no quota 'ml.g5.4xlarge for training job usage' in eu-central-1",
     ),
@@ -513,9 +513,15 @@ def test_with_spot_one_type_with_room_is_enough(stack: Healthy) -> None:
     stack.applied = {"L-11111111": 0, "L-22222222": 2}
     (finding,) = stack.examine()
     assert (finding.code, finding.trouble) == ("QUOTA_ZERO", False)
-    assert "Attempts with the other types work." in finding.what
+    assert "The other types work." in finding.what
     stack.applied = {"L-11111111": 0, "L-22222222": 0}
     assert [(finding.code, finding.trouble) for finding in stack.examine()] == [("QUOTA_ZERO", True)] * 2
+
+
+def test_on_demand_too_since_each_type_is_tried_alone_after_a_refusal(stack: Healthy) -> None:
+    on_demand(stack, g6e=0, g5=4)
+    (finding,) = stack.examine()
+    assert (finding.code, finding.trouble) == ("QUOTA_ZERO", False)
 
 
 def test_a_quota_below_the_jobs_at_a_time_is_worth_knowing(stack: Healthy) -> None:

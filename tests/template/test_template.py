@@ -85,6 +85,9 @@ def test_every_function_is_one_of_the_five_with_its_own_role_and_log_group(trans
         group = groups[function["LoggingConfig"]["LogGroup"]["Ref"]]
         assert group["RetentionInDays"] == {"Ref": "LogRetentionDays"}
         assert group["LogGroupName"]["Fn::Sub"] == "/aws/lambda/" + function["FunctionName"]["Fn::Sub"]
+        # Of 64 characters at most: a stack's name alone may have 128, a prefix has 16.
+        prefix, name = function["FunctionName"]["Fn::Sub"].split("}")
+        assert (prefix, len(name) <= 48) == ("${JobPrefix", True)
 
 
 def test_every_function_gets_the_settings_it_reads(transformed: Json) -> None:
@@ -289,3 +292,10 @@ def test_own_events_reach_the_functions_that_act_on_them_and_no_other_stack(tran
 @pytest.mark.parametrize("detail_type", ["Dataset Rejected", "Training Started", "Inference Tests Started"])
 def test_own_events_that_only_tell_people_reach_no_function(transformed: Json, detail_type: str) -> None:
     assert takers(transformed, stack("one"), "one", event("tunedrop", detail_type, {})) == set()
+
+
+def test_jobs_without_network_need_an_image_that_has_it_all(transformed: Json) -> None:
+    rule = transformed["Rules"]["IsolatedJobsInstallNothing"]
+    assert rule["RuleCondition"] == {"Fn::Equals": [{"Ref": "EnableNetworkIsolation"}, "true"]}
+    (assertion,) = rule["Assertions"]
+    assert assertion["Assert"] == {"Fn::Not": [{"Fn::Equals": [{"Ref": "TrainingImageUri"}, ""]}]}

@@ -165,6 +165,13 @@ def test_a_run_that_cannot_end_in_time_warns():
     assert "more than compute.max_runtime of 0.2 h, which will end it" in warnings[0]
 
 
+@pytest.mark.parametrize(("hours", "said"), [(120, False), (121, True)])
+def test_more_than_an_accounts_longest_runtime_is_said(hours, said):
+    _, problems, warnings = estimate(config(compute={"max_runtime": f"{hours}h"}), WORK, G5, Terms())
+    assert problems == []
+    assert any("SageMaker refuses jobs of more than 120 h unless" in warning for warning in warnings) == said
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [

@@ -5,9 +5,10 @@ from botocore.session import get_session
 from botocore.validate import validate_parameters
 from fake_stack import ARTIFACTS, DATA, PREFIX, TRAINED_RUN, plan_request
 
-from tunedrop.launch_plan import job_request
+from tunedrop.launch_plan import instance_choices, instance_type_of, job_request
 from tunedrop.run_config import RunConfig
 
+LIST = [{"InstanceType": "ml.g6e.xlarge"}, {"InstanceType": "ml.g5.xlarge"}]
 KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
 
 
@@ -27,6 +28,38 @@ def test_instances_stay_for_the_next_job_if_they_are_told_to_and_can(kind, compu
     made = request(kind, compute=compute, spot=spot)
     assert made["ResourceConfig"].get("KeepAlivePeriodInSeconds") == seconds
     valid(made)
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_what_sagemaker_itself_broke_runs_again(kind):
+    made = request(kind)
+    assert made["RetryStrategy"] == {"MaximumRetryAttempts": 2}
+    valid(made)
+
+
+@pytest.mark.parametrize(
+    ("resources", "name"),
+    [
+        ({"InstanceType": "ml.g5.xlarge"}, "ml.g5.xlarge"),
+        ({"InstancePreferences": LIST, "SelectedInstanceType": "ml.g5.xlarge"}, "ml.g5.xlarge"),
+        ({"InstancePreferences": LIST}, "ml.g6e.xlarge or ml.g5.xlarge"),  # none was selected yet
+    ],
+)
+def test_a_job_is_paid_for_by_the_type_that_was_selected(resources, name):
+    assert instance_type_of(resources) == name
+
+
+@pytest.mark.parametrize(
+    ("spot", "types", "expected"),
+    [
+        (True, ["a", "b"], [[{"InstanceType": "a"}], [{"InstanceType": "b"}]]),
+        (False, ["a"], [[{"InstanceType": "a"}]]),
+        (False, ["a", "b", "a"], [[{"InstancePreferences": [{"InstanceType": "a"}, {"InstanceType": "b"}]},
+                                   {"InstanceType": "a"}, {"InstanceType": "b"}]]),
+    ],
+)  # fmt: skip
+def test_what_an_attempt_tries(spot, types, expected):
+    assert instance_choices(RunConfig(model="m").compute, types, spot) == expected
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
