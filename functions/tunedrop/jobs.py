@@ -184,10 +184,12 @@ def wait_for_room(run: Run, to: State, error: NoRoomError, settings: AnnounceSet
     A quota that is too small is announced once, before the move: waiting alone would never end.
     """
     reason = str(error)
-    if error.too_small and run.reason != reason:
-        waiting = structs.replace(run, state=to, reason=reason)
-        announce_waiting(waiting, settings, aws)
-        notify(aws, settings.topic_arn, RunEvent(detail_type=events.WAITING, run=waiting))
+    if error.too_small:
+        seen = aws.runs.get(run.run_id)  # not the index's word, which lags: the event has this run tried again at once
+        if seen is None or seen.reason != reason:
+            waiting = structs.replace(run, state=to, reason=reason)
+            announce_waiting(waiting, settings, aws)
+            notify(aws, settings.topic_arn, RunEvent(detail_type=events.WAITING, run=waiting))
     return aws.runs.move(run, to, reason=reason)
 
 
