@@ -332,6 +332,7 @@ def test_an_alarm_is_announced_where_the_topic_lets_cloudwatch_publish(emulators
     assert not sqs.receive_message(QueueUrl=queue).get("Messages")
 
 
+@pytest.mark.parametrize("how", ["fail", "die"])
 def test_a_failing_function_is_tried_three_times_and_then_reported(deployed: Deployed, how: str) -> None:
     event_id = deployed.post_job_event(**{how: True})
     message = json.loads(deployed.dead_letter(event_id)["Body"])
