@@ -90,6 +90,16 @@ def test_every_function_is_one_of_the_five_with_its_own_role_and_log_group(trans
         assert (prefix, len(name) <= 48) == ("${JobPrefix", True)
 
 
+def test_layers_name_no_architecture(transformed: Json) -> None:
+    """Where a region has x86_64 alone, PublishLayerVersion answers "CompatibleArchitectures are not supported in …".
+
+    https://github.com/aws-solutions-library-samples/guidance-for-clickstream-analytics-on-aws/issues/48 has the stack's event.
+    """
+    layers = of_type(transformed, "AWS::Lambda::LayerVersion")
+    assert len(layers) == 2
+    assert [name for name, layer in layers.items() if "CompatibleArchitectures" in layer] == []
+
+
 def test_every_function_gets_the_settings_it_reads(transformed: Json) -> None:
     for function in functions(transformed).values():
         variables = function["Environment"]["Variables"]
