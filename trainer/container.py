@@ -33,8 +33,8 @@ def check_gpus() -> None:
     # transformers and PEFT ask in this way, too.
     if not torch.cuda.is_available():
         raise JobError(f"The instance has {expected} GPU(s), but torch can use none: {_reason()}. {_needs()}")
-    # sm_75 is compute capability 7.5.
-    oldest = min(int(name.removeprefix("sm_")) for name in torch.cuda.get_arch_list() if name.startswith("sm_"))
+    # sm_75 is compute capability 7.5; sm_90a and sm_100f are 9.0 and 10.0 with what only these chips, or their family, have.
+    oldest = min(int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name)))
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < oldest:
         raise JobError(

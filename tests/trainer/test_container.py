@@ -22,7 +22,7 @@ def torch_that(*, available: bool, error: str = "", capability: tuple[int, int] 
         cuda=SimpleNamespace(
             init=init,
             is_available=lambda: available,
-            get_arch_list=lambda: ["sm_75", "sm_80", "sm_120", "compute_120"],
+            get_arch_list=lambda: ["sm_75", "sm_80", "sm_90a", "sm_100f", "sm_120", "compute_120"],
             get_device_capability=lambda: capability,
             get_device_name=lambda: "Tesla V100-SXM2-16GB",
         ),
