@@ -93,7 +93,8 @@ def test_every_function_is_one_of_the_five_with_its_own_role_and_log_group(trans
 def test_layers_name_no_architecture(transformed: Json) -> None:
     """Where a region has x86_64 alone, PublishLayerVersion answers "CompatibleArchitectures are not supported in …".
 
-    https://github.com/aws-solutions-library-samples/guidance-for-clickstream-analytics-on-aws/issues/48 has the stack's event.
+    A stack that failed by it:
+    https://github.com/aws-solutions-library-samples/guidance-for-clickstream-analytics-on-aws/issues/48
     """
     layers = of_type(transformed, "AWS::Lambda::LayerVersion")
     assert len(layers) == 2
