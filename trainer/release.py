@@ -318,11 +318,17 @@ def submit(target: Target, region: str, options: argparse.Namespace) -> str:
 
 
 def target_of_stack(stack: str, region: str) -> Target:
-    """Read a deployed stack's outputs."""
-    described = boto3.client("cloudformation", region_name=region).describe_stacks(StackName=stack)
-    return target_of_outputs(
-        {output["OutputKey"]: output["OutputValue"] for output in described["Stacks"][0].get("Outputs", [])}
-    )
+    """Read a deployed stack's outputs. Exits with what to do where there is no such stack, or no outputs yet."""
+    try:
+        described = boto3.client("cloudformation", region_name=region).describe_stacks(StackName=stack)["Stacks"][0]
+        return target_of_outputs({output["OutputKey"]: output["OutputValue"] for output in described.get("Outputs", [])})
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "ValidationError":
+            raise
+        sys.exit(f"There is no stack '{stack}' in {region}. Deploy it with `make deploy`, or give --stack and --region.")
+    except KeyError as missing:
+        status = described["StackStatus"]
+        sys.exit(f"The stack '{stack}' in {region} is {status} and has no output {missing}. Deploy it with `make deploy`.")
 
 
 def _variable(text: str) -> tuple[str, str]:

@@ -250,6 +250,20 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
         release.main(["--region", REGION, "--artifact-bucket", "artifacts"])
 
 
+def test_a_stack_that_is_not_deployed_is_said(monkeypatch):
+    """`sam deploy` ends well, too, where its change set was refused: the stack is in review then, without outputs."""
+    cloudformation = boto3.client("cloudformation", REGION)
+    monkeypatch.setattr(release.boto3, "client", lambda service, region_name: cloudformation)
+    stack = {"StackName": "mine", "StackStatus": "REVIEW_IN_PROGRESS", "CreationTime": "2026-01-01T00:00:00Z"}
+    with Stubber(cloudformation) as stub:
+        stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
+        with pytest.raises(SystemExit, match="is REVIEW_IN_PROGRESS and has no output 'ArtifactBucket'"):
+            release.main(["--stack", "mine", "--region", REGION])
+        stub.add_client_error("describe_stacks", "ValidationError", "Stack with id mine does not exist")
+        with pytest.raises(SystemExit, match="There is no stack 'mine' in eu-central-1"):
+            release.main(["--stack", "mine", "--region", REGION])
+
+
 # ---- prices ----------------------------------------------------------------------------------------------------------
 
 
