@@ -72,6 +72,15 @@ def test_odd_names_are_registered_in_characters_that_the_registry_takes(world):
     assert package["CustomerMetadataProperties"]["base_model_license"] == "not stated"
 
 
+@pytest.mark.parametrize("said", ["ValidationException", "ResourceInUse"])
+def test_all_runs_are_registered_in_one_group(world, said):
+    """Nothing is asked for before there is a group; that it is there is no news, however SageMaker says so."""
+    world.group_is_there = said
+    packages = [published(world, name).model_package for name in ("cars", "faq")]
+    (group,) = world.groups
+    assert [package.rpartition(":")[2] for package in packages] == [f"model-package/{group}/{version}" for version in (1, 2)]
+
+
 def test_every_published_run_is_in_the_index_once(world):
     runs = [published(world, name) for name in ("cars", "faq")]
     assert [each.run_id for each in index(world)] == [run.run_id for run in reversed(runs)]

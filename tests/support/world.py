@@ -111,6 +111,7 @@ class World:
     quotas: dict[str, int] = field(default_factory=dict)  # the same by the name of a type's quota
     troubles: dict[str, Callable[[Callable[[], Any]], Any]] = field(default_factory=dict)  # by operation, once
     groups: set[str] = field(default_factory=set)  # model package groups
+    group_is_there: str = "ValidationException"  # how the registry says so of one that is to be made again
     uploads: int = 0
     calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
     dead: bool = False  # this invocation makes no more calls
@@ -332,10 +333,12 @@ def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
             return {}
         if operation == "CreateModelPackage":
             if arguments["ModelPackageGroupName"] not in world.groups:  # moto would register it all the same
-                raise ClientError({"Error": {"Code": "ValidationException", "Message": "no such group"}}, operation)
+                raise ClientError({"Error": {"Code": "ResourceNotFound", "Message": "no such group"}}, operation)
             if arguments["ClientToken"] in packages:
                 return packages[arguments["ClientToken"]]  # moto would register it again
         if operation == "CreateModelPackageGroup":
+            if arguments["ModelPackageGroupName"] in world.groups:  # moto would make it again
+                raise ClientError({"Error": {"Code": world.group_is_there, "Message": "already exists"}}, operation)
             world.groups.add(arguments["ModelPackageGroupName"])
         answer = make_api_call(client, operation, arguments)
         if operation == "PutEvents":

@@ -1,7 +1,6 @@
 """A test job ended: judge the tuned model, write the report, register the model, and tell everyone."""
 
 import re
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -240,8 +239,8 @@ def _register(
         "adapter": artifacts["adapter"],
         "report": artifacts["report"],
     }
-    create = partial(
-        aws.sagemaker.create_model_package,
+    _create_group(settings.model_package_group, aws)
+    answer = aws.sagemaker.create_model_package(
         ModelPackageGroupName=settings.model_package_group,
         ModelPackageDescription=" ".join(description.split())[:1024],
         ModelApprovalStatus=APPROVAL[result["verdict"]],
@@ -273,25 +272,23 @@ def _register(
         # Of 256 characters at most, and not every character: keys of datasets have others.
         CustomerMetadataProperties={name: UNREGISTRABLE.sub("_", value)[:256] for name, value in properties.items()},
     )
-    try:
-        answer = create()
-    except ClientError as error:
-        if error_code(error) != "ValidationException":
-            raise
-        _create_group(settings.model_package_group, aws)
-        answer = create()
     return str(answer["ModelPackageArn"])
 
 
 def _create_group(name: str, aws: Aws) -> None:
-    """Make the model package group, unless it is there. Not every region's CloudFormation can."""
+    """Make the model package group, unless it is there. Not every region's CloudFormation can.
+
+    It comes before the package, as in the SageMaker SDK: what CreateModelPackage answers without a group is in no document.
+    How AWS says that a group is there has changed; these are the codes of the SDK's `_is_resource_already_exists_error`.
+    What else a ValidationException may mean shows with the package.
+    """
     try:
         aws.sagemaker.create_model_package_group(
             ModelPackageGroupName=name,
             ModelPackageGroupDescription="Models tuned by Tunedrop, one version per published run.",
         )
     except ClientError as error:
-        if error_code(error) != "ValidationException":
+        if error_code(error) not in {"ValidationException", "ResourceInUse"}:
             raise
         logger.info("the model package group was not made", detail=str(error))
 
