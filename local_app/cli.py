@@ -168,26 +168,14 @@ def config(what: str) -> None:
 @cli.command()
 @click.pass_obj
 def env(state: Path) -> None:
-    """Print the environment in which `sam local invoke` runs a function against the local application.
+    """Print the environments in which `sam local invoke` runs the functions against the local application.
 
-    Its container reaches the application at Docker's bridge address: start that with `tunedrop up --host`.
+    They are the variables of the deployed functions. A container reaches the application at Docker's bridge address: start
+    the application with `tunedrop up --host`. It trusts `ca.pem` of a layer, where the README has it copied to.
 
-    Example: tunedrop env > env.json && sam local invoke --env-vars env.json -e events/validate_dataset.upload.json
+    Example: tunedrop env > .tunedrop/env.json
     """
-    stack = Stack(state)
-    outputs = stack.outputs
-    variables = {
-        "AWS_ENDPOINT_URL": stack.endpoint,
-        "AWS_CA_BUNDLE": "/var/task/ca.pem",  # where the README has it copied to
-        "AWS_ENDPOINT_URL_SAGEMAKER": stack.sagemaker_endpoint,
-        "DATA_BUCKET": outputs.data_bucket,
-        "ARTIFACT_BUCKET": outputs.artifact_bucket,
-        "RUN_TABLE": outputs.run_table,
-        "EVENT_BUS": outputs.event_bus_name,
-        "TOPIC_ARN": outputs.topic_arn,
-        "MODEL_PACKAGE_GROUP": outputs.model_package_group,
-    }
-    print(json.dumps({"Parameters": variables}, indent=1))  # noqa: T201 - for a program
+    print(json.dumps(Stack(state).function_environments("/opt/ca.pem"), indent=1))  # noqa: T201 - for a program
 
 
 @cli.command()

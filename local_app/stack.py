@@ -154,6 +154,24 @@ class Stack:
             raise StackError(f"Tunedrop is running in {self.folder} but not deployed. Finish with `tunedrop up`.")
         return outputs
 
+    def function_environments(self, authority: str) -> dict[str, dict[str, str]]:
+        """Return the variables of each deployed function, by its logical id, for one that runs outside of this stack.
+
+        `authority` is where the certificate of this stack's authority lies there. Raises StackError when it is not up.
+        """
+        self.check_running()
+        pages = self.client("cloudformation").get_paginator("list_stack_resources").paginate(StackName=STACK_NAME)
+        resources = [resource for page in pages for resource in page["StackResourceSummaries"]]
+        functions = [resource for resource in resources if resource["ResourceType"] == "AWS::Lambda::Function"]
+        reached = {"AWS_ENDPOINT_URL": self.endpoint, "AWS_CA_BUNDLE": authority}
+        configuration = self.client("lambda").get_function_configuration
+        return {
+            function["LogicalResourceId"]: (
+                configuration(FunctionName=function["PhysicalResourceId"])["Environment"]["Variables"] | reached
+            )
+            for function in functions
+        }
+
     @property
     def running(self) -> bool:
         """Whether both servers answer."""

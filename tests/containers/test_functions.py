@@ -1,0 +1,176 @@
+"""The README's section on events as it is written: `sam local invoke` in real containers, against the application.
+
+Run by `make containers`. The stack's rules are disabled, so that nothing acts but what is invoked here.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from ipaddress import ip_network
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import boto3
+import docker
+import pytest
+import readme
+from botocore.config import Config
+from tiny_model import make_tiny_model
+
+from benchmarks.chaos import CONFIG
+from local_app.deployment import Deployment
+from local_app.stack import PROJECT, Stack
+from tunedrop.runs import FINAL, State
+
+pytestmark = pytest.mark.containers
+
+ROWS = "".join(f'{{"question": "{n}+1?", "answer": "{n + 1}"}}\n' for n in range(30)).encode()
+# Any two of these answers are more or less alike: every group of a model's answers teaches something.
+ALPHABETS = [ascii_lowercase[n:] + ascii_lowercase[:n] for n in range(12)]
+EVENTS = [row for row in readme.rows() if row.event]
+OF_A_RUN = [row for row in readme.rows() if not row.event]
+INVOKE = "sam local invoke"
+
+
+class App:
+    """The application, in a folder of its own, and the README's commands for it."""
+
+    def __init__(self, folder: Path):
+        self.stack = Stack(folder / "state")
+        bridge = docker.from_env().networks.get("bridge").attrs["IPAM"]["Config"][0]
+        # An engine that chose the network itself names no gateway: it takes the first address.
+        address = bridge.get("Gateway") or str(next(ip_network(bridge["Subnet"]).hosts()))
+        self._replaced = {".tunedrop/": f"{self.stack.folder}/", "172.17.0.1": address}
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SAM_SKIP_PULL_IMAGE": "1",
+            "SAM_CLI_TELEMETRY": "0",
+        }
+        # `tunedrop` uses that folder, for the README's commands as well.
+        command = folder / "bin" / "tunedrop"
+        command.parent.mkdir()
+        command.write_text(
+            f'#!/bin/sh\nexec {Path(sys.executable).with_name("tunedrop")} --state {self.stack.folder} "$@"\n'
+        )
+        command.chmod(0o755)
+
+    def run(self, commands: str) -> str:
+        """Run commands of the README and return what they print; an error if one ends with another code than 0."""
+        for shown, actual in self._replaced.items():
+            commands = commands.replace(shown, actual)
+        command = ["bash", "-e", "-o", "pipefail", "-c", commands]
+        done = subprocess.run(command, cwd=PROJECT, env=self._environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def invoke(self, function: str, event: str) -> Any:
+        """Invoke a function with an event, as the README shows it, and return what it answers."""
+        *_, account, _ = readme.ONE_FUNCTION.splitlines()
+        return json.loads(self.run(f"{account}\n{INVOKE} {function} --env-vars .tunedrop/env.json --event {event}"))
+
+    def disable_rules(self) -> None:
+        """Disable the rules of the stack, on both buses."""
+        events = self.stack.client("events")
+        for bus in ("default", self.stack.outputs.event_bus_name):
+            for rule in events.list_rules(EventBusName=bus, NamePrefix="tunedrop")["Rules"]:
+                events.disable_rule(Name=rule["Name"], EventBusName=bus)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[App, str]]:
+    """The application, and what the README's commands printed that brought it up and invoked one function."""
+    app = App(tmp_path_factory.mktemp("containers"))
+    try:
+        first, *others = readme.ONE_FUNCTION.splitlines(keepends=True)
+        app.run(first)
+        app.disable_rules()
+        yield app, app.run("".join(others))
+    finally:
+        app.run("tunedrop down")
+
+
+@pytest.fixture(scope="module")
+def app(started: tuple[App, str]) -> App:
+    return started[0]
+
+
+def test_the_readmes_commands_invoke_a_function(started: tuple[App, str]) -> None:
+    _, printed = started
+    assert json.loads(printed.splitlines()[-1]) == {"looked_at": 0}
+
+
+@pytest.mark.parametrize("row", EVENTS, ids=lambda row: row.event)
+def test_every_event_is_answered_as_the_readme_says(row: readme.Row, app: App) -> None:
+    answer = app.invoke(row.function, f"events/{row.event}.json")
+    assert readme.fits(answer, row.answer), answer
+
+
+def test_an_error_has_no_function_error_in_sams_emulator(app: App) -> None:
+    *_, account, _ = readme.ONE_FUNCTION.splitlines()
+    port = 3001
+    command = f"{account}\nexec sam local start-lambda --port {port} --env-vars {app.stack.folder}/env.json"
+    server = subprocess.Popen(["bash", "-c", command], cwd=PROJECT, env=app._environment, stderr=subprocess.DEVNULL)
+    try:
+        client = boto3.client(
+            "lambda", endpoint_url=f"http://127.0.0.1:{port}", config=Config(retries={"total_max_attempts": 60})
+        )
+        event = (PROJECT / "events/start_training.dataset_validated.json").read_bytes()
+        answer = client.invoke(FunctionName="StartTrainingFunction", Payload=event)
+        assert json.load(answer["Payload"])["errorType"] == "LookupError"
+        assert answer.get("FunctionError") is None
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [("cars.jsonl.gz", "cars"), ("Fragen & Antworten/größe+maß 100%.jsonl", "Fragen-Antworten-gr-e")],
+)
+def test_an_upload_that_is_there_becomes_a_run(name: str, slug: str, app: App) -> None:
+    key = f"training_data/{name}"
+    body = gzip.compress(ROWS) if name.endswith(".gz") else ROWS
+    app.stack.client("s3").put_object(Bucket=app.stack.outputs.data_bucket, Key=key, Body=body)
+    answer = app.invoke("ValidateDatasetFunction", f"<(tunedrop event '{key}')")
+    assert readme.fits(answer, OF_A_RUN[0].answer.replace("cars", slug)), answer
+
+
+def test_a_run_goes_from_upload_to_publication_by_sam_local_invoke_alone(app: App, tmp_path: Path) -> None:
+    deployment = Deployment.local(app.stack)
+    data, config = tmp_path / "cars.jsonl", tmp_path / "cars.yaml"
+    data.write_text("".join(f'{{"question": "Say it from {text[0]}", "answer": "{text}"}}\n' for text in ALPHABETS))
+    config.write_text(CONFIG)
+    deployment.upload_model(make_tiny_model(tmp_path / "tiny"))
+    deployment.upload(data, config)
+    *_, account, _ = readme.ONE_FUNCTION.splitlines()
+    for command, row in zip(readme.A_RUN.splitlines(), OF_A_RUN, strict=True):
+        assert command.startswith(f"{INVOKE} {row.function} ")
+        answer = json.loads(app.run(f"{account}\n{command}"))
+        assert readme.fits(answer, row.answer), answer
+        run = deployment.find("cars")
+        wait_for_job(app, run.test_job or run.train_job)
+        assert deployment.find("cars") == run  # the end of a job made nothing happen
+    assert (run.state, run.attempt) == (State.PUBLISHED, 1)
+    assert run.state in FINAL
+    result = deployment.read_json(run, "result.json")
+    assert result["run_id"] == run.run_id
+    package = app.stack.client("sagemaker").describe_model_package(ModelPackageName=result["model_package"])
+    assert package["ModelPackageStatus"] == "Completed"
+
+
+def wait_for_job(app: App, job: str | None) -> None:
+    """Wait for the end of a job, if there is one."""
+    deadline = time.monotonic() + 300
+    while job is not None:
+        described = app.stack.client("sagemaker").describe_training_job(TrainingJobName=job)
+        if described["TrainingJobStatus"] != "InProgress":
+            assert described["TrainingJobStatus"] == "Completed", described.get("FailureReason")
+            return
+        assert time.monotonic() < deadline
+        time.sleep(1)
