@@ -87,11 +87,13 @@ soak: install browser $(LINT)
 
 # The README's `sam local invoke`, for every event and through a whole run, in containers. What needs the network comes first: the
 # engine of `engine.py` has none. Where no engine can be had, it says so and fails with its exit code 3.
+containers: ENGINE = .venv/bin/python tests/containers/engine.py
 containers: install
+	@$(ENGINE) true
 	PIP="$(CURDIR)/.venv/bin/python -m pip" .venv/bin/sam build
 	.venv/bin/python -c "from local_app.stack import build; build(print)"
 	.venv/bin/python -m local_app.base_model .tunedrop/models
-	OMP_NUM_THREADS=1 .venv/bin/python tests/containers/engine.py .venv/bin/python -m pytest tests/containers -m containers --durations=10
+	OMP_NUM_THREADS=1 $(ENGINE) .venv/bin/python -m pytest tests/containers -m containers --durations=10
 
 # To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
 deploy: $(DEPLOY) $(SAM)

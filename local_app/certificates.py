@@ -24,7 +24,8 @@ def make_certificates(folder: Path, host: str) -> Certificates:
     files = certificates(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority = trustme.CA(organization_name="Tunedrop on this machine")
-    server = authority.issue_cert(*{host, "localhost", "127.0.0.1"})
+    # The last name is the one by which Docker's containers know this machine.
+    server = authority.issue_cert(*{host, "localhost", "127.0.0.1", "host.docker.internal"})
     # The server's files first: who finds an authority finds everything.
     server.private_key_pem.write_to_path(files.key)
     server.cert_chain_pems[0].write_to_path(files.chain)

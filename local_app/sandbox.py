@@ -22,6 +22,10 @@ HOST_VARIABLES = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     *("AWS_CA_BUNDLE", "SSL_CERT_FILE", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME"),
 )
+# What the docker client finds its engine by.
+DOCKER_VARIABLES = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
+# Where a container has the certificate of the application's authority.
+AUTHORITY = "/etc/ssl/tunedrop-ca.pem"
 
 
 class EnvironmentProblem(Exception):  # noqa: N818 - it reads as what it is
@@ -102,20 +106,26 @@ class Docker:
         """See Sandbox. The names of variables are on the command line, their values are not."""
         if job.get("ResourceConfig", {}).get("InstanceCount", 1) > 1:
             raise JobError("ClientError: Docker runs jobs on one instance here; several need Linux namespaces (unshare)")
+        volumes = ["--volume", f"{ml}:/opt/ml"]
+        host = urlsplit(environment.get("AWS_ENDPOINT_URL", "")).hostname or ""
+        if host == "localhost" or host.startswith("127."):  # the container's own is another one
+            reached = environment["AWS_ENDPOINT_URL"].replace(host, "host.docker.internal", 1)
+            environment = environment | {"AWS_ENDPOINT_URL": reached}
+        if authority := os.environ.get("AWS_CA_BUNDLE"):
+            volumes += ["--volume", f"{authority}:{AUTHORITY}:ro"]
+            environment = environment | {"AWS_CA_BUNDLE": AUTHORITY}
         variables = [option for name in environment for option in ("--env", name)]
-        if endpoint := environment.get("AWS_ENDPOINT_URL"):  # the container's own 127.0.0.1 is another one
-            host = urlsplit(endpoint).hostname or ""
-            environment = environment | {"AWS_ENDPOINT_URL": endpoint.replace(host, "host.docker.internal", 1)}
         # A container outlives a client that was killed: the one of an earlier run goes first.
         remove = [_program("docker"), "rm", "--force", job["TrainingJobName"]]
         subprocess.run(remove, check=False, capture_output=True)  # noqa: S603
         first, *arguments = entry_point(job)
         command = [
-            *(_program("docker"), "run", "--rm", "--name", job["TrainingJobName"], "--volume", f"{ml}:/opt/ml"),
+            *(_program("docker"), "run", "--rm", "--name", job["TrainingJobName"], *volumes),
             *("--network", "bridge" if network else "none", "--add-host", "host.docker.internal:host-gateway", *variables),
             *("--entrypoint", first, job["AlgorithmSpecification"]["TrainingImage"], *arguments),
         ]
-        return command, environment | {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}  # for the docker client
+        client = {name: os.environ[name] for name in DOCKER_VARIABLES if name in os.environ}
+        return command, environment | client
 
     def signal(self, process: subprocess.Popen[bytes], job: Json, number: signal.Signals) -> None:  # noqa: ARG002
         """See Sandbox."""

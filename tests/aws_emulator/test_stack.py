@@ -9,12 +9,13 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from fake_stack import plan_request
 from tiny_tokenizer import tokenizer_files
 
 from local_app.aws_emulator import MARKER
 from local_app.deployment import Deployment
-from local_app.stack import Stack, StackError
+from local_app.stack import PROJECT, Stack, StackError
 from tunedrop.runs import State
 
 from .conftest import wait_for
@@ -54,6 +55,14 @@ def release_a_job_that_fails(stack: Stack) -> None:
         s3.put_object(Bucket=outputs.data_bucket, Key=f"models/SmolLM2-135M-Instruct/{name}", Body=body)
 
 
+def declared_variables() -> dict[str, set[str]]:
+    """Return the names of the variables that template.yaml gives each function, by logical id."""
+    template = yaml.load((PROJECT / ".aws-sam/local/template.yaml").read_text(), Loader=yaml.BaseLoader)
+    shared = template["Globals"]["Function"]["Environment"]["Variables"].keys()
+    functions = {n: r for n, r in template["Resources"].items() if r["Type"] == "AWS::Serverless::Function"}
+    return {name: shared | function["Properties"]["Environment"]["Variables"].keys() for name, function in functions.items()}
+
+
 def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path) -> None:
     """As with `tunedrop up --host`: nothing listens on 127.0.0.1, and everything finds everything."""
     said: list[str] = []
@@ -63,6 +72,10 @@ def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path
     variables = stack.client("lambda").get_function_configuration(FunctionName="tunedrop-start-training")["Environment"]
     assert variables["Variables"]["AWS_ENDPOINT_URL_SAGEMAKER"] == stack.sagemaker_endpoint
     assert variables["Variables"]["MAX_CONCURRENT_JOBS"] == "1"
+    # `sam local invoke` sets what the template declares: all of it comes from the deployed functions.
+    declared = declared_variables()
+    assert {name: set(each) for name, each in stack.function_environments("/opt/ca.pem").items()} == declared
+    assert (PROJECT / ".venv/bin/sam").samefile(PROJECT / ".venv-sam/bin/sam")
     addresses = {c.laddr for p in started_in(stack.folder) for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert {address.ip for address in addresses} == {"127.0.0.2"}
     # A dataset becomes a run, whose job is started and fails, and each function hears of it.

@@ -2,11 +2,11 @@
 
     .venv/bin/python tests/containers/engine.py .venv/bin/python -m pytest -m containers
 
-A running engine that has AWS's image is used as it is. Else one of its own is started, which needs root on Debian or Ubuntu:
-Debian's `docker.io`, unpacked into `.containers/` and not installed, in a network of its own that has the engine's bridge and
-nothing else. The machine's own network and packages stay as they are, and all of the engine ends with the command. Nothing is
-pulled from a registry: `debootstrap` makes the base image, of Debian 13 for its Python 3.13, and AWS's runtime client comes from
-PyPI. Exit code: the command's, or NOT_RUN where neither can be had.
+A running engine that has AWS's image is used as it is. Else one of its own is started, which needs root on Debian or
+Ubuntu: Debian's `docker.io`, unpacked into `.containers/` and not installed, in a network of its own that has the engine's
+bridge and nothing else. The machine's network and packages stay as they are, and all of the engine ends with the command.
+Nothing is pulled from a registry: `debootstrap` makes the base image, of Debian 13 for its Python 3.13, and AWS's runtime
+client comes from PyPI. Exit code: the command's, or NOT_RUN where neither engine can be had.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ BASE = CACHE / "lambda-python3.13.tar"
 REPOSITORY, TAG = "public.ecr.aws/lambda/python", "3.13-x86_64"
 NOT_RUN = 3
 START_SECONDS = 60.0
-# Lambda runs this file. A layer lies in /opt (https://docs.aws.amazon.com/lambda/latest/dg/python-layers.html); AWS's runtime
-# client is the only thing that the image brings: all else has to come with the function.
+# Lambda runs this file. A layer lies in /opt (https://docs.aws.amazon.com/lambda/latest/dg/python-layers.html). AWS's
+# runtime client is the only package that the image brings: all others have to come with the function.
 BOOTSTRAP = """#!/bin/sh
 export PYTHONPATH=/var/task:/opt/python/lib/python3.13/site-packages:/opt/python:/var/runtime
 exec python3.13 -m awslambdaric "$_HANDLER"
@@ -51,7 +51,7 @@ def main() -> int:
     if sys.argv[1] == "--inside":
         short, data, *command = sys.argv[2:]
         with _own_engine(short, data) as socket:
-            return _run(command, {"DOCKER_HOST": socket})
+            return _run(command, {"DOCKER_HOST": socket, "PATH": f"{os.environ['PATH']}:{TOOLS / 'usr/bin'}"})
     try:
         if _has_base_image():
             return _run(sys.argv[1:])
@@ -91,7 +91,7 @@ def _has_base_image() -> bool:
         return False
 
 
-# ---- an engine of its own --------------------------------------------------------------------------------------------------
+# ---- an engine of its own ----
 
 
 def _tools() -> dict[str, str]:
@@ -121,7 +121,10 @@ def _prepare() -> None:
         (PACKAGES / "partial").mkdir(parents=True, exist_ok=True)
         install = ["apt-get", "install", "-qq", "-y", "--download-only", "--no-install-recommends"]
         _do(["apt-get", "update", "-qq"])
-        _do([*install, "-o", f"Dir::Cache::archives={PACKAGES}", "docker.io", "debootstrap", "iproute2"])
+        # From Debian 13 on, the client is a package of its own.
+        client = subprocess.run(["apt-cache", "show", "docker-cli"], capture_output=True, check=False).returncode == 0
+        wanted = ["docker.io", "debootstrap", "iproute2", *(["docker-cli"] if client else [])]
+        _do([*install, "-o", f"Dir::Cache::archives={PACKAGES}", *wanted])
         unpacked = Path(tempfile.mkdtemp(dir=CACHE))
         for package in PACKAGES.glob("*.deb"):
             _do(["dpkg", "-x", str(package), str(unpacked)])

@@ -390,12 +390,17 @@ def test_the_docker_command_keeps_values_off_the_command_line(monkeypatch: pytes
     }
     given = {"SECRET": "x y", "AWS_ENDPOINT_URL": "http://127.0.0.1:4566"}
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/state/ca.pem")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: removed.append(command[1:]))
     removed: list[list[str]] = []
     command, environment = Docker().command(job, Path("/state/a/ml"), given, network=True)
     assert removed == [["rm", "--force", "a"]]
     line = " ".join(command[1:])
-    assert line.startswith("run --rm --name a --volume /state/a/ml:/opt/ml --network bridge")
-    assert line.endswith("--env SECRET --env AWS_ENDPOINT_URL --entrypoint /bin/bash image:1 -e -c it's")
+    authority = "/etc/ssl/tunedrop-ca.pem"
+    volumes = f"--volume /state/a/ml:/opt/ml --volume /state/ca.pem:{authority}:ro"
+    assert line.startswith(f"run --rm --name a {volumes} --network bridge")
+    variables = "--env SECRET --env AWS_ENDPOINT_URL --env AWS_CA_BUNDLE"
+    assert line.endswith(f"{variables} --entrypoint /bin/bash image:1 -e -c it's")
+    assert environment["AWS_CA_BUNDLE"] == authority
     assert environment["SECRET"] == "x y"
     assert environment["AWS_ENDPOINT_URL"] == "http://host.docker.internal:4566"

@@ -118,3 +118,12 @@ def test_make_takes_the_newest_python_that_runs(tmp_path: Path, run: list[str], 
         assert f"python{taken} -m venv .venv-sam" in done.stdout
     else:
         assert "no python3.13, python3.12 or python3.11 runs here" in done.stderr
+
+
+def test_make_containers_does_not_pass_where_no_engine_can_be_had() -> None:
+    command = [sys.executable, str(PROJECT / "tests/containers/engine.py"), "true"]
+    done = subprocess.run(
+        command, env={"PATH": "", "DOCKER_HOST": "unix:///none"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
+    assert re.fullmatch(r"NOT RUN: it takes either a running Docker engine .*\n", done.stderr)

@@ -1,11 +1,13 @@
-"""The README's section on events as it is written: `sam local invoke` in real containers, against the application.
+"""What needs containers, run by `make containers`: the README's section on events as it is written, and jobs in Docker.
 
-Run by `make containers`. The stack's rules are disabled, so that nothing acts but what is invoked here.
+The application runs beside the containers; its rules are disabled, so that nothing acts but what is invoked here.
 """
 
 import gzip
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -166,11 +168,97 @@ def test_a_run_goes_from_upload_to_publication_by_sam_local_invoke_alone(app: Ap
 
 def wait_for_job(app: App, job: str | None) -> None:
     """Wait for the end of a job, if there is one."""
+    if job is not None:
+        described = until_ended(app.stack.client("sagemaker"), job)
+        assert described["TrainingJobStatus"] == "Completed", described.get("FailureReason")
+
+
+def until_ended(sagemaker: Any, job: str) -> dict[str, Any]:
+    """Return a job as it is described after its end."""
     deadline = time.monotonic() + 300
-    while job is not None:
-        described = app.stack.client("sagemaker").describe_training_job(TrainingJobName=job)
-        if described["TrainingJobStatus"] != "InProgress":
-            assert described["TrainingJobStatus"] == "Completed", described.get("FailureReason")
-            return
+    while (described := sagemaker.describe_training_job(TrainingJobName=job))["TrainingJobStatus"] == "InProgress":
         assert time.monotonic() < deadline
-        time.sleep(1)
+        time.sleep(0.5)
+    return described
+
+
+@pytest.fixture
+def sagemaker(app: App, tmp_path: Path) -> Iterator[Any]:
+    """A client of a SageMaker emulator that finds no `unshare`, only Docker, to run jobs in."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "docker").symlink_to(str(shutil.which("docker")))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "local_app.sagemaker_emulator", "--port", port, "--state-dir", str(tmp_path / "state")]
+    command += ["--s3-endpoint", app.stack.endpoint, "--event-sink", f"{app.stack.endpoint}/_tunedrop/events"]
+    with (tmp_path / "emulator.log").open("w") as log:
+        environment = app.stack.environment | {"PATH": str(tmp_path / "bin")}
+        emulator = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    config = Config(retries={"total_max_attempts": 12})  # until it answers
+    yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{port}", config=config)
+    emulator.terminate()
+    assert emulator.wait(30) == 0, (tmp_path / "emulator.log").read_text()
+
+
+def create_job(app: App, sagemaker: Any, name: str, script: str, **more: Any) -> None:
+    """Start a job whose entry point is a shell script, in the image that the functions run in."""
+    bucket = app.stack.outputs.artifact_bucket
+    app.stack.client("s3").put_object(Bucket=bucket, Key=f"jobs/code/{name}/run.sh", Body=script)
+    source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{bucket}/jobs/code/{name}/"}
+    sagemaker.create_training_job(
+        TrainingJobName=name,
+        RoleArn=app.stack.outputs.sagemaker_role_arn,
+        AlgorithmSpecification={
+            "TrainingImage": "public.ecr.aws/lambda/python:3.13-x86_64",
+            "TrainingInputMode": "File",
+            "ContainerEntrypoint": ["/bin/sh"],
+            "ContainerArguments": ["-e", "/opt/ml/input/data/code/run.sh"],
+        },
+        HyperParameters={"greeting": "it's"},
+        InputDataConfig=[{"ChannelName": "code", "DataSource": {"S3DataSource": source}}],
+        OutputDataConfig={"S3OutputPath": f"s3://{bucket}/jobs", "CompressionType": "NONE"},
+        ResourceConfig={"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50},
+        StoppingCondition={"MaxRuntimeInSeconds": 600},
+        **more,
+    )
+
+
+def output(app: App, job: str, name: str) -> str:
+    key = f"jobs/{job}/output/model/{name}"
+    return app.stack.client("s3").get_object(Bucket=app.stack.outputs.artifact_bucket, Key=key)["Body"].read().decode()
+
+
+# Asks the application for a sign of life, by the address and the certificate that a job's SDK takes.
+ASK = (
+    "import os, ssl, urllib.request as r; "
+    "r.urlopen(os.environ['AWS_ENDPOINT_URL'] + '/_tunedrop/health', context=ssl.create_default_context("
+    "cafile=os.environ['AWS_CA_BUNDLE']))"
+)
+
+
+def test_a_job_in_docker_has_its_files_and_reaches_the_application(app: App, sagemaker: Any) -> None:
+    script = f"""python3.13 -c "{ASK}"
+    cp /opt/ml/input/config/hyperparameters.json /opt/ml/model/
+    echo $$ > /opt/ml/model/pid; uname -n; echo "in the container" """
+    create_job(app, sagemaker, "in-docker", script)
+    job = until_ended(sagemaker, "in-docker")
+    assert job["TrainingJobStatus"] == "Completed", job
+    assert json.loads(output(app, "in-docker", "hyperparameters.json")) == {"greeting": "it's"}
+    assert output(app, "in-docker", "pid") == "1\n"
+    assert "in the container" in list(Deployment.local(app.stack).log_lines("in-docker", {}))
+
+
+def test_an_isolated_job_in_docker_has_no_network_and_hears_that_it_is_stopped(app: App, sagemaker: Any) -> None:
+    script = """trap 'echo stopped > /opt/ml/model/end; exit 0' TERM
+    python3.13 -c "import socket; socket.create_connection(('172.17.0.1', 80), 5)" 2>&1 | tail -1 > /opt/ml/model/network
+    echo ready; while :; do sleep 0.1; done"""
+    create_job(app, sagemaker, "isolated-in-docker", script, EnableNetworkIsolation=True)
+    deployment, deadline = Deployment.local(app.stack), time.monotonic() + 60
+    while "ready" not in deployment.log_lines("isolated-in-docker", {}):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    sagemaker.stop_training_job(TrainingJobName="isolated-in-docker")
+    assert until_ended(sagemaker, "isolated-in-docker")["TrainingJobStatus"] == "Stopped"
+    assert output(app, "isolated-in-docker", "end") == "stopped\n"
+    assert "Network is unreachable" in output(app, "isolated-in-docker", "network")
