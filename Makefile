@@ -90,14 +90,14 @@ soak: install browser $(LINT)
 containers: ENGINE = .venv/bin/python tests/containers/engine.py
 containers: install
 	@$(ENGINE) true
-	PIP="$(CURDIR)/.venv/bin/python -m pip" .venv/bin/sam build
+	PIP='"$(CURDIR)/.venv/bin/python" -m pip' .venv/bin/sam build
 	.venv/bin/python -c "from local_app.stack import build; build(print)"
 	.venv/bin/python -m local_app.base_model .tunedrop/models
 	OMP_NUM_THREADS=1 $(ENGINE) .venv/bin/python -m pytest tests/containers -m containers --durations=10
 
 # To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
 deploy: $(DEPLOY) $(SAM)
-	PIP="$(CURDIR)/.venv-deploy/bin/python -m pip" .venv-sam/bin/sam build
+	PIP='"$(CURDIR)/.venv-deploy/bin/python" -m pip' .venv-sam/bin/sam build
 	.venv-sam/bin/sam deploy
 	.venv-deploy/bin/python -m trainer.release --stack tunedrop
 	-.venv-deploy/bin/tunedrop doctor --stack tunedrop
