@@ -6,8 +6,6 @@ The application runs beside the containers; its rules are disabled, so that noth
 import gzip
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +24,8 @@ from tiny_model import make_tiny_model
 
 from benchmarks.chaos import CONFIG
 from local_app.deployment import Deployment
+from local_app.sagemaker_emulator import SageMakerEmulator, serve
+from local_app.sandbox import Docker
 from local_app.stack import PROJECT, Stack
 from tunedrop.runs import FINAL, State
 
@@ -176,36 +176,32 @@ def wait_for_job(app: App, job: str | None) -> None:
 def until_ended(sagemaker: Any, job: str) -> dict[str, Any]:
     """Return a job as it is described after its end."""
     deadline = time.monotonic() + 300
-    while (described := sagemaker.describe_training_job(TrainingJobName=job))["TrainingJobStatus"] == "InProgress":
+    while True:
+        described: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=job)
+        if described["TrainingJobStatus"] in {"Completed", "Failed", "Stopped"}:
+            return described
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    return described
 
 
 @pytest.fixture
-def sagemaker(app: App, tmp_path: Path) -> Iterator[Any]:
-    """A client of a SageMaker emulator that finds no `unshare`, only Docker, to run jobs in."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "docker").symlink_to(str(shutil.which("docker")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "local_app.sagemaker_emulator", "--port", port, "--state-dir", str(tmp_path / "state")]
-    command += ["--s3-endpoint", app.stack.endpoint, "--event-sink", f"{app.stack.endpoint}/_tunedrop/events"]
-    with (tmp_path / "emulator.log").open("w") as log:
-        environment = app.stack.environment | {"PATH": str(tmp_path / "bin")}
-        emulator = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    config = Config(retries={"total_max_attempts": 12})  # until it answers
-    yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{port}", config=config)
-    emulator.terminate()
-    assert emulator.wait(30) == 0, (tmp_path / "emulator.log").read_text()
+def sagemaker(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of a SageMaker emulator that runs jobs in Docker, as where there are no namespaces."""
+    for name, value in app.stack.environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("local_app.sagemaker_training.find_sandbox", Docker)
+    with SageMakerEmulator(tmp_path / "state", app.stack.endpoint, on_state_change=lambda _: None) as emulator:
+        server = serve(emulator)
+        yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 def create_job(app: App, sagemaker: Any, name: str, script: str, **more: Any) -> None:
     """Start a job whose entry point is a shell script, in the image that the functions run in."""
     bucket = app.stack.outputs.artifact_bucket
-    app.stack.client("s3").put_object(Bucket=bucket, Key=f"jobs/code/{name}/run.sh", Body=script)
-    source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{bucket}/jobs/code/{name}/"}
+    app.stack.client("s3").put_object(Bucket=bucket, Key=f"runs/{name}/input/run.sh", Body=script)
+    source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{bucket}/runs/{name}/input/"}
     sagemaker.create_training_job(
         TrainingJobName=name,
         RoleArn=app.stack.outputs.sagemaker_role_arn,
@@ -217,7 +213,7 @@ def create_job(app: App, sagemaker: Any, name: str, script: str, **more: Any) ->
         },
         HyperParameters={"greeting": "it's"},
         InputDataConfig=[{"ChannelName": "code", "DataSource": {"S3DataSource": source}}],
-        OutputDataConfig={"S3OutputPath": f"s3://{bucket}/jobs", "CompressionType": "NONE"},
+        OutputDataConfig={"S3OutputPath": f"s3://{bucket}/runs/{name}/training", "CompressionType": "NONE"},
         ResourceConfig={"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50},
         StoppingCondition={"MaxRuntimeInSeconds": 600},
         **more,
@@ -225,7 +221,7 @@ def create_job(app: App, sagemaker: Any, name: str, script: str, **more: Any) ->
 
 
 def output(app: App, job: str, name: str) -> str:
-    key = f"jobs/{job}/output/model/{name}"
+    key = f"runs/{job}/training/{job}/output/model/{name}"
     return app.stack.client("s3").get_object(Bucket=app.stack.outputs.artifact_bucket, Key=key)["Body"].read().decode()
 
 
@@ -243,10 +239,11 @@ def test_a_job_in_docker_has_its_files_and_reaches_the_application(app: App, sag
     echo $$ > /opt/ml/model/pid; uname -n; echo "in the container" """
     create_job(app, sagemaker, "in-docker", script)
     job = until_ended(sagemaker, "in-docker")
-    assert job["TrainingJobStatus"] == "Completed", job
+    lines = list(Deployment.local(app.stack).log_lines("in-docker", {}))
+    assert job["TrainingJobStatus"] == "Completed", (job["FailureReason"], lines)
     assert json.loads(output(app, "in-docker", "hyperparameters.json")) == {"greeting": "it's"}
     assert output(app, "in-docker", "pid") == "1\n"
-    assert "in the container" in list(Deployment.local(app.stack).log_lines("in-docker", {}))
+    assert "in the container" in lines
 
 
 def test_an_isolated_job_in_docker_has_no_network_and_hears_that_it_is_stopped(app: App, sagemaker: Any) -> None:
@@ -255,8 +252,8 @@ def test_an_isolated_job_in_docker_has_no_network_and_hears_that_it_is_stopped(a
     echo ready; while :; do sleep 0.1; done"""
     create_job(app, sagemaker, "isolated-in-docker", script, EnableNetworkIsolation=True)
     deployment, deadline = Deployment.local(app.stack), time.monotonic() + 60
-    while "ready" not in deployment.log_lines("isolated-in-docker", {}):
-        assert time.monotonic() < deadline
+    while "ready" not in (lines := list(deployment.log_lines("isolated-in-docker", {}))):
+        assert time.monotonic() < deadline, lines
         time.sleep(0.5)
     sagemaker.stop_training_job(TrainingJobName="isolated-in-docker")
     assert until_ended(sagemaker, "isolated-in-docker")["TrainingJobStatus"] == "Stopped"
