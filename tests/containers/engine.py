@@ -33,6 +33,8 @@ BASE = CACHE / "lambda-python3.13.tar"
 # Where SAM looks for the base image of `Runtime: python3.13` (samcli/local/docker/lambda_image.py).
 REPOSITORY, TAG = "public.ecr.aws/lambda/python", "3.13-x86_64"
 NOT_RUN = 3
+# All that begins in these namespaces ends with their first process; `unshare` ends that one when it ends itself.
+NAMESPACES = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 START_SECONDS = 60.0
 # Lambda runs this file. A layer lies in /opt (https://docs.aws.amazon.com/lambda/latest/dg/python-layers.html). AWS's
 # runtime client is the only package that the image brings: all others have to come with the function.
@@ -59,12 +61,10 @@ def main() -> int:
     except NotRunError as reason:
         print(f"NOT RUN: {reason}", file=sys.stderr)
         return NOT_RUN
-    # All that begins in these namespaces ends with their first process; `unshare` ends that one when it ends itself.
-    namespaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     # A socket's path has 107 characters at most, and containerd makes some of its own: not below the project.
     with _folder() as short, _folder(CACHE) as data:
         try:
-            return _run([*namespaces, sys.executable, __file__, "--inside", short, data, *sys.argv[1:]])
+            return _run([*NAMESPACES, sys.executable, __file__, "--inside", short, data, *sys.argv[1:]])
         finally:
             for group in Path("/sys/fs/cgroup").glob(f"**/{_cgroup(short)}"):
                 group.rmdir()
@@ -116,6 +116,7 @@ def _prepare() -> None:
             f"it takes either a running Docker engine that has {REPOSITORY}:{TAG} (`docker pull` gets it), or root on a "
             "Debian or Ubuntu machine (x86_64), where an engine can be started."
         )
+    _do([*NAMESPACES, "true"])
     if not TOOLS.exists():
         _say("downloading Debian's docker.io and debootstrap")
         (PACKAGES / "partial").mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def _prepare() -> None:
         _do(["apt-get", "update", "-qq"])
         # From Debian 13 on, the client is a package of its own.
         client = subprocess.run(["apt-cache", "show", "docker-cli"], capture_output=True, check=False).returncode == 0
-        wanted = ["docker.io", "debootstrap", "iproute2", *(["docker-cli"] if client else [])]
+        wanted = ["docker.io", "debootstrap", "debian-archive-keyring", "iproute2", *(["docker-cli"] if client else [])]
         _do([*install, "-o", f"Dir::Cache::archives={PACKAGES}", *wanted])
         unpacked = Path(tempfile.mkdtemp(dir=CACHE))
         for package in PACKAGES.glob("*.deb"):
@@ -136,7 +137,10 @@ def _prepare() -> None:
 
 
 def _make_base_image(root: Path, archive: Path) -> None:
-    _do(["debootstrap", "--variant=minbase", "--include=python3.13", "trixie", str(root), "http://deb.debian.org/debian"])
+    keyring = TOOLS / "usr/share/keyrings/debian-archive-keyring.gpg"  # there if this machine had none
+    signed = ["--force-check-gpg", *(["--keyring", str(keyring)] if keyring.exists() else [])]
+    release = ["--variant=minbase", "--include=python3.13", "trixie", str(root), "http://deb.debian.org/debian"]
+    _do(["debootstrap", *signed, *release])
     client = [
         f"{name}=={importlib.metadata.version(name)}" for name in ("awslambdaric", "simplejson", "snapshot-restore-py")
     ]
