@@ -276,7 +276,7 @@ def _hook_rule_complexity() -> None:
     provisioners._RESOURCE_HANDLERS["AWS::Events::Rule"]["create"] = create
 
 
-# ---- CloudFormation --------------------------------------------------------------------------------------------------
+# ---- clients ---------------------------------------------------------------------------------------------------------
 
 
 def _client(service: str, endpoint: str, region: str = REGION) -> Any:

@@ -6,11 +6,13 @@ the services refuse what breaks them: here they are checked, for every service a
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import regex
 from botocore.model import Shape
 from botocore.validate import ParamValidator
+
+if TYPE_CHECKING:
+    import regex
 
 _NUMBERS = ("integer", "long", "float", "double")
 
@@ -55,6 +57,8 @@ def violations(shape: Shape, value: Any, path: str = "") -> Iterator[str]:
 
 
 @functools.cache
-def compiled(pattern: str) -> regex.Pattern[str]:
+def compiled(pattern: str) -> "regex.Pattern[str]":
     """Compile one of the models' patterns, which are Java's: with Unicode's classes, and surrogates for what is beyond."""
+    import regex  # not in `.venv-deploy`, whose `tunedrop event` comes by here and checks nothing
+
     return regex.compile(pattern.replace(r"\uD800\uDC00-\uDBFF\uDFFF", r"\U00010000-\U0010FFFF"))

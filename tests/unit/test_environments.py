@@ -24,7 +24,7 @@ MACHINES = [
 ]
 # Builds both requests with ModelTrainer, as `python -m trainer.release` does, and imports the command.
 RELEASE = """
-import tempfile, pathlib, local_app.cli
+import tempfile, pathlib, local_app.cli, local_app.doctor, local_app.printed_event, local_app.sagemaker_training_job
 from trainer import release
 role, image = "arn:aws:iam::111122223333:role/jobs", "111122223333.dkr.ecr.eu-central-1.amazonaws.com/image:1"
 with tempfile.TemporaryDirectory() as folder:
