@@ -410,11 +410,23 @@ def train(flags: argparse.Namespace) -> None:
         log.info("saved %s with the adapter of step %d", target, chosen.step)
 
 
+def leave_process_group() -> None:
+    """End torch's process group: https://docs.pytorch.org/docs/stable/distributed.html#shutdown.
+
+    Otherwise the group's threads may abort a process that exits while other ranks still work.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the flags say; exits 0, or 1 with the reason in the failure file."""
     set_up_logging()
     with failure_reported():
         train(parse_flags(sys.argv[1:] if arguments is None else arguments))
+        leave_process_group()
 
 
 if __name__ == "__main__":

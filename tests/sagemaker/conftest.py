@@ -74,6 +74,7 @@ class Local:
     client: Any
     s3: Any
     url: str
+    folder: Path
     events: list[Json] = field(default_factory=list)
     close: Callable[[], None] = lambda: None
 
@@ -144,6 +145,10 @@ class Local:
 
         return wait_for(arrived)
 
+    def log(self, name: str) -> str:
+        """What the job's processes printed."""
+        return (self.folder / "jobs" / name / "job.log").read_text()
+
     def keys(self, prefix: str) -> list[str]:
         return [item["Key"] for item in self.s3.list_objects_v2(Bucket="art", Prefix=prefix).get("Contents", [])]
 
@@ -180,7 +185,7 @@ def launch(endpoint: str, s3: Any, folder: Path, **options: Any) -> Local:
         emulator.close()
 
     url = f"http://127.0.0.1:{server.server_port}"
-    return Local(client=sagemaker_client(url), s3=s3, url=url, events=events, close=close)
+    return Local(client=sagemaker_client(url), s3=s3, url=url, folder=folder, events=events, close=close)
 
 
 @pytest.fixture
@@ -267,7 +272,7 @@ def command(
                 return False
 
         wait_for(healthy)
-        return process, Local(client=sagemaker_client(url), s3=s3, url=url, events=sink.events)
+        return process, Local(client=sagemaker_client(url), s3=s3, url=url, folder=tmp_path / "state", events=sink.events)
 
     yield begin
     for process in processes:

@@ -138,7 +138,7 @@ def trained(
     checkpoints = {"S3Uri": f"s3://art/checkpoints/{name}"}
     local.create(name, textwrap.dedent(ENTRY), InputDataConfig=inputs, CheckpointConfig=checkpoints, **changes)
     job = local.until(lambda: (found := local.describe(name))["TrainingJobStatus"] != "InProgress" and found, seconds=180)
-    assert job["TrainingJobStatus"] == "Completed", job["FailureReason"]
+    assert job["TrainingJobStatus"] == "Completed", job["FailureReason"] + "\n" + local.log(name)
     base = f"out/{name}/{name}/output/model"
     told, metrics = json.loads(local.text(f"{base}/training.json")), local.text(f"{base}/metrics.jsonl")
     adapter = local.s3.get_object(Bucket="art", Key=f"{base}/adapter/adapter_model.safetensors")["Body"].read()
