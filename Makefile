@@ -66,7 +66,7 @@ demo: install
 lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy functions trainer local_app
+	.venv/bin/mypy functions trainer release tunedrop_cli local_app
 
 # Two files of tests at a time; torch's threads would only fight over two cores.
 PYTEST = -m pytest -n 2 --dist loadfile
@@ -99,7 +99,7 @@ containers: install
 deploy: $(DEPLOY) $(SAM)
 	PIP='"$(CURDIR)/.venv-deploy/bin/python" -m pip' .venv-sam/bin/sam build
 	.venv-sam/bin/sam deploy
-	.venv-deploy/bin/python -m trainer.release --stack tunedrop
+	.venv-deploy/bin/python -m release --stack tunedrop
 	-.venv-deploy/bin/tunedrop doctor --stack tunedrop
 
 # Writes the locks after a change of what they are made of, on any machine: they hold for every Python and platform. Versions

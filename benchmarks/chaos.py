@@ -27,9 +27,9 @@ sys.path[:0] = [str(ROOT / "tests" / "support")]
 
 from tiny_model import make_tiny_model  # noqa: E402 - after the path
 
-from local_app.deployment import Deployment  # noqa: E402
 from local_app.stack import STACK_NAME, Stack  # noqa: E402
-from tunedrop.runs import FINAL, Run, State  # noqa: E402
+from pipeline.runs.table import FINAL, Run, State  # noqa: E402
+from tunedrop_cli.deployment import Deployment  # noqa: E402
 
 CONFIG = """model: tiny
 rewards: [{type: similarity}]
@@ -71,9 +71,13 @@ class Chaos:
         found = self.stack.processes()
         if kind == "application":
             return found
-        servers = [process for process in found if any("_emulator" in part for part in _command(process))]
-        aws = next((p for p in servers if "local_app.aws_emulator" in _command(p)), None)
-        sagemaker = next((p for p in servers if "local_app.sagemaker_emulator" in _command(p)), None)
+        servers = [
+            process
+            for process in found
+            if any(part.startswith("local_app.") and part.endswith(".server") for part in _command(process))
+        ]
+        aws = next((p for p in servers if "local_app.aws.server" in _command(p)), None)
+        sagemaker = next((p for p in servers if "local_app.sagemaker.server" in _command(p)), None)
         parent = {"function": aws, "job": sagemaker}[kind]
         children = parent.children(recursive=True) if parent else []
         # Of a job the innermost process: the trainer itself, not what keeps it in its namespace.
@@ -138,7 +142,7 @@ def bring_up(folder: Path, parameters: Mapping[str, str] | None = None) -> Stack
     """Bring an application up, with its launch plan; `parameters` are the template's."""
     stack = Stack(folder, parameters=parameters)
     stack.up()
-    release = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", stack.region]
+    release = [sys.executable, "-m", "release", "--stack", STACK_NAME, "--region", stack.region]
     subprocess.run(release, env=stack.environment, check=True, capture_output=True)
     return stack
 

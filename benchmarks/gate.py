@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from tunedrop.statistics import FEW_TESTS, interval
+from pipeline.publish.statistics import FEW_TESTS, interval
 
 Draw = Callable[[random.Random], float]
 COUNTS = (20, 50, 100, 200)

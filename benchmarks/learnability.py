@@ -23,11 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from trainer import checkpoints, dataset, learnability, models, sampling, train
 from trainer.progress import history
+from tunedrop.config.model import parse_run_config
 from tunedrop.rewards import build_rewards
-from tunedrop.run_config import parse_run_config
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT / "local_app/sample"
+SAMPLE = ROOT / "tunedrop_cli/sample"
 # Prompts and answers to each. The gate asks 24 prompts in a run as short as the demo's.
 GATES = [(24, 2), (24, 4), (12, 8), (24, 8)]
 WITHIN = 10  # points

@@ -14,12 +14,12 @@ import torch
 from transformers import pipeline
 
 from local_app import base_model
-from local_app.sample import DATA
 from local_app.stack import PROJECT
 from trainer import models
 from trainer.test_model import Decoding, answer, load
+from tunedrop.config.model import parse_run_config
 from tunedrop.inference_tests import InferenceTest
-from tunedrop.run_config import parse_run_config
+from tunedrop_cli.sample import DATA
 
 
 def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:

@@ -28,11 +28,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trainer import dataset, models
 from trainer.grpo import SharedPrefixGRPOTrainer
 from trainer.row_rewards import RowReward
+from tunedrop.config.model import parse_run_config
 from tunedrop.rewards import build_rewards
-from tunedrop.run_config import parse_run_config
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ROOT / "local_app/sample"
+SAMPLE = ROOT / "tunedrop_cli/sample"
 TRAINERS = {"stock TRL": GRPOTrainer, "shared prefix": SharedPrefixGRPOTrainer}
 STEP = 48  # completions a step, as in the sample
 

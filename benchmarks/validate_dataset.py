@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunedrop.readers import BLOCK_BYTES, suffix_of
-from tunedrop.receipt import check_config, check_dataset
+from pipeline.validation.receipt import check_config, check_dataset
+from tunedrop.dataset.readers import BLOCK_BYTES, suffix_of
 
 REPEATS = 3
 HELD_OUT = 256

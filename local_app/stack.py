@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import yaml
 
-from local_app.aws_emulator import MARKER, REGION
+from local_app.aws.server import MARKER, REGION
 from local_app.certificates import certificates, make_certificates
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment in which boto3, `sam` and `python -m trainer.release` talk to this stack and to nothing else."""
+        """Environment in which boto3, `sam` and `python -m release` talk to this stack and to nothing else."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         return ours | {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -203,7 +203,7 @@ class Stack:
     def down(self) -> None:
         """End everything that was started in this folder, in order where it still runs in order; state stays."""
         # SageMaker first: it stops jobs and notes their state while there is an S3 to write to.
-        for module in ("local_app.sagemaker_emulator", "local_app.aws_emulator"):
+        for module in ("local_app.sagemaker.server", "local_app.aws.server"):
             self._end([process for process in self.processes() if module in process.cmdline()])
         self._end(self.processes())
         self._progress(f"down: nothing runs in {self.folder} any more")
@@ -263,7 +263,7 @@ class Stack:
         file.write_text(json.dumps({"host": self._host, **ports}))
 
     def _server(self, name: str) -> psutil.Process | None:
-        return next((p for p in self.processes() if f"local_app.{name}_emulator" in p.cmdline()), None)
+        return next((p for p in self.processes() if f"local_app.{name}.server" in p.cmdline()), None)
 
     def _start_servers(self) -> dict[str, subprocess.Popen[bytes]]:
         address, state = self._address, self.folder
@@ -286,7 +286,7 @@ class Stack:
             command = [
                 sys.executable,
                 "-m",
-                f"local_app.{name}_emulator",
+                f"local_app.{name}.server",
                 "--host",
                 self._host,
                 "--port",

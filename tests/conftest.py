@@ -12,7 +12,7 @@ import strict_model
 
 ROOT = Path(__file__).parents[1]
 EVENTS = ROOT / "events"
-# Read when tunedrop.observability is imported, which tests do before any fixture.
+# Read when pipeline.observability is imported, which tests do before any fixture.
 os.environ["POWERTOOLS_METRICS_NAMESPACE"] = "tunedrop"
 
 

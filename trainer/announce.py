@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer import folders
-from tunedrop.bus import EventNotDeliveredError, VerdictEvent, put
+from tunedrop.event_bus import EventNotDeliveredError, VerdictEvent, put
 
 log = logging.getLogger("trainer")
 

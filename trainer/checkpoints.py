@@ -21,8 +21,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 
 from trainer.job import JobError
-from tunedrop.records import Row
-from tunedrop.run_config import RunConfig
+from tunedrop.config.model import RunConfig
+from tunedrop.dataset.rows import Row
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Base

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import folders
 from trainer.job import JobError
+from tunedrop.config.model import RunConfig, prompt_limit
+from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
+from tunedrop.dataset.rows import Row, read_rows
 from tunedrop.problems import Problem, RejectedError
-from tunedrop.readers import DATA_SUFFIXES, suffix_of
-from tunedrop.records import Row, read_rows
-from tunedrop.run_config import RunConfig, prompt_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from tunedrop.records import Row
+from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, text_of
 
 

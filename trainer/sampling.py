@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer.row_rewards import columns
-from tunedrop.records import Row
+from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, score
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ import msgspec
 from trainer import container, folders, models
 from trainer.deployment import deployment
 from trainer.job import JobError, failure_reported, set_up_logging
+from tunedrop.config.model import RunConfig, parse_run_config
 from tunedrop.inference_tests import Answer, Check, InferenceTest, Latency, Outcome, build_checks, parse_tests
 from tunedrop.rewards import Deployment, Reward, RewardError, RewardSpec, build_rewards, score
 from tunedrop.rewards.wire import write_result
-from tunedrop.run_config import RunConfig, parse_run_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,9 +28,9 @@ from trainer import container, folders, models
 from trainer.dataset import Dataset, dataset_file, fit_prompts, heldout_rows, load_rows
 from trainer.deployment import deployment
 from trainer.job import JobError, failure_reported, set_up_logging, started
-from tunedrop.records import Row
+from tunedrop.config.model import RunConfig, generated_answers, optimizer_steps, parse_run_config
+from tunedrop.dataset.rows import Row
 from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
-from tunedrop.run_config import RunConfig, generated_answers, optimizer_steps, parse_run_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,11 +5,11 @@ from typing import Any
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import connect
-from tunedrop.events import JobStateChange
-from tunedrop.observability import logger, metrics, tracer
-from tunedrop.runs import StaleMoveError
-from tunedrop.stages.publish_results import PublishSettings, testing_ended
+from pipeline.aws import connect
+from pipeline.notify.events import JobStateChange
+from pipeline.observability import logger, metrics, tracer
+from pipeline.runs.table import StaleMoveError
+from pipeline.stages.publish_results import PublishSettings, testing_ended
 
 
 @logger.inject_lambda_context(correlation_id_path="id")

@@ -4,9 +4,9 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import connect
-from tunedrop.observability import logger, metrics, tracer
-from tunedrop.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.aws import connect
+from pipeline.observability import logger, metrics, tracer
+from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 
 @logger.inject_lambda_context(correlation_id_path="id")

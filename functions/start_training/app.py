@@ -5,14 +5,14 @@ from typing import Any
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop import events
-from tunedrop.aws import connect
-from tunedrop.events import DatasetValidated, StopRequested
-from tunedrop.jobs import JobSettings
-from tunedrop.observability import logger, metrics, tracer
-from tunedrop.runs import StaleMoveError
-from tunedrop.stages.start_training import start_run, start_waiting
-from tunedrop.stages.stop_run import stop_run
+from pipeline.aws import connect
+from pipeline.jobs.launch import JobSettings
+from pipeline.notify import events
+from pipeline.notify.events import DatasetValidated, StopRequested
+from pipeline.observability import logger, metrics, tracer
+from pipeline.runs.table import StaleMoveError
+from pipeline.stages.start_training import start_run, start_waiting
+from pipeline.stages.stop_run import stop_run
 
 
 @logger.inject_lambda_context(correlation_id_path="id")

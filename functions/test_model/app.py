@@ -5,12 +5,12 @@ from typing import Any
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import connect
-from tunedrop.events import JobStateChange
-from tunedrop.jobs import JobSettings
-from tunedrop.observability import logger, metrics, tracer
-from tunedrop.runs import StaleMoveError
-from tunedrop.stages.test_model import training_ended
+from pipeline.aws import connect
+from pipeline.jobs.launch import JobSettings
+from pipeline.notify.events import JobStateChange
+from pipeline.observability import logger, metrics, tracer
+from pipeline.runs.table import StaleMoveError
+from pipeline.stages.test_model import training_ended
 
 
 @logger.inject_lambda_context(correlation_id_path="id")

@@ -20,10 +20,10 @@ import msgspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tunedrop.config.model import RunConfig, YamlLoader
+from tunedrop.dataset.rows import ROLES, Row
 from tunedrop.problems import Problem, RejectedError, nearest
-from tunedrop.records import ROLES, Row
 from tunedrop.rewards import TEXT_ONLY, Deployment, RewardError, RewardSpec, build_rewards
-from tunedrop.run_config import RunConfig, YamlLoader
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64

@@ -6,10 +6,10 @@ from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from tunedrop.aws import connect
-from tunedrop.events import VALIDATION_REQUESTED, Upload, ValidationRequested
-from tunedrop.observability import logger, metrics, tracer
-from tunedrop.stages.validate_dataset import ValidateSettings, validate_upload
+from pipeline.aws import connect
+from pipeline.notify.events import VALIDATION_REQUESTED, Upload, ValidationRequested
+from pipeline.observability import logger, metrics, tracer
+from pipeline.stages.validate_dataset import ValidateSettings, validate_upload
 
 
 @logger.inject_lambda_context(correlation_id_path="id")

@@ -18,7 +18,7 @@ import boto3
 import psutil
 import pytest
 
-from local_app.aws_emulator import MARKER
+from local_app.aws.server import MARKER
 from local_app.certificates import make_certificates
 
 Json = dict[str, Any]
@@ -50,7 +50,7 @@ class Emulators:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
-        command = [sys.executable, "-m", f"local_app.{name}_emulator", "--port", str(self.ports[name])]
+        command = [sys.executable, "-m", f"local_app.{name}.server", "--port", str(self.ports[name])]
         command += ["--state-dir", str(self.folder / name)]
         if name == "sagemaker":
             command += ["--s3-endpoint", self.url, "--event-sink", f"{self.url}/_tunedrop/events"]

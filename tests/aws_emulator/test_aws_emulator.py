@@ -1,4 +1,4 @@
-"""One contract test for each thing that `local_app.aws_emulator` adds to MiniStack."""
+"""One contract test for each thing that `local_app.aws.server` adds to MiniStack."""
 
 import json
 import uuid
@@ -9,7 +9,7 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError
 
-from local_app.redrive import redrive
+from tunedrop_cli.redrive import redrive
 
 from .conftest import Emulators, wait_for
 

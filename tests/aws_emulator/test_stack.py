@@ -13,10 +13,10 @@ import yaml
 from fake_stack import plan_request
 from tiny_tokenizer import tokenizer_files
 
-from local_app.aws_emulator import MARKER
-from local_app.deployment import Deployment
+from local_app.aws.server import MARKER
 from local_app.stack import PROJECT, Stack, StackError
-from tunedrop.runs import State
+from pipeline.runs.table import State
+from tunedrop_cli.deployment import Deployment
 
 from .conftest import wait_for
 

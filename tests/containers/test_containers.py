@@ -24,11 +24,11 @@ from botocore.config import Config
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import CONFIG
-from local_app.deployment import Deployment
-from local_app.sagemaker_emulator import SageMakerEmulator, serve
-from local_app.sandbox import Docker
+from local_app.sagemaker.sandbox import Docker
+from local_app.sagemaker.server import SageMakerEmulator, serve
 from local_app.stack import PROJECT, Stack
-from tunedrop.runs import State
+from pipeline.runs.table import State
+from tunedrop_cli.deployment import Deployment
 
 pytestmark = pytest.mark.containers
 
@@ -192,7 +192,7 @@ def sagemaker(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for name, value in app.stack.environment.items():
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
-    monkeypatch.setattr("local_app.sagemaker_training.find_sandbox", Docker)
+    monkeypatch.setattr("local_app.sagemaker.training_jobs.find_sandbox", Docker)
     with SageMakerEmulator(tmp_path / "state", app.stack.endpoint, on_state_change=lambda _: None) as emulator:
         server = serve(emulator)
         yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{server.server_port}")

@@ -7,10 +7,10 @@ import pytest
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 
-from local_app.aws_emulator import matches_pattern
-from tunedrop.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
-from tunedrop.jobs import TrainingJob
-from tunedrop.runs import Run, State
+from local_app.aws.server import matches_pattern
+from pipeline.jobs.launch import TrainingJob
+from pipeline.notify.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
+from pipeline.runs.table import Run, State
 
 EVENTS = Path(__file__).parents[2] / "events"
 NAMES = sorted(path.stem for path in EVENTS.glob("*.json"))

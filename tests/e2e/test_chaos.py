@@ -7,7 +7,7 @@ import pytest
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, chaos
-from tunedrop.runs import State
+from pipeline.runs.table import State
 
 pytestmark = pytest.mark.soak
 

@@ -13,10 +13,10 @@ import pytest
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, check
-from local_app.deployment import Deployment
-from local_app.listener import listening
 from local_app.stack import STACK_NAME
-from tunedrop.runs import State
+from pipeline.runs.table import State
+from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.listener import listening
 
 # The kind of file people have: several pretty-printed objects one after another, curly quotes in the texts.
 FAQ = [
@@ -215,7 +215,7 @@ def test_one_job_without_the_pipeline(app, published):
         "max-completion-length": 8,
         "max-samples": 4,
     }
-    command = [sys.executable, "-m", "trainer.release", "--stack", STACK_NAME, "--region", app.stack.region, "--submit"]
+    command = [sys.executable, "-m", "release", "--stack", STACK_NAME, "--region", app.stack.region, "--submit"]
     command += ["--training-data", str(app.folder / "faq.json"), "--models", str(app.model)]
     command += ["--hyperparameters", json.dumps(given), "--config", str(app.write("submit.yaml", REWARDS))]
     done = subprocess.run(command, env=app.stack.environment, check=True, capture_output=True, text=True)

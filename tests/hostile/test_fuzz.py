@@ -10,14 +10,14 @@ from hostile import CSV, GOOD, good_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunedrop import layout
-from tunedrop.events import JobStateChange
+from pipeline.notify.events import JobStateChange
+from tunedrop import object_keys
+from tunedrop.config.model import RunConfig, load_run_config
+from tunedrop.dataset.readers import DATA_SUFFIXES
+from tunedrop.dataset.rows import read_rows
 from tunedrop.inference_tests import parse_tests
-from tunedrop.layout import JobName
+from tunedrop.object_keys import JobName
 from tunedrop.problems import Problem, RejectedError
-from tunedrop.readers import DATA_SUFFIXES
-from tunedrop.records import read_rows
-from tunedrop.run_config import RunConfig, load_run_config
 
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 long_fuzz = settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -167,8 +167,8 @@ def test_any_event_is_taken_or_refused(event, detail):
 @fuzz
 @given(key=st.text(max_size=100), prefix=st.sampled_from(["", "training_data/", "training_data/../", "training_data//"]))
 def test_any_key(key, prefix):
-    dataset = layout.dataset_of(f"{prefix}{key}")
-    run_id = f"{layout.slug(dataset)}-0123456789ab"
+    dataset = object_keys.dataset_of(f"{prefix}{key}")
+    run_id = f"{object_keys.slug(dataset)}-0123456789ab"
     name = JobName("p" * 16, "train", run_id, 99)
     assert len(str(name)) <= 63
     assert JobName.parse(str(name), "p" * 16) == name

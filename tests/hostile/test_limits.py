@@ -19,8 +19,8 @@ CHECK = """
 import json, resource, sys, tempfile
 from pathlib import Path
 import arro3.io, yaml
-from tunedrop.readers import suffix_of
-from tunedrop.receipt import check_config, check_dataset
+from tunedrop.dataset.readers import suffix_of
+from pipeline.validation.receipt import check_config, check_dataset
 
 def peak():  # unlike ru_maxrss, which begins with that of the process that started this one
     status = Path("/proc/self/status").read_text()

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from fake_stack import ARTIFACTS, BUS, DATA, PREFIX, TABLE
 from world import World, deployed
 
-from local_app.cli import cli
 from local_app.stack import StackError
+from tunedrop_cli.main import cli
 
 REGION = ["--region", "us-east-1"]
 # What the command reads of the stack.

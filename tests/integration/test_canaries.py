@@ -12,8 +12,8 @@ import re
 import pytest
 from hostile import GOOD
 
-from tunedrop.observability import logger
-from tunedrop.runs import State
+from pipeline.observability import logger
+from pipeline.runs.table import State
 
 MARK = "CaNaRy"
 DATA = b"".join(

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 from fake_stack import ARTIFACTS, DATA
 
-from local_app.check import parameter
-from local_app.cli import cli
-from tunedrop import layout
-from tunedrop.model_files import READ_FILES
-from tunedrop.receipt import Receipt
+from pipeline.validation.model_files import READ_FILES
+from pipeline.validation.receipt import Receipt
+from tunedrop import object_keys
+from tunedrop_cli.check import parameter
+from tunedrop_cli.main import cli
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 # What tells one run from another.
@@ -44,7 +44,7 @@ def test_a_laptop_and_the_lambda_give_the_same_receipt(world, model, tmp_path, s
         for name in (*READ_FILES, "model.safetensors"):
             if (raw := world.aws.read(DATA, f"models/base/{name}")) is not None:
                 (model / name).write_bytes(raw)
-    dataset = layout.dataset_of(layout.TRAINING_DATA + sample)
+    dataset = object_keys.dataset_of(object_keys.TRAINING_DATA + sample)
     files = {"--config": CONFIGS.get(dataset, b""), "--tests": TESTS.get(dataset)}
     options = ["--model", str(model), "--json"]
     for option, raw in files.items():
@@ -54,18 +54,18 @@ def test_a_laptop_and_the_lambda_give_the_same_receipt(world, model, tmp_path, s
     said = CliRunner().invoke(cli, ["check", str(SAMPLES / sample), *options])
 
     # With --model, `tunedrop drop` and `tunedrop check` have the config name the model.
-    world.put(layout.config_key(dataset), b"model: base\n" + files["--config"])
+    world.put(object_keys.config_key(dataset), b"model: base\n" + files["--config"])
     if files["--tests"]:
-        world.put(layout.tests_keys(dataset)[0], files["--tests"])
-    run = world.drop(layout.TRAINING_DATA + sample, (SAMPLES / sample).read_bytes())
-    raw = world.aws.read(ARTIFACTS, layout.run_key(run.run_id, "validation.json"))
+        world.put(object_keys.tests_keys(dataset)[0], files["--tests"])
+    run = world.drop(object_keys.TRAINING_DATA + sample, (SAMPLES / sample).read_bytes())
+    raw = world.aws.read(ARTIFACTS, object_keys.run_key(run.run_id, "validation.json"))
     receipt = {key: value for key, value in json.loads(raw).items() if key not in IDENTITY}
 
     assert without_times(said.output) == without_times(msgspec.json.format(msgspec.json.encode(receipt)).decode() + "\n")
     assert said.exit_code == (0 if receipt["ok"] else 1)
     assert msgspec.to_builtins(msgspec.json.decode(msgspec.json.encode(receipt), type=Receipt)) == receipt
     assert (run.state == "VALIDATED") == receipt["ok"]
-    rejected = world.aws.read(ARTIFACTS, layout.run_key(run.run_id, "rejected.jsonl"))
+    rejected = world.aws.read(ARTIFACTS, object_keys.run_key(run.run_id, "rejected.jsonl"))
     assert (rejected is not None) == (sample == "broken.jsonl")
 
 

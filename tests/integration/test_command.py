@@ -6,10 +6,10 @@ import boto3
 import pytest
 from click.testing import CliRunner
 
-from local_app.cli import cli, main
-from local_app.deployment import LOG_GROUP
-from tunedrop.report import read_index
-from tunedrop.runs import State
+from pipeline.publish.report import read_index
+from pipeline.runs.table import State
+from tunedrop_cli.deployment import LOG_GROUP
+from tunedrop_cli.main import cli, main
 
 
 def published(world, name="cars", config=b""):

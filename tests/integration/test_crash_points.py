@@ -19,11 +19,11 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from fake_stack import ARTIFACTS, DATA, MODELS
 from world import GOOD_DATA, KilledError
 
-from tunedrop import runs
-from tunedrop.events import VALIDATION_REQUESTED
-from tunedrop.runs import FINAL, RUN, State
-from tunedrop.stages import validate_dataset
-from tunedrop.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.notify.events import VALIDATION_REQUESTED
+from pipeline.runs import table
+from pipeline.runs.table import FINAL, RUN, State
+from pipeline.stages import validate_dataset
+from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 Deliveries = Iterator[tuple[str, dict[str, Any]]]
 Call = Callable[[], Any]
@@ -277,7 +277,7 @@ def search(deploy, scenario, troubles) -> int:
 @pytest.fixture(autouse=True)
 def still_time(monkeypatch):
     """A clock that stands still, so that what differs in the end is not the time."""
-    for module in (runs, validate_dataset):
+    for module in (table, validate_dataset):
         monkeypatch.setattr(module, "now", lambda: CLOCK.now)
 
 

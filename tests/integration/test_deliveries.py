@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from world import GOOD_DATA, KilledError, World, deployed
 
-from tunedrop import runs
-from tunedrop.layout import JobName
-from tunedrop.runs import CAPACITY, FINAL, RUN, UPLOAD, Run, State, run_of_item
-from tunedrop.stages import reconcile, validate_dataset
+from pipeline.runs import table
+from pipeline.runs.table import CAPACITY, FINAL, RUN, UPLOAD, Run, State, run_of_item
+from pipeline.stages import reconcile, validate_dataset
+from tunedrop.object_keys import JobName
 
 from .test_crash_points import die_after, die_before, outcome, overtake
 
@@ -53,7 +53,7 @@ class Deliveries(RuleBasedStateMachine):
         super().__init__()
         self.time = datetime.fromisoformat("2026-01-01T00:00:00+00:00")
         self.patch = pytest.MonkeyPatch()
-        for module in (runs, validate_dataset, reconcile):
+        for module in (table, validate_dataset, reconcile):
             self.patch.setattr(module, "now", self.now)
         self.deployment = deployed(type(self).load_event)
         self.world: World = self.deployment.__enter__()
@@ -90,9 +90,9 @@ class Deliveries(RuleBasedStateMachine):
         name = JobName.parse(job, PREFIX)
         kind, run = name.kind, self.world.run(name.run_id)
         if how in {"train_completed", "train_at_limit"}:
-            self.world.save_training(runs.structs.replace(run, train_job=job))
+            self.world.save_training(table.structs.replace(run, train_job=job))
         elif how == "test_completed":
-            self.world.save_tests(runs.structs.replace(run, test_job=job), [outcome(n) for n in range(6)])
+            self.world.save_tests(table.structs.replace(run, test_job=job), [outcome(n) for n in range(6)])
         stage = {"train": "test_model", "test": "publish_results"}[kind]
         event = self.world.job_event(f"{'test_model' if how.startswith('train') else 'publish_results'}.{how}", job)
         self.pending += [(stage, event), ("start_training", event)]

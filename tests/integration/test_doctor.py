@@ -26,9 +26,9 @@ from fake_stack import plan_request
 from moto import mock_aws
 from template import TEMPLATE, Json, load_template, of_type, resolve
 
-from local_app.cli import cli
-from local_app.deployment import Place
-from local_app.doctor import ACTIONS, Finding, examine
+from tunedrop_cli.deployment import Place
+from tunedrop_cli.doctor import ACTIONS, Finding, examine
+from tunedrop_cli.main import cli
 
 REGION, ACCOUNT, NAME = "eu-central-1", "123456789012", "tunedrop"
 STACK_ID = f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/{NAME}/0a1b2c3d-1111-2222-3333-444455556666"
@@ -373,7 +373,7 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
     (
         lambda stack: stack.delete(ARTIFACTS, "launch_plans/current.json"),
         "PLAN_MISSING",
-        "python -m trainer.release --stack tunedrop",
+        "python -m release --stack tunedrop",
     ),
     (lambda stack: stack.delete(ARTIFACTS, "launch_plans/f00d.json"), "PLAN_MISSING", "launch_plans/f00d.json is missing"),
     (
@@ -462,7 +462,7 @@ def test_a_trouble_is_found_and_nothing_else(
 
 
 def test_every_output_of_the_stack_that_a_plan_is_made_of_is_compared(stack: Healthy) -> None:
-    from trainer.target import ENVIRONMENT
+    from release.target import ENVIRONMENT
 
     said = " ".join(part for _, code, part in TROUBLES if code == "PLAN_OUTDATED")
     compared = {"TrainingImageUri", "SageMakerRoleArn", "KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds"}
@@ -618,6 +618,8 @@ def test_the_readme_shows_what_is_said_in_the_first_hour(stack: Healthy) -> None
 
 
 def test_it_loads_no_sdk_and_no_torch() -> None:
-    program = "import sys, local_app.doctor; print([m for m in ('torch', 'sagemaker', 'transformers') if m in sys.modules])"
+    program = (
+        "import sys, tunedrop_cli.doctor; print([m for m in ('torch', 'sagemaker', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ from fake_stack import ARTIFACTS, DATA
 from hostile import CONFIG_KEY, CONFIGS, DATASETS, GOOD, KEYS, MODELS, TESTS, TESTS_KEY
 from world import deployed
 
-from tunedrop.runs import RUN, State
+from pipeline.runs.table import RUN, State
 
 EVENTS = Path(__file__).parents[2] / "events"
 PWNED = Path("/tmp/tunedrop-pwned")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from world import sample_event
 
-from tunedrop.events import JobStateChange
-from tunedrop.runs import State
+from pipeline.notify.events import JobStateChange
+from pipeline.runs.table import State
 
 # What the world makes of each end of a job: function, `events/` file, state and attempt of the run then.
 ENDS = [

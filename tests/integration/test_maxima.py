@@ -9,10 +9,10 @@ import world as world_module
 from botocore.session import get_session
 from template import load_template
 
-from local_app.service_model import violations
-from tunedrop.layout import JobName
+from local_app.sagemaker.service_model import violations
+from pipeline.runs.table import RUN, State
+from tunedrop.object_keys import JobName
 from tunedrop.rewards import REWARD_ENVIRONMENT
-from tunedrop.runs import RUN, State
 
 PREFIX = "p" * 16
 ATTEMPT = 9999

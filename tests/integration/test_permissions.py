@@ -11,8 +11,8 @@ from botocore.client import BaseClient
 from fake_stack import TABLE
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, known_names, needless, of_request, of_sagemaker, policies
 
-from tunedrop.aws import connect
-from tunedrop.runs import RUN, State
+from pipeline.aws import connect
+from pipeline.runs.table import RUN, State
 
 ROLES = {
     "validate_dataset": "ValidateDatasetRole",

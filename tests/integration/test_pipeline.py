@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
-from tunedrop.runs import State
-from tunedrop.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.runs.table import State
+from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 UPLOAD = "training_data/cars.jsonl"
 

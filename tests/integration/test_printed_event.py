@@ -10,8 +10,8 @@ from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 from world import GOOD_DATA, WON, World
 
-from tunedrop.events import JobStateChange
-from tunedrop.runs import Run, State
+from pipeline.notify.events import JobStateChange
+from pipeline.runs.table import Run, State
 
 KEY = "training_data/cars.jsonl"
 Json = dict[str, Any]

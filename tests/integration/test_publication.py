@@ -8,17 +8,17 @@ import yaml
 from botocore.client import BaseClient
 from fake_stack import ARTIFACTS, PLAN, SERVING_IMAGE
 
-from local_app.aws_emulator import matches_pattern
-from tunedrop import layout
-from tunedrop.report import read_index
-from tunedrop.runs import State
-from tunedrop.stages.publish_results import cost
+from local_app.aws.server import matches_pattern
+from pipeline.publish.report import read_index
+from pipeline.runs.table import State
+from pipeline.stages.publish_results import cost
+from tunedrop import object_keys
 
 RULES = Path(__file__).parents[2] / "events" / "rules"
 
 
 def index(world):
-    return read_index(world.aws.read(ARTIFACTS, layout.INDEX).decode())
+    return read_index(world.aws.read(ARTIFACTS, object_keys.INDEX).decode())
 
 
 def published(world, name="cars", config=b"rewards: [{type: exact_match}]\n"):
@@ -85,9 +85,9 @@ def test_every_published_run_is_in_the_index_once(world):
     runs = [published(world, name) for name in ("cars", "faq")]
     assert [each.run_id for each in index(world)] == [run.run_id for run in reversed(runs)]
     assert (index(world)[0].base, index(world)[0].tuned, index(world)[0].verdict) == (0.0, 1.0, "APPROVED")
-    before = world.aws.s3.head_object(Bucket=ARTIFACTS, Key=layout.INDEX)["VersionId"]
+    before = world.aws.s3.head_object(Bucket=ARTIFACTS, Key=object_keys.INDEX)["VersionId"]
     world.tested(world.run(runs[0].run_id))  # delivered again
-    assert world.aws.s3.head_object(Bucket=ARTIFACTS, Key=layout.INDEX)["VersionId"] == before
+    assert world.aws.s3.head_object(Bucket=ARTIFACTS, Key=object_keys.INDEX)["VersionId"] == before
 
 
 def test_publications_at_the_same_time_lose_nothing(world, monkeypatch):
@@ -101,7 +101,7 @@ def test_publications_at_the_same_time_lose_nothing(world, monkeypatch):
         try:
             return make_api_call(client, operation, arguments)
         finally:
-            if operation == "GetObject" and arguments["Key"] == layout.INDEX and names:
+            if operation == "GetObject" and arguments["Key"] == object_keys.INDEX and names:
                 world.tested(runs[names.pop()])
 
     first = world.trained(world.drop("training_data/a.jsonl"))

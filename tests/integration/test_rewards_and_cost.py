@@ -5,9 +5,9 @@ import json
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
+from pipeline.runs.table import State
+from tunedrop.config.model import RunConfig
 from tunedrop.rewards import RewardError, build_rewards, deployment_of
-from tunedrop.run_config import RunConfig
-from tunedrop.runs import State
 
 ALLOWED = {
     "REWARD_FUNCTION_ARNS": "arn:aws:lambda:us-east-1:123456789012:function:score",

@@ -7,9 +7,9 @@ import pytest
 from fake_stack import ARTIFACTS
 from world import KilledError
 
-from tunedrop import jobs
-from tunedrop.runs import CAPACITY, State
-from tunedrop.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.jobs import launch
+from pipeline.runs.table import CAPACITY, State
+from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 from .test_crash_points import outcome
 
@@ -161,7 +161,7 @@ def test_a_run_whose_job_nobody_lived_to_create_ends_when_nobody_can_be_creating
     help_after = partial(reconcile, ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
     help_after()
     assert world.run(run.run_id).open
-    monkeypatch.setattr(jobs, "LONGEST_INVOCATION", timedelta(0))
+    monkeypatch.setattr(launch, "LONGEST_INVOCATION", timedelta(0))
     help_after()
     assert (world.run(run.run_id).open, places(world)) == (None, set())
 

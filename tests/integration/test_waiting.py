@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from world import GOOD_DATA, KilledError
 
-from tunedrop import runs
-from tunedrop.runs import CAPACITY, State, backoff
-from tunedrop.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.runs import table
+from pipeline.runs.table import CAPACITY, State, backoff
+from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 
 def places(world) -> set[str]:
@@ -32,7 +32,7 @@ def clock(monkeypatch):
         nonlocal ahead
         ahead += timedelta(**time)
 
-    monkeypatch.setattr(runs, "now", lambda: (datetime.now(UTC) + ahead).isoformat(timespec="microseconds"))
+    monkeypatch.setattr(table, "now", lambda: (datetime.now(UTC) + ahead).isoformat(timespec="microseconds"))
     return turn
 
 
@@ -176,7 +176,7 @@ def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_back
     assert tried == ["ml.g6e.4xlarge", "ml.g5.4xlarge"]
     assert run.state == State.WAITING  # both choices had their turn
     assert run.reason.startswith("CapacityError: ")
-    assert run.not_before > runs.now()
+    assert run.not_before > table.now()
     clock(minutes=2)
     room(world)
     run = world.run(run.run_id)
@@ -188,8 +188,8 @@ def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_back
     [(1, 1, 1), (2, 1, 2), (4, 1, 8), (50, 1, 60), (5000, 1, 60), (1, 2, 0), (2, 2, 1), (3, 2, 0), (4, 2, 2)],
 )
 def test_backoff(world, monkeypatch, attempt, choices, minutes):
-    monkeypatch.setattr(runs, "now", lambda: "2026-01-01T00:00:00.000000+00:00")
-    run = runs.structs.replace(world.drop(), attempt=attempt, choices=choices)
+    monkeypatch.setattr(table, "now", lambda: "2026-01-01T00:00:00.000000+00:00")
+    run = table.structs.replace(world.drop(), attempt=attempt, choices=choices)
     expected = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)).isoformat(timespec="microseconds")
     assert backoff(run) == (expected if minutes else None)
 

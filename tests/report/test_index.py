@@ -4,7 +4,7 @@ import pytest
 from made_up import HOSTILE, made_index, made_run
 from playwright.sync_api import expect
 
-from tunedrop.report import read_index, render_index, thinned
+from pipeline.publish.report import read_index, render_index, thinned
 
 RUNS = [made_run(number) for number in range(500)]
 PAGE = made_index(500)

@@ -22,9 +22,9 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from local_app.sagemaker_emulator import SageMakerEmulator, serve
-from local_app.sagemaker_model import service_model
-from local_app.service_model import shape_problems
+from local_app.sagemaker.model import service_model
+from local_app.sagemaker.server import SageMakerEmulator, serve
+from local_app.sagemaker.service_model import shape_problems
 
 Json = dict[str, Any]
 ROLE = "arn:aws:iam::123456789012:role/SageMakerRole"
@@ -259,7 +259,7 @@ def command(
             port = free.getsockname()[1]
         arguments = ["--port", str(port), "--state-dir", str(tmp_path / "state"), "--s3-endpoint", endpoint]
         arguments += ["--event-sink", sink.url, "--grace", "2", *options]
-        process = subprocess.Popen([sys.executable, "-m", "local_app.sagemaker_emulator", *arguments])
+        process = subprocess.Popen([sys.executable, "-m", "local_app.sagemaker.server", *arguments])
         processes.append(process)
         url = f"http://127.0.0.1:{port}"
 
@@ -282,7 +282,7 @@ def command(
 
 @pytest.fixture(scope="session")
 def supported_shapes() -> list[Any]:
-    from local_app.sagemaker_emulator import OPERATIONS
+    from local_app.sagemaker.server import OPERATIONS
 
     operations = [service_model().operation_model(name) for name in OPERATIONS]
     return [shape for operation in operations for shape in (operation.input_shape, operation.output_shape) if shape]

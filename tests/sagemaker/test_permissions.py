@@ -9,8 +9,8 @@ from botocore.httpsession import URLLib3Session
 from fake_stack import ARTIFACTS, BUS, DATA, PLAN, PREFIX, TRAINED_RUN, plan_request
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_request, policies
 
-from tunedrop.launch_plan import job_request
-from tunedrop.run_config import RunConfig
+from pipeline.jobs.plan import job_request
+from tunedrop.config.model import RunConfig
 
 ROLE = "SageMakerRole"
 FOLDER = "runs/cars-0123456789ab"

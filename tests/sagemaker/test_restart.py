@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from local_app.sandbox import EnvironmentProblem
+from local_app.sagemaker.sandbox import EnvironmentProblem
 
 COUNTS_RUNS = """
 trap 'exit 0' TERM

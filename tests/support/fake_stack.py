@@ -7,7 +7,7 @@ from typing import Any
 import boto3
 from tiny_tokenizer import tokenizer_files
 
-from tunedrop.runs import Run, State
+from pipeline.runs.table import Run, State
 
 DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
 STACK_ID = "7fb2c419-8e0a-4f2e-9c2f-0123456789ab"
@@ -38,7 +38,7 @@ SERVING_IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:0.30.0-gpu-py
 
 
 def plan_request(kind: str) -> dict[str, Any]:
-    """What trainer/release.py captures of ModelTrainer, in the parts that the functions read or replace."""
+    """What release/release.py captures of ModelTrainer, in the parts that the functions read or replace."""
     return {
         "TrainingJobName": "captured",
         "AlgorithmSpecification": {

@@ -5,10 +5,10 @@ from typing import Any
 
 import msgspec
 
+from pipeline.publish.report import IndexedRun, render_index, render_report
+from pipeline.publish.statistics import evaluate
+from tunedrop.config.model import parse_run_config
 from tunedrop.inference_tests import Answer, Outcome
-from tunedrop.report import IndexedRun, render_index, render_report
-from tunedrop.run_config import parse_run_config
-from tunedrop.statistics import evaluate
 
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'
 PROOFS = {

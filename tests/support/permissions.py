@@ -1,7 +1,7 @@
 """Recorded AWS calls against the template's policies: who may do what, and which permission nobody needs.
 
 What a call needs, and whether a policy gives it, is said by the code that enforces IAM in the local app: MiniStack's for
-AWS's services, `local_app.sagemaker_permissions` for SageMaker's.
+AWS's services, `local_app.sagemaker.permissions` for SageMaker's.
 """
 
 import copy
@@ -16,7 +16,7 @@ from ministack.app import _extract_s3_vhost_bucket
 from ministack.core import iam_actions, iam_evaluator, router
 from template import listed, load_template, of_type, resolve
 
-from local_app.sagemaker_permissions import required_permissions
+from local_app.sagemaker.permissions import required_permissions
 
 Json = dict[str, Any]
 ACCOUNT, REGION = "123456789012", "us-east-1"

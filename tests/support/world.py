@@ -21,11 +21,11 @@ from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.dynamo_type import DynamoType
 from moto.dynamodb.models.table import Table
 
-from local_app.sagemaker_model import ServiceError
-from local_app.sagemaker_quotas import check_quotas
-from tunedrop.aws import Aws, connect
-from tunedrop.layout import JobName
-from tunedrop.runs import Run
+from local_app.sagemaker.model import ServiceError
+from local_app.sagemaker.quotas import check_quotas
+from pipeline.aws import Aws, connect
+from pipeline.runs.table import Run
+from tunedrop.object_keys import JobName
 
 # A job as the quota of all types together sees it.
 ALL_INSTANCES = {"ResourceConfig": {"InstanceType": "Instances across all types", "InstanceCount": 1}}

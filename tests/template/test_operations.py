@@ -60,7 +60,7 @@ def test_the_metric_of_old_runs_is_the_one_that_reconcile_emits() -> None:
         alarm["Namespace"]
         == TEMPLATE_DATA["Globals"]["Function"]["Environment"]["Variables"]["POWERTOOLS_METRICS_NAMESPACE"]
     )
-    source = (TEMPLATE.parent / "functions" / "tunedrop" / "stages" / "reconcile.py").read_text()
+    source = (TEMPLATE.parent / "functions" / "pipeline" / "stages" / "reconcile.py").read_text()
     assert f'name="{alarm["MetricName"]}"' in source
     assert alarm["Dimensions"] == [{"Name": "service", "Value": "reconcile"}]
 
@@ -82,6 +82,6 @@ def test_operations_tells_of_every_alarm_parameter_and_state() -> None:
         assert f"`{name.replace('mine-', '<stack>-', 1)}`" in OPERATIONS, name
     for parameter in ("KmsKeyArn", "VpcSubnetIds", "EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"):
         assert f"`{parameter}`" in OPERATIONS
-    from tunedrop.runs import State
+    from pipeline.runs.table import State
 
     assert {state for state in State if f"`{state}`" not in OPERATIONS} == set()

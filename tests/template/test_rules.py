@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from template import Json, load_template, of_type
 
-from local_app.event_patterns import complexity
+from local_app.aws.event_patterns import complexity
 from local_app.stack import PROJECT
 
 MOST = 8  # EventBridge was seen to take 9 and to refuse 12

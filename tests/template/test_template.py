@@ -11,14 +11,14 @@ import pytest
 from fake_stack import OWN_RULES
 from template import Json, listed, of_type, resolve
 
-from local_app.aws_emulator import matches_pattern
+from local_app.aws.server import matches_pattern
 from local_app.stack import PROJECT
-from tunedrop.aws import Settings
-from tunedrop.jobs import JobSettings
+from pipeline.aws import Settings
+from pipeline.jobs.launch import JobSettings
+from pipeline.stages.publish_results import PublishSettings
+from pipeline.stages.reconcile import ReconcileSettings
+from pipeline.stages.validate_dataset import ValidateSettings
 from tunedrop.rewards import REWARD_ENVIRONMENT
-from tunedrop.stages.publish_results import PublishSettings
-from tunedrop.stages.reconcile import ReconcileSettings
-from tunedrop.stages.validate_dataset import ValidateSettings
 
 SAM = PROJECT / ".venv-sam" / "bin"
 

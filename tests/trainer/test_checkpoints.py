@@ -15,7 +15,7 @@ import pytest
 from trainer import checkpoints, dataset, train
 from trainer.bounds import Bounds
 from trainer.job import JobError
-from tunedrop.run_config import RunConfig
+from tunedrop.config.model import RunConfig
 
 from .conftest import Job
 

@@ -4,8 +4,8 @@ import pytest
 
 from trainer import dataset
 from trainer.job import JobError
+from tunedrop.config.model import RunConfig, prompt_limit
 from tunedrop.problems import RejectedError
-from tunedrop.run_config import RunConfig, prompt_limit
 
 
 @pytest.mark.parametrize(

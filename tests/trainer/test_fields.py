@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainer import fields
+from release import fields
+from tunedrop.config.model import MANAGED_GRPO, MANAGED_LORA, config_fields, load_run_config
 from tunedrop.problems import RejectedError
-from tunedrop.run_config import MANAGED_GRPO, MANAGED_LORA, config_fields, load_run_config
 
 GIVEN = [(section, name) for section in ("grpo", "lora") for name in config_fields()[section]]
 FREE = [each for each in GIVEN if each[1] not in MANAGED_GRPO | MANAGED_LORA]
@@ -129,7 +129,7 @@ def test_a_misspelt_field_is_refused_with_the_right_one(section, name):
 
 def test_the_committed_fields_are_those_of_the_installed_versions():
     assert config_fields() == json.loads(json.dumps(fields.describe())), (
-        "run: python -m trainer.fields > functions/tunedrop/config_fields.json"
+        "run: python -m release.fields > functions/tunedrop/config/trl_fields.json"
     )
 
 

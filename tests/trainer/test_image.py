@@ -14,7 +14,7 @@ import pytest
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from trainer import release
+from release.prices import inference_image
 
 ROOT = Path(__file__).parents[2]
 IMAGE = tomllib.loads((ROOT / "requirements/training_image.toml").read_text())
@@ -127,7 +127,7 @@ def test_the_endpoint_in_the_docs_has_a_driver_for_the_image_that_serves():
     amis = dict(re.findall(r"<dt>([\w-]+)</dt>.*?CUDA version: (\d+\.\d+)", told))
     assert amis["al2-ami-sagemaker-inference-gpu-3-1"] == "12.4"  # a driver of 550
     (named,) = re.findall(r"InferenceAmiVersion=([\w-]+)", (ROOT / "docs/serving.md").read_text())
-    (cuda,) = re.findall(r"-cu(\d\d)\d-", release.inference_image("us-east-1"))
+    (cuda,) = re.findall(r"-cu(\d\d)\d-", inference_image("us-east-1"))
     assert int(cuda) <= float(amis[named])
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from release.plan import METRIC_NAMES
 from trainer import progress, train
 from trainer.job import JobError
-from trainer.release import METRIC_NAMES
 
 
 @pytest.fixture

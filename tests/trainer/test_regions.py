@@ -5,7 +5,7 @@ from botocore.session import get_session
 from sagemaker.core import image_uris
 from template import load_template, of_type, resolve
 
-from trainer.release import inference_image
+from release.prices import inference_image
 
 TEMPLATE = load_template()
 IMAGE = "pytorch:2.13-cu133-amzn2023-sagemaker"

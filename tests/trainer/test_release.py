@@ -17,12 +17,14 @@ from botocore.validate import validate_parameters
 from moto import mock_aws
 
 import trainer
-from trainer import release
+from release import __main__ as command
+from release import plan as launch_plans
+from release.prices import training_prices
+from release.target import Target, differences
 from trainer.job import MODULES
-from trainer.target import differences
 
 REGION = "eu-central-1"
-TARGET = release.Target(
+TARGET = Target(
     artifact_bucket="artifacts",
     role="arn:aws:iam::123456789012:role/tunedrop-sagemaker",
     image="763104351884.dkr.ecr.eu-central-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker",
@@ -71,7 +73,7 @@ def bucket():
     """What a release leaves in the artifact bucket: its objects by key."""
     with mock_aws():
         make_bucket()
-        digest = release.release(TARGET, REGION)
+        digest = launch_plans.release(TARGET, REGION)
         stored = objects()
     assert json.loads(stored["launch_plans/current.json"]) == {"digest": digest}
     return stored
@@ -100,7 +102,7 @@ def test_a_plan_is_sagemakers_request_without_a_run(plan, kind):
 
 def test_network_and_key_go_into_the_requests(tmp_path):
     target = TARGET._replace(kms_key="arn:aws:kms:eu-central-1:123456789012:key/k", subnets=["s-1"], security_groups=["g-1"])
-    plan = release.build_plan(target, REGION, tmp_path)
+    plan = launch_plans.build_plan(target, REGION, tmp_path)
     for kind in MODULES:
         assert plan[kind]["VpcConfig"] == {"Subnets": ["s-1"], "SecurityGroupIds": ["g-1"]}
         assert plan[kind]["OutputDataConfig"]["KmsKeyId"] == target.kms_key
@@ -114,7 +116,7 @@ def test_network_and_key_go_into_the_requests(tmp_path):
 
 def test_isolation_and_encrypted_traffic_go_into_the_requests_without_a_network_of_ones_own(tmp_path):
     target = TARGET._replace(network_isolation=True, encrypt_traffic=True)
-    plan = release.build_plan(target, REGION, tmp_path)
+    plan = launch_plans.build_plan(target, REGION, tmp_path)
     for kind in MODULES:
         assert plan[kind]["EnableNetworkIsolation"] is plan[kind]["EnableInterContainerTrafficEncryption"] is True
         assert "VpcConfig" not in plan[kind]
@@ -123,7 +125,7 @@ def test_isolation_and_encrypted_traffic_go_into_the_requests_without_a_network_
 
 def test_what_rewards_may_do_goes_into_the_jobs_environment(tmp_path, plan):
     environment = {"REWARD_FUNCTION_ARNS": "arn:aws:lambda:eu-central-1:1:function:a,b", "ALLOW_CODE_REWARDS": "true"}
-    allowed = release.build_plan(TARGET._replace(environment=environment), REGION, tmp_path)
+    allowed = launch_plans.build_plan(TARGET._replace(environment=environment), REGION, tmp_path)
     for kind in MODULES:
         assert allowed[kind]["Environment"] == environment
         check_request(allowed[kind] | {"TrainingJobName": "a"})
@@ -141,7 +143,7 @@ def test_what_the_containers_script_executes_is_the_job(bucket, plan, kind):
     # The last thing that the shell does: what comes after an exec never runs.
     assert re.findall(r"\bexec .*", script) == [f"exec python -m trainer.job {kind}"]
     code = {key.removeprefix(f"{folder}code/") for key in bucket}
-    assert {"requirements.txt", "trainer/job.py", "tunedrop/run_config.py"} <= code
+    assert {"requirements.txt", "trainer/job.py", "tunedrop/config/model.py"} <= code
     assert bucket[f"{folder}code/requirements.txt"] == (REPOSITORY / "trainer/requirements.lock").read_bytes()
     assert not [key for key in bucket if key.endswith(".pyc") or "__pycache__" in key]
 
@@ -176,12 +178,12 @@ def test_the_images_cuda_libraries_are_there_for_the_job_and_the_job_is_the_scri
 
 def test_one_commit_in_two_folders_gives_one_digest(plan, tmp_path):
     """Another checkout, released in another process, with compiled files lying about."""
-    for package in ("trainer", "functions/tunedrop"):
+    for package in ("trainer", "release", "functions/tunedrop"):
         shutil.copytree(REPOSITORY / package, tmp_path / "elsewhere" / Path(package).name)
     program = (
-        "import sys, json; from pathlib import Path; from trainer import release; "
-        "plan = release.build_plan(release.Target(*json.loads(sys.argv[1])), sys.argv[2], Path(sys.argv[3])); "
-        "sys.stdout.write(release.__file__ + ' ' + plan['digest'])"
+        "import sys, json; from pathlib import Path; from release import plan, target; "
+        "built = plan.build_plan(target.Target(*json.loads(sys.argv[1])), sys.argv[2], Path(sys.argv[3])); "
+        "sys.stdout.write(plan.__file__ + ' ' + built['digest'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, json.dumps(TARGET), REGION, str(tmp_path / "plan")],
@@ -200,11 +202,11 @@ def test_changed_source_gives_another_digest(plan, tmp_path, monkeypatch):
     source = shutil.copytree(REPOSITORY / "trainer", tmp_path / "trainer")
     (source / "job.py").write_text((source / "job.py").read_text() + "# changed\n")
     monkeypatch.setattr(trainer, "__path__", [str(source)])
-    assert release.build_plan(TARGET, REGION, tmp_path / "plan")["digest"] != plan["digest"]
+    assert launch_plans.build_plan(TARGET, REGION, tmp_path / "plan")["digest"] != plan["digest"]
 
 
 def test_stack_outputs_and_flags(monkeypatch, capsys):
-    monkeypatch.setattr(release, "release", lambda target, region: f"{target} {region}")
+    monkeypatch.setattr(command, "release", lambda target, region: f"{target} {region}")
     outputs = {
         "ArtifactBucket": "artifacts",
         "SageMakerRoleArn": TARGET.role,
@@ -229,11 +231,11 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
         "Outputs": [{"OutputKey": name, "OutputValue": value} for name, value in outputs.items()],
     }
     cloudformation = boto3.client("cloudformation", REGION)
-    monkeypatch.setattr(release.boto3, "client", lambda service, region_name: cloudformation)
+    monkeypatch.setattr(command.boto3, "client", lambda service, region_name: cloudformation)
     with Stubber(cloudformation) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
         given = ["--image", "other", "--environment", "CA_REPOSITORY_ARN=arn:b", "--environment", "EMPTY="]
-        release.main(["--stack", "mine", "--region", REGION, *given])
+        command.main(["--stack", "mine", "--region", REGION, *given])
     expected = TARGET._replace(job_prefix="mine", image="other", subnets=["s-1", "s-2"], security_groups=["g-1"])
     environment = {
         "REWARD_JUDGE_MODEL": "amazon.nova-lite-v1:0",
@@ -247,21 +249,21 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{expected} {REGION}\n"
     monkeypatch.delenv("SAGEMAKER_ROLE_ARN", raising=False)
     with pytest.raises(SystemExit, match="Give --stack, or --role, --image"):
-        release.main(["--region", REGION, "--artifact-bucket", "artifacts"])
+        command.main(["--region", REGION, "--artifact-bucket", "artifacts"])
 
 
 def test_a_stack_that_is_not_deployed_is_said(monkeypatch):
     """`sam deploy` ends well, too, where its change set was refused: the stack is in review then, without outputs."""
     cloudformation = boto3.client("cloudformation", REGION)
-    monkeypatch.setattr(release.boto3, "client", lambda service, region_name: cloudformation)
+    monkeypatch.setattr(command.boto3, "client", lambda service, region_name: cloudformation)
     stack = {"StackName": "mine", "StackStatus": "REVIEW_IN_PROGRESS", "CreationTime": "2026-01-01T00:00:00Z"}
     with Stubber(cloudformation) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
         with pytest.raises(SystemExit, match="is REVIEW_IN_PROGRESS and has no output 'ArtifactBucket'"):
-            release.main(["--stack", "mine", "--region", REGION])
+            command.main(["--stack", "mine", "--region", REGION])
         stub.add_client_error("describe_stacks", "ValidationError", "Stack with id mine does not exist")
         with pytest.raises(SystemExit, match="There is no stack 'mine' in eu-central-1"):
-            release.main(["--stack", "mine", "--region", REGION])
+            command.main(["--stack", "mine", "--region", REGION])
 
 
 # ---- prices ----------------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_prices_are_those_of_training_instances_by_the_hour(price_list):
         (200, {"FormatVersion": "aws_v1", "PriceList": offered, "NextToken": "more"}),
         (200, {"FormatVersion": "aws_v1", "PriceList": [product("Train:ml.p5.48xlarge", "63.296")]}),
     ]
-    prices = release.training_prices(REGION)
+    prices = training_prices(REGION)
     assert prices["on_demand"] == {"ml.g5.xlarge": 1.76, "ml.p5.48xlarge": 63.296}
     assert prices["region"] == REGION
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", prices["dated"])
@@ -338,13 +340,13 @@ def test_prices_are_those_of_training_instances_by_the_hour(price_list):
 )
 def test_a_plan_without_prices_is_a_plan(price_list, answer, capsys):
     price_list[1].append(answer)
-    assert release.training_prices(REGION) is None
+    assert training_prices(REGION) is None
     assert ("not authorized" in capsys.readouterr().err) == (answer[0] == 400)
 
 
 def test_a_stand_in_for_aws_is_not_asked(price_list, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:4566")
-    assert release.training_prices(REGION) is None
+    assert training_prices(REGION) is None
     assert price_list[0] == []
 
 
@@ -366,7 +368,7 @@ def test_submit_starts_a_job_without_the_pipeline(aws, tmp_path, capsys, monkeyp
     }
     flags = [flag for flag in FLAGS if flag not in {"--role", TARGET.role}]
     chosen = ["--training-data", "cars.jsonl", "--models", "s3://data/models/m/", "--config", "run.yaml", "--spot"]
-    release.main([*flags, "--submit", "--hyperparameters", json.dumps(given), *chosen])
+    command.main([*flags, "--submit", "--hyperparameters", json.dumps(given), *chosen])
     name = capsys.readouterr().out.strip()
     job = boto3.client("sagemaker", REGION).describe_training_job(TrainingJobName=name)
     assert job["HyperParameters"] == {
@@ -402,17 +404,17 @@ def test_submit_starts_a_job_without_the_pipeline(aws, tmp_path, capsys, monkeyp
 )
 def test_hyperparameters_that_a_shell_could_misread_are_refused(given, message):
     with pytest.raises(SystemExit, match=message):
-        release.read_hyperparameters(json.dumps(given))
+        command.read_hyperparameters(json.dumps(given))
 
 
 def test_hyperparameters_from_a_file(tmp_path):
     path = tmp_path / "hps.json"
     path.write_text('{"learning-rate": 5e-3}')
-    assert release.read_hyperparameters(f"@{path}") == {"learning-rate": 0.005}
+    assert command.read_hyperparameters(f"@{path}") == {"learning-rate": 0.005}
 
 
 @pytest.mark.parametrize("given", ["NAME", "=value", "A B=c", "1A=b", f"NAME={513 * 'a'}"])
 def test_a_variable_that_sagemaker_would_refuse_is_refused(given, capsys):
     with pytest.raises(SystemExit):
-        release.main([*FLAGS, "--environment", given])
+        command.main([*FLAGS, "--environment", given])
     assert "is not NAME=VALUE, with a value of at most 512 characters" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer import grpo, sizing
+from release import sizing
+from trainer import grpo
 
 DOCS = Path(__file__).parents[2] / "docs"
 SETTINGS = sizing.Settings(sequences=16, group=8, prompt=100, completion=60)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from pipeline.publish.statistics import evaluate
 from trainer import test_model
 from trainer.models import load_tokenizer
+from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import InferenceTest, Outcome
-from tunedrop.run_config import RunConfig
-from tunedrop.statistics import evaluate
 
 from .conftest import tiny_model
 

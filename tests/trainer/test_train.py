@@ -111,7 +111,7 @@ def test_rewards_see_the_rows_own_columns(trained):
 
 
 def test_log_lines_are_what_the_metric_definitions_read(trained):
-    from trainer.release import METRIC_NAMES, metric_definitions
+    from release.plan import METRIC_NAMES, metric_definitions
 
     _, _, lines = trained
     line = next(line for line in lines if line.startswith("step=3 "))

@@ -8,8 +8,8 @@ import pytest
 
 from trainer import train, verdicts
 from trainer.job import JobError
+from tunedrop.config.model import VerdictCode
 from tunedrop.rewards import RewardSpec
-from tunedrop.run_config import VerdictCode
 
 NAN = math.nan
 

@@ -16,7 +16,7 @@ import pytest
 from botocore.config import Config
 
 from tunedrop.rewards import Deployment, Reward, RewardError, RewardSpec, build_rewards, remote, score
-from tunedrop.rewards.contracts import LambdaReward, from_openai_grader, lambda_handler_for, verl_compute_score
+from tunedrop.rewards.serve import LambdaReward, from_openai_grader, lambda_handler_for, verl_compute_score
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:MySageMakerReward"
 
@@ -377,7 +377,7 @@ def test_the_sagemaker_sdk_verifies_what_is_served(server, monkeypatch, tmp_path
     file = tmp_path / "reward.py"
     file.write_text(
         "from tunedrop.rewards import RewardSpec, build_rewards\n"
-        "from tunedrop.rewards.contracts import lambda_handler_for\n"
+        "from tunedrop.rewards.serve import lambda_handler_for\n"
         f"lambda_handler = lambda_handler_for(build_rewards([RewardSpec(type='exact_match')]), {contract!r})\n"
     )
     for function in (ARN, str(file)):

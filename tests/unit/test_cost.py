@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunedrop.cost import Prices, Terms, Work, estimate
-from tunedrop.instances import _GPUS, gpu
-from tunedrop.model_files import parameters_of
-from tunedrop.run_config import parse_run_config
+from pipeline.validation.cost import Prices, Terms, Work, estimate
+from pipeline.validation.model_files import parameters_of
+from tunedrop.config.instances import _GPUS, gpu
+from tunedrop.config.model import parse_run_config
 
 PRICES = Prices("2026-11-24", "eu-central-1", {"ml.g5.xlarge": 2.0, "ml.g5.12xlarge": 10.0, "ml.c5.xlarge": 0.3})
 WORK = Work(rows=2000, tests=100, prompt_tokens=150.0, answer_tokens=60.0, parameters=0.6e9)

@@ -22,14 +22,17 @@ MACHINES = [
     for python in ("3.11", "3.12", "3.13")
     for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
 ]
-# Builds both requests with ModelTrainer, as `python -m trainer.release` does, and imports the command.
+# Builds both requests with ModelTrainer, as `python -m release` does, and imports the command.
 RELEASE = """
-import tempfile, pathlib, local_app.cli, local_app.doctor, local_app.printed_event, local_app.sagemaker_training_job
-from trainer import release
+import tempfile, pathlib
+import tunedrop_cli.main, tunedrop_cli.doctor, tunedrop_cli.printed_event, local_app.sagemaker.training_job
+from release.plan import build_plan
+from release.prices import inference_image
+from release.target import Target
 role, image = "arn:aws:iam::111122223333:role/jobs", "111122223333.dkr.ecr.eu-central-1.amazonaws.com/image:1"
 with tempfile.TemporaryDirectory() as folder:
-    plan = release.build_plan(release.Target("artifacts", role, image), "eu-central-1", pathlib.Path(folder))
-assert plan["train"] and plan["test"] and release.inference_image("eu-central-1")
+    plan = build_plan(Target("artifacts", role, image), "eu-central-1", pathlib.Path(folder))
+assert plan["train"] and plan["test"] and inference_image("eu-central-1")
 print(*sys.modules)
 """
 

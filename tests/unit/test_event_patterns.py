@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from local_app.event_patterns import _of_field, complexity
+from local_app.aws.event_patterns import _of_field, complexity
 
 # https://github.com/aws/event-ruler/blob/main/src/test/software/amazon/event/ruler/MachineComplexityEvaluatorTest.java
 PUBLISHED = [

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import sizing
-from tunedrop.instances import gpus
-from tunedrop.run_config import check_instances, config_warnings, load_run_config
+from release import sizing
+from tunedrop.config.instances import gpus
+from tunedrop.config.model import check_instances, config_warnings, load_run_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 RANKS = {"one_gpu": 1, "one_gpu_4bit": 1, "four_gpus": 4, "eight_gpus": 8, "two_nodes": 16}

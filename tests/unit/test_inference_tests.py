@@ -3,9 +3,9 @@ import json
 import pytest
 
 from tunedrop import inference_tests
+from tunedrop.config.model import parse_run_config
 from tunedrop.inference_tests import dump_tests, parse_tests
 from tunedrop.problems import RejectedError
-from tunedrop.run_config import parse_run_config
 
 CONFIG = parse_run_config({"model": "m", "system_prompt": "Be brief."})
 GOOD = {"id": "ok", "prompt": "x", "description": "y"}

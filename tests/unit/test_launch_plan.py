@@ -5,8 +5,8 @@ from botocore.session import get_session
 from botocore.validate import validate_parameters
 from fake_stack import ARTIFACTS, DATA, PREFIX, TRAINED_RUN, plan_request
 
-from tunedrop.launch_plan import instance_choices, instance_type_of, job_request
-from tunedrop.run_config import RunConfig
+from pipeline.jobs.plan import instance_choices, instance_type_of, job_request
+from tunedrop.config.model import RunConfig
 
 LIST = [{"InstanceType": "ml.g6e.xlarge"}, {"InstanceType": "ml.g5.xlarge"}]
 KEY = "arn:aws:kms:us-east-1:123456789012:key/k"

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tunedrop import events
-from tunedrop.events import RunEvent
-from tunedrop.messages import PROGRAMS, message
-from tunedrop.runs import Run, State
+from pipeline.notify import events
+from pipeline.notify.events import RunEvent
+from pipeline.notify.messages import PROGRAMS, message
+from pipeline.runs.table import Run, State
 
 LINK = "https://artifacts.s3.amazonaws.com/runs/r/report.html?X-Amz-Signature=abc"
 COMPARISON = {

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = [
     *(ROOT / "functions").rglob("*.py"),
     *(ROOT / "trainer").rglob("*.py"),
-    *(ROOT / "local_app" / name for name in ("cli.py", "deployment.py", "doctor.py", "redrive.py", "printed_event.py")),
+    *(ROOT / "release").rglob("*.py"),
+    *(ROOT / "tunedrop_cli").rglob("*.py"),
     ROOT / "template.yaml",
     *(ROOT / "events/rules").glob("*.yaml"),
 ]

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import local_app.sample
-from tunedrop import preflight
+import tunedrop_cli.sample
+from pipeline.validation import preflight
+from pipeline.validation.preflight import FEW_ROWS, check_rewards
+from tunedrop.config.model import load_run_config, parse_run_config
+from tunedrop.dataset.rows import read_rows
 from tunedrop.inference_tests import InferenceTest, parse_tests
-from tunedrop.preflight import FEW_ROWS, check_rewards
-from tunedrop.records import read_rows
 from tunedrop.rewards import Deployment, build_rewards
-from tunedrop.run_config import load_run_config, parse_run_config
 
-SAMPLE = Path(local_app.sample.__file__).parent
+SAMPLE = Path(tunedrop_cli.sample.__file__).parent
 CITIES = {"Italy": "Rome", "France": "Paris", "Spain": "Madrid", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi"}
 
 

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import tokenizer_files
 
-from local_app.check import parameter
 from local_app.stack import PROJECT
-from tunedrop import readers, receipt
-from tunedrop.duplicates import Duplicates
-from tunedrop.lengths import summary
-from tunedrop.readers import MAX_BYTES, refuse
-from tunedrop.receipt import check_config, check_dataset
-from tunedrop.s3_stream import S3Stream
-from tunedrop.split import MAX_HELDOUT, Split
+from pipeline.validation import receipt
+from pipeline.validation.duplicates import Duplicates
+from pipeline.validation.lengths import summary
+from pipeline.validation.receipt import check_config, check_dataset
+from pipeline.validation.s3_stream import S3Stream
+from pipeline.validation.split import MAX_HELDOUT, Split
+from tunedrop.dataset import readers
+from tunedrop.dataset.readers import MAX_BYTES, refuse
+from tunedrop_cli.check import parameter
 
 GOOD = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(30)]
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunedrop import readers
+from tunedrop.config.model import parse_run_config
+from tunedrop.dataset import readers
+from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
+from tunedrop.dataset.rows import read_rows
 from tunedrop.problems import Problem
-from tunedrop.readers import DATA_SUFFIXES, suffix_of
-from tunedrop.records import read_rows
-from tunedrop.run_config import parse_run_config
 
 CONFIG = parse_run_config({"model": "m"})
 

@@ -9,13 +9,9 @@ import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from local_app.cli import cli
-from tunedrop import run_config
-from tunedrop.config_help import config_defaults, config_schema
-from tunedrop.instances import gpu, gpus, has_bf16, has_local_disk
-from tunedrop.problems import RejectedError
-from tunedrop.rewards import REWARDS
-from tunedrop.run_config import (
+from tunedrop.config import model
+from tunedrop.config.instances import gpu, gpus, has_bf16, has_local_disk
+from tunedrop.config.model import (
     GRPO_DEFAULTS,
     MANAGED_GRPO,
     MANAGED_LORA,
@@ -28,6 +24,10 @@ from tunedrop.run_config import (
     optimizer_steps,
     parse_run_config,
 )
+from tunedrop.config.reference import config_defaults, config_schema
+from tunedrop.problems import RejectedError
+from tunedrop.rewards import REWARDS
+from tunedrop_cli.main import cli
 
 
 def load(text: str | bytes):
@@ -195,7 +195,7 @@ def test_contradictions_are_refused_with_the_reason(text, key, words, fine):
 
 
 def test_every_rule_has_a_case():
-    assert {".".join(key) for key, *_ in run_config._RULES} <= {key for _, key, *_ in RULES}
+    assert {".".join(key) for key, *_ in model._RULES} <= {key for _, key, *_ in RULES}
 
 
 FIXES = [

@@ -11,10 +11,10 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunedrop import statistics
+from pipeline.publish import statistics
+from pipeline.publish.statistics import Pair, compare, evaluate, interval, needed, sign_test
+from tunedrop.config.model import parse_run_config
 from tunedrop.inference_tests import Answer, Outcome
-from tunedrop.run_config import parse_run_config
-from tunedrop.statistics import Pair, compare, evaluate, interval, needed, sign_test
 
 
 def config(rewards=({"type": "exact_match"},), **gate):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tiny_model import CHAT_TEMPLATE
 from tiny_tokenizer import tokenizer_files
 
-from tunedrop import tokens
-from tunedrop.run_config import parse_run_config
-from tunedrop.tokens import PromptTokens, TokenCounter, TokenizerError
+from pipeline.validation import tokens
+from pipeline.validation.tokens import PromptTokens, TokenCounter, TokenizerError
+from tunedrop.config.model import parse_run_config
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
 PROMPTS = [

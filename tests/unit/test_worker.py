@@ -2,7 +2,7 @@
 
 import json
 
-from tunedrop.worker import Worker
+from tunedrop.sandboxed_process import Worker
 
 
 def test_a_worker_gets_no_credentials_but_finds_its_libraries(tmp_path, monkeypatch):

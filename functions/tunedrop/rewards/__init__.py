@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from tunedrop.problems import nearest
-from tunedrop.rewards import code, functions, openai, remote, structured
+from tunedrop.rewards import code, openai, remote, structured, text
 from tunedrop.rewards.base import (
     REWARD_ENVIRONMENT,
     TEXT_ONLY,
@@ -30,23 +30,23 @@ from tunedrop.rewards.base import (
 REWARDS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        functions.exact_match,
-        functions.numeric,
-        functions.math,
-        functions.multiple_choice,
-        functions.contains,
-        functions.regex,
-        functions.xml_format,
-        functions.think_format,
-        functions.length,
-        functions.overlong_penalty,
-        functions.repetition_penalty,
-        functions.similarity,
-        functions.rouge,
-        functions.relevance,
-        functions.keywords,
-        functions.citations,
-        functions.quotes,
+        text.exact_match,
+        text.numeric,
+        text.math,
+        text.multiple_choice,
+        text.contains,
+        text.regex,
+        text.xml_format,
+        text.think_format,
+        text.length,
+        text.overlong_penalty,
+        text.repetition_penalty,
+        text.similarity,
+        text.rouge,
+        text.relevance,
+        text.keywords,
+        text.citations,
+        text.quotes,
         structured.json_valid,
         structured.json_schema,
         structured.tool_call,

@@ -53,7 +53,7 @@ class Deployment:
 
 
 TEXT_ONLY = Deployment()
-# What a stack allows, named as its template's parameters are. trainer.release writes them into the environment of the
+# What a stack allows, named as its template's parameters are. `release` writes them into the environment of the
 # launch plan's jobs; validate_dataset reads that same plan, so that what it accepts is what the job may do.
 REWARD_ENVIRONMENT = {
     "REWARD_FUNCTION_ARNS": "RewardFunctionArns",

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from tunedrop.rewards.base import Deployment, RewardError, Sample, fenced, final_answer
-from tunedrop.worker import bare_environment
+from tunedrop.sandboxed_process import bare_environment
 
 # Runs in the subprocess. It limits itself, then runs the program and each test, and says what passed in one line that
 # begins with a word only the parent and this file's variables know: a program that exits or prints cannot say it. Tests are

@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 
 from tunedrop.problems import nearest
 from tunedrop.rewards.base import RewardError, Sample
-from tunedrop.rewards.functions import rouge_score, similar
+from tunedrop.rewards.text import rouge_score, similar
 
 _TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
 # What an item's expected answer is called; records keep it as `answer`, whatever the dataset called it.

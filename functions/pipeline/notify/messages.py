@@ -1,0 +1,109 @@
+"""What the topic's subscribers get: a text for people, JSON for programs, a card for chat channels.
+
+An e-mail is a short text. `http`, `sqs`, `lambda` and `firehose` subscribers get the event's detail as JSON. `https`
+subscribers get a custom notification of Amazon Q Developer in chat applications, which posts it to Slack or Teams; the
+figures are in its `additionalContext`
+(https://docs.aws.amazon.com/chatbot/latest/adminguide/custom-notifs.html).
+"""
+
+from typing import Any
+
+import msgspec
+
+from pipeline.notify import events
+from pipeline.notify.events import RunEvent
+
+PROGRAMS = ("http", "sqs", "lambda", "firehose")
+SUBJECT_CHARACTERS = 99  # SNS: ASCII, no line breaks, less than 100
+# Half of what an SNS message may have, so that no long reason keeps one from being sent.
+MOST_CHARACTERS = 2_000
+
+
+def outcome_of(event: RunEvent) -> str:
+    """Return what subscribers filter by, as `verdict`: the gate's, FAILED, CANCELLED, WAITING or DATASET_REJECTED."""
+    if event.detail_type == events.PUBLISHED:
+        return str(event.extra["verdict"])
+    if event.detail_type == events.REJECTED:
+        return "DATASET_REJECTED"
+    if event.detail_type == events.WAITING:
+        return "WAITING"
+    return "CANCELLED" if event.run.state == "CANCELLED" else "FAILED"
+
+
+def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
+    """Return the arguments of SNS's Publish for the end of a run; `link` opens the report in a browser."""
+    outcome, run, detail = outcome_of(event), event.run, event.detail
+    headline, figures = _headline(event, outcome), _figures(event)
+    reasons = [reason[:MOST_CHARACTERS] for reason in event.extra.get("reasons", [run.reason] if run.reason else [])]
+    links = ({"report": link} if link else {}) | {
+        name: uri for name, uri in event.links.items() if not (link and name == "report")
+    }
+    text = [headline, f"run {run.run_id}, attempt {run.attempt}", "", *reasons]
+    text += ["", *(f"{name}: {value}" for name, value in figures.items())] if figures else []
+    text += ["", *(f"{name}: {uri}" for name, uri in links.items())]
+    attributes = {"id": detail["id"], "run_id": run.run_id, "dataset": run.dataset, "status": run.state, "verdict": outcome}
+    program = msgspec.json.encode({**detail, "verdict": outcome} | ({"report_link": link} if link else {})).decode()
+    chat = msgspec.json.encode(_card(event, headline, reasons, figures, links, attributes)).decode()
+    forms = {"default": "\n".join(text), "sms": headline, "https": chat} | dict.fromkeys(PROGRAMS, program)
+    return {
+        "Subject": headline.encode("ascii", "replace")
+        .decode()[:SUBJECT_CHARACTERS]
+        .translate(dict.fromkeys(range(32), " ")),
+        "Message": msgspec.json.encode(forms).decode(),
+        "MessageStructure": "json",
+        "MessageAttributes": {name: {"DataType": "String", "StringValue": str(value)} for name, value in attributes.items()},
+    }
+
+
+def _headline(event: RunEvent, outcome: str) -> str:
+    """`APPROVED: cars, score 0.32 -> 0.93`, in ASCII but for the dataset's name."""
+    if event.detail_type == events.PUBLISHED:
+        comparison = event.extra["comparison"]
+        return f"{outcome}: {event.run.dataset}, score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
+    headlines = {"DATASET_REJECTED": "Dataset rejected", "CANCELLED": "Run stopped", "WAITING": "Run waits for a quota"}
+    what = headlines.get(outcome, "Run failed")
+    return f"{what}: {event.run.dataset}"
+
+
+def _figures(event: RunEvent) -> dict[str, str]:
+    if event.detail_type != events.PUBLISHED:
+        return {}
+    comparison, cost = event.extra["comparison"], event.extra["cost"]["usd"]
+    return {
+        "score": f"{comparison['base_score']:.3f} -> {comparison['tuned_score']:.3f}, base -> tuned",
+        "lift": f"{comparison['lift']:+.3f}, between {comparison['lift_low']:+.3f} and {comparison['lift_high']:+.3f}",
+        "tests": f"{comparison['wins']} won, {comparison['ties']} tied, {comparison['losses']} lost",
+        "cost": "not known" if cost is None else f"${cost:.2f}",
+    }
+
+
+def _card(
+    event: RunEvent,
+    headline: str,
+    reasons: list[str],
+    figures: dict[str, str],
+    links: dict[str, str],
+    context: dict[str, str],
+) -> dict[str, Any]:
+    """Return a custom notification, version 1.0."""
+    lines = [*reasons, *(f"*{name}*: {value}" for name, value in figures.items())]
+    return {
+        "version": "1.0",
+        "source": "custom",
+        "id": event.detail["id"],
+        "content": {
+            "textType": "client-markdown",
+            "title": headline,
+            "description": "\n".join(lines)[: 2 * MOST_CHARACTERS],
+            "nextSteps": [
+                f"<{uri}|Open the {name}>" if uri.startswith("https:") else f"{name}: {uri}" for name, uri in links.items()
+            ],
+            "keywords": [event.run.dataset, context["verdict"]],
+        },
+        "metadata": {
+            "threadId": event.run.run_id,
+            "summary": headline,
+            "eventType": event.detail_type,
+            "additionalContext": {name: str(value) for name, value in (context | figures).items()},
+        },
+    }

@@ -1,0 +1,301 @@
+"""`report.html`, about one run, and `index.html`, of all runs: self-contained pages that load nothing from anywhere.
+
+All text of models and datasets is escaped, and the pages' content security policy runs no script but the page's own, by
+its hash. Only publish_results renders: the other functions, with the same packages, do not pay for these imports.
+"""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.publish.statistics import FEW_TESTS
+from tunedrop.inference_tests import Outcome
+
+FOLDER = Path(__file__).parent
+# A report is at most 2 MB: so many characters of answers, over at most so many tests.
+MOST_TEXT, MOST_TESTS = 1_200_000, 500
+CHART_POINTS = 200
+SPARKLINE_POINTS = 24
+CURVES = {
+    "completion_length": "Completion length, tokens",
+    "kl": "KL divergence from the base model",
+    "entropy": "Entropy",
+    "loss": "Loss",
+    "frac_reward_zero_std": "Share of groups that teach nothing",
+}
+
+
+def render_report(
+    result: dict[str, Any],
+    *,
+    receipt: dict[str, Any],
+    metrics: list[dict[str, Any]],
+    tests: Sequence[Outcome],
+    probe: Sequence[Outcome] = (),
+    verdicts: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Return the page for a run's result, its dataset's receipt, its metrics by step and its inference tests' outcomes."""
+    compared = [result["comparison"], *result["by_reward"].values(), *result["by_tag"].values()]
+    shown = sorted(tests, key=lambda test: abs((test.tuned.score or 0.0) - (test.base.score or 0.0)), reverse=True)[
+        :MOST_TESTS
+    ]
+    texts = sum(
+        1 + len(test.prompt) + sum(1 + len(each.samples) for each in (test.base, test.tuned)) for test in [*shown, *probe]
+    )
+    limit = max(200, MOST_TEXT // texts)
+    counts = {name: sum(test.outcome == name for test in tests) for name in ("won", "tied", "lost", "failed")}
+    return _render(
+        "report",
+        limit=limit,
+        result=result,
+        receipt=receipt,
+        tests=tests,
+        shown=shown,
+        outcomes={name: count for name, count in counts.items() if count},
+        tags=sorted({tag for test in tests for tag in test.tags}),
+        probe={
+            "tests": probe,
+            "base": sum(test.base.passed is True for test in probe),
+            "tuned": sum(test.tuned.passed is True for test in probe),
+        }
+        if probe
+        else None,
+        verdicts=verdicts,
+        learnability=result["training"].get("learnability"),
+        proofs=result["training"].get("proofs", {}),
+        figures={name: value for name, value in result["training"].items() if name not in {"learnability", "proofs"}},
+        charts=charts(metrics),
+        scale=max([abs(each[bound]) for each in compared for bound in ("lift_low", "lift_high")]) or 1.0,
+        few_tests=FEW_TESTS,
+        folder=result["artifacts"]["report"].removesuffix("report.html"),
+        reproduce=_reproduce(result),
+    )
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json}
+    return environment
+
+
+def _render(page: str, **values: Any) -> str:
+    from markupsafe import Markup
+
+    script = (FOLDER / f"{page}.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rendered: str = (
+        _environment()
+        .get_template(f"{page}.html.j2")
+        .render(
+            css=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - our own file
+            script=Markup(script),  # noqa: S704 - our own file
+            script_hash=f"sha256-{digest}",
+            **values,
+        )
+    )
+    return rendered
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + " … (cut here; all of it is in inference.json)"
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=str)).decode()
+
+
+def _duration(seconds: float | None) -> str:
+    """`3725` → `1 h 2 min`."""
+    if seconds is None:
+        return "not known"
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{minutes} min"
+        if minutes < 120
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def _reproduce(result: dict[str, Any]) -> str:
+    """Return the commands that make the same run again."""
+    bucket, _, key = result["source"].removeprefix("s3://").partition("/")
+    name, folder = key.rpartition("/")[2], result["artifacts"]["input"]
+    version = f" --version-id {result['source_version']}" if result["source_version"] != "null" else ""
+    lines = [
+        f"aws s3api get-object --bucket {bucket} --key {shlex.quote(key)}{version} {shlex.quote(name)}",
+        f"aws s3 cp {folder}config.json config.yaml",
+        f"aws s3 cp {folder}inference_tests.json tests.json",
+        f"tunedrop drop {shlex.quote(name)} --config config.yaml --tests tests.json --wait",
+    ]
+    return "\n".join(lines)
+
+
+# --- charts ---
+
+
+def charts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw what was measured by step: the mean reward, in all and for each reward, and the curves beside it."""
+    from markupsafe import Markup
+
+    names = sorted({name for point in metrics for name in point["rewards"]})
+    reward = {"reward": [(point["step"], point["reward"]) for point in metrics]}
+    if len(names) > 1:
+        reward |= {name: [(point["step"], point["rewards"].get(name)) for point in metrics] for name in names}
+    series = {"Mean reward": reward} | {
+        title: {title: [(point["step"], point[key]) for point in metrics if point.get(key) is not None]}
+        for key, title in CURVES.items()
+        if any(point.get(key) for point in metrics)
+    }
+    # pygal escapes what it draws, and reward names are plain.
+    return {title: Markup(_chart(title, curves)) for title, curves in series.items()}  # noqa: S704
+
+
+def thinned(points: list[Any], most: int) -> list[Any]:
+    """Return at most `most` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return points
+    return [points[round(at * (len(points) - 1) / (most - 1))] for at in range(most)]
+
+
+def _chart(title: str, curves: dict[str, list[tuple[int, float | None]]]) -> str:
+    from pygal import XY
+    from pygal.style import Style
+
+    style = Style(
+        font_family="inherit",
+        background="transparent",
+        plot_background="transparent",
+        foreground="var(--soft)",
+        foreground_strong="var(--soft)",
+        foreground_subtle="var(--line)",
+        guide_stroke_color="var(--line)",
+        major_guide_stroke_color="var(--line)",
+        colors=tuple(f"var(--c{n})" for n in range(1, 7)),
+        label_font_size=13,
+        major_label_font_size=13,
+        legend_font_size=13,
+        opacity="1",
+        stroke_opacity="1",
+        stroke_width="2",
+    )
+    chart = XY(
+        style=style,
+        width=420,
+        height=240,
+        max_scale=6,
+        margin=6,
+        show_legend=len(curves) > 1,
+        legend_at_bottom=True,
+        legend_at_bottom_columns=3,
+        legend_box_size=10,
+        dots_size=2,
+        show_x_guides=False,
+        x_labels_major_count=6,
+        show_minor_x_labels=False,
+        js=[],
+        disable_xml_declaration=True,
+    )
+    chart.uuid = hashlib.sha256(title.encode()).hexdigest()[:8]  # a random one would make each rendering other bytes
+    chart.add_xml_filter(_without_scripts)
+    for name, points in curves.items():
+        chart.add(name, thinned(points, CHART_POINTS), show_dots=len(points) <= 50)
+    svg: str = chart.render(is_unicode=True)
+    return svg
+
+
+def _without_scripts(root: Any) -> Any:
+    """Take out the script that pygal's tooltips want: the page's policy would not run it."""
+    for parent in list(root.iter()):
+        for child in [child for child in parent if str(child.tag).endswith("script")]:
+            parent.remove(child)
+    return root
+
+
+# --- the index of all runs ---
+
+
+class IndexedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What `index.html` says about a published run."""
+
+    run_id: str
+    dataset: str
+    attempt: int
+    verdict: str
+    model: str
+    published: str
+    tests: int
+    base: float
+    tuned: float
+    lift: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    rows: int
+    steps: int | None
+    seconds: float | None
+    usd: float | None
+    learning_rate: float | None
+    rewards: list[str]
+    reward: list[float]
+
+
+_DATA = '<script type="application/json" id="data">'
+
+
+def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published: str, rows: int) -> IndexedRun:
+    """Return the summary of a run's `result.json`, with a few points of its reward curve."""
+    comparison = result["comparison"]
+    seconds = [job["seconds"] for job in result["cost"]["jobs"].values()]
+    return IndexedRun(
+        run_id=result["run_id"],
+        dataset=result["dataset"],
+        attempt=result["attempt"],
+        verdict=result["verdict"],
+        model=result["config"]["model"],
+        published=published,
+        base=round(comparison["base_score"], 4),
+        tuned=round(comparison["tuned_score"], 4),
+        lift=round(comparison["lift"], 4),
+        low=round(comparison["lift_low"], 4),
+        high=round(comparison["lift_high"], 4),
+        **{name: comparison[name] for name in ("tests", "wins", "ties", "losses")},
+        rows=rows,
+        steps=result["training"].get("steps"),
+        seconds=None if None in seconds else sum(seconds),
+        usd=result["cost"]["usd"],
+        learning_rate=result["config"]["grpo"].get("learning_rate"),
+        rewards=[reward["name"] or reward["type"] for reward in result["config"]["rewards"]],
+        reward=[round(point["reward"], 4) for point in thinned(metrics, SPARKLINE_POINTS)],
+    )
+
+
+def render_index(runs: Sequence[IndexedRun]) -> str:
+    """Return the page of all runs. It carries what it shows as JSON, so that `read_index` gives the runs back."""
+    from markupsafe import Markup
+
+    # In a script element only "</script" and "<!--" end the text; without any "<" there is neither.
+    data = msgspec.json.encode(list(runs)).decode().replace("<", r"\u003c")
+    return _render("index", data=Markup(data))  # noqa: S704 - JSON without "<"
+
+
+def read_index(page: str) -> list[IndexedRun]:
+    """Return the runs that a page made by `render_index` shows. Raises ValueError for any other page."""
+    _, found, rest = page.partition(_DATA)
+    if not found:
+        raise ValueError("the page of all runs has no data: delete it, and the next publication makes a new one")
+    return msgspec.json.decode(rest.partition("</script>")[0], type=list[IndexedRun])

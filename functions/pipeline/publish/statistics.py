@@ -1,0 +1,255 @@
+"""Is the tuned model better than its base? Paired statistics over the inference tests, and the gate that decides by them.
+
+All is paired by test: what counts is the difference of the two models' scores in one test. The interval of the mean
+difference is a bootstrap interval made cautious: before resampling, one more test joins the sample that went as badly (for
+the lower bound) or as well (for the upper bound) as scores can go. A plain percentile interval is too narrow for few tests,
+and with none lost it cannot imagine a loss: where nothing improved it would approve up to a third of models
+(`benchmarks/gate.py`). One worse test is what the exact interval of a rare event adds too (Garwood's counts k + 1 events
+where k were seen; with none seen in n tests, up to 3/n may be: the "rule of three"), and it fades as 1/n.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from math import sqrt
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from tunedrop.config.model import RunConfig
+from tunedrop.inference_tests import Outcome
+
+BOOTSTRAP_SAMPLES = 2000
+# Fewer tests than this say little about what else a model will be asked.
+FEW_TESTS = 20
+# The chance to be approved that `needed` aims at.
+POWER = 0.8
+MOST_NEEDED = 100_000
+
+
+class Pair(NamedTuple):
+    """One test's score with the base and with the tuned model."""
+
+    base: float
+    tuned: float
+    weight: float = 1.0
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Base against tuned over some tests: weighted mean scores, their paired difference `lift` and its interval.
+
+    `p_value` is the exact two-sided sign test's (McNemar's exact test where scores are pass or fail). `needed` is how many
+    tests like these would show the lift, and None where no number of them would.
+    """
+
+    tests: int
+    base_score: float
+    tuned_score: float
+    lift: float
+    lift_low: float
+    lift_high: float
+    wins: int
+    ties: int
+    losses: int
+    p_value: float
+    needed: int | None
+
+    @staticmethod
+    def deviations(confidence: float) -> float:
+        """Return how many standard deviations of the mean an interval is wide."""
+        width: float = 2 * NormalDist().inv_cdf((1 + confidence) / 2)
+        return width
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What the gate decides, with its reasons in plain words."""
+
+    status: Literal["APPROVED", "PENDING", "REJECTED"]
+    reasons: list[str]
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a run's inference tests say: in all, by tag and by reward; `failed` tests could not be asked or scored."""
+
+    comparison: Comparison
+    by_tag: dict[str, Comparison]
+    by_reward: dict[str, Comparison]
+    passed: dict[str, int]
+    failed: int
+    verdict: Verdict
+
+
+def compare(pairs: Sequence[Pair], *, confidence: float = 0.95, span: float = 1.0, min_lift: float = 0.0) -> Comparison:
+    """Compare two models' scores, paired by test. `span`: how far apart two scores of a test can be, at least."""
+    weights = [pair.weight for pair in pairs]
+    lifts = [pair.tuned - pair.base for pair in pairs]
+    scores = [score for pair in pairs for score in pair[:2]]
+    span = max(span, max(scores) - min(scores))
+    lift = _mean(lifts, weights)
+    low, high = interval(lifts, weights, confidence, span)
+    return Comparison(
+        tests=len(pairs),
+        base_score=_mean([pair.base for pair in pairs], weights),
+        tuned_score=_mean([pair.tuned for pair in pairs], weights),
+        lift=lift,
+        lift_low=low,
+        lift_high=high,
+        wins=sum(each > 0 for each in lifts),
+        ties=sum(each == 0 for each in lifts),
+        losses=sum(each < 0 for each in lifts),
+        p_value=sign_test(sum(each > 0 for each in lifts), sum(each < 0 for each in lifts)),
+        needed=needed(lift, _mean([(each - lift) ** 2 for each in lifts], weights), confidence, span, min_lift),
+    )
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def interval(
+    values: Sequence[float], weights: Sequence[float], confidence: float, span: float, samples: int = BOOTSTRAP_SAMPLES
+) -> tuple[float, float]:
+    """Return the cautious bootstrap interval of a weighted mean (see above), seeded, so that it can be reproduced.
+
+    The one more test has the mean weight; its value is `-span` for the lower bound and `span` for the upper one.
+    """
+    more = len(values)  # its index
+    mean_weight = sum(weights) / more
+    heavy = [*weights, mean_weight]
+    weighted = [*(value * weight for value, weight in zip(values, weights, strict=True)), 0.0]
+    generator, everything = random.Random(0), range(more + 1)
+    lows, highs = [], []
+    for _ in range(samples):
+        chosen = generator.choices(everything, k=more + 1)
+        total, weight = sum(map(weighted.__getitem__, chosen)), sum(map(heavy.__getitem__, chosen))
+        shift = chosen.count(more) * mean_weight * span
+        lows.append((total - shift) / weight)
+        highs.append((total + shift) / weight)
+    tail = max(1, int((1 - confidence) / 2 * samples))
+    return sorted(lows)[tail - 1], sorted(highs)[-tail]
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Return the exact two-sided p-value that wins and losses are equally likely; ties say nothing.
+
+    Where scores are pass or fail this is McNemar's exact test.
+    """
+    decided = wins + losses
+    as_few, ways = 0, 1
+    for k in range(min(wins, losses) + 1):
+        as_few += ways
+        ways = ways * (decided - k) // (k + 1)  # the next binomial coefficient
+    return min(1.0, 2 * as_few / (1 << decided))
+
+
+def needed(lift: float, variance: float, confidence: float, span: float, min_lift: float) -> int | None:
+    """Return how many tests like these get a lower bound above `min_lift` four times in five; None where none would."""
+    bound, power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(POWER)
+
+    def enough(tests: int) -> bool:
+        drop = (lift + span) / (tests + 1)  # what the one more test takes from the mean
+        width = bound * sqrt((variance + drop * (lift + span)) / tests) + power * sqrt(variance / tests)
+        return lift - drop - min_lift > width
+
+    low, high = FEW_TESTS - 1, MOST_NEEDED
+    if not enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
+    """Compare the two models over a run's inference tests and decide. Raises ValueError where no test could be scored."""
+    scored = [test for test in tests if test.base.score is not None and test.tuned.score is not None]
+    if not scored:
+        raise ValueError(f"none of the {len(tests)} inference tests could be scored")
+    gate = config.gate
+    # A reward is 0 to 1, a penalty -1 to 0; where scores were further apart than their weights say, `compare` sees it.
+    weights = {reward.label: abs(reward.weight) for reward in config.rewards}
+
+    def compared(
+        tests: Sequence[Outcome], score: Callable[[Outcome], tuple[float | None, float | None]], span: float
+    ) -> Comparison:
+        given = [(score(test), test.weight) for test in tests]
+        pairs = [Pair(base, tuned, weight) for (base, tuned), weight in given if base is not None and tuned is not None]
+        return compare(pairs, confidence=gate.confidence, span=span, min_lift=gate.min_lift)
+
+    def total(test: Outcome) -> tuple[float | None, float | None]:
+        return test.base.score, test.tuned.score
+
+    def reward(name: str) -> Callable[[Outcome], tuple[float | None, float | None]]:
+        return lambda test: (test.base.rewards.get(name), test.tuned.rewards.get(name))
+
+    span = sum(weights.values())
+    comparison = compared(scored, total, span)
+    by_tag = {
+        tag: compared([test for test in scored if tag in test.tags], total, span)
+        for tag in sorted({tag for test in scored for tag in test.tags})
+    }
+    names = [name for name in weights if any(None not in reward(name)(test) for test in scored)]
+    return Evaluation(
+        comparison=comparison,
+        by_tag=by_tag,
+        by_reward={name: compared(scored, reward(name), 1.0) for name in names},
+        passed={
+            "base": sum(test.base.passed is True for test in tests),
+            "tuned": sum(test.tuned.passed is True for test in tests),
+        },
+        failed=len(tests) - len(scored),
+        verdict=judge(tests, comparison, by_tag, config),
+    )
+
+
+def judge(tests: Sequence[Outcome], comparison: Comparison, by_tag: dict[str, Comparison], config: RunConfig) -> Verdict:
+    """Decide whether the tuned model may be used.
+
+    `REJECTED` when a test that must pass does not, a tag that must not regress does, or the lift is not there; `PENDING`
+    when something is missing to tell; else `APPROVED`: the lower bound of the lift is above `min_lift`.
+    """
+    gate = config.gate
+    against: list[str] = []
+    missing: list[str] = []
+    for test in tests:
+        if test.must_pass and test.tuned.error is None and not test.tuned.passed:
+            why = "; ".join(test.tuned.unmet) or f"it scores {test.tuned.score:.2f}, not full marks"
+            against.append(f"The test '{test.id}' must pass and does not: {why}.")
+    for tag in gate.must_not_regress:
+        if tag not in by_tag:
+            missing.append(f"No inference test has the tag '{tag}', which must not regress: add some.")
+        elif (change := by_tag[tag].lift) < 0:
+            against.append(
+                f"The tests tagged '{tag}' must not regress and score {-change:.3f} lower than with the base model."
+            )
+    failed = [test.id for test in tests if test.base.error or test.tuned.error]
+    if failed:
+        names = ", ".join(f"'{name}'" for name in failed[:5]) + (" and others" if len(failed) > 5 else "")
+        missing.append(f"{len(failed)} of {len(tests)} tests could not be scored ({names}): the report says why.")
+    bounds = f"{gate.confidence:.0%} interval {comparison.lift_low:+.3f} to {comparison.lift_high:+.3f}"
+    lift = f"a lift of {comparison.lift:+.3f} over {comparison.tests} tests ({bounds})"
+    if comparison.tests < FEW_TESTS:
+        missing.append(f"{comparison.tests} tests are too few to tell: give at least {FEW_TESTS}.")
+    elif comparison.ties == comparison.tests:
+        against.append(f"The tuned model scores the same as the base model in each of the {comparison.tests} tests.")
+    if comparison.lift_high <= gate.min_lift:
+        against.append(f"The tuned model is not better: {lift}, where more than {gate.min_lift:+.3f} is asked for.")
+    elif comparison.lift_low <= gate.min_lift and comparison.tests >= FEW_TESTS:
+        more = (
+            f"about {comparison.needed} tests like these would show a lift of this size"
+            if comparison.needed
+            else "more tests like these would not show it"
+        )
+        missing.append(f"The tests cannot tell: {lift} may be {gate.min_lift:+.3f} or less in truth; {more}.")
+    if against:
+        return Verdict("REJECTED", against)
+    if missing:
+        return Verdict("PENDING", missing)
+    return Verdict("APPROVED", [f"The tuned model is better: {lift}.", *_kept(tests, gate.must_not_regress)])
+
+
+def _kept(tests: Sequence[Outcome], tags: Sequence[str]) -> list[str]:
+    """Say what else the gate asked for and got."""
+    musts = sum(test.must_pass for test in tests)
+    reasons = [f"All {musts} tests that must pass do."] if musts else []
+    return [*reasons, *(f"The tests tagged '{tag}' did not regress." for tag in tags)]

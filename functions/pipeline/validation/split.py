@@ -1,0 +1,84 @@
+"""Write the rows to train on, and keep a few out: those whose prompt's hash is lowest, whatever order rows come in."""
+
+import heapq
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from tunedrop.dataset.rows import Row
+
+MAX_HELDOUT = 256
+_POOL = MAX_HELDOUT + 1  # one more tells where the held-out ones end
+_ABOVE_ALL = 2**64
+
+
+class Split:
+    """Writes `train.jsonl` and `heldout.jsonl` as rows come in, holding no more than a few of them back.
+
+    All rows of one prompt have one rank, so no held-out prompt is trained on. Rows that were held back for a while come
+    later in `train.jsonl` than in the dataset. A context manager: the files are whole when it ends after `finish`.
+    """
+
+    def __init__(self, folder: Path, fraction: float):
+        self._fraction = fraction
+        self._train = (folder / "train.jsonl").open("wb")
+        self._heldout = folder / "heldout.jsonl"
+        self._encoder = msgspec.json.Encoder()
+        self._pool: list[tuple[int, int, int, int]] = []  # a heap of (-rank, -number, place in the file, size)
+        self._pooled = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the object
+        self.rows = 0
+
+    @property
+    def written(self) -> int:
+        """How many bytes of rows to train on have been written."""
+        return self._train.tell()
+
+    def add(self, rows: Sequence[Row], ranks: Sequence[int], numbers: Sequence[int]) -> None:
+        """Add rows with the hashes of their prompts and their numbers in the file."""
+        self.rows += len(rows)
+        bound = -self._pool[0][0] if len(self._pool) == _POOL else _ABOVE_ALL
+        low = {index for index, rank in enumerate(ranks) if rank < bound}
+        self._train.write(self._encoder.encode_lines([row for index, row in enumerate(rows) if index not in low]))
+        for index in sorted(low):
+            entry = self._put(self._encoder.encode(rows[index]) + b"\n", ranks[index], numbers[index])
+            if len(self._pool) < _POOL:
+                heapq.heappush(self._pool, entry)
+            else:
+                self._train.write(self._get(heapq.heappushpop(self._pool, entry)))
+
+    def _put(self, raw: bytes, rank: int, number: int) -> tuple[int, int, int, int]:
+        place = self._pooled.seek(0, 2)
+        self._pooled.write(raw)
+        return -rank, -number, place, len(raw)
+
+    def _get(self, entry: tuple[int, int, int, int]) -> bytes:
+        self._pooled.seek(entry[2])
+        return self._pooled.read(entry[3])
+
+    def finish(self) -> tuple[list[Row], list[Row]]:
+        """Write the rest; return the held-out rows, and as a sample of all rows those that were held back last."""
+        ranks = sorted(-rank for rank, *_ in self._pool)
+        wanted = min(MAX_HELDOUT, round(self.rows * self._fraction))
+        limit = ranks[wanted] if wanted else 0
+        sample, heldout = [], []
+        with self._heldout.open("wb") as held:
+            for entry in sorted(self._pool, key=lambda entry: -entry[1]):
+                raw = self._get(entry)
+                row = msgspec.json.decode(raw)
+                sample.append(row)
+                if -entry[0] < limit:
+                    heldout.append(row)
+                    held.write(raw)
+                else:
+                    self._train.write(raw)
+        return heldout, sample
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._train.close()
+        self._pooled.close()

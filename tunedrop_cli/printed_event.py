@@ -1,0 +1,129 @@
+"""The events of what is there: an object of the data bucket, a validated run, a job that has ended; as EventBridge has them.
+
+`sam local invoke --event` takes them. So a whole run can be driven by hand, one function after the other.
+"""
+
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from local_app.stack import StackError
+from pipeline.aws import error_code
+from pipeline.jobs.launch import NO_SUCH_JOB
+from pipeline.notify import events
+from pipeline.runs.table import State
+from tunedrop import event_bus
+from tunedrop.object_keys import JobName
+from tunedrop_cli.deployment import Deployment
+
+Json = dict[str, Any]
+# How many hexadecimal digits S3's sequencers have.
+DIGITS = 18
+
+
+def event_of(deployment: Deployment, name: str, stage: str | None) -> Json:
+    """Return the event that a function takes: of an object's key, of a job's name, or of a run and the stage to come.
+
+    Raises StackError where there is no such object, job or run, or where the stage cannot come yet.
+    """
+    if stage is not None:
+        return _run_event(deployment, name, stage)
+    try:
+        JobName.parse(name, deployment.outputs.job_prefix)
+    except ValueError:
+        return _upload_event(deployment, name)
+    return _job_event(deployment, name)
+
+
+def _envelope(deployment: Deployment, source: str, detail_type: str, time: datetime, detail: Json) -> Json:
+    _, _, _, region, account, _ = deployment.outputs.topic_arn.split(":")
+    return {
+        "version": "0",
+        "id": str(uuid.uuid4()),
+        "detail-type": detail_type,
+        "source": source,
+        "account": account,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "region": region,
+        "resources": [],
+        "detail": detail,
+    }
+
+
+def _upload_event(deployment: Deployment, key: str) -> Json:
+    """Return S3's "Object Created" (https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html) of an object.
+
+    Its sequencer is the next after the last one that was seen of this key, so that the event counts as new and every
+    later upload as newer still.
+    """
+    bucket = deployment.outputs.data_bucket
+    try:
+        head = deployment.s3.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error_code(error) not in {"404", "NoSuchKey"}:
+            raise
+        raise StackError(f"There is no object s3://{bucket}/{key}: `tunedrop drop` uploads a dataset.") from None
+    seen = (deployment.runs.upload(key) or {}).get("sequencer", "")
+    etag = head["ETag"].strip('"')
+    detail = {
+        "version": "0",
+        "bucket": {"name": bucket},
+        "object": {
+            "key": key,
+            "size": head["ContentLength"],
+            "etag": etag,
+            "version-id": head["VersionId"],
+            "sequencer": f"{int(seen.ljust(DIGITS, '0')[:DIGITS], 16) + 1:0{DIGITS}X}",
+        },
+        "request-id": head["ResponseMetadata"]["RequestId"],
+        "requester": deployment.outputs.topic_arn.split(":")[4],
+        "source-ip-address": "127.0.0.1",
+        "reason": "CompleteMultipartUpload" if "-" in etag else "PutObject",
+    }
+    event = _envelope(deployment, "aws.s3", "Object Created", head["LastModified"], detail)
+    partition = deployment.outputs.topic_arn.split(":")[1]
+    return event | {"resources": [f"arn:{partition}:s3:::{bucket}"]}
+
+
+def _run_event(deployment: Deployment, name: str, stage: str) -> Json:
+    """Return the event that makes a stage of a run begin: "Dataset Validated", or the end of its last job."""
+    run = deployment.find(name)
+    if stage == "start":
+        if run.state == State.REJECTED:
+            raise StackError(f"{run.run_id} was rejected: it will not be started.")
+        event = events.validated(run, deployment.outputs.artifact_bucket)
+        return _envelope(deployment, event_bus.SOURCE, event.detail_type, datetime.now(UTC), event.detail)
+    job = {"test": run.train_job, "publish": run.test_job}[stage]
+    if job is None:
+        before = {"test": "training", "publish": "test"}[stage]
+        raise StackError(f"{run.run_id} has no {before} job yet: it is {run.state.lower().replace('_', ' ')}.")
+    return _job_event(deployment, job)
+
+
+def _job_event(deployment: Deployment, job: str) -> Json:
+    """Return SageMaker's "Training Job State Change" of a job that has ended."""
+    from local_app.sagemaker.training_job import state_change_event
+
+    sagemaker = deployment.connect("client", "sagemaker")
+    try:
+        described = sagemaker.describe_training_job(TrainingJobName=job)
+    except ClientError as error:
+        if error_code(error) not in NO_SUCH_JOB:
+            raise
+        raise StackError(f"There is no job '{job}'. `tunedrop show` names a run's jobs.") from None
+    if described["TrainingJobStatus"] not in {"Completed", "Failed", "Stopped"}:
+        raise StackError(f"{job} is {described['TrainingJobStatus']}: the functions take the event of its end only.")
+    pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=described["TrainingJobArn"])
+    tags = {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
+    return state_change_event(_in_seconds(described), tags)
+
+
+def _in_seconds(value: Any) -> Any:
+    """Return an answer of boto3's with its times in seconds since 1970, as they travel."""
+    if isinstance(value, datetime):
+        return value.timestamp()
+    if isinstance(value, dict):
+        return {name: _in_seconds(part) for name, part in value.items()}
+    return [_in_seconds(part) for part in value] if isinstance(value, list) else value
