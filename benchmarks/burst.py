@@ -30,7 +30,7 @@ from botocore.client import BaseClient  # noqa: E402 - after the paths
 from fake_stack import OWN_RULES, PREFIX  # noqa: E402
 from world import World, deployed  # noqa: E402
 
-from pipeline.runs.table import RUN, State, run_of_item  # noqa: E402
+from pipeline.runs.table import RUN, RunState, run_of_item  # noqa: E402
 from tunedrop.object_keys import JobName  # noqa: E402
 
 # On-demand list prices in US dollars, us-east-1, as of 2026-11, from aws.amazon.com/<service>/pricing. Writes of items under
@@ -167,7 +167,7 @@ def check(world: World, uploads: int, figures: Figures) -> None:
     scanned = world.aws.runs._table.meta.client.get_paginator("scan").paginate(TableName=world.aws.runs._table.name)
     runs = [run_of_item(item) for page in scanned for item in page["Items"] if item["id"].startswith(RUN)]
     assert len(runs) == uploads
-    assert {run.state for run in runs} == {State.PUBLISHED}
+    assert {run.state for run in runs} == {RunState.PUBLISHED}
     trained = [request["TrainingJobName"] for request in world.job_requests if "-train-" in request["TrainingJobName"]]
     assert len(trained) == len(set(trained)) == uploads
     figures.trained = len(trained)

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "tests" / "support")]
 from tiny_model import make_tiny_model  # noqa: E402 - after the path
 
 from local_app.stack import STACK_NAME, Stack  # noqa: E402
-from pipeline.runs.table import FINAL, Run, State  # noqa: E402
+from pipeline.runs.table import FINAL, Run, RunState  # noqa: E402
 from tunedrop_cli.deployment import Deployment  # noqa: E402
 
 CONFIG = """model: tiny
@@ -133,8 +133,8 @@ def check(runs: dict[str, Run]) -> Counter[str]:
     """Assert that every run ended published, or failed with a reason; return how many ended how."""
     for run in runs.values():
         assert run.state in FINAL
-        assert run.state == State.PUBLISHED or run.reason, run
-        assert run.state in {State.PUBLISHED, State.TRAINING_FAILED, State.TESTING_FAILED}, run
+        assert run.state == RunState.PUBLISHED or run.reason, run
+        assert run.state in {RunState.PUBLISHED, RunState.TRAINING_FAILED, RunState.TESTING_FAILED}, run
     return Counter(run.state.lower() for run in runs.values())
 
 

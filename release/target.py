@@ -30,7 +30,7 @@ class Target(NamedTuple):
     security_groups: Sequence[str] = ()
     network_isolation: bool = False
     encrypt_traffic: bool = False
-    environment: Mapping[str, str] = {}  # what rewards may do, see REWARD_ENVIRONMENT; the bus for verdicts
+    environment: Mapping[str, str] = {}  # what rewards may do, see REWARD_ENVIRONMENT; the bus for alerts
 
 
 def target_of_outputs(outputs: Mapping[str, str]) -> Target:

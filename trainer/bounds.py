@@ -1,4 +1,4 @@
-"""Ends a training in time: within the run's limit, after a SIGTERM, or when a verdict says that there is no use in going on.
+"""Ends a training in time: within the run's limit, after a SIGTERM, or when an alert says that there is no use in going on.
 
 It measures what a step, an evaluation and a checkpoint take, plans checkpoints and evaluations, and ends the training while
 there is time left for what follows. A run that is cut has nothing; one that ends early has a model.
@@ -167,7 +167,7 @@ class Bounds(TrainerCallback):  # type: ignore[misc] # transformers is untyped h
         self._record.seconds, self._record.costs = self.spent(), self._costs._asdict()
 
     def on_log(self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop if the step's metrics brought a verdict to stop for."""
+        """Stop if the step's metrics brought an alert to stop for."""
         if self._watch.stop_for and not control.should_training_stop:
             self._end(self._watch.stop_for, state, control)
 

@@ -43,7 +43,7 @@ class Record:
     """What a run knows beyond its trainer's state; every checkpoint's manifest has it as it was then.
 
     `seconds`: how long the run's processes have lived so far; `costs`: what its parts take (`trainer.bounds.Costs`).
-    `ended`: why the training was over with this checkpoint (`complete`, `max_runtime`, `max_cost_usd` or a verdict), None
+    `ended`: why the training was over with this checkpoint (`complete`, `max_runtime`, `max_cost_usd` or an alert), None
     if it goes on. `heldout_reward` is the checkpoint's, None if it was not evaluated; `evaluations` are all so far.
     `dropped`: ids of rows that the learnability gate took out.
     """
@@ -55,7 +55,7 @@ class Record:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     learnability: dict[str, Any] | None = None
     dropped: list[str] = field(default_factory=list)
-    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    alerts: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Checkpoint(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: metrics, verdicts, and where people look at them."""
+"""What a training run says while it runs: metrics, alerts, and where people look at them."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainer.alerts import Alert, find
 from trainer.checkpoints import Record
-from trainer.verdicts import Verdict, find
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Base
@@ -84,7 +84,7 @@ def as_json(values: Any) -> str:
 
 
 class Observed(_Base):  # type: ignore[misc] # TRL is untyped here
-    """Adds to a GRPO trainer's metrics what the verdicts need: the rewards of cut and of finished answers, and the best.
+    """Adds to a GRPO trainer's metrics what the alerts need: the rewards of cut and of finished answers, and the best.
 
     To be put before a `GRPOTrainer` in a class's bases.
     """
@@ -183,9 +183,9 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """Names what goes wrong, once each: in verdicts.jsonl, in the log, and to whoever else is to be told.
+    """Names what goes wrong, once each: in alerts.jsonl, in the log, and to whoever else is to be told.
 
-    `stop_for` is the verdict that the training should end for, if any. `broken` says that the adapter's weights are no
+    `stop_for` is the alert that the training should end for, if any. `broken` says that the adapter's weights are no
     numbers any more: there is nothing to go on with, whatever the policy.
     """
 
@@ -208,7 +208,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         """Write again what a resumed run had named up to its checkpoint."""
         if state.is_world_process_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("".join(json.dumps(verdict) + "\n" for verdict in self._record.verdicts))
+            self._path.write_text("".join(json.dumps(alert) + "\n" for alert in self._record.alerts))
 
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, model: torch.nn.Module, **_: Any
@@ -217,7 +217,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         if not all(bool((each.abs() < LARGEST_WEIGHT).all()) for each in model.parameters() if each.requires_grad):
             self.broken, self.stop_for = True, "NON_FINITE"
             message = "the adapter's weights are not finite, or as good as: lower learning_rate or max_grad_norm"
-            self._name(Verdict("NON_FINITE", state.global_step, message, {}), state)
+            self._name(Alert("NON_FINITE", state.global_step, message, {}), state)
 
     def on_log(
         self,
@@ -230,20 +230,20 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         """Name what the step's figures say."""
         if "reward" not in logs:
             return
-        for verdict in find(history(state), self._formats):
-            self._name(verdict, state)
-            if verdict.code in self._stop_on and self.stop_for is None:
-                self.stop_for = verdict.code
+        for alert in find(history(state), self._formats):
+            self._name(alert, state)
+            if alert.code in self._stop_on and self.stop_for is None:
+                self.stop_for = alert.code
 
-    def _name(self, verdict: Verdict, state: TrainerState) -> None:
-        if verdict.code in {named["code"] for named in self._record.verdicts}:
+    def _name(self, alert: Alert, state: TrainerState) -> None:
+        if alert.code in {named["code"] for named in self._record.alerts}:
             return
-        named = verdict._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}
-        self._record.verdicts.append(named)
+        named = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}
+        self._record.alerts.append(named)
         if state.is_world_process_zero:
             with self._path.open("a") as file:
                 file.write(json.dumps(named) + "\n")
-            log.warning("verdict=%s step=%d %s", verdict.code, verdict.step, verdict.message)
+            log.warning("alert=%s step=%d %s", alert.code, alert.step, alert.message)
             self._tell(named)
 
 

@@ -78,7 +78,7 @@ def judge(measured: dict[str, Any]) -> dict[str, Any]:
         raise JobError(
             f"The adapter does not change what the base model says (largest difference of a log-probability: "
             f"{effect['largest']}), so there is nothing to test: training has moved no weight, or to no number. "
-            "See verdicts.jsonl, and learning_rate."
+            "See alerts.jsonl, and learning_rate."
         )
     if off:
         raise JobError(

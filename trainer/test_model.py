@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from trainer import container, folders, models
-from trainer.deployment import deployment
 from trainer.job import JobError, failure_reported, set_up_logging
+from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig, parse_run_config
 from tunedrop.inference_tests import Answer, Check, InferenceTest, Latency, Outcome, build_checks, parse_tests
-from tunedrop.rewards import Deployment, Reward, RewardError, RewardSpec, build_rewards, score
+from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards, score
 from tunedrop.rewards.wire import write_result
 
 if TYPE_CHECKING:
@@ -255,7 +255,9 @@ def _write(engine: Engine, prompts: list[list[int]], samples: int) -> list[list[
     return [_write(engine, [prompt], samples)[0] for prompt in prompts]
 
 
-def marked(test: InferenceTest, written: list[Written] | str, rewards: Sequence[Reward], allowed: Deployment) -> Answer:
+def marked(
+    test: InferenceTest, written: list[Written] | str, rewards: Sequence[Reward], allowed: RewardPermissions
+) -> Answer:
     """Score what a model wrote to a test; a reward that fails makes an answer that says so, never a score of 0."""
     if isinstance(written, str):
         return Answer(error=written)
@@ -323,7 +325,7 @@ def ask(location: str, tests: list[InferenceTest], config: RunConfig, name: str)
 
     Raises JobError when no test could be scored.
     """
-    allowed = deployment()
+    allowed = job_permissions()
     tokenizer = models.load_tokenizer(location)
     engine = load(location, tokenizer, Decoding.of(config))
     rewards = build_rewards(config.rewards, allowed)
@@ -406,7 +408,7 @@ def run() -> Path:
     if config_file is None or tests_file is None:
         raise JobError("A test job needs the channels 'run' (config.json) and 'inference_testing' (inference_tests.json).")
     config = parse_run_config(json.loads(config_file.read_bytes()))
-    tests = parse_tests(tests_file.read_bytes(), config, deployment())
+    tests = parse_tests(tests_file.read_bytes(), config, job_permissions())
     location, merged = models.locate(config.model), tuned_model()
     base, base_probe, _ = ask(location, tests, config, "base")
     tuned, tuned_probe, engine = ask(merged, tests, config, "tuned")

@@ -4,7 +4,7 @@
 
 Reads the run config (`run` channel, flags win over it) and the rows (`training` channel), trains with TRL's
 `GRPOTrainer`, and leaves in `/opt/ml/model`: `adapter/` (PEFT), `merged/` (bf16 model and tokenizer), `run_config.json`
-(as it was run), `metrics.jsonl` (a line per logging step), `verdicts.jsonl` (what went wrong), `tensorboard/` and
+(as it was run), `metrics.jsonl` (a line per logging step), `alerts.jsonl` (what went wrong), `tensorboard/` and
 `training.json` (a summary). In a shell they are in `output/model`.
 
 Checkpoints are kept while it runs: a run that was killed goes on from the newest whole one, and a run ends with the one
@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
 from trainer.dataset import Dataset, dataset_file, fit_prompts, heldout_rows, load_rows
-from trainer.deployment import deployment
 from trainer.job import JobError, failure_reported, set_up_logging, started
+from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig, generated_answers, optimizer_steps, parse_run_config
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
@@ -254,10 +254,10 @@ def bounds_of(
     steps = optimizer_steps(config, len(trainer.train_dataset), trainer.accelerator.num_processes)
     trained = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     watch = Watch(
-        target / "verdicts.jsonl",
+        target / "alerts.jsonl",
         record,
         formats=[spec.label for spec in config.rewards if spec.type in FORMAT_REWARDS],
-        stop_on=config.verdicts.stop_on,
+        stop_on=config.alerts.stop_on,
         samples=lambda: latest_samples(trainer),
         tell=announcer(),
     )
@@ -337,7 +337,7 @@ def summary(
         "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
         "evaluations": record.evaluations,
         "learnability": gate,
-        "verdicts": [verdict["code"] for verdict in record.verdicts],
+        "alerts": [alert["code"] for alert in record.alerts],
         "rows": len(trainer.train_dataset),
         "rows_dropped": data.dropped + len(record.dropped),
         "rows_truncated": data.truncated,
@@ -360,7 +360,7 @@ def train(flags: argparse.Namespace) -> None:
     tokenizer = models.load_tokenizer(location)
     data = fit_prompts(rows, tokenizer, config)
     log.info("prompts kept=%d dropped=%d truncated=%d", len(data.rows), data.dropped, data.truncated)
-    rewards = build_rewards(config.rewards, deployment())
+    rewards = build_rewards(config.rewards, job_permissions())
 
     from transformers import TrainerState
 
@@ -399,7 +399,7 @@ def train(flags: argparse.Namespace) -> None:
         # What this process wrote is whole, and what it found has been looked at. Another machine's files are not here.
         found = checkpoints.whole(folder, verify=False)
         if not found:
-            raise JobError(f"There is nothing to save: {trainer.record.verdicts[-1]['message']}.")
+            raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
         chosen, target = checkpoints.best(found), folders.model_dir()
         save(chosen, tokenizer, location, config)
         told = summary(trainer, config, flags, data, chosen)

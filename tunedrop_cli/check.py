@@ -17,7 +17,7 @@ from pipeline.validation.preflight import GOLD, WRONG
 from pipeline.validation.receipt import Receipt, check_config, check_dataset
 from tunedrop.dataset.readers import refuse, suffix_of
 from tunedrop.problems import Problem
-from tunedrop.rewards import deployment_of
+from tunedrop.rewards import reward_permissions
 from tunedrop_cli.deployment import with_model
 
 SHOWN = 20
@@ -61,7 +61,7 @@ def check_file(data: Path, config: Path | None, tests: Path | None, model: Path 
             model=model,
             weights=weights,
             # As `python -m trainer.train` in a shell: what is exported is allowed, and files lie beside the dataset.
-            deployment=deployment_of(os.environ, cache(boto3.client), data.parent),
+            permissions=reward_permissions(os.environ, cache(boto3.client), data.parent),
             terms=Terms(spot=parameter("UseSpot") == "true"),
         )
     return check.receipt()

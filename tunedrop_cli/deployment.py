@@ -21,7 +21,7 @@ from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
 from pipeline.aws import read_object
 from pipeline.jobs.plan import instance_type_of
 from pipeline.notify import events
-from pipeline.runs.table import FINAL, RUN, Run, RunTable, State, run_of_item
+from pipeline.runs.table import FINAL, RUN, Run, RunState, RunTable, run_of_item
 from tunedrop import event_bus, object_keys
 from tunedrop.dataset.readers import refuse
 from tunedrop_cli.redrive import redrive
@@ -227,7 +227,7 @@ class Deployment:
         page = read_object(self.s3, self.outputs.artifact_bucket, object_keys.INDEX)
         if page is None:
             raise StackError("No run has been published yet. `tunedrop runs` says how far they are.")
-        for run in [run for run in self.all_runs() if run.state == State.PUBLISHED][:SAVED_REPORTS]:
+        for run in [run for run in self.all_runs() if run.state == RunState.PUBLISHED][:SAVED_REPORTS]:
             self.save_report(run)
         path = self.folder / "reports" / "index.html"
         path.write_bytes(page)

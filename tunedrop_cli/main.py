@@ -18,7 +18,7 @@ from rich.table import Table
 from local_app import base_model
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from pipeline.notify import events
-from pipeline.runs.table import FINAL, Run, State
+from pipeline.runs.table import FINAL, Run, RunState
 from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.dataset.readers import refuse
 from tunedrop.problems import Problem
@@ -142,7 +142,7 @@ def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None
     if detach:
         return
     console.print("Drop a dataset with `tunedrop drop FILE`. Ctrl-C stops following; `tunedrop down` ends the application.")
-    seen: dict[str, tuple[State, int]] = {}
+    seen: dict[str, tuple[RunState, int]] = {}
     deployment = Deployment.local(stack)
     while True:
         for run in reversed(deployment.all_runs()):
@@ -203,7 +203,7 @@ def drop(
     Example: tunedrop drop cars.jsonl --config cars.yaml --tests cars.tests.json --wait
     """
     run = deployment.drop(file, config, tests, model)
-    if wait or run.state == State.REJECTED:
+    if wait or run.state == RunState.REJECTED:
         run = follow(deployment, run, console)
         _finish(run, _end_of(deployment, run))
     else:
@@ -242,9 +242,9 @@ def _rejection(deployment: Deployment, run: Run) -> list[str]:
 
 def _end_of(deployment: Deployment, run: Run) -> list[str]:
     """Return the lines that say how a run ended."""
-    if run.state == State.REJECTED:
+    if run.state == RunState.REJECTED:
         return _rejection(deployment, run)
-    if run.state != State.PUBLISHED:
+    if run.state != RunState.PUBLISHED:
         return [f"{run.run_id}: {run.state.lower().replace('_', ' ')}: {run.reason}"]
     result = deployment.read_json(run, "result.json")
     comparison = result["comparison"]
@@ -261,7 +261,7 @@ def _end_of(deployment: Deployment, run: Run) -> list[str]:
 def _finish(run: Run, lines: list[str]) -> None:
     """Print how a run ended; exit 1 if it ended without a model."""
     console.print("\n".join(lines), markup=False)
-    if run.state != State.PUBLISHED:
+    if run.state != RunState.PUBLISHED:
         sys.exit(1)
 
 
@@ -350,7 +350,7 @@ def open_(deployment: Deployment, run: str | None) -> None:
     Example: tunedrop open cars
     """
     found = deployment.find(run) if run else None
-    if found and found.state != State.PUBLISHED:
+    if found and found.state != RunState.PUBLISHED:
         raise StackError(f"{found.run_id} has no report: {found.state.lower()}. `tunedrop watch` follows a run to its end.")
     path = deployment.save_report(found) if found else deployment.save_index()
     print(path)  # noqa: T201 - for programs: no wrapping
@@ -400,7 +400,7 @@ def stop(deployment: Deployment, run: str) -> None:
     """
     ended = deployment.stop(deployment.find(run))
     console.print(f"{ended.run_id}: {ended.state.lower().replace('_', ' ')}")
-    if ended.state != State.CANCELLED:
+    if ended.state != RunState.CANCELLED:
         sys.exit(1)
 
 
@@ -491,7 +491,7 @@ def demo(context: click.Context) -> None:
         with listening(stack) as listener:
             run = follow(deployment, deployment.drop(DATA, CONFIG, TESTS), console)
             lines = _end_of(deployment, run)
-            if run.state == State.PUBLISHED:
+            if run.state == RunState.PUBLISHED:
                 notification, types = listener.heard_of(run.run_id, events.PUBLISHED)
                 lines[-1:-1] = [f"notification: {notification['Subject']}", f"events: {', '.join(types)}"]
     finally:

@@ -13,7 +13,7 @@ from local_app.stack import StackError
 from pipeline.aws import error_code
 from pipeline.jobs.launch import NO_SUCH_JOB
 from pipeline.notify import events
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from tunedrop import event_bus
 from tunedrop.object_keys import JobName
 from tunedrop_cli.deployment import Deployment
@@ -91,7 +91,7 @@ def _run_event(deployment: Deployment, name: str, stage: str) -> Json:
     """Return the event that makes a stage of a run begin: "Dataset Validated", or the end of its last job."""
     run = deployment.find(name)
     if stage == "start":
-        if run.state == State.REJECTED:
+        if run.state == RunState.REJECTED:
             raise StackError(f"{run.run_id} was rejected: it will not be started.")
         event = events.validated(run, deployment.outputs.artifact_bucket)
         return _envelope(deployment, event_bus.SOURCE, event.detail_type, datetime.now(UTC), event.detail)
@@ -103,7 +103,7 @@ def _run_event(deployment: Deployment, name: str, stage: str) -> Json:
 
 
 def _job_event(deployment: Deployment, job: str) -> Json:
-    """Return SageMaker's "Training Job State Change" of a job that has ended."""
+    """Return SageMaker's "Training Job RunState Change" of a job that has ended."""
     from local_app.sagemaker.training_job import state_change_event
 
     sagemaker = deployment.connect("client", "sagemaker")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.runs.table import FINAL, Run, State
+from pipeline.runs.table import FINAL, Run, RunState
 from tunedrop_cli.deployment import Deployment
 
 # The figures that the jobs print on a line of their own, as `name=value` pairs.
@@ -15,15 +15,15 @@ _STEP = re.compile(r"\bstep=(\d+) max_steps=(\d+)\b")
 _TESTED = re.compile(r"\btested=(\d+) total=(\d+) model=(\w+)")
 _FIGURE = re.compile(r"\b(reward|loss|completion_length)=(\S+)")
 _ETA = re.compile(r"\beta_seconds=(\d+)")
-_VERDICT = re.compile(r"\bverdict=(\w+) step=(\d+) (.*)")
+_ALERT = re.compile(r"\balert=(\w+) step=(\d+) (.*)")
 COST_EVERY = 30.0  # seconds between two looks at what a job has cost
 _STAGES = {
-    State.VALIDATED: "validated, waiting to be started",
-    State.WAITING: "waiting for room",
-    State.TRAINING: "training",
-    State.TRAINED: "trained, waiting for its tests",
-    State.TESTING: "testing base and tuned model",
-    State.TESTED: "tested, writing the report",
+    RunState.VALIDATED: "validated, waiting to be started",
+    RunState.WAITING: "waiting for room",
+    RunState.TRAINING: "training",
+    RunState.TRAINED: "trained, waiting for its tests",
+    RunState.TESTING: "testing base and tuned model",
+    RunState.TESTED: "tested, writing the report",
 }
 
 
@@ -53,14 +53,14 @@ def _follow(
     every: float,
 ) -> Run:
     seen: dict[str, str] = {}
-    shown: tuple[State, int] | None = None
+    shown: tuple[RunState, int] | None = None
     spent, look_again = None, 0.0
     while True:
         if shown != (run.state, run.attempt):
             shown = (run.state, run.attempt)
             attempt = f" (attempt {run.attempt})" if run.attempt > 1 else ""
             stage(f"{run.run_id}: {_STAGES.get(run.state, run.state.lower().replace('_', ' '))}{attempt}")
-        job = run.train_job if run.state == State.TRAINING else run.test_job if run.state == State.TESTING else None
+        job = run.train_job if run.state == RunState.TRAINING else run.test_job if run.state == RunState.TESTING else None
         if job and time.monotonic() >= look_again:
             spent, look_again = deployment.spent(run, job), time.monotonic() + COST_EVERY
         for line in deployment.log_lines(job, seen) if job else []:
@@ -73,7 +73,7 @@ def _follow(
                     figures.append(f"${spent:.2f}")
                 what = f"step {match[1]}/{match[2]}" if match.re is _STEP else f"{match[3]} {match[1]}/{match[2]}"
                 progress(int(match[1]), int(match[2]), " ".join([what, *figures]))
-            elif noticed := _VERDICT.search(line):
+            elif noticed := _ALERT.search(line):
                 stage(f"  {noticed[1]} at step {noticed[2]}: {noticed[3]}")
         if run.state in FINAL and run.open is None:
             return run

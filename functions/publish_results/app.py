@@ -16,7 +16,7 @@ from pipeline.stages.publish_results import PublishSettings, testing_ended
 @tracer.capture_lambda_handler(capture_response=False)
 @metrics.log_metrics(capture_cold_start_metric=True)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Handle a "SageMaker Training Job State Change" event of a final status."""
+    """Handle a "SageMaker Training Job RunState Change" event of a final status."""
     job = parse(event, model=JobStateChange).detail.TrainingJobName
     settings = PublishSettings.from_environment()
     try:

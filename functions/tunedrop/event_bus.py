@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 SOURCE = "tunedrop"
-VERDICT = "Training Verdict"
+ALERT = "Training Alert"
 
 
 def entry(bus: str, detail_type: str, detail: Any) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def put(client: Any, event: dict[str, Any]) -> None:
         raise EventNotDeliveredError(f"{event['DetailType']}: {answer['Entries'][0].get('ErrorMessage')}")
 
 
-class VerdictEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A training job names what goes wrong in it (see docs/verdicts.md)."""
+class AlertEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A training job names what goes wrong in it (see docs/alerts.md)."""
 
     run_id: str
     dataset: str
@@ -45,9 +45,9 @@ class VerdictEvent(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def detail(self) -> dict[str, Any]:
         """The event's detail; an attempt names each code once, in a restarted job again."""
-        name = f"{self.run_id}/{self.attempt}/{VERDICT}/{self.code}"
+        name = f"{self.run_id}/{self.attempt}/{ALERT}/{self.code}"
         return {"id": name, "status": "TRAINING", **msgspec.to_builtins(self)}
 
     def entry(self, bus: str) -> dict[str, Any]:
         """Return the entry for PutEvents."""
-        return entry(bus, VERDICT, self.detail)
+        return entry(bus, ALERT, self.detail)

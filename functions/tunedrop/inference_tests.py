@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunedrop.config.model import RunConfig, YamlLoader
 from tunedrop.dataset.rows import ROLES, Row
 from tunedrop.problems import Problem, RejectedError, nearest
-from tunedrop.rewards import TEXT_ONLY, Deployment, RewardError, RewardSpec, build_rewards
+from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, RewardSpec, build_rewards
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64
@@ -128,10 +128,10 @@ class _CaseError(ValueError):
         super().__init__(message)
 
 
-def parse_tests(raw: bytes, config: RunConfig, deployment: Deployment = TEXT_ONLY) -> list[InferenceTest]:
+def parse_tests(raw: bytes, config: RunConfig, permissions: RewardPermissions = NO_PERMISSIONS) -> list[InferenceTest]:
     """Parse the bytes of a test file. Raises RejectedError with a Problem per broken case, which names case and key.
 
-    `deployment` is what checks may use, as for rewards.
+    `permissions` is what checks may use, as for rewards.
     """
     if len(raw) > MAX_TESTS_BYTES:
         raise RejectedError([Problem("TESTS_SYNTAX", f"the test file is larger than {MAX_TESTS_BYTES // 1024**2} MiB")])
@@ -147,7 +147,7 @@ def parse_tests(raw: bytes, config: RunConfig, deployment: Deployment = TEXT_ONL
     for row, case in enumerate(cases, 1):
         name = f"inference test {row}" + (f" ('{case['id']}')" if isinstance(case, dict) and case.get("id") else "")
         try:
-            test = _inference_test(case, row, config, deployment, from_text)
+            test = _inference_test(case, row, config, permissions, from_text)
         except _CaseError as error:
             problems.append(Problem("BAD_TEST", f"{name}: '{error.key}': {error}", row=row, key=error.key or None))
             continue
@@ -208,7 +208,9 @@ def _csv_case(row: dict[str | Any, Any]) -> dict[str, Any]:
     return case | ({"columns": case.get("columns", {}) | others} if others else {})
 
 
-def _inference_test(case: Any, row: int, config: RunConfig, deployment: Deployment, from_text: bool) -> InferenceTest:
+def _inference_test(
+    case: Any, row: int, config: RunConfig, permissions: RewardPermissions, from_text: bool
+) -> InferenceTest:
     if isinstance(case, dict) and (unknown := [str(key) for key in case if key not in KEYS]):
         raise _CaseError(unknown[0], f"is no key of a test: {nearest(unknown[0], KEYS)}")
     try:
@@ -225,7 +227,7 @@ def _inference_test(case: Any, row: int, config: RunConfig, deployment: Deployme
     reference = given.reference_answer if given.reference_answer is not None else given.description
     if reference is None:
         raise _CaseError("description", "needs the expected answer (or give 'reference_answer')")
-    build_checks(given.checks, deployment)
+    build_checks(given.checks, permissions)
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return InferenceTest(
@@ -241,13 +243,13 @@ def _inference_test(case: Any, row: int, config: RunConfig, deployment: Deployme
     )
 
 
-def build_checks(checks: Sequence[dict[str, Any]], deployment: Deployment) -> list[Check | Latency]:
+def build_checks(checks: Sequence[dict[str, Any]], permissions: RewardPermissions) -> list[Check | Latency]:
     """Return a test's checks. Raises ValueError for one that is no reward of the library, or not allowed here."""
     try:
         built: list[Check | Latency] = [
             (Latency if check.get("type") == "latency" else Check).model_validate(check) for check in checks
         ]
-        build_rewards([check for check in built if isinstance(check, Check)], deployment)
+        build_rewards([check for check in built if isinstance(check, Check)], permissions)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -15,7 +15,7 @@ from tiny_tokenizer import tokenizer_files
 
 from local_app.aws.server import MARKER
 from local_app.stack import PROJECT, Stack, StackError
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from tunedrop_cli.deployment import Deployment
 
 from .conftest import wait_for
@@ -85,8 +85,8 @@ def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path
     key, _ = deployment.upload(tmp_path / "sums.jsonl")
     wait_for(lambda: (deployment.runs.upload(key) or {}).get("run_id"), 60)
     run = deployment.find("sums")
-    assert (run.rows, run.state != State.REJECTED) == (20, True)
-    wait_for(lambda: deployment.find("sums").state == State.TRAINING_FAILED, 60)
+    assert (run.rows, run.state != RunState.REJECTED) == (20, True)
+    wait_for(lambda: deployment.find("sums").state == RunState.TRAINING_FAILED, 60)
     # They did so with their own roles, which IAM let do all that they did.
     calls = [json.loads(line) for line in (stack.folder / "aws" / "calls.jsonl").read_text().splitlines()]
     assert {("s3:GetObjectVersion", True), ("s3:PutObject", True)} <= {(c["action"], c["allowed"]) for c in calls}

@@ -27,7 +27,7 @@ from benchmarks.chaos import CONFIG
 from local_app.sagemaker.sandbox import Docker
 from local_app.sagemaker.server import SageMakerEmulator, serve
 from local_app.stack import PROJECT, Stack
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from tunedrop_cli.deployment import Deployment
 
 pytestmark = pytest.mark.containers
@@ -161,7 +161,7 @@ def test_a_run_goes_from_upload_to_publication_by_sam_local_invoke_alone(app: Ap
         run = deployment.find("cars")
         wait_for_job(app, run.test_job or run.train_job)
         assert deployment.find("cars") == run  # the end of a job made nothing happen
-    assert (run.state, run.attempt) == (State.PUBLISHED, 1)
+    assert (run.state, run.attempt) == (RunState.PUBLISHED, 1)
     result = deployment.read_json(run, "result.json")
     assert result["run_id"] == run.run_id
     package = app.stack.client("sagemaker").describe_model_package(ModelPackageName=result["model_package"])

@@ -10,7 +10,7 @@ from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEve
 from local_app.aws.server import matches_pattern
 from pipeline.jobs.launch import TrainingJob
 from pipeline.notify.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
-from pipeline.runs.table import Run, State
+from pipeline.runs.table import Run, RunState
 
 EVENTS = Path(__file__).parents[2] / "events"
 NAMES = sorted(path.stem for path in EVENTS.glob("*.json"))
@@ -55,7 +55,7 @@ def test_what_we_emit_is_what_the_rule_and_the_consumer_expect(rules):
     run = Run(
         run_id="cars-0123456789ab",
         dataset="Größe & Co",
-        state=State.VALIDATED,
+        state=RunState.VALIDATED,
         attempt=1,
         trigger="k@1",
         key="k",

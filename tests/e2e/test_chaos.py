@@ -7,7 +7,7 @@ import pytest
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, chaos
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 
 pytestmark = pytest.mark.soak
 
@@ -40,12 +40,12 @@ def test_twenty_drops_wait_for_two_places_in_the_order_they_came_in(tmp_path):
         while len(runs := app.runs()) < 20 or any(run.open for run in runs.values()):
             assert time.monotonic() < deadline, {name: run.state for name, run in runs.items()}
             assert len(sagemaker.list_training_jobs(StatusEquals="InProgress")["TrainingJobSummaries"]) <= 2
-            waiting = [run for run in runs.values() if run.state == State.WAITING]
+            waiting = [run for run in runs.values() if run.state == RunState.WAITING]
             waited |= {run.run_id for run in waiting}
             assert all(run.reason for run in waiting)
             time.sleep(0.5)
         assert len(waited) >= 15
-        assert {run.state for run in runs.values()} == {State.PUBLISHED}
+        assert {run.state for run in runs.values()} == {RunState.PUBLISHED}
         queue = sorted((run for run in runs.values() if run.run_id in waited), key=lambda run: run.arrived)
         created = [sagemaker.describe_training_job(TrainingJobName=run.train_job)["CreationTime"] for run in queue]
         assert created == sorted(created)

@@ -14,7 +14,7 @@ from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, check
 from local_app.stack import STACK_NAME
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from tunedrop_cli.deployment import Deployment
 from tunedrop_cli.listener import listening
 
@@ -93,7 +93,7 @@ def published(app, listener):
 
 def test_a_dropped_file_becomes_a_published_model(app, published):
     printed, run = published
-    assert run.state == State.PUBLISHED
+    assert run.state == RunState.PUBLISHED
     path = Path(re.search(r"published: (.+)", printed)[1])
     assert "<svg" in path.read_text()
     assert re.search(r"step 2/2 reward=", printed)
@@ -185,7 +185,7 @@ def test_a_broken_dataset_is_rejected_with_its_line(app):
     data = app.write("broken.jsonl", '{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n{oops}\n')
     printed = app.tunedrop("drop", data, "--wait", code=1)
     assert "BAD_JSON: line 3: not valid JSON" in printed
-    assert app.deployment.find("broken").state == State.REJECTED
+    assert app.deployment.find("broken").state == RunState.REJECTED
 
 
 def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
@@ -201,7 +201,7 @@ def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     assert (again.run_id, again.attempt) == (run.run_id, 2)
     assert app.tunedrop("logs", "fails", "--follow")
     ended = app.deployment.find("fails")
-    assert (ended.state, ended.train_job) == (State.TRAINING_FAILED, f"tunedrop-train-{run.run_id}-2")
+    assert (ended.state, ended.train_job) == (RunState.TRAINING_FAILED, f"tunedrop-train-{run.run_id}-2")
 
 
 def test_one_job_without_the_pipeline(app, published):
@@ -241,7 +241,7 @@ def test_a_run_that_is_stopped_is_cancelled(app, published):
     assert f"{run.run_id}: cancelled" in app.tunedrop("stop", "stopped")
     assert "has ended already: cancelled" in app.tunedrop("stop", "stopped", code=1)
     assert app.tunedrop("logs", "stopped", "--follow") is not None  # returns once the end has been announced
-    assert app.deployment.find("stopped").state == State.CANCELLED
+    assert app.deployment.find("stopped").state == RunState.CANCELLED
 
 
 def test_one_kill_of_each_kind_loses_nothing(app, published):

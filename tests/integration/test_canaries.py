@@ -13,7 +13,7 @@ import pytest
 from hostile import GOOD
 
 from pipeline.observability import logger
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 
 MARK = "CaNaRy"
 DATA = b"".join(
@@ -61,7 +61,7 @@ def test_a_run_to_the_end(world, emitted):
     world.put("training_data/cars.yaml", CONFIG)
     world.put("inference_test/cars.json", TESTS)
     run = world.tested(world.trained(world.drop(body=DATA)))
-    assert run.state == State.PUBLISHED
+    assert run.state == RunState.PUBLISHED
     world.handle("test_model", world.load_event("test_model.train_completed"))
     found = emitted()
     assert "ignored a job of no current attempt" in found  # logs are looked at,
@@ -72,7 +72,7 @@ def test_a_run_to_the_end(world, emitted):
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
 def test_a_rejected_dataset(world, emitted, body):
     run = world.drop(body=body)
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     assert run.reason
     assert world.notifications
     assert MARK not in emitted()
@@ -91,7 +91,7 @@ def test_a_rejected_dataset(world, emitted, body):
 )
 def test_a_rejected_config_or_test_file(world, emitted, key, body):
     world.put(key, body)
-    assert world.drop().state == State.REJECTED
+    assert world.drop().state == RunState.REJECTED
     assert MARK not in emitted()
 
 

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.publish.report import read_index
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from tunedrop_cli.deployment import LOG_GROUP
 from tunedrop_cli.main import cli, main
 
@@ -64,7 +64,7 @@ def test_watch_shows_steps_time_left_cost_and_what_the_trainer_noticed(world, tu
     logs = boto3.client("logs")
     logs.create_log_group(logGroupName=LOG_GROUP)
     log(logs, run.train_job, "step=3 max_steps=9 reward=0.5 kl=0.1 step_seconds=2 eta_seconds=72")
-    log(logs, run.train_job, "verdict=ENTROPY_COLLAPSE step=3 The model stopped exploring.")
+    log(logs, run.train_job, "alert=ENTROPY_COLLAPSE step=3 The model stopped exploring.")
     ends = iter([lambda: world.trained(run), lambda: world.tested(world.run(run.run_id))])
     monkeypatch.setattr("time.sleep", lambda _seconds: next(ends)())
     printed = tunedrop("watch", run.run_id)
@@ -86,7 +86,7 @@ def log(logs, job, line):
 def test_watch_ends_with_exit_code_1_for_a_run_that_failed(world, tunedrop):
     run = world.start(world.drop())
     world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
-    assert world.run(run.run_id).state == State.TRAINING_FAILED
+    assert world.run(run.run_id).state == RunState.TRAINING_FAILED
     assert "training failed: " in tunedrop("watch", "cars", code=1)
 
 

@@ -21,7 +21,7 @@ from world import GOOD_DATA, KilledError
 
 from pipeline.notify.events import VALIDATION_REQUESTED
 from pipeline.runs import table
-from pipeline.runs.table import FINAL, RUN, State
+from pipeline.runs.table import FINAL, RUN, RunState
 from pipeline.stages import validate_dataset
 from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
@@ -319,18 +319,18 @@ def test_the_scenarios_end_as_they_say(deploy):
             run = world.run(newest(world))
             ends[scenario.__name__] = (run.state, run.attempt, sum(item["id"].startswith(RUN) for item in items))
     assert ends == {
-        "published": (State.PUBLISHED, 1, 1),
-        "rejected": (State.REJECTED, 2, 1),
-        "training_failed": (State.TRAINING, 2, 1),
-        "untested": (State.TESTING_FAILED, 1, 1),
-        "no_capacity": (State.TRAINING, 2, 1),
-        "refused": (State.TRAINING_FAILED, 1, 1),
-        "overwritten": (State.VALIDATED, 1, 2),
-        "overwritten_before": (State.VALIDATED, 1, 1),
-        "stopped": (State.CANCELLED, 1, 1),
-        "stopped_while_waiting": (State.CANCELLED, 1, 1),
-        "dropped_again_while_stopping": (State.TRAINING, 2, 1),
-        "untested_for_want_of_capacity": (State.TESTING, 2, 1),
+        "published": (RunState.PUBLISHED, 1, 1),
+        "rejected": (RunState.REJECTED, 2, 1),
+        "training_failed": (RunState.TRAINING, 2, 1),
+        "untested": (RunState.TESTING_FAILED, 1, 1),
+        "no_capacity": (RunState.TRAINING, 2, 1),
+        "refused": (RunState.TRAINING_FAILED, 1, 1),
+        "overwritten": (RunState.VALIDATED, 1, 2),
+        "overwritten_before": (RunState.VALIDATED, 1, 1),
+        "stopped": (RunState.CANCELLED, 1, 1),
+        "stopped_while_waiting": (RunState.CANCELLED, 1, 1),
+        "dropped_again_while_stopping": (RunState.TRAINING, 2, 1),
+        "untested_for_want_of_capacity": (RunState.TESTING, 2, 1),
     }
 
 
@@ -364,7 +364,7 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
         if not found:
             return False
         (run,) = found
-        end = run.state if run.state in FINAL else State.CANCELLED
+        end = run.state if run.state in FINAL else RunState.CANCELLED
         assert {world.jobs[job]["TrainingJobStatus"] for job in world.active_jobs} <= {"Stopping"}
         for job in world.active_jobs:
             function, kind = ("test_model", "train") if "-train-" in job else ("publish_results", "test")

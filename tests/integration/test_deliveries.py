@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from world import GOOD_DATA, KilledError, World, deployed
 
 from pipeline.runs import table
-from pipeline.runs.table import CAPACITY, FINAL, RUN, UPLOAD, Run, State, run_of_item
+from pipeline.runs.table import CAPACITY, FINAL, RUN, UPLOAD, Run, RunState, run_of_item
 from pipeline.stages import reconcile, validate_dataset
 from tunedrop.object_keys import JobName
 
@@ -28,7 +28,15 @@ PLACES = 2  # MAX_CONCURRENT_JOBS of fake_stack
 ORDER = {
     state: rank
     for rank, states in enumerate(
-        [{State.VALIDATED}, {State.WAITING}, {State.TRAINING}, {State.TRAINED}, {State.TESTING}, {State.TESTED}, FINAL]
+        [
+            {RunState.VALIDATED},
+            {RunState.WAITING},
+            {RunState.TRAINING},
+            {RunState.TRAINED},
+            {RunState.TESTING},
+            {RunState.TESTED},
+            FINAL,
+        ]
     )
     for state in states
 }
@@ -195,8 +203,8 @@ class Deliveries(RuleBasedStateMachine):
 
     def what_a_run_says_is_there(self, run: Run) -> None:
         receipt = self.world.read_json(f"runs/{run.run_id}/validation.json")
-        assert receipt["ok"] == (run.state != State.REJECTED)
-        if run.state == State.PUBLISHED:
+        assert receipt["ok"] == (run.state != RunState.REJECTED)
+        if run.state == RunState.PUBLISHED:
             assert self.world.read_json(f"runs/{run.run_id}/result.json")["model_package"] == run.model_package
             packages = self.world.aws.sagemaker.list_model_packages(ModelPackageGroupName=MODELS)
             arns = [package["ModelPackageArn"] for package in packages["ModelPackageSummaryList"]]
@@ -233,7 +241,7 @@ class Deliveries(RuleBasedStateMachine):
     def everything_has_ended(self) -> None:
         announced = {json.loads(entry["Detail"]).get("id") for entry in self.world.sent_events}
         notified = {message["MessageAttributes"]["id"]["StringValue"] for message in self.world.notifications}
-        names = {State.PUBLISHED: "Results Published", State.REJECTED: "Dataset Rejected"}
+        names = {RunState.PUBLISHED: "Results Published", RunState.REJECTED: "Dataset Rejected"}
         items = self.items()
         for run in (run_of_item(item) for item in items if item["id"].startswith(RUN)):
             assert run.state in FINAL

@@ -9,7 +9,7 @@ from fake_stack import ARTIFACTS, DATA
 from hostile import CONFIG_KEY, CONFIGS, DATASETS, GOOD, KEYS, MODELS, TESTS, TESTS_KEY
 from world import deployed
 
-from pipeline.runs.table import RUN, State
+from pipeline.runs.table import RUN, RunState
 
 EVENTS = Path(__file__).parents[2] / "events"
 PWNED = Path("/tmp/tunedrop-pwned")
@@ -53,14 +53,14 @@ def receipt_of(world, run):
     """The receipt of a run that has ended, or waits for its training job, with nothing left to say or to do before that."""
     upload = world.aws.runs.upload(run.key)
     assert (upload["run_id"], upload["state"], "open" in upload) == (run.run_id, run.state, False)
-    assert (run.open is None) == (run.state == State.REJECTED)
+    assert (run.open is None) == (run.state == RunState.REJECTED)
     assert world.event_types[-1] == f"Dataset {run.state.title()}"
     return world.read_json(f"runs/{run.run_id}/validation.json")
 
 
 def check(world, run, codes, says=""):
     receipt = receipt_of(world, run)
-    assert run.state == (State.REJECTED if codes else State.VALIDATED), receipt["errors"]
+    assert run.state == (RunState.REJECTED if codes else RunState.VALIDATED), receipt["errors"]
     assert set(receipt["error_counts"]) <= set(codes)
     assert bool(receipt["error_counts"]) == bool(codes)
     messages = [f"{error['message']} {error.get('hint', '')}" for error in receipt["errors"]]
@@ -109,7 +109,7 @@ def test_keys(world, key, dataset):
     places = {item["Key"].split("/")[1] for item in listed if item["Key"].startswith("runs/")}
     assert places == {identifier.removeprefix(RUN) for identifier in runs_of(world)}
     world.job_requests.clear()
-    assert world.start(run).state in {State.TRAINING, State.WAITING}
+    assert world.start(run).state in {RunState.TRAINING, RunState.WAITING}
 
 
 def runs_of(world):
@@ -121,7 +121,7 @@ def test_an_object_that_changes_while_it_is_read_is_the_version_of_its_event(wor
     event = world.upload_event("training_data/cars.jsonl", GOOD)
     world.put("training_data/cars.jsonl", b"something else")
     run = world.run(world.handle("validate_dataset", event)["run_id"])
-    assert (run.state, run.rows) == (State.VALIDATED, 30)
+    assert (run.state, run.rows) == (RunState.VALIDATED, 30)
     assert run.version_id == event["detail"]["object"]["version-id"]
 
 

@@ -9,17 +9,17 @@ from pydantic import ValidationError
 from world import sample_event
 
 from pipeline.notify.events import JobStateChange
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 
 # What the world makes of each end of a job: function, `events/` file, state and attempt of the run then.
 ENDS = [
-    ("test_model", "test_model.train_completed", State.TESTING, 1),
-    ("test_model", "test_model.train_at_limit", State.TESTING, 1),
-    ("test_model", "test_model.train_failed", State.TRAINING_FAILED, 1),
-    ("test_model", "test_model.train_stopped", State.CANCELLED, 1),
-    ("test_model", "test_model.train_no_capacity", State.WAITING, 2),
-    ("publish_results", "publish_results.test_failed", State.TESTING_FAILED, 1),
-    ("publish_results", "publish_results.test_stopped", State.CANCELLED, 1),
+    ("test_model", "test_model.train_completed", RunState.TESTING, 1),
+    ("test_model", "test_model.train_at_limit", RunState.TESTING, 1),
+    ("test_model", "test_model.train_failed", RunState.TRAINING_FAILED, 1),
+    ("test_model", "test_model.train_stopped", RunState.CANCELLED, 1),
+    ("test_model", "test_model.train_no_capacity", RunState.WAITING, 2),
+    ("publish_results", "publish_results.test_failed", RunState.TESTING_FAILED, 1),
+    ("publish_results", "publish_results.test_stopped", RunState.CANCELLED, 1),
 ]
 # A field of the detail: as it is, absent, null, empty, or of another type.
 STRANGE = st.sampled_from(["as it is", "absent", None, "", [], {}, 0, "Starting", ["x"], {"a": 1}, True])
@@ -73,7 +73,7 @@ def test_what_names_no_job_goes_to_the_dead_letter_queue(world):
     del event["detail"]["TrainingJobName"]
     with pytest.raises(ValidationError):
         world.handle("test_model", event)
-    assert world.run(run.run_id).state == State.TRAINING
+    assert world.run(run.run_id).state == RunState.TRAINING
 
 
 def test_a_job_that_sagemaker_does_not_know_is_an_error(world):

@@ -10,7 +10,7 @@ from botocore.session import get_session
 from template import load_template
 
 from local_app.sagemaker.service_model import violations
-from pipeline.runs.table import RUN, State
+from pipeline.runs.table import RUN, RunState
 from tunedrop.object_keys import JobName
 from tunedrop.rewards import REWARD_ENVIRONMENT
 
@@ -45,14 +45,14 @@ def test_a_run_at_every_maximum(longest, key, spot):
     world.put(f"{key.removesuffix('.jsonl')}.yaml", CONFIG.replace(b"{max_runtime", b"{spot: " + spot + b", max_runtime"))
     before = strict_model.calls.total()
     run = world.drop(key)
-    assert run.state == State.VALIDATED, world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
+    assert run.state == RunState.VALIDATED, world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
     world.aws.runs._table.update_item(
         Key={"id": RUN + run.run_id},
         UpdateExpression="SET attempt = :attempt",
         ExpressionAttributeValues={":attempt": ATTEMPT},
     )
     run = world.tested(world.trained(world.run(run.run_id)))
-    assert run.state == State.PUBLISHED
+    assert run.state == RunState.PUBLISHED
     assert len(run.train_job) == len(str(JobName(PREFIX, "train", run.run_id, ATTEMPT))) <= 63
     limits = world.job_requests[0]["StoppingCondition"]
     assert limits == {"MaxRuntimeInSeconds": 2419200} | ({"MaxWaitTimeInSeconds": 2419200} if spot == b"true" else {})

@@ -12,7 +12,7 @@ from fake_stack import TABLE
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, known_names, needless, of_request, of_sagemaker, policies
 
 from pipeline.aws import connect
-from pipeline.runs.table import RUN, State
+from pipeline.runs.table import RUN, RunState
 
 ROLES = {
     "validate_dataset": "ValidateDatasetRole",
@@ -90,14 +90,14 @@ def run_everything(world) -> None:
         world.put(f"models/base/{name}", b"{}")
     rejected = world.drop("training_data/rejected.jsonl", b'{"question": "a"}\n')
     published = world.tested(world.trained(world.drop()))
-    assert published.state == State.PUBLISHED
+    assert published.state == RunState.PUBLISHED
     failed = world.start(world.drop("training_data/failed.jsonl"))
     world.handle("test_model", world.job_event("test_model.train_failed", failed.train_job))
     untested = world.trained(world.drop("training_data/untested.jsonl"))
     world.handle("publish_results", world.job_event("publish_results.test_failed", untested.test_job))
     world.quota = 0
     waiting = world.start(world.drop("training_data/waiting.jsonl"))
-    assert waiting.state == State.WAITING
+    assert waiting.state == RunState.WAITING
     world.quota = None
     world.handle("start_training", world.load_event("start_training.job_ended"))
     limited = world.run(waiting.run_id)
@@ -120,7 +120,7 @@ def run_everything(world) -> None:
 
     def cancelled(create):
         answer = create()
-        set_item(world, late.run_id, state=State.CANCELLED, open=State.CANCELLED)
+        set_item(world, late.run_id, state=RunState.CANCELLED, open=RunState.CANCELLED)
         return answer
 
     ended = world.job_event("test_model.train_completed", late.train_job)
@@ -136,22 +136,22 @@ def run_everything(world) -> None:
     world.save_training(training)
     world.quota = 1
     waiting = world.start(world.drop("training_data/waiting-again.jsonl"))
-    assert waiting.state == State.WAITING
+    assert waiting.state == RunState.WAITING
     world.quota = None
     world.job_event("test_model.train_completed", training.train_job)
     for run in (rejected, published, failed):  # whose ends nobody was told of
         set_item(world, run.run_id, open=world.run(run.run_id).state)
     reconcile(world)
     assert "Dataset Validated" in world.event_types
-    assert world.run(waiting.run_id).state == State.TRAINING
-    set_item(world, waiting.run_id, state=State.CANCELLED, open=State.CANCELLED)
+    assert world.run(waiting.run_id).state == RunState.TRAINING
+    set_item(world, waiting.run_id, state=RunState.CANCELLED, open=RunState.CANCELLED)
     testing = world.run(training.run_id)
-    assert testing.state == State.TESTING
+    assert testing.state == RunState.TESTING
     world.job_event("publish_results.test_completed", testing.test_job)
     world.save_tests(testing, [outcome(n) for n in range(30)])
     world.groups.clear()  # the first package makes the group, whoever registers it
     reconcile(world)
-    assert world.run(testing.run_id).state == State.PUBLISHED
+    assert world.run(testing.run_id).state == RunState.PUBLISHED
     assert world.jobs[world.run(waiting.run_id).train_job]["TrainingJobStatus"] == "Stopping"
 
 
@@ -159,7 +159,7 @@ def stop(world, run):
     request = world.load_event("start_training.stop_requested")
     request["detail"]["run_id"] = run.run_id
     world.handle("start_training", request | {"time": "2099-01-01T00:00:00Z"})
-    assert world.run(run.run_id).state == State.CANCELLED
+    assert world.run(run.run_id).state == RunState.CANCELLED
     return run
 
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 UPLOAD = "training_data/cars.jsonl"
@@ -15,16 +15,16 @@ UPLOAD = "training_data/cars.jsonl"
 def test_from_upload_to_published(world):
     world.put("training_data/cars.yaml", b"rewards: [{type: exact_match}]\ncompute: {spot: false}\n")
     run = world.drop()
-    assert run.state == State.VALIDATED
+    assert run.state == RunState.VALIDATED
     receipt = world.read_json(f"runs/{run.run_id}/validation.json")
     assert receipt["ok"]
     assert (receipt["rows"], receipt["heldout"], receipt["inference_tests"]) == (30, 3, 3)
     assert receipt["columns"] == {"prompt": "question", "answer": "answer"}
 
     run = world.trained(run)
-    assert run.state == State.TESTING
+    assert run.state == RunState.TESTING
     run = world.tested(run)
-    assert run.state == State.PUBLISHED
+    assert run.state == RunState.PUBLISHED
     assert run.open is None
 
     result = world.read_json(f"runs/{run.run_id}/result.json")
@@ -84,7 +84,7 @@ def test_a_run_that_ended_for_its_budget_is_tested_published_and_marked_bounded(
     world.write(f"{prefix}training.json", json.dumps(told).encode())
     world.handle("test_model", world.job_event("test_model.train_completed", run.train_job))
     run = world.tested(world.run(run.run_id))
-    assert (run.state, run.bounded) == (State.PUBLISHED, True)
+    assert (run.state, run.bounded) == (RunState.PUBLISHED, True)
     result = world.read_json(f"runs/{run.run_id}/result.json")
     assert (result["bounded"], result["training"]["bounded"]) == (True, "max_cost_usd")
     assert "limit" in world.aws.read("artifact-bucket", f"runs/{run.run_id}/report.html").decode()
@@ -104,7 +104,7 @@ def test_one_event_five_times_and_the_same_bytes_twice_are_one_run_and_one_job(w
     for _ in range(5):
         run = world.tested(world.run(run.run_id))
     assert [request["TrainingJobName"] for request in world.job_requests] == [run.train_job, run.test_job]
-    assert run.state == State.PUBLISHED
+    assert run.state == RunState.PUBLISHED
     assert len({json.loads(event["Detail"])["id"] for event in world.sent_events}) == 4
 
 
@@ -147,14 +147,14 @@ def test_an_older_event_never_overrides_a_newer_upload(world):
 )
 def test_a_broken_dataset_gets_a_receipt_and_no_job(world, name, body, code, line):
     run = world.drop(f"training_data/{name}", body)
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     assert run.open is None
     receipt = world.read_json(f"runs/{run.run_id}/validation.json")
     assert not receipt["ok"]
     assert (receipt["errors"][0]["code"], receipt["errors"][0].get("line")) == (code, line)
     assert world.event_types == ["Dataset Rejected"]
     assert len(world.notifications) == 1
-    assert world.upload_state(f"training_data/{name}") == State.REJECTED
+    assert world.upload_state(f"training_data/{name}") == RunState.REJECTED
     assert not world.job_requests
 
 
@@ -187,7 +187,7 @@ def test_a_broken_dataset_gets_a_receipt_and_no_job(world, name, body, code, lin
 def test_a_wrong_config_or_test_file_is_rejected_naming_what_is_wrong(world, key, body, problem):
     world.put(key, body)
     run = world.drop()
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     (error,) = world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
     assert problem.items() <= error.items()
     assert world.event_types == ["Dataset Rejected"]
@@ -196,7 +196,7 @@ def test_a_wrong_config_or_test_file_is_rejected_naming_what_is_wrong(world, key
 def test_what_is_fixed_or_unlikely_to_be_meant_is_in_the_receipt(world):
     world.put("training_data/cars.yaml", b"grpo: {generation_batch_size: 12, learning_rate: 0.01}")
     run = world.drop()
-    assert run.state == State.VALIDATED
+    assert run.state == RunState.VALIDATED
     receipt = world.read_json(f"runs/{run.run_id}/validation.json")
     assert any("generation_batch_size 12 → 16" in fix for fix in receipt["fixes"])
     assert any("learning_rate 0.01 is high" in warning for warning in receipt["warnings"])
@@ -214,7 +214,7 @@ def test_mistakes_in_config_and_data_are_in_one_receipt(world):
 )
 def test_odd_keys(world, key):
     run = world.drop(key)
-    assert run.state == State.VALIDATED
+    assert run.state == RunState.VALIDATED
     assert world.read_json(f"runs/{run.run_id}/validation.json")["source"]["key"] == key
 
 
@@ -230,7 +230,7 @@ def test_a_failed_job_says_why_and_the_next_drop_is_the_next_attempt(world):
     run = world.start(world.drop())
     world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
     run = world.run(run.run_id)
-    assert run.state == State.TRAINING_FAILED
+    assert run.state == RunState.TRAINING_FAILED
     assert run.reason == "AlgorithmError: ValueError: reward 'numeric' raised on row-17"
     assert world.event_types[-1] == "Training Failed"
     assert run.reason in world.notifications[-1]["Message"]
@@ -239,7 +239,7 @@ def test_a_failed_job_says_why_and_the_next_drop_is_the_next_attempt(world):
     assert world.job_requests[-1]["ResourceConfig"]["InstanceType"] == "ml.g5.4xlarge"  # the next of the list
     late = world.job_event("test_model.train_failed", run.train_job)  # of attempt 1
     assert world.handle("test_model", late) == {}
-    assert world.run(run.run_id).state == State.TRAINING
+    assert world.run(run.run_id).state == RunState.TRAINING
 
 
 def test_a_duplicate_of_the_upload_that_failed_is_no_new_attempt(world):
@@ -253,23 +253,23 @@ def test_a_duplicate_of_the_upload_that_failed_is_no_new_attempt(world):
 def test_a_refused_job_ends_with_sagemakers_words(world):
     world.failing_jobs = ["ValidationException"] * 2  # for each instance type
     run = world.start(world.drop())
-    assert run.state == State.TRAINING_FAILED
+    assert run.state == RunState.TRAINING_FAILED
     assert run.reason.startswith("SageMaker refused the job: ValidationException for")
 
 
 def test_at_most_the_given_number_of_runs_have_jobs_and_the_oldest_goes_first(world):
     runs = [world.drop(f"training_data/d{n}.jsonl") for n in range(4)]
     states = [world.start(run).state for run in runs]
-    assert states == [State.TRAINING, State.TRAINING, State.WAITING, State.WAITING]
+    assert states == [RunState.TRAINING, RunState.TRAINING, RunState.WAITING, RunState.WAITING]
     first = world.run(runs[0].run_id)
     world.handle("test_model", world.job_event("test_model.train_failed", first.train_job))
     world.handle("start_training", world.load_event("start_training.job_ended"))
-    assert [world.run(run.run_id).state for run in runs[1:]] == [State.TRAINING, State.TRAINING, State.WAITING]
+    assert [world.run(run.run_id).state for run in runs[1:]] == [RunState.TRAINING, RunState.TRAINING, RunState.WAITING]
 
 
 def test_a_file_that_is_no_dataset_gets_a_receipt_and_is_announced(world):
     run = world.drop("training_data/2026/cars.xlsx", b"PK..")
-    assert (run.state, run.dataset) == (State.REJECTED, "2026/cars")
+    assert (run.state, run.dataset) == (RunState.REJECTED, "2026/cars")
     (error,) = world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
     assert (error["code"], error["hint"]) == ("UNKNOWN_FORMAT", "save the sheet as CSV")
     assert world.event_types == ["Dataset Rejected"]
@@ -315,9 +315,9 @@ def test_reconcile_does_what_lost_events_should_have_done(world):
     world.job_event("test_model.train_completed", run.train_job)  # the job has ended, and the event is lost
     help_all(world)
     run = world.run(run.run_id)
-    assert run.state == State.TESTING
+    assert run.state == RunState.TESTING
     run = world.tested(run)
-    assert run.state == State.PUBLISHED
+    assert run.state == RunState.PUBLISHED
     sent = len(world.sent_events)
     help_all(world)
     assert len(world.sent_events) == sent  # nothing is open any more

@@ -11,7 +11,7 @@ from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEve
 from world import GOOD_DATA, WON, World
 
 from pipeline.notify.events import JobStateChange
-from pipeline.runs.table import Run, State
+from pipeline.runs.table import Run, RunState
 
 KEY = "training_data/cars.jsonl"
 Json = dict[str, Any]
@@ -46,7 +46,7 @@ def test_printed_events_drive_a_run_from_its_upload_to_its_publication(
     world: World, printed: Callable[..., Json], load_event: Callable[[str], Json]
 ) -> None:
     run = dropped(world, printed)
-    assert run.state == State.VALIDATED
+    assert run.state == RunState.VALIDATED
 
     event = printed("cars", "--stage", "start")
     real = world.own_events()[0][1]  # what validate_dataset announced, as EventBridge delivers it

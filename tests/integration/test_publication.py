@@ -10,7 +10,7 @@ from fake_stack import ARTIFACTS, PLAN, SERVING_IMAGE
 
 from local_app.aws.server import matches_pattern
 from pipeline.publish.report import read_index
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from pipeline.stages.publish_results import cost
 from tunedrop import object_keys
 
@@ -110,7 +110,7 @@ def test_publications_at_the_same_time_lose_nothing(world, monkeypatch):
         world.tested(first)
     assert names == []
     assert sorted(run.dataset for run in index(world)) == ["a", "b", "c", "d"]
-    assert all(world.run(run.run_id).state == State.PUBLISHED for run in [first, *runs.values()])
+    assert all(world.run(run.run_id).state == RunState.PUBLISHED for run in [first, *runs.values()])
 
 
 @pytest.mark.parametrize("change", [{"EnableManagedSpotTraining": True}, {}])

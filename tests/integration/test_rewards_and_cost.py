@@ -5,9 +5,9 @@ import json
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
-from pipeline.runs.table import State
+from pipeline.runs.table import RunState
 from tunedrop.config.model import RunConfig
-from tunedrop.rewards import RewardError, build_rewards, deployment_of
+from tunedrop.rewards import RewardError, build_rewards, reward_permissions
 
 ALLOWED = {
     "REWARD_FUNCTION_ARNS": "arn:aws:lambda:us-east-1:123456789012:function:score",
@@ -42,7 +42,7 @@ def drop(world, config, **files):
 def test_the_rewards_are_tried_and_the_cost_is_estimated(world):
     release(world, prices=PRICES)
     run, receipt = drop(world, b"rewards: [{type: numeric}]")
-    assert run.state == State.VALIDATED
+    assert run.state == RunState.VALIDATED
     assert receipt["warnings"] == []
     assert {each["kind"]: each["mean"] for each in receipt["rewards"]["answers"]}["gold"] == 1.0
     assert [each["instance_type"] for each in receipt["cost"]["instances"]] == ["ml.g6e.4xlarge", "ml.g5.4xlarge"]
@@ -52,7 +52,7 @@ def test_the_rewards_are_tried_and_the_cost_is_estimated(world):
 
 def test_rewards_that_do_not_prefer_the_answers_reject_the_run(world):
     run, receipt = drop(world, b"rewards: [{type: math, clip: [0, 0.5]}, {type: exact_match, weight: -1}]")
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     assert receipt["error_counts"] == {"REWARD_PAYS_WRONG": 4}
     assert "the dataset's own answers score -0.5 on average, an empty answer 0" in receipt["errors"][0]["message"]
 
@@ -64,14 +64,14 @@ def test_a_run_that_cannot_stay_below_a_limit_is_refused(world, monkeypatch, lim
     release(world, prices=PRICES)
     monkeypatch.setenv("MAX_RUN_COST_USD", limit)
     run, receipt = drop(world, config)
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     assert receipt["error_counts"] == {"COST_LIMIT": 1}
 
 
 def test_a_python_reward_travels_with_its_run_where_it_is_allowed(world):
     release(world, ALLOWED)
     run, receipt = drop(world, PYTHON, own=OWN)
-    assert run.state == State.VALIDATED, receipt
+    assert run.state == RunState.VALIDATED, receipt
     assert world.aws.read(ARTIFACTS, f"runs/{run.run_id}/input/rewards/own.py") == OWN
     world.trained(run)
     for request in world.job_requests:
@@ -85,7 +85,7 @@ def test_a_python_reward_travels_with_its_run_where_it_is_allowed(world):
 def test_a_python_reward_without_its_file_or_leave_is_refused_and_not_run(world):
     release(world, ALLOWED)
     run, receipt = drop(world, PYTHON)
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     assert receipt["errors"][0]["code"] == "REWARD_FILE"
     assert "s3://data-bucket/training_data/own.py, is not there" in receipt["errors"][0]["message"]
     release(world)
@@ -109,7 +109,7 @@ def test_the_function_accepts_what_its_jobs_may_do_and_nothing_else(world, monke
     # What a reward says is for other tests: these rows are no programs, and nobody is there to be called.
     config = b"preflight: {rows: 0}\nrewards: [" + spec + b"]\n"
     run, receipt = drop(world, config, own=OWN)
-    assert (run.state == State.VALIDATED, receipt["error_counts"]) == (
+    assert (run.state == RunState.VALIDATED, receipt["error_counts"]) == (
         (True, {}) if allowed else (False, {"REWARD_NOT_ALLOWED": 1})
     )
     if not allowed:
@@ -117,9 +117,9 @@ def test_the_function_accepts_what_its_jobs_may_do_and_nothing_else(world, monke
     world.trained(run)
     rewards = RunConfig.model_validate_json(world.aws.read(ARTIFACTS, f"runs/{run.run_id}/input/config.json")).rewards
     for request in world.job_requests:  # as trainer/deployment.py reads its environment
-        build_rewards(rewards, deployment_of(request["Environment"], python_folder=tmp_path))
+        build_rewards(rewards, reward_permissions(request["Environment"], python_folder=tmp_path))
     with pytest.raises(RewardError, match="not"):
-        build_rewards(rewards, deployment_of({}, python_folder=tmp_path))
+        build_rewards(rewards, reward_permissions({}, python_folder=tmp_path))
 
 
 def test_a_dataset_that_is_dropped_again_is_judged_by_the_stack_as_it_is_then(world, monkeypatch):
@@ -128,10 +128,10 @@ def test_a_dataset_that_is_dropped_again_is_judged_by_the_stack_as_it_is_then(wo
     for limit in ("0.01", "0.01", "0"):
         monkeypatch.setenv("MAX_RUN_COST_USD", limit)
         run, receipt = drop(world, b"")
-        assert receipt["ok"] == (run.state == State.VALIDATED)
+        assert receipt["ok"] == (run.state == RunState.VALIDATED)
         ends.append((run.run_id, run.attempt, run.state, run.reason is None))
-    refused = [(run.run_id, attempt, State.REJECTED, False) for attempt in (1, 2)]
-    assert ends == [*refused, (run.run_id, 3, State.VALIDATED, True)]
+    refused = [(run.run_id, attempt, RunState.REJECTED, False) for attempt in (1, 2)]
+    assert ends == [*refused, (run.run_id, 3, RunState.VALIDATED, True)]
     assert world.event_types == ["Dataset Rejected", "Dataset Rejected", "Dataset Validated"]
     # ... and so is one whose job failed.
     world.start(run)
@@ -139,13 +139,13 @@ def test_a_dataset_that_is_dropped_again_is_judged_by_the_stack_as_it_is_then(wo
     world.handle("test_model", failed)
     monkeypatch.setenv("MAX_RUN_COST_USD", "0.01")
     run, _ = drop(world, b"")
-    assert (run.attempt, run.state, run.open) == (4, State.REJECTED, None)
+    assert (run.attempt, run.state, run.open) == (4, RunState.REJECTED, None)
 
 
 def test_instances_that_cannot_run_the_plans_image_reject_the_run_before_a_job_starts(world):
     """The launch plan's image is made for CUDA 13; V100 GPUs are too old for that."""
     run, receipt = drop(world, b"compute: {instance_type: [ml.g5.xlarge, ml.p3.2xlarge]}")
-    assert run.state == State.REJECTED
+    assert run.state == RunState.REJECTED
     (error,) = receipt["errors"]
     assert (error["code"], error["key"]) == ("CONFIG_INSTANCE", "compute.instance_type")
     assert error["message"].startswith("ml.p3.2xlarge runs no job: its GPUs are too old for CUDA 13")

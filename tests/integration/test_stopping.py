@@ -8,7 +8,7 @@ from fake_stack import ARTIFACTS
 from world import KilledError
 
 from pipeline.jobs import launch
-from pipeline.runs.table import CAPACITY, State
+from pipeline.runs.table import CAPACITY, RunState
 from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 from .test_crash_points import outcome
@@ -41,7 +41,7 @@ def without_tests_quota(world):
 
 def ready_to_publish(world):
     run = world.trained(world.drop())
-    run = world.aws.runs.move(run, State.TESTED)
+    run = world.aws.runs.move(run, RunState.TESTED)
     world.jobs[run.test_job] = {"TrainingJobStatus": "Completed", "SecondaryStatus": "Completed"}
     world.jobs[run.train_job] = {"TrainingJobStatus": "Completed", "SecondaryStatus": "Completed"}
     return run
@@ -54,17 +54,17 @@ def places(world) -> set[str]:
 @pytest.mark.parametrize(
     ("state", "reach"),
     [
-        (State.VALIDATED, lambda world: world.drop()),
-        (State.WAITING, waiting),
-        (State.TRAINED, without_tests_quota),
-        (State.TESTED, ready_to_publish),
+        (RunState.VALIDATED, lambda world: world.drop()),
+        (RunState.WAITING, waiting),
+        (RunState.TRAINED, without_tests_quota),
+        (RunState.TESTED, ready_to_publish),
     ],
 )
 def test_a_run_without_a_job_is_cancelled_and_announced_at_once(world, state, reach):
     run = reach(world)
     assert run.state == state
     run = stop(world, run)
-    assert (run.state, run.reason, run.open) == (State.CANCELLED, "stopped on request", None)
+    assert (run.state, run.reason, run.open) == (RunState.CANCELLED, "stopped on request", None)
     assert world.event_types[-1] == "Training Failed"
     assert world.notifications[-1]["MessageAttributes"]["status"]["StringValue"] == "CANCELLED"
     assert places(world) == set()
@@ -84,7 +84,7 @@ def test_a_run_with_a_job_is_cancelled_at_once_and_announced_when_the_job_has_st
     }  # fmt: skip
     job = run.test_job or run.train_job
     run = stop(world, run)
-    assert run.state == State.CANCELLED
+    assert run.state == RunState.CANCELLED
     assert world.jobs[job]["TrainingJobStatus"] == "Stopping"
     assert places(world) == {run.run_id}  # the job has its machine still
     assert not world.notifications
@@ -92,7 +92,7 @@ def test_a_run_with_a_job_is_cancelled_at_once_and_announced_when_the_job_has_st
     assert not world.notifications
     world.handle(function, world.job_event(ended, job))
     run = world.run(run.run_id)
-    assert (run.state, run.reason, run.open) == (State.CANCELLED, "stopped on request", None)
+    assert (run.state, run.reason, run.open) == (RunState.CANCELLED, "stopped on request", None)
     assert len(world.notifications) == 1
     assert places(world) == set()
 
@@ -102,7 +102,7 @@ def test_a_job_that_completes_while_it_is_being_stopped_changes_nothing(world):
     stop(world, run)
     world.save_training(run)
     world.handle("test_model", world.job_event("test_model.train_completed", run.train_job))
-    assert world.run(run.run_id).state == State.CANCELLED
+    assert world.run(run.run_id).state == RunState.CANCELLED
     assert len(world.job_requests) == 1
 
 
@@ -125,7 +125,7 @@ def test_a_job_that_was_being_created_while_its_run_was_cancelled_is_stopped(wor
     world.handle(creates, event)
     run = world.run(run.run_id)
     (job,) = [name for name in world.jobs if f"-{kind}-" in name]
-    assert run.state == State.CANCELLED
+    assert run.state == RunState.CANCELLED
     assert world.jobs[job]["TrainingJobStatus"] == "Stopping"
     function, ended = {
         "train": ("test_model", "test_model.train_stopped"),
@@ -146,7 +146,7 @@ def test_a_job_of_a_run_that_another_delivery_saw_refused_is_stopped(world):
 
     world.next_call("CreateTrainingJob", refused_meanwhile)
     run = world.start(run)
-    assert (run.state, run.open) == (State.TRAINING_FAILED, None)
+    assert (run.state, run.open) == (RunState.TRAINING_FAILED, None)
     (job,) = world.jobs.values()
     assert job["TrainingJobStatus"] == "Stopping"
 
@@ -157,7 +157,10 @@ def test_a_run_whose_job_nobody_lived_to_create_ends_when_nobody_can_be_creating
     with pytest.raises(KilledError):
         world.start(run)
     run = stop(world, run)
-    assert (run.state, places(world)) == (State.CANCELLED, {run.run_id})  # who took the place may be creating the job still
+    assert (run.state, places(world)) == (
+        RunState.CANCELLED,
+        {run.run_id},
+    )  # who took the place may be creating the job still
     help_after = partial(reconcile, ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
     help_after()
     assert world.run(run.run_id).open
@@ -176,7 +179,7 @@ def test_a_run_that_is_dropped_again_while_its_job_stops_begins_its_next_attempt
     (requested,) = [event for function, event in world.own_events() if function == "validate_dataset"]
     world.handle("validate_dataset", requested)
     again = world.run(run.run_id)
-    assert (again.state, again.attempt) == (State.VALIDATED, 2)
+    assert (again.state, again.attempt) == (RunState.VALIDATED, 2)
     assert world.notifications[0]["MessageAttributes"]["status"]["StringValue"] == "CANCELLED"
 
 
@@ -192,16 +195,16 @@ def test_reconcile_ends_a_cancelled_run_whose_jobs_end_was_lost(world):
 def test_a_stopped_run_may_be_dropped_again_and_an_old_request_stops_no_later_attempt(world):
     run = stop(world, world.drop())
     again = world.start(world.drop())
-    assert (again.run_id, again.attempt, again.state) == (run.run_id, 2, State.TRAINING)
-    assert stop(world, again, datetime.now(UTC) - timedelta(minutes=1)).state == State.TRAINING
-    assert stop(world, again).state == State.CANCELLED
+    assert (again.run_id, again.attempt, again.state) == (run.run_id, 2, RunState.TRAINING)
+    assert stop(world, again, datetime.now(UTC) - timedelta(minutes=1)).state == RunState.TRAINING
+    assert stop(world, again).state == RunState.CANCELLED
 
 
-@pytest.mark.parametrize("end", [State.PUBLISHED, State.REJECTED, State.TRAINING_FAILED])
+@pytest.mark.parametrize("end", [RunState.PUBLISHED, RunState.REJECTED, RunState.TRAINING_FAILED])
 def test_a_run_that_has_ended_stays_as_it_is(world, end):
-    if end == State.PUBLISHED:
+    if end == RunState.PUBLISHED:
         run = world.tested(world.trained(world.drop()))
-    elif end == State.REJECTED:
+    elif end == RunState.REJECTED:
         run = world.drop(body=b"{")
     else:
         run = world.start(world.drop())
@@ -227,7 +230,7 @@ def test_results_of_a_run_that_is_stopped_while_they_are_written_are_not_announc
 
     world.next_call("CreateModelPackage", stopped_meanwhile)
     world.handle("publish_results", world.job_event("publish_results.test_completed", run.test_job))
-    assert world.run(run.run_id).state == State.CANCELLED
+    assert world.run(run.run_id).state == RunState.CANCELLED
     assert "Results Published" not in world.event_types
     assert world.aws.read(ARTIFACTS, f"runs/{run.run_id}/result.json")
 
@@ -236,15 +239,15 @@ def test_results_of_a_run_that_is_stopped_while_they_are_written_are_not_announc
 
 ENDS = [
     # event, whether the trainer had saved a model, state of the run, attempt
-    ("test_model.train_completed", True, State.TESTING, 1),
-    ("test_model.train_failed", False, State.TRAINING_FAILED, 1),
-    ("test_model.train_no_capacity", False, State.WAITING, 2),
-    ("test_model.train_stopped", True, State.CANCELLED, 1),
-    ("test_model.train_at_limit", True, State.TESTING, 1),
-    ("test_model.train_at_limit", False, State.TRAINING_FAILED, 1),
-    ("waited", False, State.WAITING, 2),
-    ("interrupted", True, State.TESTING, 1),
-    ("interrupted", False, State.TRAINING_FAILED, 1),
+    ("test_model.train_completed", True, RunState.TESTING, 1),
+    ("test_model.train_failed", False, RunState.TRAINING_FAILED, 1),
+    ("test_model.train_no_capacity", False, RunState.WAITING, 2),
+    ("test_model.train_stopped", True, RunState.CANCELLED, 1),
+    ("test_model.train_at_limit", True, RunState.TESTING, 1),
+    ("test_model.train_at_limit", False, RunState.TRAINING_FAILED, 1),
+    ("waited", False, RunState.WAITING, 2),
+    ("interrupted", True, RunState.TESTING, 1),
+    ("interrupted", False, RunState.TRAINING_FAILED, 1),
 ]
 
 
@@ -268,16 +271,16 @@ def test_ends_of_a_training_job(world, name, saved, state, attempt):
     world.handle("test_model", world.job_event(event, run.train_job, **described))
     run = world.run(run.run_id)
     assert (run.state, run.attempt) == (state, attempt)
-    assert run.bounded == (state == State.TESTING and name != "test_model.train_completed")
+    assert run.bounded == (state == RunState.TESTING and name != "test_model.train_completed")
 
 
 @pytest.mark.parametrize(
     ("event", "state"),
     [
-        ("publish_results.test_failed", State.TESTING_FAILED),
-        ("publish_results.test_stopped", State.CANCELLED),
-        ("test_model.train_at_limit", State.TESTING_FAILED),
-        ("test_model.train_no_capacity", State.TESTING),
+        ("publish_results.test_failed", RunState.TESTING_FAILED),
+        ("publish_results.test_stopped", RunState.CANCELLED),
+        ("test_model.train_at_limit", RunState.TESTING_FAILED),
+        ("test_model.train_no_capacity", RunState.TESTING),
     ],
 )
 def test_ends_of_a_test_job(world, event, state):

@@ -7,7 +7,7 @@ import pytest
 from world import GOOD_DATA, KilledError
 
 from pipeline.runs import table
-from pipeline.runs.table import CAPACITY, State, backoff
+from pipeline.runs.table import CAPACITY, RunState, backoff
 from pipeline.stages.reconcile import ReconcileSettings, reconcile
 
 
@@ -19,7 +19,7 @@ def room(world) -> None:
     world.handle("start_training", world.load_event("start_training.job_ended"))
 
 
-def states(world, found) -> list[State]:
+def states(world, found) -> list[RunState]:
     return [world.run(run.run_id).state for run in found]
 
 
@@ -39,7 +39,7 @@ def clock(monkeypatch):
 def test_who_waits_says_so_in_the_run_and_by_event(world):
     world.quota = 0
     run = world.start(world.drop())
-    assert run.state == State.WAITING
+    assert run.state == RunState.WAITING
     assert run.reason.startswith("SageMaker quota: 'Instances across all types for training job usage' is 0, and the ")
     detail = json.loads(world.sent_events[-1]["Detail"])
     assert (detail["status"], detail["reason"]) == ("WAITING", run.reason)
@@ -51,7 +51,7 @@ def test_who_waits_says_so_in_the_run_and_by_event(world):
     world.quota = None
     room(world)
     run = world.run(run.run_id)
-    assert (run.state, run.reason) == (State.TRAINING, None)
+    assert (run.state, run.reason) == (RunState.TRAINING, None)
     assert places(world) == {run.run_id}
 
 
@@ -82,7 +82,7 @@ def test_a_place_is_free_before_the_event_that_has_the_next_run_take_it(world, e
 def test_a_choice_of_instance_whose_quota_is_full_is_passed_over(world):
     world.failing_jobs = ["ResourceLimitExceeded"]
     run = world.start(world.drop())
-    assert (run.state, run.instance_type, run.attempt) == (State.TRAINING, "ml.g5.4xlarge", 1)
+    assert (run.state, run.instance_type, run.attempt) == (RunState.TRAINING, "ml.g5.4xlarge", 1)
 
 
 SPOT, ON_DEMAND = "{} for spot training job usage", "{} for training job usage"
@@ -91,7 +91,7 @@ SPOT, ON_DEMAND = "{} for spot training job usage", "{} for training job usage"
 def test_a_type_that_sagemaker_does_not_know_there_is_passed_over(world):
     world.failing_jobs = ["ValidationException"]
     run = world.start(world.drop())
-    assert (run.state, run.instance_type, run.attempt) == (State.TRAINING, "ml.g5.4xlarge", 1)
+    assert (run.state, run.instance_type, run.attempt) == (RunState.TRAINING, "ml.g5.4xlarge", 1)
 
 
 def test_after_the_list_was_refused_for_one_types_quota_each_type_is_tried_alone(world):
@@ -99,13 +99,13 @@ def test_after_the_list_was_refused_for_one_types_quota_each_type_is_tried_alone
     world.put("training_data/cars.yaml", b"compute: {spot: false}")
     world.quotas = {ON_DEMAND.format("ml.g5.4xlarge"): 0}
     run = world.start(world.drop())
-    assert (run.state, run.instance_type, run.attempt) == (State.TRAINING, "ml.g6e.4xlarge", 1)
+    assert (run.state, run.instance_type, run.attempt) == (RunState.TRAINING, "ml.g6e.4xlarge", 1)
     assert world.job_requests[-1]["ResourceConfig"]["InstanceType"] == "ml.g6e.4xlarge"
 
 
 def test_spot_and_on_demand_have_quotas_of_their_own(world):
     world.quotas = {ON_DEMAND.format(name): 0 for name in ("ml.g6e.4xlarge", "ml.g5.4xlarge")}
-    assert world.start(world.drop()).state == State.TRAINING
+    assert world.start(world.drop()).state == RunState.TRAINING
 
 
 @pytest.mark.parametrize(("config", "quota"), [(b"", SPOT), (b"compute: {spot: false}", ON_DEMAND)])
@@ -115,7 +115,7 @@ def test_a_quota_below_the_need_is_said_at_once_and_once(world, config, quota):
     names = [quota.format(name) for name in ("ml.g6e.4xlarge", "ml.g5.4xlarge")]
     world.quotas = dict.fromkeys(names, 0)
     run = world.start(world.drop())
-    assert run.state == State.WAITING
+    assert run.state == RunState.WAITING
     assert run.reason == (
         f"SageMaker quota: '{names[0]}' is 0, '{names[1]}' is 0, and the training job needs 1. "
         "Ask for more in Service Quotas (Amazon SageMaker): the run then starts by itself"
@@ -130,7 +130,7 @@ def test_a_quota_below_the_need_is_said_at_once_and_once(world, config, quota):
     world.quotas[names[1]] = 1
     room(world)
     run = world.run(run.run_id)
-    assert (run.state, run.reason, run.instance_type) == (State.TRAINING, None, "ml.g5.4xlarge")
+    assert (run.state, run.reason, run.instance_type) == (RunState.TRAINING, None, "ml.g5.4xlarge")
 
 
 def test_several_instances_need_a_quota_for_all_of_them(world):
@@ -145,7 +145,7 @@ def test_a_full_quota_is_no_news_for_people(world):
     world.quotas = {SPOT.format("ml.g6e.4xlarge"): 1, SPOT.format("ml.g5.4xlarge"): 0}
     world.start(world.drop())
     waits = world.start(world.drop("training_data/trucks.jsonl"))
-    assert waits.state == State.WAITING
+    assert waits.state == RunState.WAITING
     assert "'ml.g6e.4xlarge for spot training job usage' is 1" in waits.reason
     assert world.notifications == []
 
@@ -174,13 +174,13 @@ def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_back
         room(world)
         run = world.run(run.run_id)
     assert tried == ["ml.g6e.4xlarge", "ml.g5.4xlarge"]
-    assert run.state == State.WAITING  # both choices had their turn
+    assert run.state == RunState.WAITING  # both choices had their turn
     assert run.reason.startswith("CapacityError: ")
     assert run.not_before > table.now()
     clock(minutes=2)
     room(world)
     run = world.run(run.run_id)
-    assert (run.state, run.attempt, run.instance_type, run.not_before) == (State.TRAINING, 3, "ml.g6e.4xlarge", None)
+    assert (run.state, run.attempt, run.instance_type, run.not_before) == (RunState.TRAINING, 3, "ml.g6e.4xlarge", None)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_the_quota_may_be_full_of_the_very_job_that_is_asked_for(world):
     with pytest.raises(KilledError):
         world.start(run)
     run = world.start(run)
-    assert run.state == State.TRAINING
+    assert run.state == RunState.TRAINING
     assert len(world.job_requests) == 1
 
 
@@ -215,10 +215,10 @@ def test_a_newcomer_waits_behind_those_that_wait_and_a_dataset_keeps_its_order(w
     first = world.start(world.drop("training_data/a.jsonl"))
     world.quota = None
     second = world.start(world.drop("training_data/b.jsonl"))
-    assert states(world, [first, second]) == [State.WAITING, State.WAITING]
+    assert states(world, [first, second]) == [RunState.WAITING, RunState.WAITING]
     assert second.reason == "other runs have waited longer"
     room(world)
-    assert states(world, [first, second]) == [State.TRAINING, State.TRAINING]
+    assert states(world, [first, second]) == [RunState.TRAINING, RunState.TRAINING]
 
 
 def test_within_a_dataset_nobody_overtakes_one_who_backs_off_but_other_datasets_do(world, clock):
@@ -229,10 +229,10 @@ def test_within_a_dataset_nobody_overtakes_one_who_backs_off_but_other_datasets_
     same = world.start(world.drop("training_data/a.jsonl", GOOD_DATA.replace(b"+1?", b" + 1?")))
     other = world.start(world.drop("training_data/b.jsonl"))
     room(world)
-    assert states(world, [first, same, other]) == [State.WAITING, State.WAITING, State.TRAINING]
+    assert states(world, [first, same, other]) == [RunState.WAITING, RunState.WAITING, RunState.TRAINING]
     clock(minutes=5)
     room(world)
-    assert states(world, [first, same, other]) == [State.TRAINING, State.WAITING, State.TRAINING]
+    assert states(world, [first, same, other]) == [RunState.TRAINING, RunState.WAITING, RunState.TRAINING]
 
 
 def test_a_test_job_without_quota_is_started_by_the_next_final_job_event(world):
@@ -242,7 +242,7 @@ def test_a_test_job_without_quota_is_started_by_the_next_final_job_event(world):
     world.quota = 0
     world.handle("test_model", ended)
     run = world.run(run.run_id)
-    assert run.state == State.TRAINED
+    assert run.state == RunState.TRAINED
     assert run.reason.startswith(
         "SageMaker quota: 'Instances across all types for training job usage' is 0, and the test job"
     )
@@ -252,7 +252,7 @@ def test_a_test_job_without_quota_is_started_by_the_next_final_job_event(world):
     world.quota = None
     room(world)
     run = world.run(run.run_id)
-    assert (run.state, run.reason) == (State.TESTING, None)
+    assert (run.state, run.reason) == (RunState.TESTING, None)
 
 
 def test_a_test_job_without_a_machine_is_tried_again_and_the_training_is_kept(world):
@@ -260,26 +260,26 @@ def test_a_test_job_without_a_machine_is_tried_again_and_the_training_is_kept(wo
     artifacts = run.artifacts
     world.handle("publish_results", world.job_event("test_model.train_no_capacity", run.test_job))
     run = world.run(run.run_id)
-    assert (run.state, run.attempt, run.artifacts) == (State.TRAINED, 2, artifacts)
+    assert (run.state, run.attempt, run.artifacts) == (RunState.TRAINED, 2, artifacts)
     room(world)
     run = world.run(run.run_id)
-    assert (run.state, run.test_job) == (State.TESTING, f"tunedrop-test-{run.run_id}-2")
-    assert world.tested(run).state == State.PUBLISHED
+    assert (run.state, run.test_job) == (RunState.TESTING, f"tunedrop-test-{run.run_id}-2")
+    assert world.tested(run).state == RunState.PUBLISHED
 
 
 def test_every_end_and_every_wait_makes_start_training_look_for_room(world):
     runs_ = [world.start(world.drop(f"training_data/d{n}.jsonl")) for n in range(3)]
-    assert states(world, runs_) == [State.TRAINING, State.TRAINING, State.WAITING]
+    assert states(world, runs_) == [RunState.TRAINING, RunState.TRAINING, RunState.WAITING]
     assert world.run(runs_[2].run_id).reason == "2 runs at a time, and as many run"
     # The event of a final job is handled by two functions: the one that looks for room may come too early.
     ended = world.job_event("test_model.train_failed", runs_[0].train_job)
     world.handle("start_training", ended)
-    assert states(world, runs_) == [State.TRAINING, State.TRAINING, State.WAITING]
+    assert states(world, runs_) == [RunState.TRAINING, RunState.TRAINING, RunState.WAITING]
     before = len(world.sent_events)
     world.handle("test_model", ended)
     for entry in world.sent_events[before:]:
         world.handle("start_training", world.delivered(entry))
-    assert states(world, runs_) == [State.TRAINING_FAILED, State.TRAINING, State.TRAINING]
+    assert states(world, runs_) == [RunState.TRAINING_FAILED, RunState.TRAINING, RunState.TRAINING]
 
 
 def test_reconcile_starts_what_waits_and_leaves_who_backs_off(world, clock):
@@ -288,10 +288,10 @@ def test_reconcile_starts_what_waits_and_leaves_who_backs_off(world, clock):
     for _ in range(2):
         world.handle("test_model", world.job_event("test_model.train_no_capacity", world.run(run.run_id).train_job))
         reconcile(settings, world.aws)
-    assert world.run(run.run_id).state == State.WAITING
+    assert world.run(run.run_id).state == RunState.WAITING
     clock(hours=1)
     reconcile(settings, world.aws)
-    assert world.run(run.run_id).state == State.TRAINING
+    assert world.run(run.run_id).state == RunState.TRAINING
 
 
 def test_one_run_that_cannot_be_started_does_not_stand_in_the_way_of_others(world):
@@ -301,7 +301,7 @@ def test_one_run_that_cannot_be_started_does_not_stand_in_the_way_of_others(worl
     world.aws.s3.delete_object(Bucket="artifact-bucket", Key=f"runs/{broken.run_id}/input/config.json")
     with pytest.raises(AssertionError):
         room(world)
-    assert states(world, [broken, good]) == [State.WAITING, State.TRAINING]
+    assert states(world, [broken, good]) == [RunState.WAITING, RunState.TRAINING]
 
 
 def test_a_config_that_this_version_does_not_take_any_more_ends_the_run(world):
@@ -309,7 +309,7 @@ def test_a_config_that_this_version_does_not_take_any_more_ends_the_run(world):
     config = world.read_json(f"runs/{run.run_id}/input/config.json")
     world.write(f"runs/{run.run_id}/input/config.json", json.dumps(config | {"gone": 1}).encode())
     run = world.start(run)
-    assert run.state == State.TRAINING_FAILED
+    assert run.state == RunState.TRAINING_FAILED
     assert "gone" in run.reason
 
 
@@ -332,7 +332,7 @@ def test_an_upload_that_nobody_finished_is_validated_when_reconcile_asks_for_it(
     ((function, request),) = world.own_events()
     assert (function, request["detail-type"]) == ("validate_dataset", "Validation Requested")
     run = world.run(world.handle(function, request)["run_id"])
-    assert run.state == State.VALIDATED
+    assert run.state == RunState.VALIDATED
     assert world.handle("validate_dataset", event)["run_id"] == run.run_id  # the event itself, late, is a duplicate
     assert run.trigger == f"training_data/cars.jsonl@{event['detail']['object']['sequencer'].ljust(64, '0')}"
     assert world.aws.runs.open_uploads() == []

@@ -160,7 +160,7 @@ def test_two_ranks_train_what_one_trains_with_the_same_global_batch(
     """Sums are made in another order, which float32 rounds by 1e-7, and Adam's square roots make more of that."""
     told, metrics, adapter = trained(local, name, 8, **changes)
     expected_told, expected_metrics, expected = one_rank
-    for key in ("steps", "ended", "checkpoint", "evaluations", "verdicts", "rows"):
+    for key in ("steps", "ended", "checkpoint", "evaluations", "alerts", "rows"):
         assert told[key] == expected_told[key], key
     assert told["learnability"]["prompts"] == expected_told["learnability"]["prompts"]
     assert told["proofs"]["merge_parity"]["tensors_off"] == 0

@@ -20,11 +20,11 @@ SCRIPT = (
 
 
 # What the trainer says while it trains; what it may say beside that, nothing.
-VERDICT = Permission(
+ALERT = Permission(
     ROLE,
     "events:PutEvents",
     f"arn:aws:events:{REGION}:{ACCOUNT}:event-bus/{BUS}",
-    {"events:source": "tunedrop", "events:detail-type": "Training Verdict"},
+    {"events:source": "tunedrop", "events:detail-type": "Training Alert"},
 )
 
 
@@ -106,7 +106,7 @@ def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(
         local.until(lambda name=job["TrainingJobName"]: local.describe(name)["TrainingJobStatus"] != "InProgress", 60)
         assert local.describe(job["TrainingJobName"])["TrainingJobStatus"] == "Completed"
     assert {p.action for p in recorded} >= {"s3:GetObject", "s3:PutObject", "s3:ListBucket", "logs:PutLogEvents"}
-    needed = [*recorded, *made_by_sagemaker(), VERDICT]
+    needed = [*recorded, *made_by_sagemaker(), ALERT]
     given = policies()[ROLE]
     assert [permission for permission in needed if not allows(given, permission)] == []
     assert needless(given, needed) == []

@@ -7,7 +7,7 @@ from typing import Any
 import boto3
 from tiny_tokenizer import tokenizer_files
 
-from pipeline.runs.table import Run, State
+from pipeline.runs.table import Run, RunState
 
 DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
 STACK_ID = "7fb2c419-8e0a-4f2e-9c2f-0123456789ab"
@@ -22,7 +22,7 @@ PLAN = "f00d"
 TRAINED_RUN = Run(
     run_id="cars-0123456789ab",
     dataset="cars",
-    state=State.TRAINED,
+    state=RunState.TRAINED,
     attempt=1,
     trigger="training_data/cars.jsonl@1",
     key="training_data/cars.jsonl",

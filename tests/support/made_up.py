@@ -103,8 +103,8 @@ def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
         | {"completion_length": 60.0, "loss": 0.1, "frac_reward_zero_std": 0.5}
         for n in range(1, steps + 1)
     ]
-    verdicts = [{"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE}]
-    return render_report(result, **{"receipt": receipt, "metrics": metrics, "tests": tests, "verdicts": verdicts} | more)
+    alerts = [{"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE}]
+    return render_report(result, **{"receipt": receipt, "metrics": metrics, "tests": tests, "alerts": alerts} | more)
 
 
 def made_run(number: int) -> IndexedRun:

@@ -75,7 +75,9 @@ def test_a_function_has_all_that_its_handler_imports_and_no_other_handler(built:
     found = in_lambda(built, function, program).splitlines()
     own = (*built.paths(function), sys.base_prefix)
     assert [file for file in found if not file.startswith(own)] == []
-    assert sorted(path.name for path in Path(built.paths(function)[0]).iterdir()) == sorted([function, "pipeline", "tunedrop"])
+    assert sorted(path.name for path in Path(built.paths(function)[0]).iterdir()) == sorted(
+        [function, "pipeline", "tunedrop"]
+    )
 
 
 def test_a_cold_start_loads_nothing_of_the_validation_layer(built: Build) -> None:
@@ -86,13 +88,13 @@ def test_a_cold_start_loads_nothing_of_the_validation_layer(built: Build) -> Non
 def test_the_rewards_of_a_config_find_what_they_need(built: Build) -> None:
     program = (
         "import json\n"
-        "from tunedrop.rewards import Deployment\n"
+        "from tunedrop.rewards import RewardPermissions\n"
         "from pipeline.validation.preflight import check_rewards\n"
         "from tunedrop.rewards import build_rewards\n"
         "from tunedrop.config.model import parse_run_config\n"
         f"config = parse_run_config({{'model': 'm', 'rewards': {REWARDS!r}}})\n"
         "rows = [{'id': str(n), 'prompt': [{'role': 'user', 'content': 'Which?'}], 'answer': str(n)} for n in range(9)]\n"
-        "rewards = build_rewards(config.rewards, Deployment(allow_code=True))\n"
+        "rewards = build_rewards(config.rewards, RewardPermissions(allow_code=True))\n"
         "found = check_rewards(rewards, rows, config, [], trained_rows=9)\n"
         "print(json.dumps([[str(problem) for problem in found.problems], found.warnings, found.receipt]))"
     )

@@ -72,8 +72,8 @@ class Job:
     def training(self) -> dict[str, Any]:
         return json.loads((self.model / "training.json").read_text())
 
-    def verdicts(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.model / "verdicts.jsonl").read_text().splitlines()]
+    def alerts(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.model / "alerts.jsonl").read_text().splitlines()]
 
     def failure(self) -> str:
         return (self.root / "failure").read_text()

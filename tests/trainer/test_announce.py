@@ -9,7 +9,7 @@ from moto import mock_aws
 
 from trainer.announce import announcer
 
-VERDICT = {
+ALERT = {
     "code": "PLATEAU",
     "step": 21,
     "message": "it has stayed",
@@ -27,7 +27,7 @@ def piped(job) -> None:
     job.patch.setenv("AWS_REGION", "us-east-1")
 
 
-def test_a_verdict_is_an_event_on_the_stacks_bus(piped, monkeypatch):
+def test_a_alert_is_an_event_on_the_stacks_bus(piped, monkeypatch):
     sent = []
     call = BaseClient._make_api_call
 
@@ -38,13 +38,13 @@ def test_a_verdict_is_an_event_on_the_stacks_bus(piped, monkeypatch):
     with mock_aws():
         boto3.client("events", region_name="us-east-1").create_event_bus(Name="tunedrop")
         monkeypatch.setattr(BaseClient, "_make_api_call", record)
-        announcer()(VERDICT)
+        announcer()(ALERT)
     ((operation, arguments),) = sent
     (entry,) = arguments["Entries"]
     assert operation == "PutEvents"
-    assert (entry["EventBusName"], entry["Source"], entry["DetailType"]) == ("tunedrop", "tunedrop", "Training Verdict")
+    assert (entry["EventBusName"], entry["Source"], entry["DetailType"]) == ("tunedrop", "tunedrop", "Training Alert")
     assert json.loads(entry["Detail"]) == {
-        "id": "cars-0123456789ab/2/Training Verdict/PLATEAU",
+        "id": "cars-0123456789ab/2/Training Alert/PLATEAU",
         "run_id": "cars-0123456789ab",
         "dataset": "it's/cars",
         "status": "TRAINING",
@@ -64,8 +64,8 @@ def test_who_cannot_be_heard_goes_on(piped, monkeypatch, caplog, lacking):
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    announcer()(VERDICT)
-    assert "the verdict was not announced" in caplog.text
+    announcer()(ALERT)
+    assert "the alert was not announced" in caplog.text
 
 
 @pytest.mark.parametrize("lacking", ["bus", "run"])
@@ -75,4 +75,4 @@ def test_a_job_without_a_pipeline_tells_nobody(job, piped, monkeypatch, lacking)
     else:
         (job.root / "input/training/run.json").unlink()
     monkeypatch.setattr("boto3.client", None)
-    announcer()(VERDICT)
+    announcer()(ALERT)

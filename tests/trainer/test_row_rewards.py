@@ -9,7 +9,7 @@ import torch
 from tests.trainer.test_grpo import build
 from trainer.grpo import SharedPrefixGRPOTrainer
 from trainer.row_rewards import EarlyRowReward, RowReward, row_rewards
-from tunedrop.rewards import Deployment, RewardError, RewardSpec, build_rewards
+from tunedrop.rewards import RewardError, RewardPermissions, RewardSpec, build_rewards
 
 ROWS = [{"id": str(index), "prompt": [{"role": "user", "content": f"q{index}"}], "answer": str(index)} for index in range(3)]
 
@@ -72,7 +72,7 @@ def test_only_rewards_that_wait_and_stand_alone_begin_early():
         RewardSpec(type="http", name="gate", url="http://127.0.0.1:1"),
         RewardSpec(type="http", name="gated", url="http://127.0.0.1:1", only_if="gate"),
     ]
-    made = row_rewards(build_rewards(specs, Deployment(hosts=("127.0.0.1",))), ROWS)
+    made = row_rewards(build_rewards(specs, RewardPermissions(hosts=("127.0.0.1",))), ROWS)
     assert [type(each) for each in made] == [RowReward, EarlyRowReward, RowReward, RowReward]
 
 

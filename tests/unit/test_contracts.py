@@ -15,7 +15,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from tunedrop.rewards import Deployment, Reward, RewardError, RewardSpec, build_rewards, remote, score
+from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards, remote, score
 from tunedrop.rewards.serve import LambdaReward, from_openai_grader, lambda_handler_for, verl_compute_score
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:MySageMakerReward"
@@ -94,7 +94,7 @@ def client(request, clients, server) -> Reward:
 
 
 def http(server, **given):
-    return Reward(RewardSpec(type="http", url=server.url, **given), Deployment(hosts=("127.0.0.1",)))
+    return Reward(RewardSpec(type="http", url=server.url, **given), RewardPermissions(hosts=("127.0.0.1",)))
 
 
 def ask(reward, count=2, **columns):
@@ -429,7 +429,7 @@ def test_openai_graders_are_imported():
 
 def judged(clients, **given):
     model = "amazon.nova-lite-v1:0"
-    return build_rewards([RewardSpec(type="judge", model=model, **given)], Deployment(clients, judge_model=model))[0]
+    return build_rewards([RewardSpec(type="judge", model=model, **given)], RewardPermissions(clients, judge_model=model))[0]
 
 
 def reply(text):
@@ -495,7 +495,7 @@ def test_a_python_file_is_called_in_trls_contract(tmp_path):
         "            for p, c, a, n in zip(prompts, completions, answer, level)]\n"
         "def short(prompts, **columns):\n    return [1.0]\n"
     )
-    allowed = Deployment(python_folder=tmp_path)
+    allowed = RewardPermissions(python_folder=tmp_path)
     (reward,) = build_rewards([RewardSpec(type="python", file="mine.py")], allowed)
     assert ask(reward, answer=["a0", "x"], level=[1, 2]) == [3.0, None]
     assert score([reward], ["q"], ["a"], {"answer": ["a"], "level": [0.5]})[0]["score"] == 1.5

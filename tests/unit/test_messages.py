@@ -7,7 +7,7 @@ import pytest
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
 from pipeline.notify.messages import PROGRAMS, message
-from pipeline.runs.table import Run, State
+from pipeline.runs.table import Run, RunState
 
 LINK = "https://artifacts.s3.amazonaws.com/runs/r/report.html?X-Amz-Signature=abc"
 COMPARISON = {
@@ -22,7 +22,7 @@ COMPARISON = {
 }
 
 
-def run(state: State = State.PUBLISHED, **more) -> Run:
+def run(state: RunState = RunState.PUBLISHED, **more) -> Run:
     given = {
         "run_id": "cars-0123456789ab",
         "dataset": "Größe\n& Co",
@@ -93,10 +93,10 @@ def test_chat_gets_a_custom_notification():
 @pytest.mark.parametrize(
     ("detail_type", "state", "verdict", "subject"),
     [
-        (events.FAILED, State.TRAINING_FAILED, "FAILED", "Run failed: Gr??e & Co"),
-        (events.FAILED, State.TESTING_FAILED, "FAILED", "Run failed: Gr??e & Co"),
-        (events.FAILED, State.CANCELLED, "CANCELLED", "Run stopped: Gr??e & Co"),
-        (events.REJECTED, State.REJECTED, "DATASET_REJECTED", "Dataset rejected: Gr??e & Co"),
+        (events.FAILED, RunState.TRAINING_FAILED, "FAILED", "Run failed: Gr??e & Co"),
+        (events.FAILED, RunState.TESTING_FAILED, "FAILED", "Run failed: Gr??e & Co"),
+        (events.FAILED, RunState.CANCELLED, "CANCELLED", "Run stopped: Gr??e & Co"),
+        (events.REJECTED, RunState.REJECTED, "DATASET_REJECTED", "Dataset rejected: Gr??e & Co"),
     ],
 )
 def test_other_ends(detail_type, state, verdict, subject):

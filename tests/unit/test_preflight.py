@@ -17,7 +17,7 @@ from pipeline.validation.preflight import FEW_ROWS, check_rewards
 from tunedrop.config.model import load_run_config, parse_run_config
 from tunedrop.dataset.rows import read_rows
 from tunedrop.inference_tests import InferenceTest, parse_tests
-from tunedrop.rewards import Deployment, build_rewards
+from tunedrop.rewards import RewardPermissions, build_rewards
 
 SAMPLE = Path(tunedrop_cli.sample.__file__).parent
 CITIES = {"Italy": "Rome", "France": "Paris", "Spain": "Madrid", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi"}
@@ -56,12 +56,12 @@ ESSAYS = [
 XML_PROMPT = "Think in <reasoning></reasoning>, then answer in <answer></answer>."
 
 
-PROGRAMS_ALLOWED = Deployment(allow_code=True)
+PROGRAMS_ALLOWED = RewardPermissions(allow_code=True)
 
 
-def tried(rows, rewards, deployment=PROGRAMS_ALLOWED, tests=(), **config):
+def tried(rows, rewards, permissions=PROGRAMS_ALLOWED, tests=(), **config):
     parsed = parse_run_config({"model": "m", "rewards": rewards} | config)
-    built = build_rewards(parsed.rewards, deployment)
+    built = build_rewards(parsed.rewards, permissions)
     return check_rewards(built, rows, parsed, tests, trained_rows=len(rows))
 
 
@@ -315,7 +315,7 @@ def file(tmp_path) -> Callable[..., dict]:
 
 @pytest.fixture
 def allowed(tmp_path):
-    return Deployment(python_folder=tmp_path)
+    return RewardPermissions(python_folder=tmp_path)
 
 
 UNSTABLE = [
@@ -399,8 +399,8 @@ def test_a_judge_is_asked_about_few_answers_and_once():
     rows = [row(n, f"Capital {n}?", list(CITIES.values())[n % 6]) for n in range(200)]
     judge = reward("judge", model="m", weight=2.0)
     gated = reward("contains", only_if={"reward": "judge", "at_least": 0.5}, name="gated")
-    deployment = Deployment(lambda _: client, judge_model="m")
-    found = tried(rows, [judge, gated], deployment, tests=[])
+    permissions = RewardPermissions(lambda _: client, judge_model="m")
+    found = tried(rows, [judge, gated], permissions, tests=[])
     assert (found.problems, found.warnings) == ([], [])
     assert len(client.asked) == FEW_ROWS * (1 + len(preflight.WRONG) - 1)  # no form is asked for
     assert found.receipt["rows"] == FEW_ROWS

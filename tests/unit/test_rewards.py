@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tunedrop.rewards import REWARDS, Deployment, Reward, RewardError, RewardSpec, build_rewards, deployment_of, score
+from tunedrop.rewards import (
+    REWARDS,
+    Reward,
+    RewardError,
+    RewardPermissions,
+    RewardSpec,
+    build_rewards,
+    reward_permissions,
+    score,
+)
 from tunedrop.rewards.base import Sample, final_answer
 
 XML = "<reasoning>\n2 and 2\n</reasoning>\n<answer>\n4\n</answer>"
@@ -313,7 +322,7 @@ def test_where_the_gate_abstains_so_does_what_it_gates():
 def test_a_gate_is_asked_once_per_batch_and_the_gated_only_where_it_opens(monkeypatch):
     asked = []
 
-    def slow(samples, deployment):
+    def slow(samples, permissions):
         asked.append(len(samples))
         return [float(sample.completion == "a") for sample in samples]
 
@@ -321,7 +330,7 @@ def test_a_gate_is_asked_once_per_batch_and_the_gated_only_where_it_opens(monkey
         RewardSpec(type="judge", model="m", name="gate"),
         RewardSpec(type="judge", model="m", name="gated", only_if="gate"),
     ]
-    rewards = build_rewards(specs, Deployment(judge_model="m"))
+    rewards = build_rewards(specs, RewardPermissions(judge_model="m"))
     for reward in rewards:
         monkeypatch.setattr(reward, "_function", slow)
         monkeypatch.setattr(reward, "parameters", {})
@@ -369,8 +378,8 @@ def test_what_a_reward_raises_names_the_row_and_keeps_its_traceback(monkeypatch)
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0] * 3, 1.0, None])
 def test_a_batch_with_the_wrong_count_of_scores_fails(monkeypatch, scores):
-    (reward,) = build_rewards([RewardSpec(type="http", url="https://x")], Deployment(hosts=("x",)))
-    monkeypatch.setattr(reward, "_function", lambda samples, deployment, **_: scores)
+    (reward,) = build_rewards([RewardSpec(type="http", url="https://x")], RewardPermissions(hosts=("x",)))
+    monkeypatch.setattr(reward, "_function", lambda samples, permissions, **_: scores)
     with pytest.raises(RewardError, match=r"'http' returned .* for 2 completions, the first of the row asking 'a'"):
         reward(["a", "b"], ["x", "y"], answer=["", ""])
 
@@ -476,19 +485,19 @@ ALLOWED = [
 
 @pytest.mark.parametrize(("allowed", "refused"), ALLOWED)
 def test_the_jobs_environment_allows_what_it_names_and_nothing_else(allowed, refused):
-    deployment = deployment_of(ENVIRONMENT)
-    Reward(RewardSpec(**allowed), deployment)
+    permissions = reward_permissions(ENVIRONMENT)
+    Reward(RewardSpec(**allowed), permissions)
     with pytest.raises(RewardError, match="not"):
-        Reward(RewardSpec(**refused), deployment)
+        Reward(RewardSpec(**refused), permissions)
     with pytest.raises(RewardError, match="not"):
-        Reward(RewardSpec(**allowed), deployment_of({}))
+        Reward(RewardSpec(**allowed), reward_permissions({}))
 
 
 @pytest.mark.parametrize("value", ["false", "", "1"])
 def test_programs_and_files_are_allowed_by_the_word_true(value, tmp_path):
     specs = [RewardSpec(type="code_tests"), RewardSpec(type="python", file="a.py")]
-    build_rewards(specs, deployment_of(ENVIRONMENT, python_folder=tmp_path))
-    forbidden = deployment_of(
+    build_rewards(specs, reward_permissions(ENVIRONMENT, python_folder=tmp_path))
+    forbidden = reward_permissions(
         ENVIRONMENT | {"ALLOW_CODE_REWARDS": value, "ALLOW_PYTHON_REWARDS": value}, python_folder=tmp_path
     )
     for spec in specs:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tunedrop.rewards import Deployment, RewardError, RewardSpec, build_rewards
+from tunedrop.rewards import RewardError, RewardPermissions, RewardSpec, build_rewards
 from tunedrop.rewards.code import _isolation, run_tests
 
 ADD = "def add(a, b):\n    return a + b"
@@ -13,7 +13,7 @@ TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
 
 
 def reward(**parameters):
-    return build_rewards([RewardSpec(type="code_tests", **parameters)], Deployment(allow_code=True))[0]
+    return build_rewards([RewardSpec(type="code_tests", **parameters)], RewardPermissions(allow_code=True))[0]
 
 
 CASES = [

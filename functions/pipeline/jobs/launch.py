@@ -15,7 +15,7 @@ from pipeline.notify import events
 from pipeline.notify.announcements import AnnounceSettings, announce_failure, announce_waiting, notify
 from pipeline.notify.events import RunEvent
 from pipeline.observability import logger
-from pipeline.runs.table import Run, State, ago, backoff
+from pipeline.runs.table import Run, RunState, ago, backoff
 from tunedrop import object_keys
 from tunedrop.config.model import RunConfig
 from tunedrop.object_keys import JobName
@@ -179,7 +179,7 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str
     raise JobRefusedError(f"SageMaker refused the job: {'; '.join(dict.fromkeys(refused))}")
 
 
-def wait_for_room(run: Run, to: State, error: NoRoomError, settings: AnnounceSettings, aws: Aws) -> Run:
+def wait_for_room(run: Run, to: RunState, error: NoRoomError, settings: AnnounceSettings, aws: Aws) -> Run:
     """Let a run wait for a quota's room, WAITING or, for the tests, TRAINED.
 
     A quota that is too small is announced once, before the move: waiting alone would never end.
@@ -227,7 +227,7 @@ def run_of_job(name: str, settings: AnnounceSettings, aws: Aws) -> tuple[Run, Tr
     return run, job
 
 
-def wait_again(run: Run, to: State, reason: str, settings: AnnounceSettings, aws: Aws) -> Run:
+def wait_again(run: Run, to: RunState, reason: str, settings: AnnounceSettings, aws: Aws) -> Run:
     """Let a run whose job found no machine wait for its next attempt, WAITING or, for the tests, TRAINED."""
     run = aws.runs.move(run, to, next_attempt=True, reason=reason, not_before=backoff(run))
     announce_waiting(run, settings, aws)

@@ -6,7 +6,7 @@ from pipeline.aws import Aws, Settings
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent, Upload
 from pipeline.notify.messages import message
-from pipeline.runs.table import UPLOAD, Run, State
+from pipeline.runs.table import UPLOAD, Run, RunState
 from tunedrop import event_bus
 
 
@@ -40,7 +40,7 @@ def announce_failure(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
         notify(aws, settings.topic_arn, event)
         aws.runs.close(run)
     upload = aws.runs.upload(run.key)
-    if upload is not None and upload["state"] == State.VALIDATING and f"{run.key}@{upload['sequencer']}" != run.trigger:
+    if upload is not None and upload["state"] == RunState.VALIDATING and f"{run.key}@{upload['sequencer']}" != run.trigger:
         request_validation(upload, settings, aws)
 
 

@@ -6,7 +6,7 @@ import msgspec
 from aws_lambda_powertools.utilities.parser.models import EventBridgeModel, S3EventNotificationEventBridgeModel
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.runs.table import Run, State
+from pipeline.runs.table import Run, RunState
 from tunedrop.event_bus import entry, put
 from tunedrop.object_keys import run_key
 
@@ -49,13 +49,13 @@ class Upload(BaseModel):
 
 
 class JobReference(BaseModel):
-    """The part that our functions read of the detail of a "SageMaker Training Job State Change": which job."""
+    """The part that our functions read of the detail of a "SageMaker Training Job RunState Change": which job."""
 
     TrainingJobName: str
 
 
 class JobStateChange(BaseModel):
-    """A "SageMaker Training Job State Change" event: it names a job, and DescribeTrainingJob says how the job is.
+    """A "SageMaker Training Job RunState Change" event: it names a job, and DescribeTrainingJob says how the job is.
 
     The other fields of the detail may be absent, null or empty; AWS's own sample has no status transitions
     (https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html).
@@ -117,7 +117,7 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 def validated(run: Run, artifact_bucket: str) -> RunEvent:
     """Return the event that has a validated run started; a run that is further on is as it was then."""
-    run = msgspec.structs.replace(run, state=State.VALIDATED, reason=None)
+    run = msgspec.structs.replace(run, state=RunState.VALIDATED, reason=None)
     return RunEvent(detail_type=VALIDATED, run=run, links=receipt_link(run, artifact_bucket))
 
 

@@ -38,7 +38,7 @@ def render_report(
     metrics: list[dict[str, Any]],
     tests: Sequence[Outcome],
     probe: Sequence[Outcome] = (),
-    verdicts: Sequence[dict[str, Any]] = (),
+    alerts: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Return the page for a run's result, its dataset's receipt, its metrics by step and its inference tests' outcomes."""
     compared = [result["comparison"], *result["by_reward"].values(), *result["by_tag"].values()]
@@ -66,7 +66,7 @@ def render_report(
         }
         if probe
         else None,
-        verdicts=verdicts,
+        alerts=alerts,
         learnability=result["training"].get("learnability"),
         proofs=result["training"].get("proofs", {}),
         figures={name: value for name, value in result["training"].items() if name not in {"learnability", "proofs"}},

@@ -26,7 +26,7 @@ CONFLICT_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 LONGEST_BACKOFF = timedelta(hours=1)
 
 
-class State(StrEnum):
+class RunState(StrEnum):
     """The states of a run."""
 
     VALIDATING = "VALIDATING"
@@ -43,28 +43,30 @@ class State(StrEnum):
     CANCELLED = "CANCELLED"
 
 
-FINAL = frozenset({State.REJECTED, State.TRAINING_FAILED, State.TESTING_FAILED, State.PUBLISHED, State.CANCELLED})
+FINAL = frozenset(
+    {RunState.REJECTED, RunState.TRAINING_FAILED, RunState.TESTING_FAILED, RunState.PUBLISHED, RunState.CANCELLED}
+)
 # A run in one of these may be tried again, when its dataset is dropped again.
-RETRYABLE = FINAL - {State.PUBLISHED}
+RETRYABLE = FINAL - {RunState.PUBLISHED}
 # From which states a run may move to each. One that waits may begin to wait for another reason.
-MOVES: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.VALIDATED, State.WAITING}),
-    State.TRAINING: frozenset({State.VALIDATED, State.WAITING}),
-    State.TRAINED: frozenset({State.TRAINING, State.TRAINED}),
-    State.TRAINING_FAILED: frozenset({State.TRAINING, State.VALIDATED, State.WAITING}),
-    State.TESTING: frozenset({State.TRAINED}),
-    State.TESTED: frozenset({State.TESTING}),
-    State.TESTING_FAILED: frozenset({State.TESTING, State.TRAINED}),
-    State.PUBLISHED: frozenset({State.TESTED}),
-    State.CANCELLED: frozenset(State) - FINAL,
+MOVES: dict[RunState, frozenset[RunState]] = {
+    RunState.WAITING: frozenset({RunState.VALIDATED, RunState.WAITING}),
+    RunState.TRAINING: frozenset({RunState.VALIDATED, RunState.WAITING}),
+    RunState.TRAINED: frozenset({RunState.TRAINING, RunState.TRAINED}),
+    RunState.TRAINING_FAILED: frozenset({RunState.TRAINING, RunState.VALIDATED, RunState.WAITING}),
+    RunState.TESTING: frozenset({RunState.TRAINED}),
+    RunState.TESTED: frozenset({RunState.TESTING}),
+    RunState.TESTING_FAILED: frozenset({RunState.TESTING, RunState.TRAINED}),
+    RunState.PUBLISHED: frozenset({RunState.TESTED}),
+    RunState.CANCELLED: frozenset(RunState) - FINAL,
 }
 # The same for the moves that begin the next attempt: a job found no machine.
-MOVES_TO_NEXT_ATTEMPT: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.TRAINING}),
-    State.TRAINED: frozenset({State.TESTING}),
+MOVES_TO_NEXT_ATTEMPT: dict[RunState, frozenset[RunState]] = {
+    RunState.WAITING: frozenset({RunState.TRAINING}),
+    RunState.TRAINED: frozenset({RunState.TESTING}),
 }
 # What a move does to the run's place, in DynamoDB's words: a run whose job exists has one, a waiting run has none.
-PLACE: dict[State, str] = {State.TRAINING: "ADD", State.WAITING: "DELETE"}
+PLACE: dict[RunState, str] = {RunState.TRAINING: "ADD", RunState.WAITING: "DELETE"}
 
 
 def run_id(dataset: str, parts: Iterable[bytes | str]) -> str:
@@ -87,7 +89,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     run_id: str
     dataset: str
-    state: State
+    state: RunState
     attempt: int
     trigger: str
     key: str
@@ -117,7 +119,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def waits(self) -> bool:
         """Whether the run waits for room: for its training job, or with its tests still to come."""
-        return self.state == State.WAITING or (self.state == State.TRAINED and self.reason is not None)
+        return self.state == RunState.WAITING or (self.state == RunState.TRAINED and self.reason is not None)
 
     @property
     def backs_off(self) -> bool:
@@ -180,7 +182,7 @@ class RunTable:
                 ExpressionAttributeValues={
                     ":version": version_id,
                     ":sequencer": sequencer,
-                    ":state": State.VALIDATING.value,
+                    ":state": RunState.VALIDATING.value,
                     ":open": OPEN_UPLOAD,
                     ":now": now(),
                     ":none": 0,
@@ -191,7 +193,7 @@ class RunTable:
             return False
         return True
 
-    def finish_upload(self, key: str, sequencer: str, state: State, run_id: str) -> None:
+    def finish_upload(self, key: str, sequencer: str, state: RunState, run_id: str) -> None:
         """Record what became of an upload, unless a newer one of the same key is under way. No run: `run_id` is empty."""
         try:
             self._table.update_item(
@@ -243,7 +245,7 @@ class RunTable:
             "Key": {"id": UPLOAD + run.key},
             "ConditionExpression": "sequencer = :sequencer AND #state = :state",
             "ExpressionAttributeNames": {"#state": "state"},
-            "ExpressionAttributeValues": {":sequencer": sequencer, ":state": State.VALIDATING},
+            "ExpressionAttributeValues": {":sequencer": sequencer, ":state": RunState.VALIDATING},
         }
         try:
             self._transact({"Put": put}, {"ConditionCheck": newest})
@@ -251,7 +253,7 @@ class RunTable:
             return self.get(run.run_id) or run
         return run
 
-    def move(self, run: Run, to: State, *, next_attempt: bool = False, **values: Any) -> Run:
+    def move(self, run: Run, to: RunState, *, next_attempt: bool = False, **values: Any) -> Run:
         """Move a run to another state, set `values` on it and remove those that are None.
 
         The write is conditional on the attempt that the caller saw and on a state that the move is possible from: a late
@@ -300,7 +302,7 @@ class RunTable:
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
             return
 
-    def open_runs(self, state: State, limit: int | None = None) -> list[Run]:
+    def open_runs(self, state: RunState, limit: int | None = None) -> list[Run]:
         """Return the runs whose work in `state` is not finished, the oldest first. The index may lag a little behind."""
         return [run_of_item(item) for item in self._open(state.value, limit)]
 
@@ -322,7 +324,7 @@ class RunTable:
         place["ConditionExpression"] = "attribute_not_exists(running) OR size(running) < :limit OR contains(running, :run)"
         place["ExpressionAttributeValues"] |= {":run": run.run_id, ":limit": limit}
         try:
-            self._transact({"ConditionCheck": self._is(run, *MOVES[State.TRAINING])}, {"Update": place})
+            self._transact({"ConditionCheck": self._is(run, *MOVES[RunState.TRAINING])}, {"Update": place})
         except _ConditionFailedError as failed:
             if failed.index == 0:
                 raise StaleMoveError(f"{run.run_id} is not to be started in attempt {run.attempt} any more") from None
@@ -342,7 +344,7 @@ class RunTable:
             return
 
     @staticmethod
-    def _is(run: Run, *states: State) -> dict[str, Any]:
+    def _is(run: Run, *states: RunState) -> dict[str, Any]:
         """Return the condition that a run is in the same attempt and in one of these states."""
         values = {f":state{n}": state for n, state in enumerate(sorted(states))}
         return {

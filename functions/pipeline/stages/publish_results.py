@@ -16,7 +16,7 @@ from pipeline.notify.events import RunEvent
 from pipeline.observability import logger
 from pipeline.publish.report import IndexedRun, indexed_run, read_index, render_index, render_report
 from pipeline.publish.statistics import Comparison, evaluate
-from pipeline.runs.table import Run, State
+from pipeline.runs.table import Run, RunState
 from tunedrop import object_keys
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import Outcome
@@ -42,14 +42,14 @@ def testing_ended(name: str, settings: PublishSettings, aws: Aws) -> Run | None:
     if found is None or not found[1].final:
         return None
     run, job = found
-    if run.state == State.TRAINED:
+    if run.state == RunState.TRAINED:
         # The job ended before the move that followed its creation was written: write that move first.
-        run = aws.runs.move(run, State.TESTING, test_job=name, reason=None, not_before=None)
-    if run.state == State.TESTING:
+        run = aws.runs.move(run, RunState.TESTING, test_job=name, reason=None, not_before=None)
+    if run.state == RunState.TESTING:
         run = _after_tests(run, job, settings, aws)
-    if run.state == State.TESTED:
+    if run.state == RunState.TESTED:
         run = publish(run, settings, aws)
-    if run.state == State.PUBLISHED:
+    if run.state == RunState.PUBLISHED:
         announce(run, settings, aws)
     elif run.failed:
         announce_failure(run, settings, aws)
@@ -59,13 +59,13 @@ def testing_ended(name: str, settings: PublishSettings, aws: Aws) -> Run | None:
 def _after_tests(run: Run, job: TrainingJob, settings: PublishSettings, aws: Aws) -> Run:
     """Decide what the end of a test job means for its run, and move it there."""
     if job.TrainingJobStatus == "Completed":
-        return aws.runs.move(run, State.TESTED)
+        return aws.runs.move(run, RunState.TESTED)
     if job.no_capacity:  # the training is not lost: only the tests are tried again
-        return wait_again(run, State.TRAINED, job.no_capacity, settings, aws)
+        return wait_again(run, RunState.TRAINED, job.no_capacity, settings, aws)
     if job.TrainingJobStatus == "Stopped" and not job.at_limit:
-        return aws.runs.move(run, State.CANCELLED, reason="the inference tests were stopped")
+        return aws.runs.move(run, RunState.CANCELLED, reason="the inference tests were stopped")
     reason = f"the inference tests {job.TrainingJobStatus.lower()}: {job.FailureReason or job.SecondaryStatus}"
-    return aws.runs.move(run, State.TESTING_FAILED, reason=reason[:1024])
+    return aws.runs.move(run, RunState.TESTING_FAILED, reason=reason[:1024])
 
 
 def publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
@@ -99,7 +99,7 @@ def publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
         metrics=metrics,
         tests=tests,
         probe=msgspec.convert(inference.get("probe", []), list[Outcome]),
-        verdicts=_lines(aws.read(bucket, f"{trained}/verdicts.jsonl") or b""),
+        alerts=_lines(aws.read(bucket, f"{trained}/alerts.jsonl") or b""),
     )
     _write(aws, bucket, object_keys.run_key(run.run_id, "report.html"), html.encode(), "text/html; charset=utf-8")
     quality = msgspec.json.format(msgspec.json.encode(model_quality(result)))
@@ -108,7 +108,7 @@ def publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
     body = msgspec.json.format(msgspec.json.encode(result))
     _write(aws, bucket, object_keys.run_key(run.run_id, "result.json"), body, "application/json")
     add_to_index(aws, bucket, indexed_run(result, metrics, run.updated, run.rows))
-    return aws.runs.move(run, State.PUBLISHED, verdict=result["verdict"], model_package=result["model_package"])
+    return aws.runs.move(run, RunState.PUBLISHED, verdict=result["verdict"], model_package=result["model_package"])
 
 
 def _read(aws: Aws, bucket: str, key: str) -> bytes:

@@ -6,7 +6,7 @@ from pipeline.aws import Aws
 from pipeline.jobs.launch import JobSettings, end_stopped
 from pipeline.notify.announcements import announce_failure, request_validation
 from pipeline.observability import logger, metrics
-from pipeline.runs.table import FINAL, Run, StaleMoveError, State, ago, now
+from pipeline.runs.table import FINAL, Run, RunState, StaleMoveError, ago, now
 from pipeline.stages import publish_results, start_training, test_model, validate_dataset
 from pipeline.stages.publish_results import PublishSettings
 
@@ -37,7 +37,7 @@ def reconcile(
     errors: list[Exception] = []
     looked_at = 0
     started = oldest = now()
-    for state in State:
+    for state in RunState:
         for seen in aws.runs.open_runs(state):
             oldest = min(oldest, seen.arrived)
             run = aws.runs.get(seen.run_id) if seen.updated <= ago(minimum_age) else None
@@ -62,17 +62,17 @@ def reconcile(
 
 def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
     """Do what is due for a run; those that wait get their turn together, in order of arrival, afterwards."""
-    if run.state in {State.VALIDATED, State.REJECTED}:
+    if run.state in {RunState.VALIDATED, RunState.REJECTED}:
         validate_dataset.announce(run, settings, aws)
-    elif run.state == State.TRAINING:
+    elif run.state == RunState.TRAINING:
         test_model.training_ended(str(run.train_job), settings, aws)
-    elif run.state == State.TESTING:
+    elif run.state == RunState.TESTING:
         publish_results.testing_ended(str(run.test_job), settings, aws)
-    elif run.state == State.TESTED:
+    elif run.state == RunState.TESTED:
         publish_results.announce(publish_results.publish(run, settings, aws), settings, aws)
-    elif run.state == State.PUBLISHED:
+    elif run.state == RunState.PUBLISHED:
         publish_results.announce(run, settings, aws)
-    elif run.state == State.CANCELLED:
+    elif run.state == RunState.CANCELLED:
         end_stopped(run, settings, aws)
     elif run.state in FINAL:
         announce_failure(run, settings, aws)

@@ -19,7 +19,7 @@ from pipeline.notify import events
 from pipeline.notify.announcements import announce_failure, announce_waiting
 from pipeline.notify.events import RunEvent
 from pipeline.observability import logger
-from pipeline.runs.table import Run, StaleMoveError, State
+from pipeline.runs.table import Run, RunState, StaleMoveError
 from pipeline.stages.test_model import start_tests
 
 OLDEST = 10  # waiting runs that an event offers room to; `reconcile` offers it to all
@@ -30,19 +30,21 @@ def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
 
     A second delivery of its event finishes what the first one left undone.
     """
-    if run.state == State.CANCELLED:
+    if run.state == RunState.CANCELLED:
         end_stopped(run, settings, aws)
     elif run.failed:  # SageMaker refused its job
         announce_failure(run, settings, aws)
-    elif run.state == State.VALIDATED:
+    elif run.state == RunState.VALIDATED:
         # Behind those that wait already; but one that has a place may have a job, too.
-        if aws.runs.open_runs(State.WAITING, limit=1) and not aws.runs.has_place(run):
-            run = aws.runs.move(run, State.WAITING, reason="other runs have waited longer")
+        if aws.runs.open_runs(RunState.WAITING, limit=1) and not aws.runs.has_place(run):
+            run = aws.runs.move(run, RunState.WAITING, reason="other runs have waited longer")
         elif aws.runs.acquire(run, settings.max_concurrent_jobs):
             run = _start(run, settings, aws)
         else:
-            run = aws.runs.move(run, State.WAITING, reason=f"{settings.max_concurrent_jobs} runs at a time, and as many run")
-    if run.state == State.WAITING:
+            run = aws.runs.move(
+                run, RunState.WAITING, reason=f"{settings.max_concurrent_jobs} runs at a time, and as many run"
+            )
+    if run.state == RunState.WAITING:
         announce_waiting(run, settings, aws)
     return run
 
@@ -52,20 +54,20 @@ def _start(run: Run, settings: JobSettings, aws: Aws) -> Run:
     try:
         job = create_job("train", run, settings, aws)
     except JobRefusedError as error:
-        run = aws.runs.move(run, State.TRAINING_FAILED, reason=str(error)[:1024])
+        run = aws.runs.move(run, RunState.TRAINING_FAILED, reason=str(error)[:1024])
         announce_failure(run, settings, aws)
         return run
     except NoRoomError as error:
-        return wait_for_room(run, State.WAITING, error, settings, aws)
+        return wait_for_room(run, RunState.WAITING, error, settings, aws)
     event = RunEvent(
         detail_type=events.STARTED,
-        run=structs.replace(run, state=State.TRAINING, reason=None),
+        run=structs.replace(run, state=RunState.TRAINING, reason=None),
         extra={"training_job": job["train_job"], "instance_type": job["instance_type"]},
     )
     # Announced before the move: whoever dies in between announces it again.
     events.put_event(aws.events, settings.event_bus, event)
     try:
-        return aws.runs.move(run, State.TRAINING, reason=None, not_before=None, **job)
+        return aws.runs.move(run, RunState.TRAINING, reason=None, not_before=None, **job)
     except StaleMoveError:
         stop_if_over(run, settings, aws)
         raise
@@ -78,19 +80,19 @@ def start_waiting(settings: JobSettings, aws: Aws, limit: int | None = OLDEST) -
     The first error is raised at the end.
     """
     errors: list[Exception] = []
-    for run in aws.runs.open_runs(State.TRAINED, limit):
+    for run in aws.runs.open_runs(RunState.TRAINED, limit):
         if not run.backs_off:
             with _on_its_own(run, errors):
                 start_tests(run, settings, aws)
     overtaken: set[str] = set()
-    for run in aws.runs.open_runs(State.WAITING, limit):
+    for run in aws.runs.open_runs(RunState.WAITING, limit):
         if run.backs_off or run.dataset in overtaken:
             overtaken.add(run.dataset)
             continue
         with _on_its_own(run, errors):
             if not aws.runs.acquire(run, settings.max_concurrent_jobs):
                 break
-            if _start(run, settings, aws).state == State.WAITING:
+            if _start(run, settings, aws).state == RunState.WAITING:
                 overtaken.add(run.dataset)
     if errors:
         raise errors[0]

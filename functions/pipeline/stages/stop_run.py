@@ -6,7 +6,7 @@ from pipeline.aws import Aws
 from pipeline.jobs.launch import end_stopped
 from pipeline.notify.announcements import AnnounceSettings
 from pipeline.observability import logger
-from pipeline.runs.table import FINAL, Run, StaleMoveError, State
+from pipeline.runs.table import FINAL, Run, RunState, StaleMoveError
 
 
 def stop_run(run: Run, requested: datetime, settings: AnnounceSettings, aws: Aws) -> Run:
@@ -20,9 +20,9 @@ def stop_run(run: Run, requested: datetime, settings: AnnounceSettings, aws: Aws
             logger.info("ignored a request to stop an earlier attempt", run_id=run.run_id)
             return run
         try:
-            run = aws.runs.move(run, State.CANCELLED, reason="stopped on request")
+            run = aws.runs.move(run, RunState.CANCELLED, reason="stopped on request")
         except StaleMoveError:  # it has begun its next attempt, or ended, this moment
             run = aws.runs.get(run.run_id) or run
-    if run.state == State.CANCELLED:
+    if run.state == RunState.CANCELLED:
         end_stopped(run, settings, aws)
     return run

@@ -16,7 +16,7 @@ from pipeline.notify import events
 from pipeline.notify.announcements import AnnounceSettings, notify
 from pipeline.notify.events import RunEvent, Upload
 from pipeline.observability import logger
-from pipeline.runs.table import RETRYABLE, Run, State, now, run_id
+from pipeline.runs.table import RETRYABLE, Run, RunState, now, run_id
 from pipeline.validation.cost import Prices, Terms
 from pipeline.validation.model_files import READ_FILES, check_model
 from pipeline.validation.receipt import Check, check_config, check_dataset
@@ -26,7 +26,7 @@ from tunedrop.config.model import MAX_CONFIG_BYTES
 from tunedrop.dataset.readers import BLOCK_BYTES, refuse, suffix_of
 from tunedrop.inference_tests import MAX_TESTS_BYTES
 from tunedrop.problems import Problem
-from tunedrop.rewards import deployment_of
+from tunedrop.rewards import reward_permissions
 
 INPUT_FILES = ("config.json", "train.jsonl", "heldout.jsonl", "inference_tests.json")
 MAX_REWARD_FILE_BYTES = 1024**2
@@ -66,7 +66,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             if error_code(error) not in {"NoSuchKey", "NoSuchVersion"}:
                 raise
             logger.info("ignored an upload that is gone")
-            aws.runs.finish_upload(upload.key, upload.sequencer, State.CANCELLED, run_id="")
+            aws.runs.finish_upload(upload.key, upload.sequencer, RunState.CANCELLED, run_id="")
             return None
         body = stack.enter_context(closing(stored["Body"]))
         # What is larger than its parser takes is not read to its end.
@@ -109,7 +109,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
                 model=model,
                 weights=weights,
                 # The environment that the jobs will have: what is accepted here is what they may do.
-                deployment=deployment_of(plan["train"].get("Environment", {}), aws.client, folder / "rewards"),
+                permissions=reward_permissions(plan["train"].get("Environment", {}), aws.client, folder / "rewards"),
                 terms=Terms(prices, settings.use_spot, settings.max_run_cost_usd or None),
             )
             stream.drain()
@@ -118,7 +118,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
         run = Run(
             run_id=this,
             dataset=dataset,
-            state=State.VALIDATED if check.ok else State.REJECTED,
+            state=RunState.VALIDATED if check.ok else RunState.REJECTED,
             attempt=1,
             trigger=f"{upload.key}@{upload.sequencer}",
             key=upload.key,
@@ -132,7 +132,7 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
         )
         _write(run, check, source, folder, settings, aws)
     there = aws.runs.create(run, upload.sequencer)
-    if there.state == State.REJECTED and there.open is not None and there.trigger != run.trigger:
+    if there.state == RunState.REJECTED and there.open is not None and there.trigger != run.trigger:
         announce(there, settings, aws)  # nobody has yet, and only then can it begin the next attempt
         there = aws.runs.create(run, upload.sequencer)
     if there.state in RETRYABLE and there.open is not None and there.trigger != run.trigger:
@@ -166,9 +166,9 @@ def _announced_again(upload: Upload, settings: ValidateSettings, aws: Aws) -> Ru
 
 def announce(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
     """Say that a run was validated or rejected; nothing if it is further on."""
-    if run.state == State.VALIDATED:
+    if run.state == RunState.VALIDATED:
         events.put_event(aws.events, settings.event_bus, events.validated(run, settings.artifact_bucket))
-    elif run.state == State.REJECTED:
+    elif run.state == RunState.REJECTED:
         links = events.receipt_link(run, settings.artifact_bucket)
         event = RunEvent(detail_type=events.REJECTED, run=run, links=links)
         events.put_event(aws.events, settings.event_bus, event)

@@ -24,7 +24,7 @@ from tunedrop.config.model import RunConfig, check_instances, check_steps, confi
 from tunedrop.dataset.rows import Records, Row
 from tunedrop.inference_tests import InferenceTest, dump_tests, parse_tests, tests_from_rows
 from tunedrop.problems import Problem, RejectedError
-from tunedrop.rewards import TEXT_ONLY, Deployment, Reward, RewardError, build_rewards
+from tunedrop.rewards import NO_PERMISSIONS, Reward, RewardError, RewardPermissions, build_rewards
 
 VERSION = 1
 LISTED_ERRORS = 100
@@ -164,24 +164,24 @@ def check_dataset(
     image: str = "",
     model: Path | None,
     weights: int = 0,
-    deployment: Deployment = TEXT_ONLY,
+    permissions: RewardPermissions = NO_PERMISSIONS,
     terms: Terms = NO_TERMS,
 ) -> None:
     """Check an open dataset file of a format with the config and tests, and write the run's input files into `folder`.
 
     `tests_raw` is None where no test file was given: the held-out rows are the tests then. `instance_types` are the
     deployment's, for a config that names none, and `image` is what its jobs run in. `model` is a folder with the base
-    model's tokenizer, None where only the job will see it, and `weights` the bytes of its weights. `deployment` is what
+    model's tokenizer, None where only the job will see it, and `weights` the bytes of its weights. `permissions` is what
     rewards may do, and `terms` what it pays.
     The files are `config.json`, `train.jsonl`, `heldout.jsonl` and `inference_tests.json`, complete only if the check is
     `ok`, and `rejected.jsonl`.
     """
     check.add(*check_instances(check.config, check.config.compute.instance_type or instance_types, image))
-    rewards = _rewards(check, deployment)
+    rewards = _rewards(check, permissions)
     tests: list[InferenceTest] = []
     if tests_raw is not None:
         try:
-            tests = parse_tests(tests_raw, check.config, deployment)
+            tests = parse_tests(tests_raw, check.config, permissions)
         except RejectedError as error:
             check.add(*error.problems)
     with ExitStack() as stack:
@@ -212,12 +212,12 @@ def check_dataset(
         (folder / "config.json").write_text(check.config.model_dump_json(indent=1))
 
 
-def _rewards(check: Check, deployment: Deployment) -> list[Reward]:
+def _rewards(check: Check, permissions: RewardPermissions) -> list[Reward]:
     """Return the config's rewards; none where the config or the deployment does not let them be made."""
     if not check.ok:
         return []
     try:
-        return build_rewards(check.config.rewards, deployment)
+        return build_rewards(check.config.rewards, permissions)
     except RewardError as error:
         check.add(Problem("REWARD_NOT_ALLOWED", str(error), "use a reward that this deployment allows", key="rewards"))
         return []

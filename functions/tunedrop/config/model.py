@@ -219,17 +219,15 @@ class Learnability(_Section):
     ] = 0.1
 
 
-# What can be said of a training while it goes on: see docs/verdicts.md.
-VerdictCode = Literal[
-    "NON_FINITE", "KL_BLOWUP", "DEAD_REWARD", "TRUNCATION", "HACKING_SUSPECT", "ENTROPY_COLLAPSE", "PLATEAU"
-]
+# What can be said of a training while it goes on: see docs/alerts.md.
+AlertCode = Literal["NON_FINITE", "KL_BLOWUP", "DEAD_REWARD", "TRUNCATION", "HACKING_SUSPECT", "ENTROPY_COLLAPSE", "PLATEAU"]
 
 
-class Verdicts(_Section):
+class Alerts(_Section):
     """What is said of a training that goes wrong, and what ends it early."""
 
-    stop_on: list[VerdictCode] = Field(
-        default=["NON_FINITE", "DEAD_REWARD"], description="Verdicts that end the training; its best checkpoint is tested."
+    stop_on: list[AlertCode] = Field(
+        default=["NON_FINITE", "DEAD_REWARD"], description="Alerts that end the training; its best checkpoint is tested."
     )
 
 
@@ -261,7 +259,7 @@ class RunConfig(_Section):
     gate: Gate = Gate()
     preflight: Preflight = Preflight()
     learnability: Learnability = Learnability()
-    verdicts: Verdicts = Verdicts()
+    alerts: Alerts = Alerts()
     notify: Notify = Notify()
     max_prompt_length: Annotated[int, Field(ge=1, description="Tokens a prompt may have, chat template included.")] = 512
     max_seq_length: Annotated[int, Field(ge=2, description="Tokens prompt and completion may have together.")] | None = None

@@ -1,7 +1,7 @@
 """Rewards: named in a run config, called in TRL's contract, and used again to score the inference tests.
 
 A reward is a plain function whose keyword-only parameters are what a config may set. Its first parameter says what it
-looks at: `sample`, one completion at a time, or `samples`, a whole batch, together with the `Deployment` it runs in.
+looks at: `sample`, one completion at a time, or `samples`, a whole batch, together with the `RewardPermissions` it runs in.
 """
 
 import inspect
@@ -17,13 +17,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from tunedrop.problems import nearest
 from tunedrop.rewards import code, openai, remote, structured, text
 from tunedrop.rewards.base import (
+    NO_PERMISSIONS,
     REWARD_ENVIRONMENT,
-    TEXT_ONLY,
-    Deployment,
     RewardError,
+    RewardPermissions,
     Sample,
     content_text,
-    deployment_of,
+    reward_permissions,
     text_of,
 )
 
@@ -59,28 +59,28 @@ REWARDS: dict[str, Callable[..., Any]] = {
 } | {"lambda": remote.reward_lambda}
 
 # What a deployment must allow a reward, by its parameters, and what to say where it does not.
-_NEEDS: dict[str, tuple[Callable[[Deployment, dict[str, Any]], Any], str]] = {
+_NEEDS: dict[str, tuple[Callable[[RewardPermissions, dict[str, Any]], Any], str]] = {
     "code_tests": (
-        lambda deployment, _: deployment.allow_code,
+        lambda permissions, _: permissions.allow_code,
         "runs programs that a model wrote, which is not allowed here (stack parameter AllowCodeRewards)",
     ),
     "python": (
-        lambda deployment, _: deployment.python_folder,
+        lambda permissions, _: permissions.python_folder,
         "runs a Python file, which is not allowed here (stack parameter AllowPythonRewards)",
     ),
     "lambda": (
-        lambda deployment, given: any(
-            given["function_arn"] in {arn, arn.partition(":function:")[2]} for arn in deployment.functions
+        lambda permissions, given: any(
+            given["function_arn"] in {arn, arn.partition(":function:")[2]} for arn in permissions.functions
         ),
         "calls a function that is not among those allowed here (stack parameter RewardFunctionArns)",
     ),
     "judge": (
-        lambda deployment, given: given["model"] == deployment.judge_model,
+        lambda permissions, given: given["model"] == permissions.judge_model,
         "asks a model that is not the one allowed here (stack parameter RewardJudgeModel)",
     ),
     "http": (
-        lambda deployment, given: (
-            not {urlsplit(given["url"]).netloc, urlsplit(given["url"]).hostname}.isdisjoint(deployment.hosts)
+        lambda permissions, given: (
+            not {urlsplit(given["url"]).netloc, urlsplit(given["url"]).hostname}.isdisjoint(permissions.hosts)
         ),
         "calls a host that is not among those allowed here (stack parameter RewardHttpHosts)",
     ),
@@ -201,20 +201,20 @@ def _messages(value: Any, role: str) -> list[dict[str, Any]]:
 class Reward:
     """A configured reward. Calling it follows TRL: `reward(prompts, completions, **columns) -> list[float | None]`.
 
-    `deployment` is what the place gives and allows; `gate` is the reward that `only_if` names. Raises RewardError when
+    `permissions` is what the place gives and allows; `gate` is the reward that `only_if` names. Raises RewardError when
     the deployment does not allow this type.
     """
 
-    def __init__(self, spec: RewardSpec, deployment: Deployment = TEXT_ONLY, gate: "Reward | None" = None):
+    def __init__(self, spec: RewardSpec, permissions: RewardPermissions = NO_PERMISSIONS, gate: "Reward | None" = None):
         self.__name__ = spec.label  # TRL names the metric rewards/<__name__>/mean
         self.weight = spec.weight
         self.spec = spec
         self.gate = gate
         self.parameters = dict(PARAMETERS[spec.type].model_validate(spec.model_extra or {}))
         available, refusal = _NEEDS.get(spec.type, (lambda *_: True, ""))
-        if not available(deployment, self.parameters):
+        if not available(permissions, self.parameters):
             raise RewardError(f"reward '{self.__name__}' {refusal}")
-        self._deployment = deployment
+        self._permissions = permissions
         self._function = REWARDS[spec.type]
         # Whole batches are for rewards that take their time: they start a process, or call somebody.
         self.per_batch = "samples" in inspect.signature(self._function).parameters
@@ -261,7 +261,7 @@ class Reward:
         if not samples:
             return []
         try:
-            scores = self._function(samples, self._deployment, **self.parameters)
+            scores = self._function(samples, self._permissions, **self.parameters)
         except (Exception, SystemExit) as error:  # a user's file may end with one: the job must not, as if all were well
             where = f"on {len(samples)} completions, the first of {_row(samples[0])}"
             if self.spec.type == "python" and len(samples) > 1:
@@ -344,12 +344,12 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
 
 
-def build_rewards(specs: Sequence[RewardSpec], deployment: Deployment = TEXT_ONLY) -> list[Reward]:
+def build_rewards(specs: Sequence[RewardSpec], permissions: RewardPermissions = NO_PERMISSIONS) -> list[Reward]:
     """Make the rewards of a config, in its order. Raises RewardError for one that the deployment does not allow."""
     check_names(specs)
     built: dict[str, Reward] = {}
     for spec in specs:
-        built[spec.label] = Reward(spec, deployment, built[spec.only_if.reward] if spec.only_if else None)
+        built[spec.label] = Reward(spec, permissions, built[spec.only_if.reward] if spec.only_if else None)
     return list(built.values())
 
 
@@ -373,19 +373,19 @@ def score(
 
 __all__ = [
     "FORMAT_REWARDS",
+    "NO_PERMISSIONS",
     "PARAMETERS",
     "REWARDS",
     "REWARD_ENVIRONMENT",
-    "TEXT_ONLY",
-    "Deployment",
     "OnlyIf",
     "Reward",
     "RewardError",
+    "RewardPermissions",
     "RewardSpec",
     "Sample",
     "build_rewards",
     "check_names",
-    "deployment_of",
+    "reward_permissions",
     "score",
     "text_of",
 ]

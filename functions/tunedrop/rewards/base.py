@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Deployment:
+class RewardPermissions:
     """What the place a reward runs in gives and allows; the default allows only what needs nothing but the text.
 
     `client` gives an AWS client by its service name, as `functools.cache(boto3.client)` does: it is asked for every
@@ -52,7 +52,7 @@ class Deployment:
     python_folder: Path | None = None
 
 
-TEXT_ONLY = Deployment()
+NO_PERMISSIONS = RewardPermissions()
 # What a stack allows, named as its template's parameters are. `release` writes them into the environment of the
 # launch plan's jobs; validate_dataset reads that same plan, so that what it accepts is what the job may do.
 REWARD_ENVIRONMENT = {
@@ -64,15 +64,15 @@ REWARD_ENVIRONMENT = {
 }
 
 
-def deployment_of(
+def reward_permissions(
     environment: Mapping[str, str], client: Callable[[str], Any] | None = None, python_folder: Path | None = None
-) -> Deployment:
+) -> RewardPermissions:
     """Return what the environment of a stack's jobs allows (`REWARD_ENVIRONMENT`; what is absent is not allowed)."""
 
     def names(variable: str) -> tuple[str, ...]:
         return tuple(name for name in environment.get(variable, "").split(",") if name)
 
-    return Deployment(
+    return RewardPermissions(
         client,
         functions=names("REWARD_FUNCTION_ARNS"),
         judge_model=environment.get("REWARD_JUDGE_MODEL", ""),

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunedrop.rewards.base import Deployment, RewardError, Sample, fenced, final_answer
+from tunedrop.rewards.base import RewardError, RewardPermissions, Sample, fenced, final_answer
 from tunedrop.sandboxed_process import bare_environment
 
 # Runs in the subprocess. It limits itself, then runs the program and each test, and says what passed in one line that
@@ -73,7 +73,7 @@ def _isolation() -> tuple[str, ...]:
 
 def code_tests(
     samples: Sequence[Sample],
-    deployment: Deployment,  # noqa: ARG001 - whether it allows code is checked when rewards are built
+    permissions: RewardPermissions,  # noqa: ARG001 - whether it allows code is checked when rewards are built
     *,
     tests: list[str] | None = None,
     column: str = "tests",

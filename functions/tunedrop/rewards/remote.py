@@ -1,6 +1,6 @@
 """Rewards that others compute: a Lambda function, an HTTP endpoint, a model on Bedrock, a user's Python file.
 
-Each takes a batch of samples and the `Deployment` it runs in, and returns a score or None per sample.
+Each takes a batch of samples and the `RewardPermissions` it runs in, and returns a score or None per sample.
 """
 
 import json
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from tunedrop.rewards.base import Deployment, RewardError, Sample
+from tunedrop.rewards.base import RewardError, RewardPermissions, Sample
 from tunedrop.rewards.wire import Request, read_response, sample_ids, write_request
 
 Scores = list[float | None]
@@ -44,7 +44,7 @@ def _in_batches(
 
 def reward_lambda(
     samples: Sequence[Sample],
-    deployment: Deployment,
+    permissions: RewardPermissions,
     *,
     function_arn: Annotated[
         str, Field(pattern=r"^(arn:aws[a-zA-Z-]*:lambda:[a-z0-9-]+:\d{12}:function:)?[\w-]+(:[\w$-]+)?$")
@@ -60,7 +60,7 @@ def reward_lambda(
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _client(deployment, "lambda")
+    client = _client(permissions, "lambda")
 
     def send(payload: Any) -> Any:
         try:
@@ -84,10 +84,10 @@ def _dumps(payload: Any) -> bytes:
     return json.dumps(payload, default=str).encode()  # a Parquet column may hold dates
 
 
-def _client(deployment: Deployment, service: str) -> Any:
-    if deployment.client is None:
+def _client(permissions: RewardPermissions, service: str) -> Any:
+    if permissions.client is None:
         raise RewardError(f"there is no access to AWS here, which calling {service} needs")
-    return deployment.client(service)
+    return permissions.client(service)
 
 
 def _safe_url(url: str) -> str:
@@ -105,7 +105,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def http(
     samples: Sequence[Sample],
-    deployment: Deployment,  # noqa: ARG001 - every batch reward takes one
+    permissions: RewardPermissions,  # noqa: ARG001 - every batch reward takes one
     *,
     url: Annotated[str, AfterValidator(_safe_url)],
     timeout: Annotated[float, Field(gt=0, le=900)] = 30.0,
@@ -166,7 +166,7 @@ Give your reason in one sentence, then the grade as <score>number</score>."""
 
 def judge(
     samples: Sequence[Sample],
-    deployment: Deployment,
+    permissions: RewardPermissions,
     *,
     model: Annotated[str, Field(min_length=1)],
     rubric: str = "The answer says the same as the reference, correctly and completely.",
@@ -180,7 +180,7 @@ def judge(
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _client(deployment, "bedrock-runtime")
+    client = _client(permissions, "bedrock-runtime")
     low, high = scale
 
     def grade(sample: Sample) -> float | None:
@@ -213,7 +213,7 @@ def judge(
 
 def python(
     samples: Sequence[Sample],
-    deployment: Deployment,
+    permissions: RewardPermissions,
     *,
     file: Annotated[str, Field(pattern=r"^[\w-]+\.py$")],
     function: str = "reward",
@@ -223,9 +223,9 @@ def python(
     It gets messages as prompts and completions, each column as a list (the answers as `answer`), and returns a score or
     None per completion. Only where the deployment allows such files.
     """
-    assert deployment.python_folder is not None  # checked when rewards are built
+    assert permissions.python_folder is not None  # checked when rewards are built
     columns = {name: [sample.columns.get(name) for sample in samples] for sample in samples for name in sample.columns}
-    path = deployment.python_folder / file
+    path = permissions.python_folder / file
     if not path.is_file():
         raise RewardError(f"there is no file '{file}' in the folder of reward files")
     scores: Scores = _load(path, path.stat().st_mtime_ns, function)(

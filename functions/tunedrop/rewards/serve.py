@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from tunedrop.rewards import Deployment, Reward, RewardSpec, build_rewards, score
+from tunedrop.rewards import Reward, RewardPermissions, RewardSpec, build_rewards, score
 from tunedrop.rewards.wire import read_request, write_result
 
 
@@ -48,7 +48,7 @@ class LambdaReward(Reward):
 
     def __init__(self, function_arn: str, client: Any, *, weight: float = 1.0, name: str | None = None, **parameters: Any):
         spec = {"type": "lambda", "function_arn": function_arn, "weight": weight, "name": name} | parameters
-        super().__init__(RewardSpec.model_validate(spec), Deployment(lambda _: client, functions=(function_arn,)))
+        super().__init__(RewardSpec.model_validate(spec), RewardPermissions(lambda _: client, functions=(function_arn,)))
 
 
 def from_openai_grader(grader: str | dict[str, Any]) -> Reward:

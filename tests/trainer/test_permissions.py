@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.deployment import deployment
-from tunedrop.rewards import REWARD_ENVIRONMENT, TEXT_ONLY
+from trainer.permissions import job_permissions
+from tunedrop.rewards import NO_PERMISSIONS, REWARD_ENVIRONMENT
 
 
 @pytest.fixture(autouse=True)
@@ -13,25 +13,25 @@ def _clean(monkeypatch):
 
 
 def test_without_a_word_nothing_is_allowed():
-    given = deployment()
+    given = job_permissions()
     assert (given.functions, given.judge_model, given.hosts, given.allow_code, given.python_folder) == (
-        (TEXT_ONLY.functions, TEXT_ONLY.judge_model, TEXT_ONLY.hosts, False, None)
+        (NO_PERMISSIONS.functions, NO_PERMISSIONS.judge_model, NO_PERMISSIONS.hosts, False, None)
     )
 
 
 def test_the_environment_and_the_channel_allow(monkeypatch, tmp_path):
     monkeypatch.setenv("SM_CHANNEL_REWARDS", str(tmp_path))
-    assert deployment().python_folder is None
+    assert job_permissions().python_folder is None
     for name, value in {"REWARD_FUNCTION_ARNS": "a,b", "ALLOW_CODE_REWARDS": "true", "ALLOW_PYTHON_REWARDS": "true"}.items():
         monkeypatch.setenv(name, value)
-    given = deployment()
+    given = job_permissions()
     assert (given.functions, given.allow_code, given.python_folder) == (("a", "b"), True, tmp_path)
 
 
 def test_clients_are_of_the_jobs_region_and_made_once(monkeypatch):
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
-    client = deployment().client
+    client = job_permissions().client
     assert client is not None
     assert client("lambda").meta.region_name == "eu-central-1"
     assert client("lambda") is client("lambda")

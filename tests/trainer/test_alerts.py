@@ -1,4 +1,4 @@
-"""Verdicts: tables of histories, and small models whose training goes wrong in each of the ways that have a name."""
+"""Alerts: tables of histories, and small models whose training goes wrong in each of the ways that have a name."""
 
 import json
 import math
@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from trainer import train, verdicts
+from trainer import alerts, train
 from trainer.job import JobError
-from tunedrop.config.model import VerdictCode
+from tunedrop.config.model import AlertCode
 from tunedrop.rewards import RewardSpec
 
 NAN = math.nan
@@ -86,7 +86,7 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_nothing_is_named_in_a_healthy_run(name):
     for length in range(1, len(HEALTHY[name]) + 1):
-        assert verdicts.find(HEALTHY[name][:length], {"xml_format"}) == []
+        assert alerts.find(HEALTHY[name][:length], {"xml_format"}) == []
 
 
 SICK = {
@@ -135,8 +135,8 @@ def test_each_trouble_is_named_as_soon_as_it_shows(name):
     code, history, since = SICK[name]
     named = {}
     for length in range(1, len(history) + 1):
-        for verdict in verdicts.find(history[:length], {"xml_format"}):
-            named.setdefault(verdict.code, verdict)
+        for alert in alerts.find(history[:length], {"xml_format"}):
+            named.setdefault(alert.code, alert)
     assert set(named) == {code} | ({"DEAD_REWARD"} if "none is paid" in name else set())
     assert named[code].step == since
     assert named[code].message
@@ -144,7 +144,7 @@ def test_each_trouble_is_named_as_soon_as_it_shows(name):
 
 
 def test_every_code_can_be_named_in_a_config_and_is_tested_here():
-    assert {code for code, _, _ in SICK.values()} == set(get_args(VerdictCode))
+    assert {code for code, _, _ in SICK.values()} == set(get_args(AlertCode))
 
 
 class OnlyWhole:
@@ -169,18 +169,18 @@ RUNS = {
 
 @pytest.mark.parametrize("code", RUNS)
 def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, code):
-    job.config(**RUNS[code], verdicts={"stop_on": [code]}, learnability={"samples": 0}, lora={"r": 4})
+    job.config(**RUNS[code], alerts={"stop_on": [code]}, learnability={"samples": 0}, lora={"r": 4})
     job.rows()
     if code == "TRUNCATION":
         monkeypatch.setattr(train, "build_rewards", lambda *_: [OnlyWhole()])
     if code == "DEAD_REWARD":
         with pytest.raises(JobError, match="training has moved no weight"):
             train.train(train.parse_flags([]))
-        assert [verdict["code"] for verdict in job.verdicts()] == [code]
+        assert [alert["code"] for alert in job.alerts()] == [code]
         return
     train.train(train.parse_flags([]))
-    told, named = job.training(), job.verdicts()
-    assert [verdict["code"] for verdict in named] == told["verdicts"] == [code]
+    told, named = job.training(), job.alerts()
+    assert [alert["code"] for alert in named] == told["alerts"] == [code]
     assert told["ended"] == code
     assert told["steps"] == named[0]["step"] < told["max_steps"]
     assert told["checkpoint"]["step"] == told["steps"]
@@ -190,7 +190,7 @@ def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, c
 def test_weights_that_are_no_numbers_end_the_run_with_the_last_that_were(job, monkeypatch):
     import torch
 
-    job.config(grpo={"max_steps": 8, "save_steps": 1}, learnability={"samples": 0}, verdicts={"stop_on": []})
+    job.config(grpo={"max_steps": 8, "save_steps": 1}, learnability={"samples": 0}, alerts={"stop_on": []})
     job.rows()
 
     def break_weights(_self, _args, state, _control, model, **_):
@@ -200,7 +200,7 @@ def test_weights_that_are_no_numbers_end_the_run_with_the_last_that_were(job, mo
     monkeypatch.setattr("trainer.bounds.Bounds.on_optimizer_step", break_weights)
     train.train(train.parse_flags([]))
     told = job.training()
-    assert (told["steps"], told["ended"], told["verdicts"]) == (5, "NON_FINITE", ["NON_FINITE"])
+    assert (told["steps"], told["ended"], told["alerts"]) == (5, "NON_FINITE", ["NON_FINITE"])
     assert told["checkpoint"]["step"] == 4
 
 

@@ -5,10 +5,10 @@ import os
 from typing import Any
 
 from trainer import folders
-from tunedrop.rewards import Deployment, deployment_of
+from tunedrop.rewards import RewardPermissions, reward_permissions
 
 
-def deployment() -> Deployment:
+def job_permissions() -> RewardPermissions:
     """Return what this job allows, `python` rewards from the channel `rewards`; in a shell, what is exported there."""
 
     @functools.cache
@@ -17,4 +17,4 @@ def deployment() -> Deployment:
 
         return boto3.client(service, region_name=os.environ.get("AWS_REGION"))  # as SageMaker calls it
 
-    return deployment_of(os.environ, client, folders.channel("rewards"))
+    return reward_permissions(os.environ, client, folders.channel("rewards"))

@@ -1,6 +1,6 @@
 """Names what goes wrong while a model trains, with evidence: pure functions over the metrics so far.
 
-A point of the history is a line of metrics.jsonl. docs/verdicts.md says where each threshold comes from.
+A point of the history is a line of metrics.jsonl. docs/alerts.md says where each threshold comes from.
 """
 
 import math
@@ -24,7 +24,7 @@ KL_LIMIT = 1.0  # nats per token
 STANDARD_ERRORS = 2.0
 
 
-class Verdict(NamedTuple):
+class Alert(NamedTuple):
     """What is wrong, since when it shows, in words, and the numbers that say so."""
 
     code: str
@@ -33,9 +33,9 @@ class Verdict(NamedTuple):
     evidence: dict[str, float]
 
 
-def find(history: Sequence[Point], formats: Collection[str] = ()) -> list[Verdict]:
+def find(history: Sequence[Point], formats: Collection[str] = ()) -> list[Alert]:
     """Return what is wrong at the last point; `formats` are the rewards that pay for an answer's form alone."""
-    checks: list[Callable[[], Verdict | None]] = [
+    checks: list[Callable[[], Alert | None]] = [
         lambda: non_finite(history),
         lambda: kl_blowup(history),
         lambda: dead_reward(history),
@@ -44,10 +44,10 @@ def find(history: Sequence[Point], formats: Collection[str] = ()) -> list[Verdic
         lambda: entropy_collapse(history),
         lambda: plateau(history),
     ]
-    return [verdict for check in checks if (verdict := check())]
+    return [alert for check in checks if (alert := check())]
 
 
-def non_finite(history: Sequence[Point]) -> Verdict | None:
+def non_finite(history: Sequence[Point]) -> Alert | None:
     """A number of the step is not a number any more."""
     last = history[-1]
     broken = [
@@ -57,19 +57,19 @@ def non_finite(history: Sequence[Point]) -> Verdict | None:
     ]
     if not broken:
         return None
-    return _verdict(history, "NON_FINITE", f"{', '.join(broken)} is not finite: lower learning_rate or max_grad_norm", {})
+    return _alert(history, "NON_FINITE", f"{', '.join(broken)} is not finite: lower learning_rate or max_grad_norm", {})
 
 
-def kl_blowup(history: Sequence[Point]) -> Verdict | None:
+def kl_blowup(history: Sequence[Point]) -> Alert | None:
     """The model is far from its base on every token (needs `beta` above 0, else nobody measures it)."""
     kl = _values(history[-3:], "kl")
     if len(kl) < 3 or fmean(kl) <= KL_LIMIT:
         return None
     message = f"the KL divergence from the base model is {fmean(kl):.2g} nats per token: lower learning_rate or raise beta"
-    return _verdict(history, "KL_BLOWUP", message, {"kl": fmean(kl), "kl_limit": KL_LIMIT})
+    return _alert(history, "KL_BLOWUP", message, {"kl": fmean(kl), "kl_limit": KL_LIMIT})
 
 
-def dead_reward(history: Sequence[Point]) -> Verdict | None:
+def dead_reward(history: Sequence[Point]) -> Alert | None:
     """No group has answers of different reward, and it was not training that brought that about."""
     recent = _recent(history)
     same, reward = _values(recent, "frac_reward_zero_std"), _values(recent, "reward")
@@ -79,10 +79,10 @@ def dead_reward(history: Sequence[Point]) -> Verdict | None:
         f"all answers to a prompt get the same reward ({fmean(reward):.3g} on average), so nothing is learned: "
         "check the rewards, or give rows that the model sometimes gets right"
     )
-    return _verdict(history, "DEAD_REWARD", message, {"reward": fmean(reward), "zero_variance_share": fmean(same)})
+    return _alert(history, "DEAD_REWARD", message, {"reward": fmean(reward), "zero_variance_share": fmean(same)})
 
 
-def truncation(history: Sequence[Point]) -> Verdict | None:
+def truncation(history: Sequence[Point]) -> Alert | None:
     """Most answers are cut off, that costs them their reward, and the reward does not rise all the same.
 
     It costs them their reward if finished answers get more, or if none is finished and none is paid.
@@ -102,10 +102,10 @@ def truncation(history: Sequence[Point]) -> Verdict | None:
     evidence = {"clipped_ratio": fmean(clipped)}
     evidence |= {"reward_truncated": fmean(cut)} if cut else {}
     evidence |= {"reward_finished": fmean(finished)} if finished else {}
-    return _verdict(history, "TRUNCATION", message, evidence)
+    return _alert(history, "TRUNCATION", message, evidence)
 
 
-def hacking_suspect(history: Sequence[Point], formats: Collection[str]) -> Verdict | None:
+def hacking_suspect(history: Sequence[Point], formats: Collection[str]) -> Alert | None:
     """A reward for the form of answers has risen, and those for what they say have not."""
     names = {name for point in history for name in point["rewards"]}
     forms, contents = sorted(names & set(formats)), sorted(names - set(formats))
@@ -119,12 +119,10 @@ def hacking_suspect(history: Sequence[Point], formats: Collection[str]) -> Verdi
         f"{', '.join(risen)} rises while {', '.join(contents)} does not: give it less weight, or pay it only_if the answer "
         "is right"
     )
-    return _verdict(
-        history, "HACKING_SUSPECT", message, {f"change_of_{name}": changes[name][0] for name in risen + contents}
-    )
+    return _alert(history, "HACKING_SUSPECT", message, {f"change_of_{name}": changes[name][0] for name in risen + contents})
 
 
-def entropy_collapse(history: Sequence[Point]) -> Verdict | None:
+def entropy_collapse(history: Sequence[Point]) -> Alert | None:
     """The model has stopped trying other answers though better ones exist."""
     recent, entropy = _recent(history), _values(history, "entropy")
     reward, best = _values(recent, "reward"), _values(history, "reward_best")
@@ -134,12 +132,12 @@ def entropy_collapse(history: Sequence[Point]) -> Verdict | None:
     if now > COLLAPSED_ENTROPY * before or fmean(reward) >= REACHED * max(best) or _rises(reward):
         return None
     message = f"the entropy fell from {before:.3g} to {now:.3g} nats per token: lower learning_rate or raise temperature"
-    return _verdict(
+    return _alert(
         history, "ENTROPY_COLLAPSE", message, {"entropy": now, "entropy_at_start": before, "reward": fmean(reward)}
     )
 
 
-def plateau(history: Sequence[Point]) -> Verdict | None:
+def plateau(history: Sequence[Point]) -> Alert | None:
     """The reward has not risen for long."""
     points = math.ceil(max(PLATEAU_POINTS, PLATEAU_SHARE * _planned(history)))
     reward = _values(history[-points:], "reward")
@@ -150,11 +148,11 @@ def plateau(history: Sequence[Point]) -> Verdict | None:
     if now - before > _error(reward[:half], reward[half:]):
         return None
     message = f"the reward has stayed at {now:.3g} for {points} points: the rest of the run is unlikely to bring more"
-    return _verdict(history, "PLATEAU", message, {"reward": now, "reward_before": before, "points": points})
+    return _alert(history, "PLATEAU", message, {"reward": now, "reward_before": before, "points": points})
 
 
-def _verdict(history: Sequence[Point], code: str, message: str, evidence: dict[str, float]) -> Verdict:
-    return Verdict(code, history[-1]["step"], message, {name: round(value, 6) for name, value in evidence.items()})
+def _alert(history: Sequence[Point], code: str, message: str, evidence: dict[str, float]) -> Alert:
+    return Alert(code, history[-1]["step"], message, {name: round(value, 6) for name, value in evidence.items()})
 
 
 def _values(history: Sequence[Point], name: str) -> list[float]:
