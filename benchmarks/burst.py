@@ -30,7 +30,8 @@ from botocore.client import BaseClient  # noqa: E402 - after the paths
 from fake_stack import OWN_RULES, PREFIX  # noqa: E402
 from world import World, deployed  # noqa: E402
 
-from pipeline.runs.table import RUN, RunState, run_of_item  # noqa: E402
+from pipeline.runs.states import RunState  # noqa: E402
+from pipeline.runs.table import RUN, run_of_item  # noqa: E402
 from tunedrop.object_keys import JobName  # noqa: E402
 
 # On-demand list prices in US dollars, us-east-1, as of 2026-11, from aws.amazon.com/<service>/pricing. Writes of items under

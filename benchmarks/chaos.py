@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "tests" / "support")]
 from tiny_model import make_tiny_model  # noqa: E402 - after the path
 
 from local_app.stack import STACK_NAME, Stack  # noqa: E402
-from pipeline.runs.table import FINAL, Run, RunState  # noqa: E402
+from pipeline.runs.states import FINAL, Run, RunState  # noqa: E402
 from tunedrop_cli.deployment import Deployment  # noqa: E402
 
 CONFIG = """model: tiny

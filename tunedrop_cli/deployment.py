@@ -21,7 +21,8 @@ from local_app.stack import STACK_NAME, Outputs, Stack, StackError, outputs_of
 from pipeline.aws import read_object
 from pipeline.jobs.plan import instance_type_of
 from pipeline.notify import events
-from pipeline.runs.table import FINAL, RUN, Run, RunState, RunTable, run_of_item
+from pipeline.runs.states import FINAL, Run, RunState
+from pipeline.runs.table import RUN, RunTable, run_of_item
 from tunedrop import event_bus, object_keys
 from tunedrop.dataset.readers import refuse
 from tunedrop_cli.redrive import redrive

@@ -18,7 +18,7 @@ from rich.table import Table
 from local_app import base_model
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from pipeline.notify import events
-from pipeline.runs.table import FINAL, Run, RunState
+from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.dataset.readers import refuse
 from tunedrop.problems import Problem

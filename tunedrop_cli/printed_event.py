@@ -11,9 +11,9 @@ from botocore.exceptions import ClientError
 
 from local_app.stack import StackError
 from pipeline.aws import error_code
-from pipeline.jobs.launch import NO_SUCH_JOB
+from pipeline.jobs.training_job import NO_SUCH_JOB
 from pipeline.notify import events
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 from tunedrop import event_bus
 from tunedrop.object_keys import JobName
 from tunedrop_cli.deployment import Deployment
@@ -103,7 +103,7 @@ def _run_event(deployment: Deployment, name: str, stage: str) -> Json:
 
 
 def _job_event(deployment: Deployment, job: str) -> Json:
-    """Return SageMaker's "Training Job RunState Change" of a job that has ended."""
+    """Return SageMaker's "Training Job State Change" of a job that has ended."""
     from local_app.sagemaker.training_job import state_change_event
 
     sagemaker = deployment.connect("client", "sagemaker")

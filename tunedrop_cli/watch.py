@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.runs.table import FINAL, Run, RunState
+from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop_cli.deployment import Deployment
 
 # The figures that the jobs print on a line of their own, as `name=value` pairs.

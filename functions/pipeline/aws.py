@@ -1,39 +1,19 @@
-"""The one place where AWS clients are made and settings are read; everything else is handed them."""
+"""AWS clients. Only this module makes clients; every other module gets them as an argument."""
 
-import os
 from functools import cache, cached_property, partial
-from typing import Annotated, Any, Self
+from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from pydantic import BaseModel, BeforeValidator
 
 from pipeline.runs.table import RunTable
 
 _CONFIG = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=5, read_timeout=60)
 
 
-InstanceTypes = Annotated[list[str], BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)]
-
-
-class Settings(BaseModel):
-    """What every function reads from its environment; each adds its own."""
-
-    data_bucket: str
-    artifact_bucket: str
-    run_table: str
-    event_bus: str
-    job_prefix: str
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        """Read the settings from the upper-case environment variables. Raises ValidationError naming what is missing."""
-        return cls.model_validate({name.lower(): value for name, value in os.environ.items()})
-
-
 def read_object(s3: Any, bucket: str, key: str, at_most: int | None = None) -> bytes | None:
-    """Return an object's bytes, None if there is no such object; of a larger one than `at_most` just one byte more."""
+    """Return an object's bytes, at most `at_most` + 1 of them; None for a missing object."""
     try:
         body: bytes = s3.get_object(Bucket=bucket, Key=key)["Body"].read(None if at_most is None else at_most + 1)
     except s3.exceptions.NoSuchKey:
@@ -42,18 +22,18 @@ def read_object(s3: Any, bucket: str, key: str, at_most: int | None = None) -> b
 
 
 class Aws:
-    """AWS clients, each made when first used: a cold start loads the models of only the services that it calls."""
+    """AWS clients, each made on first use: a cold start loads only the service models that the function calls."""
 
     def __init__(self, run_table: str):
         self._run_table = run_table
         self._session = boto3.Session()
-        # What rewards call.
+        # For rewards, which call other services.
         self.client = cache(partial(self._session.client, config=_CONFIG))
 
     @cached_property
     def s3(self) -> Any:
         """The S3 client."""
-        # Links to objects under a KMS key need this signature, which S3 clients use everywhere but in the oldest regions.
+        # Presigned URLs of objects under a KMS key need signature version 4. In the oldest regions it is not the default.
         return self._session.client("s3", config=_CONFIG.merge(Config(signature_version="s3v4")))
 
     @cached_property
@@ -77,11 +57,11 @@ class Aws:
         return RunTable(self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table))
 
     def read(self, bucket: str, key: str, at_most: int | None = None) -> bytes | None:
-        """Return an object's bytes, None if there is no such object; of a larger one than `at_most` just one byte more."""
+        """Return an object's bytes, see `read_object`."""
         return read_object(self.s3, bucket, key, at_most)
 
 
-# A process keeps its clients from one invocation to the next.
+# A process keeps its clients between invocations.
 connect = cache(Aws)
 
 

@@ -1,4 +1,4 @@
-"""On a schedule: help the runs whose events were lost."""
+"""On a schedule: recover from lost events."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from pipeline.aws import connect
 from pipeline.observability import logger, metrics, tracer
-from pipeline.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.settings import ReconcileSettings
+from pipeline.stages.reconcile import reconcile
 
 
 @logger.inject_lambda_context(correlation_id_path="id")
@@ -15,6 +16,6 @@ from pipeline.stages.reconcile import ReconcileSettings, reconcile
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Handle a scheduled event."""
     settings = ReconcileSettings.from_environment()
-    looked_at = reconcile(settings, connect(settings.run_table))
-    metrics.add_metric(name="RunsReconciled", unit="Count", value=looked_at)
-    return {"looked_at": looked_at}
+    examined = reconcile(settings, connect(settings.run_table))
+    metrics.add_metric(name="RunsReconciled", unit="Count", value=examined)
+    return {"looked_at": examined}

@@ -1,16 +1,13 @@
-"""A dataset was validated, or room may have come: start training jobs. A run is to be stopped: stop it."""
+"""Start training jobs: for a validated run, and for waiting runs when a slot may be free. Stop a run on request."""
 
-from typing import Any
-
-from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from pipeline.aws import connect
-from pipeline.jobs.launch import JobSettings
-from pipeline.notify import events
-from pipeline.notify.events import DatasetValidated, StopRequested
+from pipeline.handler import Event, answers_with_run
+from pipeline.notify.events import START_TRAINING_EVENT, SlotMayBeFree, StopRequested
 from pipeline.observability import logger, metrics, tracer
-from pipeline.runs.table import StaleMoveError
+from pipeline.runs.states import Run
+from pipeline.settings import JobSettings
 from pipeline.stages.start_training import start_run, start_waiting
 from pipeline.stages.stop_run import stop_run
 
@@ -18,27 +15,18 @@ from pipeline.stages.stop_run import stop_run
 @logger.inject_lambda_context(correlation_id_path="id")
 @tracer.capture_lambda_handler(capture_response=False)
 @metrics.log_metrics(capture_cold_start_metric=True)
-def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Handle "Dataset Validated", "Stop Requested", and what may have made room: final jobs, runs that ended or wait."""
+@answers_with_run
+def handler(event: Event, context: LambdaContext) -> Run | None:
+    """Handle the events of `START_TRAINING_EVENT`. Raises ValidationError for any other event."""
+    request = START_TRAINING_EVENT.validate_python(event)
     settings = JobSettings.from_environment()
     aws = connect(settings.run_table)
-    request: DatasetValidated | StopRequested
-    if event.get("detail-type") == events.VALIDATED:
-        request = parse(event, model=DatasetValidated)
-    elif event.get("detail-type") == events.STOP_REQUESTED:
-        request = parse(event, model=StopRequested)
-    else:
+    if isinstance(request, SlotMayBeFree):
         start_waiting(settings, aws)
-        return {}
+        return None
     run = aws.runs.get(request.detail.run_id)
     if run is None:
-        raise LookupError("the event names a run that is not in the run table")
-    try:
-        if isinstance(request, StopRequested):
-            run = stop_run(run, request.time, settings, aws)
-        else:
-            run = start_run(run, settings, aws)
-    except StaleMoveError as error:
-        logger.info("another delivery was faster", detail=str(error))
-        return {}
-    return {"run_id": run.run_id, "status": run.state}
+        raise LookupError("the run table has no run with the event's run_id")
+    if isinstance(request, StopRequested):
+        return stop_run(run, request.time, settings, aws)
+    return start_run(run, settings, aws)

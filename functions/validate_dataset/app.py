@@ -9,7 +9,8 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from pipeline.aws import connect
 from pipeline.notify.events import VALIDATION_REQUESTED, Upload, ValidationRequested
 from pipeline.observability import logger, metrics, tracer
-from pipeline.stages.validate_dataset import ValidateSettings, validate_upload
+from pipeline.settings import ValidateSettings
+from pipeline.stages.validate_dataset import validate_upload
 
 
 @logger.inject_lambda_context(correlation_id_path="id")

@@ -15,7 +15,7 @@ from tiny_tokenizer import tokenizer_files
 
 from local_app.aws.server import MARKER
 from local_app.stack import PROJECT, Stack, StackError
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
 
 from .conftest import wait_for

@@ -27,7 +27,7 @@ from benchmarks.chaos import CONFIG
 from local_app.sagemaker.sandbox import Docker
 from local_app.sagemaker.server import SageMakerEmulator, serve
 from local_app.stack import PROJECT, Stack
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
 
 pytestmark = pytest.mark.containers

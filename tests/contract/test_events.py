@@ -8,9 +8,9 @@ from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 
 from local_app.aws.server import matches_pattern
-from pipeline.jobs.launch import TrainingJob
+from pipeline.jobs.training_job import TrainingJob
 from pipeline.notify.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
-from pipeline.runs.table import Run, RunState
+from pipeline.runs.states import Run, RunState
 
 EVENTS = Path(__file__).parents[2] / "events"
 NAMES = sorted(path.stem for path in EVENTS.glob("*.json"))

@@ -7,7 +7,7 @@ import pytest
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, chaos
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 
 pytestmark = pytest.mark.soak
 

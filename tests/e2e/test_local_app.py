@@ -14,7 +14,7 @@ from tiny_model import make_tiny_model
 
 from benchmarks.chaos import Chaos, bring_up, check
 from local_app.stack import STACK_NAME
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
 from tunedrop_cli.listener import listening
 

@@ -13,7 +13,7 @@ import pytest
 from hostile import GOOD
 
 from pipeline.observability import logger
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 
 MARK = "CaNaRy"
 DATA = b"".join(

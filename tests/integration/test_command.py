@@ -6,8 +6,8 @@ import boto3
 import pytest
 from click.testing import CliRunner
 
-from pipeline.publish.report import read_index
-from pipeline.runs.table import RunState
+from pipeline.publish.index import read_index
+from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import LOG_GROUP
 from tunedrop_cli.main import cli, main
 

@@ -20,10 +20,11 @@ from fake_stack import ARTIFACTS, DATA, MODELS
 from world import GOOD_DATA, KilledError
 
 from pipeline.notify.events import VALIDATION_REQUESTED
-from pipeline.runs import table
-from pipeline.runs.table import FINAL, RUN, RunState
-from pipeline.stages import validate_dataset
-from pipeline.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.runs import clock
+from pipeline.runs.states import FINAL, RunState
+from pipeline.runs.table import RUN
+from pipeline.settings import ReconcileSettings
+from pipeline.stages.reconcile import reconcile
 
 Deliveries = Iterator[tuple[str, dict[str, Any]]]
 Call = Callable[[], Any]
@@ -277,8 +278,7 @@ def search(deploy, scenario, troubles) -> int:
 @pytest.fixture(autouse=True)
 def still_time(monkeypatch):
     """A clock that stands still, so that what differs in the end is not the time."""
-    for module in (table, validate_dataset):
-        monkeypatch.setattr(module, "now", lambda: CLOCK.now)
+    monkeypatch.setattr(clock, "now", lambda: CLOCK.now)
 
 
 @pytest.mark.parametrize("scenario", [published, training_failed], ids=lambda scenario: scenario.__name__)
@@ -372,7 +372,7 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
         reconcile(ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
         there = world.run(run.run_id)
         assert (there.state, there.attempt, there.open) == (end, run.attempt, None)
-        assert not world.aws.runs.has_place(there)
+        assert not world.aws.runs.has_slot(there)
         told = {message["MessageAttributes"]["id"]["StringValue"] for message in world.notifications}
         assert [name.rpartition("/")[2] for name in told] == [end]
         return True

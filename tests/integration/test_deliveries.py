@@ -14,11 +14,12 @@ from fake_stack import MODELS, OWN_RULES, PREFIX
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from msgspec import structs
 from world import GOOD_DATA, KilledError, World, deployed
 
-from pipeline.runs import table
-from pipeline.runs.table import CAPACITY, FINAL, RUN, UPLOAD, Run, RunState, run_of_item
-from pipeline.stages import reconcile, validate_dataset
+from pipeline.runs import clock
+from pipeline.runs.states import FINAL, Run, RunState
+from pipeline.runs.table import CAPACITY, RUN, UPLOAD, run_of_item
 from tunedrop.object_keys import JobName
 
 from .test_crash_points import die_after, die_before, outcome, overtake
@@ -61,8 +62,7 @@ class Deliveries(RuleBasedStateMachine):
         super().__init__()
         self.time = datetime.fromisoformat("2026-01-01T00:00:00+00:00")
         self.patch = pytest.MonkeyPatch()
-        for module in (table, validate_dataset, reconcile):
-            self.patch.setattr(module, "now", self.now)
+        self.patch.setattr(clock, "now", self.now)
         self.deployment = deployed(type(self).load_event)
         self.world: World = self.deployment.__enter__()
         self.pending: list[tuple[str, dict[str, Any]]] = []  # events that may still arrive: who takes each, and the event
@@ -98,9 +98,9 @@ class Deliveries(RuleBasedStateMachine):
         name = JobName.parse(job, PREFIX)
         kind, run = name.kind, self.world.run(name.run_id)
         if how in {"train_completed", "train_at_limit"}:
-            self.world.save_training(table.structs.replace(run, train_job=job))
+            self.world.save_training(structs.replace(run, train_job=job))
         elif how == "test_completed":
-            self.world.save_tests(table.structs.replace(run, test_job=job), [outcome(n) for n in range(6)])
+            self.world.save_tests(structs.replace(run, test_job=job), [outcome(n) for n in range(6)])
         stage = {"train": "test_model", "test": "publish_results"}[kind]
         event = self.world.job_event(f"{'test_model' if how.startswith('train') else 'publish_results'}.{how}", job)
         self.pending += [(stage, event), ("start_training", event)]

@@ -9,7 +9,8 @@ from fake_stack import ARTIFACTS, DATA
 from hostile import CONFIG_KEY, CONFIGS, DATASETS, GOOD, KEYS, MODELS, TESTS, TESTS_KEY
 from world import deployed
 
-from pipeline.runs.table import RUN, RunState
+from pipeline.runs.states import RunState
+from pipeline.runs.table import RUN
 
 EVENTS = Path(__file__).parents[2] / "events"
 PWNED = Path("/tmp/tunedrop-pwned")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from world import sample_event
 
 from pipeline.notify.events import JobStateChange
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 
 # What the world makes of each end of a job: function, `events/` file, state and attempt of the run then.
 ENDS = [
@@ -79,7 +79,7 @@ def test_what_names_no_job_goes_to_the_dead_letter_queue(world):
 def test_a_job_that_sagemaker_does_not_know_is_an_error(world):
     run = world.start(world.drop())
     world.next_call("DescribeTrainingJob", lambda _: (_ for _ in ()).throw(not_found()))
-    with pytest.raises(LookupError, match=f"SageMaker knows no training job '{run.train_job}'"):
+    with pytest.raises(LookupError, match=f"SageMaker has no training job '{run.train_job}'"):
         world.handle("test_model", sample_event(run.train_job, "Completed"))
 
 

@@ -10,7 +10,8 @@ from botocore.session import get_session
 from template import load_template
 
 from local_app.sagemaker.service_model import violations
-from pipeline.runs.table import RUN, RunState
+from pipeline.runs.states import RunState
+from pipeline.runs.table import RUN
 from tunedrop.object_keys import JobName
 from tunedrop.rewards import REWARD_ENVIRONMENT
 

@@ -12,7 +12,8 @@ from fake_stack import TABLE
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, known_names, needless, of_request, of_sagemaker, policies
 
 from pipeline.aws import connect
-from pipeline.runs.table import RUN, RunState
+from pipeline.runs.states import RunState
+from pipeline.runs.table import RUN
 
 ROLES = {
     "validate_dataset": "ValidateDatasetRole",

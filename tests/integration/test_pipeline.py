@@ -6,8 +6,9 @@ from datetime import timedelta
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
-from pipeline.runs.table import RunState
-from pipeline.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.runs.states import RunState
+from pipeline.settings import ReconcileSettings
+from pipeline.stages.reconcile import reconcile
 
 UPLOAD = "training_data/cars.jsonl"
 
@@ -296,7 +297,7 @@ def test_other_stacks_jobs_are_ignored(world):
 def test_a_malformed_event_is_an_error_not_a_success(world):
     with pytest.raises(Exception, match="detail"):
         world.handle("validate_dataset", {"source": "aws.s3"})
-    with pytest.raises(LookupError, match="not in the run table"):
+    with pytest.raises(LookupError, match="the run table has no run"):
         world.handle("start_training", world.load_event("start_training.dataset_validated"))
 
 

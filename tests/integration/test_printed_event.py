@@ -11,7 +11,7 @@ from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEve
 from world import GOOD_DATA, WON, World
 
 from pipeline.notify.events import JobStateChange
-from pipeline.runs.table import Run, RunState
+from pipeline.runs.states import Run, RunState
 
 KEY = "training_data/cars.jsonl"
 Json = dict[str, Any]

@@ -9,9 +9,9 @@ from botocore.client import BaseClient
 from fake_stack import ARTIFACTS, PLAN, SERVING_IMAGE
 
 from local_app.aws.server import matches_pattern
-from pipeline.publish.report import read_index
-from pipeline.runs.table import RunState
-from pipeline.stages.publish_results import cost
+from pipeline.publish.index import read_index
+from pipeline.publish.result import cost
+from pipeline.runs.states import RunState
 from tunedrop import object_keys
 
 RULES = Path(__file__).parents[2] / "events" / "rules"

@@ -5,7 +5,7 @@ import json
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
-from pipeline.runs.table import RunState
+from pipeline.runs.states import RunState
 from tunedrop.config.model import RunConfig
 from tunedrop.rewards import RewardError, build_rewards, reward_permissions
 

@@ -7,9 +7,11 @@ import pytest
 from fake_stack import ARTIFACTS
 from world import KilledError
 
-from pipeline.jobs import launch
-from pipeline.runs.table import CAPACITY, RunState
-from pipeline.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.jobs import stopping
+from pipeline.runs.states import RunState
+from pipeline.runs.table import CAPACITY
+from pipeline.settings import ReconcileSettings
+from pipeline.stages.reconcile import reconcile
 
 from .test_crash_points import outcome
 
@@ -164,7 +166,7 @@ def test_a_run_whose_job_nobody_lived_to_create_ends_when_nobody_can_be_creating
     help_after = partial(reconcile, ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
     help_after()
     assert world.run(run.run_id).open
-    monkeypatch.setattr(launch, "LONGEST_INVOCATION", timedelta(0))
+    monkeypatch.setattr(stopping, "LONGEST_INVOCATION", timedelta(0))
     help_after()
     assert (world.run(run.run_id).open, places(world)) == (None, set())
 
@@ -215,7 +217,7 @@ def test_a_run_that_has_ended_stays_as_it_is(world, end):
 
 
 def test_a_request_to_stop_a_run_that_is_not_there_is_an_error(world):
-    with pytest.raises(LookupError, match="not in the run table"):
+    with pytest.raises(LookupError, match="the run table has no run"):
         world.handle("start_training", world.load_event("start_training.stop_requested"))
 
 

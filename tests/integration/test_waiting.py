@@ -4,11 +4,14 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from msgspec import structs
 from world import GOOD_DATA, KilledError
 
-from pipeline.runs import table
-from pipeline.runs.table import CAPACITY, RunState, backoff
-from pipeline.stages.reconcile import ReconcileSettings, reconcile
+from pipeline.runs import clock
+from pipeline.runs.states import RunState, backoff
+from pipeline.runs.table import CAPACITY
+from pipeline.settings import ReconcileSettings
+from pipeline.stages.reconcile import reconcile
 
 
 def places(world) -> set[str]:
@@ -24,16 +27,16 @@ def states(world, found) -> list[RunState]:
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def turn(monkeypatch):
     """A clock that tests turn forward by hours."""
     ahead = timedelta()
 
-    def turn(**time) -> None:
+    def forward(**time) -> None:
         nonlocal ahead
         ahead += timedelta(**time)
 
-    monkeypatch.setattr(table, "now", lambda: (datetime.now(UTC) + ahead).isoformat(timespec="microseconds"))
-    return turn
+    monkeypatch.setattr(clock, "now", lambda: (datetime.now(UTC) + ahead).isoformat(timespec="microseconds"))
+    return forward
 
 
 def test_who_waits_says_so_in_the_run_and_by_event(world):
@@ -118,7 +121,7 @@ def test_a_quota_below_the_need_is_said_at_once_and_once(world, config, quota):
     assert run.state == RunState.WAITING
     assert run.reason == (
         f"SageMaker quota: '{names[0]}' is 0, '{names[1]}' is 0, and the training job needs 1. "
-        "Ask for more in Service Quotas (Amazon SageMaker): the run then starts by itself"
+        "Raise the quota in Service Quotas (Amazon SageMaker): the run then starts automatically"
     )
     for _ in range(3):
         room(world)
@@ -165,7 +168,7 @@ def test_on_demand_sagemaker_walks_the_list_of_instance_types(world):
     assert world.run(run.run_id).instance_type == "ml.g5.4xlarge"
 
 
-def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_backs_off(world, clock):
+def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_backs_off(world, turn):
     run = world.start(world.drop())
     tried = []
     for _ in range(2):
@@ -176,8 +179,8 @@ def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_back
     assert tried == ["ml.g6e.4xlarge", "ml.g5.4xlarge"]
     assert run.state == RunState.WAITING  # both choices had their turn
     assert run.reason.startswith("CapacityError: ")
-    assert run.not_before > table.now()
-    clock(minutes=2)
+    assert run.not_before > clock.now()
+    turn(minutes=2)
     room(world)
     run = world.run(run.run_id)
     assert (run.state, run.attempt, run.instance_type, run.not_before) == (RunState.TRAINING, 3, "ml.g6e.4xlarge", None)
@@ -188,8 +191,8 @@ def test_a_job_that_finds_no_machine_tries_the_next_choice_at_once_and_then_back
     [(1, 1, 1), (2, 1, 2), (4, 1, 8), (50, 1, 60), (5000, 1, 60), (1, 2, 0), (2, 2, 1), (3, 2, 0), (4, 2, 2)],
 )
 def test_backoff(world, monkeypatch, attempt, choices, minutes):
-    monkeypatch.setattr(table, "now", lambda: "2026-01-01T00:00:00.000000+00:00")
-    run = table.structs.replace(world.drop(), attempt=attempt, choices=choices)
+    monkeypatch.setattr(clock, "now", lambda: "2026-01-01T00:00:00.000000+00:00")
+    run = structs.replace(world.drop(), attempt=attempt, choices=choices)
     expected = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)).isoformat(timespec="microseconds")
     assert backoff(run) == (expected if minutes else None)
 
@@ -221,7 +224,7 @@ def test_a_newcomer_waits_behind_those_that_wait_and_a_dataset_keeps_its_order(w
     assert states(world, [first, second]) == [RunState.TRAINING, RunState.TRAINING]
 
 
-def test_within_a_dataset_nobody_overtakes_one_who_backs_off_but_other_datasets_do(world, clock):
+def test_within_a_dataset_nobody_overtakes_one_who_backs_off_but_other_datasets_do(world, turn):
     first = world.start(world.drop("training_data/a.jsonl"))
     for _ in range(2):
         world.handle("test_model", world.job_event("test_model.train_no_capacity", world.run(first.run_id).train_job))
@@ -230,7 +233,7 @@ def test_within_a_dataset_nobody_overtakes_one_who_backs_off_but_other_datasets_
     other = world.start(world.drop("training_data/b.jsonl"))
     room(world)
     assert states(world, [first, same, other]) == [RunState.WAITING, RunState.WAITING, RunState.TRAINING]
-    clock(minutes=5)
+    turn(minutes=5)
     room(world)
     assert states(world, [first, same, other]) == [RunState.TRAINING, RunState.WAITING, RunState.TRAINING]
 
@@ -270,7 +273,7 @@ def test_a_test_job_without_a_machine_is_tried_again_and_the_training_is_kept(wo
 def test_every_end_and_every_wait_makes_start_training_look_for_room(world):
     runs_ = [world.start(world.drop(f"training_data/d{n}.jsonl")) for n in range(3)]
     assert states(world, runs_) == [RunState.TRAINING, RunState.TRAINING, RunState.WAITING]
-    assert world.run(runs_[2].run_id).reason == "2 runs at a time, and as many run"
+    assert world.run(runs_[2].run_id).reason == "concurrency limit reached (2 runs)"
     # The event of a final job is handled by two functions: the one that looks for room may come too early.
     ended = world.job_event("test_model.train_failed", runs_[0].train_job)
     world.handle("start_training", ended)
@@ -282,14 +285,14 @@ def test_every_end_and_every_wait_makes_start_training_look_for_room(world):
     assert states(world, runs_) == [RunState.TRAINING_FAILED, RunState.TRAINING, RunState.TRAINING]
 
 
-def test_reconcile_starts_what_waits_and_leaves_who_backs_off(world, clock):
+def test_reconcile_starts_what_waits_and_leaves_who_backs_off(world, turn):
     settings = ReconcileSettings.from_environment()
     run = world.start(world.drop())
     for _ in range(2):
         world.handle("test_model", world.job_event("test_model.train_no_capacity", world.run(run.run_id).train_job))
         reconcile(settings, world.aws)
     assert world.run(run.run_id).state == RunState.WAITING
-    clock(hours=1)
+    turn(hours=1)
     reconcile(settings, world.aws)
     assert world.run(run.run_id).state == RunState.TRAINING
 
@@ -316,7 +319,7 @@ def test_a_config_that_this_version_does_not_take_any_more_ends_the_run(world):
 # --- uploads ---
 
 
-def test_an_upload_that_nobody_finished_is_validated_when_reconcile_asks_for_it(world, clock):
+def test_an_upload_that_nobody_finished_is_validated_when_reconcile_asks_for_it(world, turn):
     event = world.upload_event("training_data/cars.jsonl")
 
     def die(call):

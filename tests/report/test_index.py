@@ -4,7 +4,8 @@ import pytest
 from made_up import HOSTILE, made_index, made_run
 from playwright.sync_api import expect
 
-from pipeline.publish.report import read_index, render_index, thinned
+from pipeline.publish.index import read_index, render_index
+from pipeline.publish.report import thinned
 
 RUNS = [made_run(number) for number in range(500)]
 PAGE = made_index(500)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from botocore.httpsession import URLLib3Session
-from fake_stack import ARTIFACTS, BUS, DATA, PLAN, PREFIX, TRAINED_RUN, plan_request
+from fake_stack import ARTIFACTS, BUS, DATA, PLAN, SETTINGS, TRAINED_RUN, plan_request
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_request, policies
 
 from pipeline.jobs.plan import job_request
@@ -83,9 +83,8 @@ def request(kind: str) -> dict[str, Any]:
     code = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{ARTIFACTS}/trainer/{PLAN}/{kind}/code/"}
     plan["InputDataConfig"] = [{"ChannelName": "code", "DataSource": {"S3DataSource": code}}]
     plan["AlgorithmSpecification"] |= {"ContainerArguments": ["-c", SCRIPT]}
-    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
     instances = {"InstanceType": "ml.g5.4xlarge"}
-    return job_request({kind: plan}, kind, TRAINED_RUN, RunConfig(model="base"), **names, instances=instances, spot=True)
+    return job_request({kind: plan}, kind, TRAINED_RUN, RunConfig(model="base"), SETTINGS, instances=instances, spot=True)
 
 
 def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(

@@ -7,7 +7,8 @@ from typing import Any
 import boto3
 from tiny_tokenizer import tokenizer_files
 
-from pipeline.runs.table import Run, RunState
+from pipeline.runs.states import Run, RunState
+from pipeline.settings import Settings
 
 DATA, ARTIFACTS, TABLE, BUS, PREFIX = "data-bucket", "artifact-bucket", "runs", "tunedrop-bus", "tunedrop"
 STACK_ID = "7fb2c419-8e0a-4f2e-9c2f-0123456789ab"
@@ -18,6 +19,9 @@ OWN_RULES = {
     "validate_dataset": {"Validation Requested"},
 }
 PLAN = "f00d"
+SETTINGS = Settings(
+    data_bucket=DATA, artifact_bucket=ARTIFACTS, run_table=TABLE, event_bus=BUS, job_prefix=PREFIX, topic_arn="topic"
+)
 # A run whose tests are to be started.
 TRAINED_RUN = Run(
     run_id="cars-0123456789ab",

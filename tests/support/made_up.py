@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 
-from pipeline.publish.report import IndexedRun, render_index, render_report
+from pipeline.publish.index import IndexedRun, render_index
+from pipeline.publish.report import render_report
 from pipeline.publish.statistics import evaluate
 from tunedrop.config.model import parse_run_config
 from tunedrop.inference_tests import Answer, Outcome

@@ -24,7 +24,7 @@ from moto.dynamodb.models.table import Table
 from local_app.sagemaker.model import ServiceError
 from local_app.sagemaker.quotas import check_quotas
 from pipeline.aws import Aws, connect
-from pipeline.runs.table import Run
+from pipeline.runs.states import Run
 from tunedrop.object_keys import JobName
 
 # A job as the quota of all types together sees it.
@@ -56,7 +56,7 @@ CONTEXT = SimpleNamespace(
 
 
 def sample_event(job: str, status: str) -> dict[str, Any]:
-    """Return a "SageMaker Training Job RunState Change" event as AWS's sample has it: times as text, no transitions.
+    """Return a "SageMaker Training Job State Change" event as AWS's sample has it: times as text, no transitions.
 
     https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html
     """
@@ -64,7 +64,7 @@ def sample_event(job: str, status: str) -> dict[str, Any]:
     return {
         "version": "0",
         "id": "844e2571-85d4-695f-b930-0153b71dcb42",
-        "detail-type": "SageMaker Training Job RunState Change",
+        "detail-type": "SageMaker Training Job State Change",
         "source": "aws.sagemaker",
         "account": "123456789012",
         "time": "2018-10-06T12:26:13Z",

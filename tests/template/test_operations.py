@@ -82,6 +82,6 @@ def test_operations_tells_of_every_alarm_parameter_and_state() -> None:
         assert f"`{name.replace('mine-', '<stack>-', 1)}`" in OPERATIONS, name
     for parameter in ("KmsKeyArn", "VpcSubnetIds", "EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"):
         assert f"`{parameter}`" in OPERATIONS
-    from pipeline.runs.table import RunState
+    from pipeline.runs.states import RunState
 
     assert {state for state in RunState if f"`{state}`" not in OPERATIONS} == set()

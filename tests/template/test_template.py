@@ -13,11 +13,7 @@ from template import Json, listed, of_type, resolve
 
 from local_app.aws.server import matches_pattern
 from local_app.stack import PROJECT
-from pipeline.aws import Settings
-from pipeline.jobs.launch import JobSettings
-from pipeline.stages.publish_results import PublishSettings
-from pipeline.stages.reconcile import ReconcileSettings
-from pipeline.stages.validate_dataset import ValidateSettings
+from pipeline.settings import JobSettings, PublishSettings, ReconcileSettings, Settings, ValidateSettings
 from tunedrop.rewards import REWARD_ENVIRONMENT
 
 SAM = PROJECT / ".venv-sam" / "bin"

@@ -3,7 +3,7 @@
 import pytest
 from botocore.session import get_session
 from botocore.validate import validate_parameters
-from fake_stack import ARTIFACTS, DATA, PREFIX, TRAINED_RUN, plan_request
+from fake_stack import ARTIFACTS, DATA, SETTINGS, TRAINED_RUN, plan_request
 
 from pipeline.jobs.plan import instance_choices, instance_type_of, job_request
 from tunedrop.config.model import RunConfig
@@ -15,8 +15,7 @@ KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
 def request(kind: str, instance: str = "ml.g5.4xlarge", model: str = "base", spot: bool = True, compute=None, **changes):
     plan = {kind: plan_request(kind) | changes}
     config = RunConfig(model=model, compute=compute or {})
-    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
-    return job_request(plan, kind, TRAINED_RUN, config, **names, instances={"InstanceType": instance}, spot=spot)
+    return job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances={"InstanceType": instance}, spot=spot)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +127,13 @@ def test_a_job_is_pointed_at_its_own_run_and_the_named_model_only(kind):
 def test_a_budget_in_dollars_becomes_a_time_limit(compute, instances, seconds):
     prices = {"dated": "2026-01-01", "region": "us-east-1", "on_demand": {"ml.g5.xlarge": 1.0, "ml.p4d.24xlarge": 20.0}}
     plan = {kind: plan_request(kind) for kind in ("train", "test")} | {"prices": prices}
-    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS, "spot": True}
     config = RunConfig(model="base", compute=compute)
     chosen = {"InstancePreferences": [{"InstanceType": name} for name in instances]}
-    train, test = (job_request(plan, kind, TRAINED_RUN, config, **names, instances=chosen) for kind in ("train", "test"))
+    train, test = (
+        job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances=chosen, spot=True) for kind in ("train", "test")
+    )
     assert train["StoppingCondition"] == {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": 2 * seconds}
     assert train["HyperParameters"]["max-runtime"] == str(seconds)  # by which the trainer ends in time
     assert test["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600
-    without = job_request(plan | {"prices": None}, "train", TRAINED_RUN, config, **names, instances=chosen)
+    without = job_request(plan | {"prices": None}, "train", TRAINED_RUN, config, SETTINGS, instances=chosen, spot=True)
     assert without["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.runs.table import run_id
+from pipeline.runs.states import run_id
 from tunedrop.object_keys import JobName, dataset_of, is_dataset, slug
 
 PREFIXES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)

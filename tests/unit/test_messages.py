@@ -7,7 +7,7 @@ import pytest
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
 from pipeline.notify.messages import PROGRAMS, message
-from pipeline.runs.table import Run, RunState
+from pipeline.runs.states import Run, RunState
 
 LINK = "https://artifacts.s3.amazonaws.com/runs/r/report.html?X-Amz-Signature=abc"
 COMPARISON = {

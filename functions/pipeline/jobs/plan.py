@@ -1,8 +1,8 @@
 """Launch plan + run → the CreateTrainingJob request.
 
-A plan holds the two requests that ModelTrainer would send, captured at release time by release/release.py, with everything
-that does not depend on a run: image, entry point, code, role, network, metrics. Here the run is filled in. User text never
-becomes a hyperparameter or an environment value: it travels in the config channel alone.
+`python -m release` captures two requests from ModelTrainer and stores them as a launch plan: image, entry point, code, role,
+network, metrics. This module adds what belongs to a run. User text never becomes a hyperparameter or an environment value:
+the config channel alone carries it.
 """
 
 from typing import Any
@@ -10,25 +10,26 @@ from typing import Any
 import msgspec
 
 from pipeline.aws import Aws
-from pipeline.runs.table import Run
+from pipeline.runs.states import Run
+from pipeline.settings import Settings
 from tunedrop import object_keys
 from tunedrop.config.instances import has_local_disk
 from tunedrop.config.model import Compute, RunConfig
 from tunedrop.object_keys import JobName
 
 MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
-# 28 days: the most that a job may run, and so wait (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
+# 28 days: a job's longest run time, and its longest wait (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
 MOST_SECONDS = 28 * 86400
-# What SageMaker itself broke ("InternalServerError") runs again; no other failure does.
+# SageMaker retries a job after an InternalServerError, its own fault; no other failure has a retry.
 RETRIES = {"MaximumRetryAttempts": 2}
 
 
 class NoLaunchPlanError(Exception):
-    """Nothing was released into the artifact bucket yet: an operator's task, not a user's mistake."""
+    """The artifact bucket has no launch plan: an operator must release one. Not a user's mistake."""
 
 
 def current_digest(aws: Aws, artifact_bucket: str) -> str:
-    """Return the digest of the released trainer. Raises NoLaunchPlanError if there is none."""
+    """Return the digest of the current launch plan. Raises NoLaunchPlanError without one."""
     raw = aws.read(artifact_bucket, object_keys.CURRENT_PLAN)
     if raw is None:
         raise NoLaunchPlanError(f"s3://{artifact_bucket}/{object_keys.CURRENT_PLAN} is missing: run python -m release")
@@ -37,7 +38,7 @@ def current_digest(aws: Aws, artifact_bucket: str) -> str:
 
 
 def load_plan(aws: Aws, artifact_bucket: str, digest: str) -> dict[str, Any]:
-    """Return a released plan: `{"digest", "train": {request}, "test": {request}}`."""
+    """Return a launch plan: `{"digest", "train": {request}, "test": {request}, "prices", "inference_image"}`."""
     raw = aws.read(artifact_bucket, f"{object_keys.LAUNCH_PLANS}{digest}.json")
     if raw is None:
         raise NoLaunchPlanError(f"s3://{artifact_bucket}/{object_keys.LAUNCH_PLANS}{digest}.json is missing")
@@ -51,11 +52,11 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
 
 
 def instance_choices(compute: Compute, instance_types: list[str], spot: bool) -> list[list[dict[str, Any]]]:
-    """Return what a job may run on: choices for the attempts of a run to walk, each the parts of ResourceConfig to try.
+    """Return the instance choices of a run's attempts; each choice lists parts of ResourceConfig to try in order.
 
-    With spot, SageMaker takes one type, and each type is a choice. On demand there is one choice: a list of which
-    SageMaker takes the first type that has capacity. But each type's quota must cover the job, "even when the types ahead
-    of it would have succeeded": after a refusal each type is tried alone
+    A spot job has one instance type: each type is a choice. An on-demand job has one choice: a preference list, from which
+    SageMaker takes the first type with capacity. The quota of every type in the list must cover the job, "even when the
+    types ahead of it would have succeeded": each type alone follows the list
     (https://docs.aws.amazon.com/sagemaker/latest/dg/train-instance-preferences.html).
     """
     types = list(dict.fromkeys(compute.instance_type or instance_types))
@@ -66,16 +67,17 @@ def instance_choices(compute: Compute, instance_types: list[str], spot: bool) ->
 
 
 def time_limit(compute: Compute, instances: dict[str, Any], plan: dict[str, Any]) -> int:
-    """Return how many seconds a training job may live: `max_runtime`, or less if that costs more than `max_cost_usd`.
+    """Return the longest run time of a training job in seconds: `max_runtime`, or less where `max_cost_usd` allows less.
 
-    At on-demand prices, above which spot never is; of several types, the dearest. Without a price nothing is known.
+    The on-demand price counts, which a spot price never exceeds; of several types, the highest price. Without a price,
+    `max_cost_usd` limits nothing.
     """
     on_demand = (plan.get("prices") or {}).get("on_demand", {})
     prices = [on_demand[name] for name in _types(instances) if name in on_demand]
     if compute.max_cost_usd is None or not prices:
         return compute.max_runtime
-    paid = compute.max_cost_usd / (max(prices) * compute.instance_count) * 3600
-    return min(compute.max_runtime, max(1, int(paid)))
+    affordable = compute.max_cost_usd / (max(prices) * compute.instance_count) * 3600
+    return min(compute.max_runtime, max(1, int(affordable)))
 
 
 def _types(instances: dict[str, Any]) -> list[str]:
@@ -83,7 +85,7 @@ def _types(instances: dict[str, Any]) -> list[str]:
 
 
 def instance_type_of(resources: dict[str, Any]) -> str:
-    """Return the instance type that a job runs on, from DescribeTrainingJob's ResourceConfig: the one that was selected."""
+    """Return a job's instance type from DescribeTrainingJob's ResourceConfig: the selected type, else all preferences."""
     choices = [each["InstanceType"] for each in resources.get("InstancePreferences", [])]
     return resources.get("SelectedInstanceType") or resources.get("InstanceType") or " or ".join(choices)
 
@@ -93,25 +95,25 @@ def job_request(
     kind: str,
     run: Run,
     config: RunConfig,
+    settings: Settings,
     *,
-    prefix: str,
-    data_bucket: str,
-    artifact_bucket: str,
     instances: dict[str, Any],
     spot: bool,
 ) -> dict[str, Any]:
     """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, a part of ResourceConfig.
 
-    Spot jobs may wait as long again as they may run, 28 days in all.
+    A spot job may wait as long as it may run; both together at most 28 days.
     """
-    folder = f"s3://{artifact_bucket}/{object_keys.run_key(run.run_id)}"
+    folder = f"s3://{settings.artifact_bucket}/{object_keys.run_key(run.run_id)}"
     channels = [
         _channel("run", f"{folder}input/config.json"),
         _channel("inference_testing", f"{folder}input/inference_tests.json"),
     ]
-    if "/" not in config.model:  # a hub id is fetched by the job itself
-        models = _channel("models", f"s3://{data_bucket}/{object_keys.model_prefix(config.model)}")
-        channels.append(models | {"InputMode": "FastFile"})  # read as it is needed: the job starts before it is all there
+    if "/" not in config.model:  # the job itself downloads a hub id
+        models = _channel("models", f"s3://{settings.data_bucket}/{object_keys.model_prefix(config.model)}")
+        channels.append(
+            models | {"InputMode": "FastFile"}
+        )  # streams files on access: the job starts before the download ends
     if any(spec.type == "python" for spec in config.rewards):
         channels.append(_channel("rewards", f"{folder}input/rewards/"))
     if kind == "train":
@@ -125,8 +127,8 @@ def job_request(
     if spot:
         limits["MaxWaitTimeInSeconds"] = min(2 * seconds, MOST_SECONDS)
     request: dict[str, Any] = plan[kind]
-    filled = request | {
-        "TrainingJobName": str(JobName(prefix, kind, run.run_id, run.attempt)),
+    filled_request = request | {
+        "TrainingJobName": str(JobName(settings.job_prefix, kind, run.run_id, run.attempt)),
         "HyperParameters": {"run-id": run.run_id} | ({"max-runtime": str(seconds)} if kind == "train" else {}),
         "InputDataConfig": request["InputDataConfig"] + channels,
         "OutputDataConfig": request["OutputDataConfig"]
@@ -142,14 +144,14 @@ def job_request(
         "RetryStrategy": RETRIES,
         "Tags": [
             {"Key": "tunedrop:run-id", "Value": run.run_id},
-            {"Key": "tunedrop:prefix", "Value": prefix},
+            {"Key": "tunedrop:prefix", "Value": settings.job_prefix},
         ],
     }
     key = request["OutputDataConfig"].get("KmsKeyId")
     if key and not any(map(has_local_disk, _types(instances))):
-        filled["ResourceConfig"]["VolumeKmsKeyId"] = key
-    if compute.keep_alive and not spot:  # a spot instance cannot stay
-        filled["ResourceConfig"]["KeepAlivePeriodInSeconds"] = compute.keep_alive
+        filled_request["ResourceConfig"]["VolumeKmsKeyId"] = key
+    if compute.keep_alive and not spot:  # warm pools have no spot instances
+        filled_request["ResourceConfig"]["KeepAlivePeriodInSeconds"] = compute.keep_alive
     if kind == "train":
-        filled["CheckpointConfig"] = {"LocalPath": "/opt/ml/checkpoints", "S3Uri": f"{folder}checkpoints/"}
-    return filled
+        filled_request["CheckpointConfig"] = {"LocalPath": "/opt/ml/checkpoints", "S3Uri": f"{folder}checkpoints/"}
+    return filled_request

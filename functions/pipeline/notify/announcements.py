@@ -1,36 +1,32 @@
-"""How the end of a run reaches people and programs: an SNS message beside the event on the bus."""
+"""Announcements of a run's end and of its waiting: an event on the bus, and an SNS message for a run's end."""
 
 from typing import Any
 
-from pipeline.aws import Aws, Settings
+from pipeline.aws import Aws
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent, Upload
 from pipeline.notify.messages import message
-from pipeline.runs.table import UPLOAD, Run, RunState
+from pipeline.runs.states import Run, RunState
+from pipeline.runs.table import UPLOAD
+from pipeline.settings import Settings
 from tunedrop import event_bus
 
 
-class AnnounceSettings(Settings):
-    """The environment of a function that sends notifications."""
-
-    topic_arn: str
-
-
 def notify(aws: Aws, topic_arn: str, event: RunEvent, link: str | None = None) -> None:
-    """Publish an event to the topic, in the form that each kind of subscriber reads (`pipeline.notify.messages`)."""
+    """Publish an event to the topic, in a form for each kind of subscriber (`pipeline.notify.messages`)."""
     aws.sns.publish(TopicArn=topic_arn, **message(event, link))
 
 
-def announce_waiting(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
-    """Say that a run waits. The event also makes start_training look for room: some may have come meanwhile."""
+def announce_waiting(run: Run, settings: Settings, aws: Aws) -> None:
+    """Announce that a run waits. The event also makes start_training try the waiting runs: a slot may have become free."""
     events.put_event(aws.events, settings.event_bus, RunEvent(detail_type=events.WAITING, run=run))
 
 
-def announce_failure(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
-    """Give the place of a run that ended without a model back, say so and close it, unless that has been done.
+def announce_failure(run: Run, settings: Settings, aws: Aws) -> None:
+    """Free the slot, announce the failure, close the run. Idempotent.
 
-    The event comes after the place is free: start_training gives it to the next run then. An upload that came meanwhile, and
-    could not begin the next attempt before this one had ended, is validated now.
+    The event follows the freed slot: start_training gives the slot to the next run. A newer upload of the same key could not
+    begin its attempt before this end: its validation is requested now.
     """
     if run.open is not None:
         aws.runs.release(run)
@@ -44,7 +40,7 @@ def announce_failure(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
         request_validation(upload, settings, aws)
 
 
-def request_validation(item: dict[str, Any], settings: AnnounceSettings, aws: Aws) -> None:
-    """Have validate_dataset take up the upload of this upload item once more."""
+def request_validation(item: dict[str, Any], settings: Settings, aws: Aws) -> None:
+    """Ask validate_dataset, by an event, to validate the upload of an upload item again."""
     upload = Upload(key=item["id"].removeprefix(UPLOAD), version_id=item["version_id"], sequencer=item["sequencer"])
     event_bus.put(aws.events, event_bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, upload.model_dump()))

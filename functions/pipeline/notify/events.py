@@ -1,12 +1,12 @@
-"""Events in, as Powertools Parser models of what AWS sends; events out, each knowing its own wire form."""
+"""Events in, as models of what AWS and the bus deliver; events out, each with its own wire form."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aws_lambda_powertools.utilities.parser.models import EventBridgeModel, S3EventNotificationEventBridgeModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from pipeline.runs.table import Run, RunState
+from pipeline.runs.states import Run, RunState
 from tunedrop.event_bus import entry, put
 from tunedrop.object_keys import run_key
 
@@ -19,16 +19,17 @@ WAITING = "Training Waiting"
 FAILED = "Training Failed"
 TESTS_STARTED = "Inference Tests Started"
 PUBLISHED = "Results Published"
-# Detail types of what people and `reconcile` ask for.
+# Detail types of requests, from people and from `reconcile`.
 STOP_REQUESTED = "Stop Requested"
 VALIDATION_REQUESTED = "Validation Requested"
 
 
 class Upload(BaseModel):
-    """An object that was put into the data bucket.
+    """A version of an object in the data bucket.
 
-    S3 sequencers of one key are compared as text after padding the shorter one on the right with zeros
-    (https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html): here all are padded.
+    The order of a key's uploads is the text order of their S3 sequencers, the shorter one padded on the right with zeros
+    (https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html). All sequencers are padded
+    here.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -39,7 +40,7 @@ class Upload(BaseModel):
 
     @classmethod
     def from_event(cls, event: S3EventNotificationEventBridgeModel) -> "Upload":
-        """Read an S3 "Object Created" event. Its key is plain text: EventBridge, unlike S3's own, does not encode it."""
+        """Read an S3 "Object Created" event. EventBridge does not URL-encode the key, unlike S3's own notifications."""
         s3_object = event.detail.object
         return cls(
             key=s3_object.key,
@@ -49,15 +50,15 @@ class Upload(BaseModel):
 
 
 class JobReference(BaseModel):
-    """The part that our functions read of the detail of a "SageMaker Training Job RunState Change": which job."""
+    """The field that the functions read of a "SageMaker Training Job State Change": the job's name."""
 
     TrainingJobName: str
 
 
 class JobStateChange(BaseModel):
-    """A "SageMaker Training Job RunState Change" event: it names a job, and DescribeTrainingJob says how the job is.
+    """A "SageMaker Training Job State Change" event: it names a job, and DescribeTrainingJob has the job's state.
 
-    The other fields of the detail may be absent, null or empty; AWS's own sample has no status transitions
+    The other fields of the detail may be absent, null or empty: AWS's own sample has no status transitions
     (https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html).
     """
 
@@ -65,7 +66,7 @@ class JobStateChange(BaseModel):
 
 
 class RunReference(BaseModel):
-    """The part of our own events' detail that our functions read."""
+    """The field that the functions read of our own events: the run's id."""
 
     run_id: str = Field(pattern=r"^[a-zA-Z0-9-]{1,63}$")
 
@@ -73,23 +74,39 @@ class RunReference(BaseModel):
 class DatasetValidated(EventBridgeModel):
     """Our "Dataset Validated" event."""
 
+    detail_type: Literal["Dataset Validated"] = Field(alias="detail-type")
     detail: RunReference
 
 
 class StopRequested(EventBridgeModel):
-    """Somebody wants a run stopped; an event from before the run arrived means an earlier attempt."""
+    """A request to stop a run. A request from before the run's arrival means an earlier attempt."""
 
+    detail_type: Literal["Stop Requested"] = Field(alias="detail-type")
     detail: RunReference
 
 
+class SlotMayBeFree(BaseModel):
+    """An event after which a waiting run may find a slot or an instance: a job or a run ended, or a run began to wait."""
+
+    detail_type: Literal[
+        "Training Waiting", "Training Failed", "Results Published", "SageMaker Training Job State Change"
+    ] = Field(alias="detail-type")
+
+
+# What start_training takes, by `detail-type`.
+START_TRAINING_EVENT: TypeAdapter[DatasetValidated | StopRequested | SlotMayBeFree] = TypeAdapter(
+    Annotated[DatasetValidated | StopRequested | SlotMayBeFree, Field(discriminator="detail_type")]
+)
+
+
 class ValidationRequested(EventBridgeModel):
-    """`reconcile` wants an upload validated that nobody finished."""
+    """A request by `reconcile` to validate an upload again."""
 
     detail: Upload
 
 
 class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One of our events about a run. `links` are S3 URIs of what a reader would open next."""
+    """One of our events about a run. `links` are S3 URIs of a reader's next documents."""
 
     detail_type: str
     run: Run
@@ -98,7 +115,7 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def detail(self) -> dict[str, Any]:
-        """The event's detail. Deliveries of one happening carry one `id`, so that a reader can tell a duplicate."""
+        """The event's detail. Repeated events of one occurrence carry one `id`: readers use it to drop duplicates."""
         return {
             "id": f"{self.run.run_id}/{self.run.attempt}/{self.detail_type}/{self.run.state}",
             "run_id": self.run.run_id,
@@ -116,7 +133,7 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def validated(run: Run, artifact_bucket: str) -> RunEvent:
-    """Return the event that has a validated run started; a run that is further on is as it was then."""
+    """Return the event that starts a validated run. A later state of the run does not change the event."""
     run = msgspec.structs.replace(run, state=RunState.VALIDATED, reason=None)
     return RunEvent(detail_type=VALIDATED, run=run, links=receipt_link(run, artifact_bucket))
 

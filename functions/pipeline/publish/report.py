@@ -1,27 +1,17 @@
-"""`report.html`, about one run, and `index.html`, of all runs: self-contained pages that load nothing from anywhere.
+"""`report.html`: the page of one run."""
 
-All text of models and datasets is escaped, and the pages' content security policy runs no script but the page's own, by
-its hash. Only publish_results renders: the other functions, with the same packages, do not pay for these imports.
-"""
-
-import base64
 import hashlib
 import shlex
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from pipeline.publish.page import render_page
 from pipeline.publish.statistics import FEW_TESTS
 from tunedrop.inference_tests import Outcome
 
-FOLDER = Path(__file__).parent
 # A report is at most 2 MB: so many characters of answers, over at most so many tests.
 MOST_TEXT, MOST_TESTS = 1_200_000, 500
 CHART_POINTS = 200
-SPARKLINE_POINTS = 24
 CURVES = {
     "completion_length": "Completion length, tokens",
     "kl": "KL divergence from the base model",
@@ -50,7 +40,7 @@ def render_report(
     )
     limit = max(200, MOST_TEXT // texts)
     counts = {name: sum(test.outcome == name for test in tests) for name in ("won", "tied", "lost", "failed")}
-    return _render(
+    return render_page(
         "report",
         limit=limit,
         result=result,
@@ -75,57 +65,6 @@ def render_report(
         few_tests=FEW_TESTS,
         folder=result["artifacts"]["report"].removesuffix("report.html"),
         reproduce=_reproduce(result),
-    )
-
-
-@cache
-def _environment() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json}
-    return environment
-
-
-def _render(page: str, **values: Any) -> str:
-    from markupsafe import Markup
-
-    script = (FOLDER / f"{page}.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    rendered: str = (
-        _environment()
-        .get_template(f"{page}.html.j2")
-        .render(
-            css=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - our own file
-            script=Markup(script),  # noqa: S704 - our own file
-            script_hash=f"sha256-{digest}",
-            **values,
-        )
-    )
-    return rendered
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[:limit] + " … (cut here; all of it is in inference.json)"
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.format(msgspec.json.encode(value, enc_hook=str)).decode()
-
-
-def _duration(seconds: float | None) -> str:
-    """`3725` → `1 h 2 min`."""
-    if seconds is None:
-        return "not known"
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{minutes} min"
-        if minutes < 120
-        else f"{minutes // 60} h {minutes % 60} min"
     )
 
 
@@ -222,80 +161,3 @@ def _without_scripts(root: Any) -> Any:
         for child in [child for child in parent if str(child.tag).endswith("script")]:
             parent.remove(child)
     return root
-
-
-# --- the index of all runs ---
-
-
-class IndexedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What `index.html` says about a published run."""
-
-    run_id: str
-    dataset: str
-    attempt: int
-    verdict: str
-    model: str
-    published: str
-    tests: int
-    base: float
-    tuned: float
-    lift: float
-    low: float
-    high: float
-    wins: int
-    ties: int
-    losses: int
-    rows: int
-    steps: int | None
-    seconds: float | None
-    usd: float | None
-    learning_rate: float | None
-    rewards: list[str]
-    reward: list[float]
-
-
-_DATA = '<script type="application/json" id="data">'
-
-
-def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published: str, rows: int) -> IndexedRun:
-    """Return the summary of a run's `result.json`, with a few points of its reward curve."""
-    comparison = result["comparison"]
-    seconds = [job["seconds"] for job in result["cost"]["jobs"].values()]
-    return IndexedRun(
-        run_id=result["run_id"],
-        dataset=result["dataset"],
-        attempt=result["attempt"],
-        verdict=result["verdict"],
-        model=result["config"]["model"],
-        published=published,
-        base=round(comparison["base_score"], 4),
-        tuned=round(comparison["tuned_score"], 4),
-        lift=round(comparison["lift"], 4),
-        low=round(comparison["lift_low"], 4),
-        high=round(comparison["lift_high"], 4),
-        **{name: comparison[name] for name in ("tests", "wins", "ties", "losses")},
-        rows=rows,
-        steps=result["training"].get("steps"),
-        seconds=None if None in seconds else sum(seconds),
-        usd=result["cost"]["usd"],
-        learning_rate=result["config"]["grpo"].get("learning_rate"),
-        rewards=[reward["name"] or reward["type"] for reward in result["config"]["rewards"]],
-        reward=[round(point["reward"], 4) for point in thinned(metrics, SPARKLINE_POINTS)],
-    )
-
-
-def render_index(runs: Sequence[IndexedRun]) -> str:
-    """Return the page of all runs. It carries what it shows as JSON, so that `read_index` gives the runs back."""
-    from markupsafe import Markup
-
-    # In a script element only "</script" and "<!--" end the text; without any "<" there is neither.
-    data = msgspec.json.encode(list(runs)).decode().replace("<", r"\u003c")
-    return _render("index", data=Markup(data))  # noqa: S704 - JSON without "<"
-
-
-def read_index(page: str) -> list[IndexedRun]:
-    """Return the runs that a page made by `render_index` shows. Raises ValueError for any other page."""
-    _, found, rest = page.partition(_DATA)
-    if not found:
-        raise ValueError("the page of all runs has no data: delete it, and the next publication makes a new one")
-    return msgspec.json.decode(rest.partition("</script>")[0], type=list[IndexedRun])

@@ -1,160 +1,29 @@
-"""Runs: their identity, their states, and the table that every move is written to, conditionally.
+"""The run table: conditional writes, one for each move of a run.
 
-The table has upload items (`upload#<key>`) and run items (`run#<run_id>`). The sparse index `open` lists what is not
-finished: `open` is the item's state until everything that follows from it has been announced, then it is removed.
-The item `capacity` has the places: the runs that have a SageMaker job, or are about to.
+The table has upload items (`upload#<key>`), run items (`run#<run_id>`) and one item `capacity`, whose set `running` holds
+the runs that have a slot: the right to have a SageMaker job. The sparse index `open` lists unfinished uploads and runs: a
+run's attribute `open` is its state until every announcement of that state is out; `close` removes it.
 """
 
-import hashlib
 import random
 import time
-from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from typing import Any
 
 import msgspec
 from boto3.dynamodb.conditions import Attr, Key
 from msgspec import structs
 
-from tunedrop.object_keys import slug
+from pipeline.runs import clock
+from pipeline.runs.states import MOVES, MOVES_TO_NEXT_ATTEMPT, RETRYABLE, SLOT_CHANGES, Run, RunState, StaleMoveError
 
 RUN, UPLOAD, CAPACITY = "run#", "upload#", "capacity"
-OPEN_UPLOAD = "UPLOAD"  # what the index `open` knows an unfinished upload by
+OPEN_UPLOAD = "UPLOAD"  # an unfinished upload's value in the index `open`
 # Two transactions on one item cannot run at once; DynamoDB cancels one, and the SDK does not repeat it. In seconds.
 CONFLICT_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-LONGEST_BACKOFF = timedelta(hours=1)
-
-
-class RunState(StrEnum):
-    """The states of a run."""
-
-    VALIDATING = "VALIDATING"
-    VALIDATED = "VALIDATED"
-    REJECTED = "REJECTED"
-    WAITING = "WAITING"
-    TRAINING = "TRAINING"
-    TRAINED = "TRAINED"
-    TRAINING_FAILED = "TRAINING_FAILED"
-    TESTING = "TESTING"
-    TESTED = "TESTED"
-    TESTING_FAILED = "TESTING_FAILED"
-    PUBLISHED = "PUBLISHED"
-    CANCELLED = "CANCELLED"
-
-
-FINAL = frozenset(
-    {RunState.REJECTED, RunState.TRAINING_FAILED, RunState.TESTING_FAILED, RunState.PUBLISHED, RunState.CANCELLED}
-)
-# A run in one of these may be tried again, when its dataset is dropped again.
-RETRYABLE = FINAL - {RunState.PUBLISHED}
-# From which states a run may move to each. One that waits may begin to wait for another reason.
-MOVES: dict[RunState, frozenset[RunState]] = {
-    RunState.WAITING: frozenset({RunState.VALIDATED, RunState.WAITING}),
-    RunState.TRAINING: frozenset({RunState.VALIDATED, RunState.WAITING}),
-    RunState.TRAINED: frozenset({RunState.TRAINING, RunState.TRAINED}),
-    RunState.TRAINING_FAILED: frozenset({RunState.TRAINING, RunState.VALIDATED, RunState.WAITING}),
-    RunState.TESTING: frozenset({RunState.TRAINED}),
-    RunState.TESTED: frozenset({RunState.TESTING}),
-    RunState.TESTING_FAILED: frozenset({RunState.TESTING, RunState.TRAINED}),
-    RunState.PUBLISHED: frozenset({RunState.TESTED}),
-    RunState.CANCELLED: frozenset(RunState) - FINAL,
-}
-# The same for the moves that begin the next attempt: a job found no machine.
-MOVES_TO_NEXT_ATTEMPT: dict[RunState, frozenset[RunState]] = {
-    RunState.WAITING: frozenset({RunState.TRAINING}),
-    RunState.TRAINED: frozenset({RunState.TESTING}),
-}
-# What a move does to the run's place, in DynamoDB's words: a run whose job exists has one, a waiting run has none.
-PLACE: dict[RunState, str] = {RunState.TRAINING: "ADD", RunState.WAITING: "DELETE"}
-
-
-def run_id(dataset: str, parts: Iterable[bytes | str]) -> str:
-    """Return `<dataset slug>-<12 hex>`, the digest of everything that makes a run what it is.
-
-    `parts` are the data's format and digest, the config, the inference tests, the base model's identity and the trainer's
-    digest. Each is hashed by itself first, so that no byte can move from one part to the next unnoticed.
-    """
-    digest = hashlib.sha256(dataset.encode())
-    for part in parts:
-        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
-    return f"{slug(dataset)}-{digest.hexdigest()[:12]}"
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """A run item. Times are ISO 8601 in UTC; `trigger` is the upload (`key@sequencer`) that began this attempt.
-
-    `choices` is how many instance types (or lists of them, on demand) attempts can be made with.
-    """
-
-    run_id: str
-    dataset: str
-    state: RunState
-    attempt: int
-    trigger: str
-    key: str
-    version_id: str
-    arrived: str
-    updated: str
-    model: str
-    plan: str
-    rows: int = 0
-    train_job: str | None = None
-    test_job: str | None = None
-    instance_type: str | None = None
-    choices: int = 1
-    not_before: str | None = None
-    artifacts: str | None = None
-    bounded: bool = False
-    reason: str | None = None
-    verdict: str | None = None
-    model_package: str | None = None
-    open: str | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether the run ended without a model."""
-        return self.state in RETRYABLE
-
-    @property
-    def waits(self) -> bool:
-        """Whether the run waits for room: for its training job, or with its tests still to come."""
-        return self.state == RunState.WAITING or (self.state == RunState.TRAINED and self.reason is not None)
-
-    @property
-    def backs_off(self) -> bool:
-        """Whether it is too early to look for a machine again."""
-        return self.not_before is not None and self.not_before > now()
-
-
-class StaleMoveError(Exception):
-    """A move is not possible any more: the run is further on, or in another attempt. Its event has nothing left to do."""
-
-
-def now() -> str:
-    """Return the time, ISO 8601 in UTC with microseconds, which sorts as text."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def ago(age: timedelta) -> str:
-    """Return the time that was so long ago, as `now` does."""
-    return (datetime.fromisoformat(now()) - age).isoformat(timespec="microseconds")
-
-
-def backoff(run: Run) -> str | None:
-    """Return the time before which a run whose job found no machine should not try again; None: at once.
-
-    The run's next choice is tried at once; when all have been, after 1, 2, 4, … minutes, an hour at most.
-    """
-    walks, left = divmod(run.attempt, run.choices)
-    if left:
-        return None
-    pause = min(timedelta(minutes=2 ** min(walks - 1, 10)), LONGEST_BACKOFF)
-    return ago(-pause)
 
 
 class _ConditionFailedError(Exception):
-    """A transaction was cancelled since a condition does not hold: `index` is the first such item's."""
+    """A transaction was cancelled: the condition of the item at `index` does not hold."""
 
     def __init__(self, index: int):
         self.index = index
@@ -162,7 +31,7 @@ class _ConditionFailedError(Exception):
 
 
 class RunTable:
-    """The run table. A move that has been made already succeeds again; one that is too late raises StaleMoveError."""
+    """The run table. Repeating a move succeeds; a move that comes too late raises StaleMoveError."""
 
     def __init__(self, table: Any):
         self._table = table
@@ -170,7 +39,7 @@ class RunTable:
     # --- uploads ---
 
     def claim_upload(self, key: str, version_id: str, sequencer: str) -> bool:
-        """Record that an upload is being validated; False if it has been already, or if a newer one of its key was seen."""
+        """Record that validation of an upload begins; False after its validation, or if a newer upload of the key exists."""
         try:
             self._table.update_item(
                 Key={"id": UPLOAD + key},
@@ -184,7 +53,7 @@ class RunTable:
                     ":sequencer": sequencer,
                     ":state": RunState.VALIDATING.value,
                     ":open": OPEN_UPLOAD,
-                    ":now": now(),
+                    ":now": clock.now(),
                     ":none": 0,
                     ":one": 1,
                 },
@@ -194,7 +63,7 @@ class RunTable:
         return True
 
     def finish_upload(self, key: str, sequencer: str, state: RunState, run_id: str) -> None:
-        """Record what became of an upload, unless a newer one of the same key is under way. No run: `run_id` is empty."""
+        """Record an upload's outcome, unless a newer upload of the key exists. Without a run, `run_id` is empty."""
         try:
             self._table.update_item(
                 Key={"id": UPLOAD + key},
@@ -207,7 +76,7 @@ class RunTable:
             return
 
     def open_uploads(self) -> list[dict[str, Any]]:
-        """Return the items of the uploads whose validation is not finished, the oldest first."""
+        """Return the items of uploads with unfinished validation, oldest first."""
         return self._open(OPEN_UPLOAD)
 
     def upload(self, key: str) -> dict[str, Any] | None:
@@ -218,29 +87,30 @@ class RunTable:
     # --- runs ---
 
     def get(self, run_id: str) -> Run | None:
-        """Return a run, None if there is none of this id."""
+        """Return a run, None for an unknown id."""
         item = self._table.get_item(Key={"id": RUN + run_id}, ConsistentRead=True).get("Item")
         return run_of_item(item) if item else None
 
     def create(self, run: Run, sequencer: str) -> Run:
-        """Create a run, or begin the next attempt of a failed one that another upload triggered; return what is there.
+        """Create a run, or begin the next attempt of a failed run for another upload; return the run in the table.
 
-        The same content joins the run that has it, whatever state it is in; one whose end has not been announced yet, too.
-        `sequencer` is the upload's: only the newest of its key begins another attempt, and only while it is being validated.
+        Identical inputs reuse the existing run in any state, even before its end was announced. `sequencer` is the upload's:
+        only the newest upload of a key begins an attempt, and only during its validation.
         """
         try:
             self._table.put_item(Item=_item_of(run), ConditionExpression=Attr("id").not_exists())
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
-            there = self.get(run.run_id)
-            assert there is not None  # runs are never deleted
-            if there.state in RETRYABLE and there.open is None and there.trigger != run.trigger:
-                return self._next_attempt(there, run, sequencer)
-            return there
+            existing = self.get(run.run_id)
+            assert existing is not None  # runs are never deleted
+            if existing.state in RETRYABLE and existing.open is None and existing.trigger != run.trigger:
+                return self._next_attempt(existing, run, sequencer)
+            return existing
         return run
 
-    def _next_attempt(self, there: Run, run: Run, sequencer: str) -> Run:
-        run = structs.replace(run, attempt=there.attempt + 1)
-        put = {"Item": _item_of(run)} | {name: part for name, part in self._is(there, there.state).items() if name != "Key"}
+    def _next_attempt(self, existing: Run, run: Run, sequencer: str) -> Run:
+        run = structs.replace(run, attempt=existing.attempt + 1)
+        unchanged = {name: part for name, part in self._is(existing, existing.state).items() if name != "Key"}
+        put = {"Item": _item_of(run)} | unchanged
         newest = {
             "Key": {"id": UPLOAD + run.key},
             "ConditionExpression": "sequencer = :sequencer AND #state = :state",
@@ -254,18 +124,17 @@ class RunTable:
         return run
 
     def move(self, run: Run, to: RunState, *, next_attempt: bool = False, **values: Any) -> Run:
-        """Move a run to another state, set `values` on it and remove those that are None.
+        """Move a run to another state, set its attributes `values` and remove the attributes whose value is None.
 
-        The write is conditional on the attempt that the caller saw and on a state that the move is possible from: a late
-        event moves nothing. `next_attempt` raises the attempt with the move. Where the state decides whether the run has
-        a place, both are written in one transaction. A move that has been made already is a no-op. Raises StaleMoveError
-        when the run is further on, or in another attempt.
+        The write is conditional on the attempt that the caller saw and on a state that allows the move: a late event moves
+        nothing. `next_attempt` raises the attempt with the move. A move that takes or frees a slot writes both items in one
+        transaction. Repeating a move changes nothing. Raises StaleMoveError for a run in a later state or another attempt.
         """
         possible = sorted((MOVES_TO_NEXT_ATTEMPT if next_attempt else MOVES)[to])
         assert run.state in possible, f"no move from {run.state} to {to}"
         sources = {f":from{n}": state for n, state in enumerate(possible)}
         attempt = run.attempt + int(next_attempt)
-        changes = {"state": to, "open": to.value, "updated": now(), "attempt": attempt, **values}
+        changes = {"state": to, "open": to.value, "updated": clock.now(), "attempt": attempt, **values}
         written = {name: value for name, value in changes.items() if value is not None}
         removed = changes.keys() - written.keys()
         update = {
@@ -280,18 +149,18 @@ class RunTable:
             | sources,
         }
         try:
-            if to in PLACE:
-                self._transact({"Update": update}, {"Update": _place(run, PLACE[to])})
+            if to in SLOT_CHANGES:
+                self._transact({"Update": update}, {"Update": _slot(run, SLOT_CHANGES[to])})
                 return structs.replace(run, **changes)
             return run_of_item(self._table.update_item(**update, ReturnValues="ALL_NEW")["Attributes"])
         except (self._table.meta.client.exceptions.ConditionalCheckFailedException, _ConditionFailedError):
-            there = self.get(run.run_id)
-            if there is not None and there.state == to and there.attempt == attempt:
-                return there
-            raise StaleMoveError(f"{run.run_id} cannot move to {to} in attempt {attempt}: it is {there}") from None
+            current = self.get(run.run_id)
+            if current is not None and current.state == to and current.attempt == attempt:
+                return current
+            raise StaleMoveError(f"{run.run_id} cannot move to {to} in attempt {attempt}: the table has {current}") from None
 
     def close(self, run: Run) -> None:
-        """Take a finished run off the list of open ones, after its end has been announced."""
+        """Remove a finished run from the index of open runs, after the announcement of its end."""
         try:
             self._table.update_item(
                 Key={"id": RUN + run.run_id},
@@ -303,7 +172,7 @@ class RunTable:
             return
 
     def open_runs(self, state: RunState, limit: int | None = None) -> list[Run]:
-        """Return the runs whose work in `state` is not finished, the oldest first. The index may lag a little behind."""
+        """Return the open runs in `state`, oldest first. The index lags behind the table by up to seconds."""
         return [run_of_item(item) for item in self._open(state.value, limit)]
 
     def _open(self, value: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -313,39 +182,39 @@ class RunTable:
         pages = self._table.meta.client.get_paginator("query").paginate(TableName=self._table.name, **query)
         return [item for page in pages for item in page["Items"]]
 
-    # --- places ---
+    # --- slots ---
 
     def acquire(self, run: Run, limit: int) -> bool:
-        """Take one of `limit` places for a run that is to be started; True as well if the run has a place already.
+        """Take one of `limit` slots for a run without a job; True also for a run that has a slot.
 
-        Raises StaleMoveError when the run is not to be started any more.
+        Raises StaleMoveError for a run that can no longer start.
         """
-        place = _place(run, "ADD")
-        place["ConditionExpression"] = "attribute_not_exists(running) OR size(running) < :limit OR contains(running, :run)"
-        place["ExpressionAttributeValues"] |= {":run": run.run_id, ":limit": limit}
+        slot = _slot(run, "ADD")
+        slot["ConditionExpression"] = "attribute_not_exists(running) OR size(running) < :limit OR contains(running, :run)"
+        slot["ExpressionAttributeValues"] |= {":run": run.run_id, ":limit": limit}
         try:
-            self._transact({"ConditionCheck": self._is(run, *MOVES[RunState.TRAINING])}, {"Update": place})
+            self._transact({"ConditionCheck": self._is(run, *MOVES[RunState.TRAINING])}, {"Update": slot})
         except _ConditionFailedError as failed:
             if failed.index == 0:
-                raise StaleMoveError(f"{run.run_id} is not to be started in attempt {run.attempt} any more") from None
+                raise StaleMoveError(f"{run.run_id} can no longer start in attempt {run.attempt}") from None
             return False
         return True
 
-    def has_place(self, run: Run) -> bool:
-        """Whether a run has a place."""
+    def has_slot(self, run: Run) -> bool:
+        """Whether a run has a slot."""
         item = self._table.get_item(Key={"id": CAPACITY}, ConsistentRead=True).get("Item", {})
         return run.run_id in item.get("running", ())
 
     def release(self, run: Run) -> None:
-        """Give the place of a run that has ended back, unless the run has begun another attempt with it."""
+        """Free the slot of a run that has ended, unless the run began another attempt with that slot."""
         try:
-            self._transact({"ConditionCheck": self._is(run, run.state)}, {"Update": _place(run, "DELETE")})
+            self._transact({"ConditionCheck": self._is(run, run.state)}, {"Update": _slot(run, "DELETE")})
         except _ConditionFailedError:
             return
 
     @staticmethod
     def _is(run: Run, *states: RunState) -> dict[str, Any]:
-        """Return the condition that a run is in the same attempt and in one of these states."""
+        """Return the condition that a run is still in its attempt and in one of `states`."""
         values = {f":state{n}": state for n, state in enumerate(sorted(states))}
         return {
             "Key": {"id": RUN + run.run_id},
@@ -355,7 +224,7 @@ class RunTable:
         }
 
     def _transact(self, *items: dict[str, Any]) -> None:
-        """Write all of these items of TransactWriteItems or none. Raises _ConditionFailedError."""
+        """Write all items of TransactWriteItems or none. Raises _ConditionFailedError."""
         client = self._table.meta.client
         named = [{kind: {"TableName": self._table.name} | item} for each in items for kind, item in each.items()]
         for pause in (*CONFLICT_PAUSES, None):
@@ -371,22 +240,22 @@ class RunTable:
                 time.sleep(random.uniform(0, pause))
 
 
-def _place(run: Run, what: str) -> dict[str, Any]:
-    """Return the update that `ADD`s a run's place or `DELETE`s it."""
+def _slot(run: Run, action: str) -> dict[str, Any]:
+    """Return the update that `ADD`s a run's slot or `DELETE`s it."""
     return {
         "Key": {"id": CAPACITY},
-        "UpdateExpression": f"{what} running :runs",
+        "UpdateExpression": f"{action} running :runs",
         "ExpressionAttributeValues": {":runs": {run.run_id}},
     }
 
 
 def _item_of(run: Run) -> dict[str, Any]:
-    """Return the item of a run that begins."""
+    """Return the table item of a new attempt."""
     item = msgspec.to_builtins(run) | {"id": RUN + run.run_id, "open": run.state.value}
     return {key: value for key, value in item.items() if value is not None}
 
 
 def run_of_item(item: dict[str, Any]) -> Run:
-    """Return the run that a run item of the table holds."""
+    """Return the run of a table item."""
     numbers = {"attempt", "rows", "choices"}
     return msgspec.convert({key: int(value) if key in numbers else value for key, value in item.items()}, Run)

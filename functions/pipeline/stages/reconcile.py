@@ -1,25 +1,22 @@
-"""The net below the events: look at every open run and upload, and do what a lost event should have made happen."""
+"""Recover from lost events: examine every open run and upload, and do the work that is due."""
 
 from datetime import datetime, timedelta
 
 from pipeline.aws import Aws
-from pipeline.jobs.launch import JobSettings, end_stopped
+from pipeline.jobs.stopping import end_stopped
 from pipeline.notify.announcements import announce_failure, request_validation
 from pipeline.observability import logger, metrics
-from pipeline.runs.table import FINAL, Run, RunState, StaleMoveError, ago, now
+from pipeline.runs import clock
+from pipeline.runs.states import FINAL, Run, RunState, StaleMoveError
+from pipeline.settings import ReconcileSettings
 from pipeline.stages import publish_results, start_training, test_model, validate_dataset
-from pipeline.stages.publish_results import PublishSettings
 
-# Events are usually handled within seconds; a run that moved this recently needs no help.
+# Events usually arrive within seconds. A run that moved more recently needs no recovery.
 MINIMUM_AGE = timedelta(minutes=2)
-# As long as validate_dataset may take, and Lambda's two retries of it.
+# The timeout of validate_dataset, and Lambda's two retries.
 VALIDATION_AGE = timedelta(minutes=20)
-# What is wrong with a dataset becomes a receipt; what ends the function this often is for a person to look at.
+# A bad dataset gets a receipt. An upload whose validation ends without a receipt this often needs a person.
 MOST_VALIDATIONS = 10
-
-
-class ReconcileSettings(JobSettings, PublishSettings):
-    """The environment of reconcile: whatever the other functions need."""
 
 
 def reconcile(
@@ -28,40 +25,40 @@ def reconcile(
     minimum_age: timedelta = MINIMUM_AGE,
     validation_age: timedelta = VALIDATION_AGE,
 ) -> int:
-    """Help every open run that has not moved for `minimum_age`, have uploads validated that nobody finished for
-    `validation_age`, and start what waits; return how many runs were looked at.
+    """Do the due work of runs that have not moved for `minimum_age`, request the validation of uploads that are unfinished
+    after `validation_age`, and start waiting runs; return the number of runs examined.
 
-    A run whose turn raises is logged and left for the next time, so that one broken run does not hide the others; the
-    first error is raised at the end.
+    An error of one run does not hide the others: the error is logged, the run waits for the next invocation, and the first
+    error is raised at the end.
     """
     errors: list[Exception] = []
-    looked_at = 0
-    started = oldest = now()
+    examined = 0
+    started = oldest = clock.now()
     for state in RunState:
-        for seen in aws.runs.open_runs(state):
-            oldest = min(oldest, seen.arrived)
-            run = aws.runs.get(seen.run_id) if seen.updated <= ago(minimum_age) else None
+        for indexed in aws.runs.open_runs(state):
+            oldest = min(oldest, indexed.arrived)
+            run = aws.runs.get(indexed.run_id) if indexed.updated <= clock.ago(minimum_age) else None
             if run is None or run.open is None:  # the index lags behind the table
                 continue
-            looked_at += 1
+            examined += 1
             try:
-                _help(run, settings, aws)
+                _do_due_work(run, settings, aws)
             except StaleMoveError as error:
                 logger.info("an event was faster", detail=str(error))
-            except Exception as error:  # noqa: BLE001 - raised again below, after the others had their turn
-                logger.exception("a run could not be helped", run_id=run.run_id)
+            except Exception as error:  # noqa: BLE001 - raised after the other runs
+                logger.exception("a run could not be recovered", run_id=run.run_id)
                 errors.append(error)
     age = datetime.fromisoformat(started) - datetime.fromisoformat(oldest)
     metrics.add_metric(name="OldestOpenRunHours", unit="Count", value=age / timedelta(hours=1))
-    _request_validations(ago(validation_age), settings, aws)
+    _request_validations(clock.ago(validation_age), settings, aws)
     start_training.start_waiting(settings, aws, limit=None)
     if errors:
         raise errors[0]
-    return looked_at
+    return examined
 
 
-def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
-    """Do what is due for a run; those that wait get their turn together, in order of arrival, afterwards."""
+def _do_due_work(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
+    """Do a run's due work. Waiting runs are not due here: `start_waiting` starts them in order of arrival."""
     if run.state in {RunState.VALIDATED, RunState.REJECTED}:
         validate_dataset.announce(run, settings, aws)
     elif run.state == RunState.TRAINING:
@@ -79,7 +76,7 @@ def _help(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
 
 
 def _request_validations(before: str, settings: ReconcileSettings, aws: Aws) -> None:
-    """Have validate_dataset take up the uploads that it has not finished."""
+    """Request the validation of uploads that are older than `before` and still unfinished."""
     for item in aws.runs.open_uploads():
         if item["arrived"] > before:
             continue

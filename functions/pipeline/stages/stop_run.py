@@ -1,19 +1,19 @@
-"""Somebody wants a run stopped: cancel it in whatever state it is, then stop its job."""
+"""Stop a run on request: cancel the run in any state, then stop its job."""
 
 from datetime import datetime
 
 from pipeline.aws import Aws
-from pipeline.jobs.launch import end_stopped
-from pipeline.notify.announcements import AnnounceSettings
+from pipeline.jobs.stopping import end_stopped
 from pipeline.observability import logger
-from pipeline.runs.table import FINAL, Run, RunState, StaleMoveError
+from pipeline.runs.states import FINAL, Run, RunState, StaleMoveError
+from pipeline.settings import Settings
 
 
-def stop_run(run: Run, requested: datetime, settings: AnnounceSettings, aws: Aws) -> Run:
-    """Cancel a run that has not ended, stop its job, and return the run as it is then.
+def stop_run(run: Run, requested: datetime, settings: Settings, aws: Aws) -> Run:
+    """Cancel a run that has not ended, stop its job, and return the run in its new state.
 
-    The move comes first: nothing that a job or an event does afterwards makes the run go on. A request from before the
-    run arrived (events have seconds only) meant an earlier attempt and is ignored.
+    The move comes first: after it, no event of the job continues the run. A request from before the run's arrival meant an
+    earlier attempt and changes nothing; events carry whole seconds.
     """
     while run.state not in FINAL:
         if requested < datetime.fromisoformat(run.arrived).replace(microsecond=0):
@@ -21,7 +21,7 @@ def stop_run(run: Run, requested: datetime, settings: AnnounceSettings, aws: Aws
             return run
         try:
             run = aws.runs.move(run, RunState.CANCELLED, reason="stopped on request")
-        except StaleMoveError:  # it has begun its next attempt, or ended, this moment
+        except StaleMoveError:  # the run ended or began its next attempt meanwhile
             run = aws.runs.get(run.run_id) or run
     if run.state == RunState.CANCELLED:
         end_stopped(run, settings, aws)

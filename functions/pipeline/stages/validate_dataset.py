@@ -10,13 +10,15 @@ from typing import Any
 import msgspec
 from botocore.exceptions import ClientError
 
-from pipeline.aws import Aws, InstanceTypes, Settings, error_code
+from pipeline.aws import Aws, error_code
 from pipeline.jobs.plan import current_digest, load_plan
 from pipeline.notify import events
-from pipeline.notify.announcements import AnnounceSettings, notify
+from pipeline.notify.announcements import notify
 from pipeline.notify.events import RunEvent, Upload
 from pipeline.observability import logger
-from pipeline.runs.table import RETRYABLE, Run, RunState, now, run_id
+from pipeline.runs import clock
+from pipeline.runs.states import RETRYABLE, Run, RunState, run_id
+from pipeline.settings import Settings, ValidateSettings
 from pipeline.validation.cost import Prices, Terms
 from pipeline.validation.model_files import READ_FILES, check_model
 from pipeline.validation.receipt import Check, check_config, check_dataset
@@ -30,15 +32,6 @@ from tunedrop.rewards import reward_permissions
 
 INPUT_FILES = ("config.json", "train.jsonl", "heldout.jsonl", "inference_tests.json")
 MAX_REWARD_FILE_BYTES = 1024**2
-
-
-class ValidateSettings(AnnounceSettings):
-    """The environment of validate_dataset."""
-
-    default_model: str
-    instance_types: InstanceTypes
-    use_spot: bool
-    max_run_cost_usd: float
 
 
 def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
@@ -123,8 +116,8 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             trigger=f"{upload.key}@{upload.sequencer}",
             key=upload.key,
             version_id=upload.version_id,
-            arrived=now(),
-            updated=now(),
+            arrived=clock.now(),
+            updated=clock.now(),
             model=check.config.model,
             plan=digest_of_plan,
             rows=check.rows,
@@ -164,7 +157,7 @@ def _announced_again(upload: Upload, settings: ValidateSettings, aws: Aws) -> Ru
     return run
 
 
-def announce(run: Run, settings: AnnounceSettings, aws: Aws) -> None:
+def announce(run: Run, settings: Settings, aws: Aws) -> None:
     """Say that a run was validated or rejected; nothing if it is further on."""
     if run.state == RunState.VALIDATED:
         events.put_event(aws.events, settings.event_bus, events.validated(run, settings.artifact_bucket))

@@ -1,0 +1,117 @@
+"""`index.html`: the page of all published runs. The page itself is the store: it carries its runs as JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from botocore.exceptions import ClientError
+
+from pipeline.aws import Aws, error_code
+from pipeline.publish.page import render_page
+from pipeline.publish.report import thinned
+from tunedrop import object_keys
+
+SPARKLINE_POINTS = 24
+
+
+class IndexedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What `index.html` says about a published run."""
+
+    run_id: str
+    dataset: str
+    attempt: int
+    verdict: str
+    model: str
+    published: str
+    tests: int
+    base: float
+    tuned: float
+    lift: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    rows: int
+    steps: int | None
+    seconds: float | None
+    usd: float | None
+    learning_rate: float | None
+    rewards: list[str]
+    reward: list[float]
+
+
+_DATA = '<script type="application/json" id="data">'
+
+
+def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published: str, rows: int) -> IndexedRun:
+    """Return the summary of a run's `result.json`, with a few points of its reward curve."""
+    comparison = result["comparison"]
+    seconds = [job["seconds"] for job in result["cost"]["jobs"].values()]
+    return IndexedRun(
+        run_id=result["run_id"],
+        dataset=result["dataset"],
+        attempt=result["attempt"],
+        verdict=result["verdict"],
+        model=result["config"]["model"],
+        published=published,
+        base=round(comparison["base_score"], 4),
+        tuned=round(comparison["tuned_score"], 4),
+        lift=round(comparison["lift"], 4),
+        low=round(comparison["lift_low"], 4),
+        high=round(comparison["lift_high"], 4),
+        **{name: comparison[name] for name in ("tests", "wins", "ties", "losses")},
+        rows=rows,
+        steps=result["training"].get("steps"),
+        seconds=None if None in seconds else sum(seconds),
+        usd=result["cost"]["usd"],
+        learning_rate=result["config"]["grpo"].get("learning_rate"),
+        rewards=[reward["name"] or reward["type"] for reward in result["config"]["rewards"]],
+        reward=[round(point["reward"], 4) for point in thinned(metrics, SPARKLINE_POINTS)],
+    )
+
+
+def render_index(runs: Sequence[IndexedRun]) -> str:
+    """Return the page of all runs. It carries what it shows as JSON, so that `read_index` gives the runs back."""
+    from markupsafe import Markup
+
+    # In a script element only "</script" and "<!--" end the text; without any "<" there is neither.
+    data = msgspec.json.encode(list(runs)).decode().replace("<", r"\u003c")
+    return render_page("index", data=Markup(data))  # noqa: S704 - JSON without "<"
+
+
+def read_index(page: str) -> list[IndexedRun]:
+    """Return the runs that a page made by `render_index` shows. Raises ValueError for any other page."""
+    _, found, rest = page.partition(_DATA)
+    if not found:
+        raise ValueError("the page of all runs has no data: delete it, and the next publication makes a new one")
+    return msgspec.json.decode(rest.partition("</script>")[0], type=list[IndexedRun])
+
+
+def add_to_index(aws: Aws, bucket: str, run: IndexedRun) -> None:
+    """Add a run to the page of all runs, safely beside other writers.
+
+    The write is conditional on the page's ETag; after a change by another writer, the page is read again. Of simultaneous
+    writers one always succeeds. An unchanged run changes nothing.
+    """
+    while True:
+        try:
+            stored = aws.s3.get_object(Bucket=bucket, Key=object_keys.INDEX)
+        except aws.s3.exceptions.NoSuchKey:
+            page, runs, condition = "", [], {"IfNoneMatch": "*"}
+        else:
+            page = stored["Body"].read().decode()
+            runs, condition = read_index(page), {"IfMatch": stored["ETag"]}
+        others = [each for each in runs if each.run_id != run.run_id]
+        new = render_index(sorted([*others, run], key=lambda each: (each.published, each.run_id), reverse=True))
+        if new == page:
+            return
+        try:
+            aws.s3.put_object(
+                Bucket=bucket, Key=object_keys.INDEX, Body=new.encode(), ContentType="text/html; charset=utf-8", **condition
+            )
+        except ClientError as error:
+            if error_code(error) not in {"PreconditionFailed", "ConditionalRequestConflict"}:
+                raise
+        else:
+            return

@@ -1,0 +1,67 @@
+"""Rendering of self-contained HTML pages, which load nothing from anywhere.
+
+Every text of models and datasets is escaped. The content security policy admits the page's own script only, by its hash.
+Only publish_results renders pages: the other functions have the same packages and must not pay for these imports.
+"""
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+FOLDER = Path(__file__).parent
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json}
+    return environment
+
+
+def render_page(page: str, **values: Any) -> str:
+    """Return the page of the template `<page>.html.j2` with its script and style; `values` are the template's variables."""
+    from markupsafe import Markup
+
+    script = (FOLDER / f"{page}.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rendered: str = (
+        _environment()
+        .get_template(f"{page}.html.j2")
+        .render(
+            css=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - our own file
+            script=Markup(script),  # noqa: S704 - our own file
+            script_hash=f"sha256-{digest}",
+            **values,
+        )
+    )
+    return rendered
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + " … (cut here; all of it is in inference.json)"
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value, enc_hook=str)).decode()
+
+
+def _duration(seconds: float | None) -> str:
+    """`3725` → `1 h 2 min`."""
+    if seconds is None:
+        return "not known"
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{minutes} min"
+        if minutes < 120
+        else f"{minutes // 60} h {minutes % 60} min"
+    )

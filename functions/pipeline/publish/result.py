@@ -1,0 +1,110 @@
+"""`result.json`: what a run measured, cost and produced, and what other documents take from it."""
+
+from typing import Any
+
+from pipeline.jobs.plan import instance_type_of
+from pipeline.publish.statistics import Comparison
+from pipeline.runs.states import Run
+from pipeline.settings import Settings
+from tunedrop import object_keys
+from tunedrop.config.model import RunConfig
+
+# The most reasons, and the most tags or rewards, in an event.
+MOST_REASONS, MOST_GROUPS = 20, 50
+
+
+def run_result(
+    run: Run,
+    config: RunConfig,
+    training: dict[str, Any],
+    plan: dict[str, Any],
+    jobs: dict[str, dict[str, Any]],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Return the part of `result.json` that describes run, jobs and artifacts; evaluation and model package come later."""
+    folder = f"s3://{settings.artifact_bucket}/{object_keys.run_key(run.run_id)}"
+    assert run.artifacts is not None
+    trained, tested = run.artifacts.rstrip("/"), f"{folder}inference/{run.test_job}/output/model"
+    return {
+        "run_id": run.run_id,
+        "dataset": run.dataset,
+        "attempt": run.attempt,
+        "arrived": run.arrived,
+        "bounded": run.bounded,
+        "training": training,
+        "jobs": {"train": run.train_job, "test": run.test_job},
+        "cost": cost(jobs, (plan.get("prices") or {}).get("on_demand", {})),
+        "source": f"s3://{settings.data_bucket}/{run.key}",
+        "source_version": run.version_id,
+        "trainer": run.plan,
+        "config": config.model_dump(mode="json"),
+        "artifacts": {
+            "report": folder + "report.html",
+            "merged_model": f"{trained}/merged/",
+            "adapter": f"{trained}/adapter/",
+            "receipt": folder + "validation.json",
+            "input": folder + "input/",
+            "metrics": f"{trained}/metrics.jsonl",
+            "inference": f"{tested}/inference.json",
+            "base_evaluation": f"{tested}/evaluation_base.jsonl",
+            "tuned_evaluation": f"{tested}/evaluation_tuned.jsonl",
+            "model_quality": folder + "model_quality.json",
+            "all_runs": f"s3://{settings.artifact_bucket}/{object_keys.INDEX}",
+        },
+    }
+
+
+def cost(jobs: dict[str, dict[str, Any]], prices: dict[str, float]) -> dict[str, Any]:
+    """Return time and cost of the jobs, from DescribeTrainingJob's answers and USD an hour by instance type.
+
+    SageMaker bills `BillableTimeInSeconds` times the instances at the on-demand price; spot savings shorten that time
+    (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_DescribeTrainingJob.html). None means unknown.
+    """
+    described = {}
+    for kind, job in jobs.items():
+        resources = job["ResourceConfig"]
+        instance = instance_type_of(resources)
+        seconds, price = job.get("BillableTimeInSeconds"), prices.get(instance)
+        count = resources.get("InstanceCount", 1)
+        described[kind] = {
+            "name": job["TrainingJobName"],
+            "instance_type": instance,
+            "instance_count": count,
+            "spot": job.get("EnableManagedSpotTraining", False),
+            "seconds": job.get("TrainingTimeInSeconds"),
+            "billable_seconds": seconds,
+            "usd": None if seconds is None or price is None else round(seconds * count * price / 3600, 4),
+        }
+    known = [job["usd"] for job in described.values()]
+    return {"jobs": described, "usd": None if None in known else round(sum(known), 4)}
+
+
+def model_quality(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's scores as model quality statistics for SageMaker's registry and Model Monitor.
+
+    The width of a lift's interval gives the standard deviation of the lift: a 95 % interval is 3.92 deviations wide
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/model-monitor-model-quality-metrics.html).
+    """
+    everything = {"reward": result["comparison"]}
+    everything |= {f"reward.{name}": each for name, each in result["by_reward"].items()}
+    everything |= {f"tag.{name}": each for name, each in result["by_tag"].items()}
+    width = Comparison.deviations(result["config"]["gate"]["confidence"])
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, each in everything.items():
+        deviation = (each["lift_high"] - each["lift_low"]) / width
+        metrics |= {
+            f"base.{name}": {"value": each["base_score"], "standard_deviation": "NaN"},
+            f"tuned.{name}": {"value": each["tuned_score"], "standard_deviation": "NaN"},
+            f"lift.{name}": {"value": each["lift"], "standard_deviation": deviation},
+        }
+    return {"version": 0.0, "dataset": {"item_count": result["comparison"]["tests"]}, "regression_metrics": metrics}
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result's part of an event: the long lists are cut, since an event has at most 256 KB."""
+    kept = {key: result[key] for key in ("verdict", "comparison", "passed", "cost", "model_package")}
+    reasons = [reason[:1000] for reason in result["reasons"]]
+    if len(reasons) > MOST_REASONS:
+        reasons = [*reasons[:MOST_REASONS], f"… and {len(reasons) - MOST_REASONS} more, in the report."]
+    groups = {key: dict(list(result[key].items())[:MOST_GROUPS]) for key in ("by_tag", "by_reward")}
+    return kept | {"reasons": reasons} | groups
