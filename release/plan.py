@@ -178,7 +178,7 @@ def build_plan(target: Target, region: str, folder: Path) -> dict[str, Any]:
         digest.update(f"\0{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     name = digest.hexdigest()[:16]
     filled: dict[str, Any] = json.loads(json.dumps(requests).replace("{digest}", name))
-    return {"digest": name, "created_by": f"tunedrop {version('tunedrop')}", **filled}
+    return {"digest": name, "created_by": f"tunedrop {version('tunedrop-app')}", **filled}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def test_a_lock_lacks_nothing_on_any_machine(machine: dict[str, str]) -> None:
 
 def test_deploying_needs_what_it_installs_and_loads_nothing_heavier(tmp_path: Path) -> None:
     """Of this environment only what requirements/deploy.lock lists is seen, as in `.venv-deploy`."""
-    for name in ["tunedrop", *pins(PROJECT / "requirements/deploy.lock")]:
+    for name in ["tunedrop-app", *pins(PROJECT / "requirements/deploy.lock")]:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
