@@ -71,6 +71,8 @@ def row_rewards(rewards: Sequence[Reward], rows: Sequence[Row]) -> list[RowRewar
     """
     gating = {reward.gate for reward in rewards if reward.gate}
     return [
-        (EarlyRowReward if reward.spec.waits and not reward.gate and reward not in gating else RowReward)(reward, rows)
+        (EarlyRowReward if reward.spec.reward_type.waits and not reward.gate and reward not in gating else RowReward)(
+            reward, rows
+        )
         for reward in rewards
     ]

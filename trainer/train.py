@@ -30,7 +30,7 @@ from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig, generated_answers, optimizer_steps, parse_run_config
 from tunedrop.dataset.rows import Row
-from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
+from tunedrop.rewards import Reward, build_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -256,7 +256,7 @@ def bounds_of(
     watch = Watch(
         target / "alerts.jsonl",
         record,
-        formats=[spec.label for spec in config.rewards if spec.type in FORMAT_REWARDS],
+        formats=[spec.label for spec in config.rewards if spec.measures({}) == "form"],
         stop_on=config.alerts.stop_on,
         samples=lambda: latest_samples(trainer),
         tell=announcer(),

@@ -19,7 +19,7 @@ from tunedrop.rewards import (
     reward_permissions,
     score,
 )
-from tunedrop.rewards.base import Sample, final_answer
+from tunedrop.rewards.sample import Sample, final_answer
 
 XML = "<reasoning>\n2 and 2\n</reasoning>\n<answer>\n4\n</answer>"
 PERSON = {
@@ -436,7 +436,7 @@ def test_wrong_specs_are_refused(given, message):
     ("specs", "message"),
     [
         ([{"type": "contains"}, {"type": "contains"}], "two rewards are called 'contains'"),
-        ([{"type": "contains", "only_if": "contains"}], "no reward listed above it: there is none"),
+        ([{"type": "contains", "only_if": "contains"}], "no reward listed above it has that name: it is the first reward"),
         ([{"type": "contains"}, {"type": "regex", "pattern": "a", "only_if": "contain"}], "did you mean 'contains'"),
     ],
 )
@@ -451,7 +451,7 @@ def test_names_that_do_not_fit_are_refused(specs, message):
         ({"type": "code_tests"}, "programs that a model wrote, which is not allowed"),
         ({"type": "python", "file": "a.py"}, "a Python file, which is not allowed"),
         ({"type": "lambda", "function_arn": "f"}, "a function that is not among those allowed .*RewardFunctionArns"),
-        ({"type": "judge", "model": "m"}, "a model that is not the one allowed .*RewardJudgeModel"),
+        ({"type": "judge", "model": "m"}, "a model that is not the model allowed .*RewardJudgeModel"),
         ({"type": "http", "url": "https://x/y"}, "a host that is not among those allowed .*RewardHttpHosts"),
     ],
 )

@@ -112,7 +112,7 @@ def job_request(
     if "/" not in config.model:  # a hub id is fetched by the job itself
         models = _channel("models", f"s3://{data_bucket}/{object_keys.model_prefix(config.model)}")
         channels.append(models | {"InputMode": "FastFile"})  # read as it is needed: the job starts before it is all there
-    if any(spec.type == "python" for spec in config.rewards):
+    if any(spec.reward_file for spec in config.rewards):
         channels.append(_channel("rewards", f"{folder}input/rewards/"))
     if kind == "train":
         channels.insert(0, _channel("training", f"{folder}input/"))

@@ -126,9 +126,10 @@ def _form(config: RunConfig, row: Row) -> Callable[[str], str] | None:
     tags: Sequence[str] = [tag for tag in shown if tag != "think"] if "answer" in shown else []
     think = "think" in shown
     for spec in config.rewards:
-        if spec.type == "xml_format":
-            tags = (spec.model_extra or {}).get("tags", ("reasoning", "answer"))
-        think = think or spec.type == "think_format"
+        if spec.reward_type.form:
+            f = spec.reward_type.form(spec.parameters)
+            tags = f.tags or tags
+            think = think or f.think
     boxed = r"\boxed{" in system and not tags
     if not (tags or think or boxed):
         return None
@@ -208,7 +209,7 @@ def _try_tests(rewards: Sequence[Reward], tests: Sequence[InferenceTest], config
 
 
 def _asks_a_model(reward: Reward) -> bool:
-    return reward.spec.type == "judge" or (reward.gate is not None and _asks_a_model(reward.gate))
+    return not reward.spec.reward_type.repeatable or (reward.gate is not None and _asks_a_model(reward.gate))
 
 
 def _unstable(rewards: Sequence[Reward], rows: Sequence[Row], tried: _Tried) -> Iterator[Problem]:
@@ -258,14 +259,12 @@ def _means(totals: Sequence[tuple[_Answer, float]]) -> dict[str, float]:
 
 
 def _ours(reward: Reward) -> bool:
-    return not reward.spec.waits and reward.spec.type != "python"
+    return not reward.spec.reward_type.external
 
 
 def _compares(reward: Reward, row: Row) -> bool:
     """Whether the row's answer is one that the reward should pay for. Unit tests that stand as the answer are none."""
-    tests, column = (reward.parameters.get(name) for name in ("tests", "column"))
-    without_program = reward.spec.type == "code_tests" and tests is None and column not in row
-    return reward.spec.compares and not without_program
+    return reward.spec.measures(row) == "answer"
 
 
 def _pays_wrong(paid: Sequence[Reward], totals: Sequence[tuple[_Answer, float]], warnings: list[str]) -> list[Problem]:
@@ -404,7 +403,7 @@ def _latency(reward: Reward, tried: _Tried, config: RunConfig, trained_rows: int
     calls = sorted(tried.seconds[reward.__name__])
     answers = generated_answers(config, trained_rows)
     parameters = reward.parameters
-    if reward.spec.waits:
+    if reward.spec.reward_type.waits:
         at_once = parameters["concurrency"] * parameters.get("batch_size", 1)
         batch = config.generation_batch()
         share, times = 1.0, answers / batch * ceil(batch / at_once)

@@ -21,7 +21,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunedrop.rewards.base import RewardError, RewardPermissions, Sample, fenced, final_answer
+from tunedrop.rewards.permissions import RewardPermissions
+from tunedrop.rewards.registry import Need, reward
+from tunedrop.rewards.sample import RewardError, Sample, fenced, final_answer
 from tunedrop.sandboxed_process import bare_environment
 
 # Runs in the subprocess. It limits itself, then runs the program and each test, and says what passed in one line that
@@ -71,6 +73,17 @@ def _isolation() -> tuple[str, ...]:
     return command if tried.returncode == 0 else ()
 
 
+@reward(
+    # Where the answer holds the unit tests, the answer itself is not a program that passes them.
+    measures=lambda parameters, columns: (
+        "content" if parameters["tests"] is None and parameters["column"] not in columns else "answer"
+    ),
+    needs=Need(
+        lambda permissions, _: permissions.allow_code,
+        "AllowCodeRewards",
+        "runs programs that a model wrote, which is not allowed here",
+    ),
+)
 def code_tests(
     samples: Sequence[Sample],
     permissions: RewardPermissions,  # noqa: ARG001 - whether it allows code is checked when rewards are built

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from tunedrop.problems import nearest
-from tunedrop.rewards.base import RewardError, Sample
+from tunedrop.rewards.registry import reward
+from tunedrop.rewards.sample import RewardError, Sample
 from tunedrop.rewards.text import rouge_score, similar
 
 _TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
@@ -131,6 +132,7 @@ def _calculate(node: Any, values: dict[str, float]) -> float:
             raise RewardError(f"'{ast.unparse(node)}' cannot be calculated")
 
 
+@reward(measures=lambda parameters, _: "answer" if "item." in str(parameters) else "content")
 def openai_grader(sample: Sample, *, grader: Annotated[dict[str, Any], AfterValidator(_checked)]) -> float:
     """What an OpenAI grader (its JSON as `grader`) gives: a `string_check`, a `text_similarity` or a `multi` of these.
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from tunedrop.rewards.base import RewardError, Sample, fenced, final_answer
+from tunedrop.rewards.registry import reward
+from tunedrop.rewards.sample import RewardError, Sample, fenced, final_answer
 
 _NOTHING = object()  # not None: null is valid JSON
 
@@ -37,6 +38,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
+@reward(measures="form")
 def json_valid(sample: Sample, *, kind: Literal["any", "object", "array"] = "any") -> float:
     """1.0 when the final answer is JSON (a code block around it is fine) of this `kind`."""
     value = _read(final_answer(sample.completion))
@@ -44,6 +46,7 @@ def json_valid(sample: Sample, *, kind: Literal["any", "object", "array"] = "any
     return float(value is not _NOTHING and isinstance(value, expected))
 
 
+@reward(measures="content")
 def json_schema(
     sample: Sample, *, schema: Annotated[dict[str, Any], AfterValidator(_schema)] | None = None, partial: bool = False
 ) -> float:
@@ -70,6 +73,7 @@ def json_schema(
     return 0.2 + 0.6 * good / len(properties)
 
 
+@reward(measures="answer")
 def tool_call(sample: Sample, *, partial: bool = True) -> float:
     """1.0 when the completion makes exactly the tool calls of the row's answer, in any order.
 

@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunedrop.rewards.base import RewardError, Sample, final_answer
+from tunedrop.rewards.registry import Form, reward
+from tunedrop.rewards.sample import RewardError, Sample, final_answer
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -48,12 +49,14 @@ def _size(text: str, unit: Unit) -> int:
 # --- is it the right answer ---
 
 
+@reward(measures="answer")
 def exact_match(sample: Sample, *, normalize: bool = True) -> float:
     """1.0 when the final answer is the row's answer; `normalize` ignores case, spacing and outer punctuation."""
     found = final_answer(sample.completion)
     return float(_normal(found) == _normal(sample.answer) if normalize else found == sample.answer)
 
 
+@reward(measures="answer")
 def numeric(
     sample: Sample, *, tolerance: Annotated[float, Field(ge=0)] = 0.0, relative: Annotated[float, Field(ge=0)] = 0.0
 ) -> float | None:
@@ -72,6 +75,7 @@ def _last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
+@reward(measures="answer")
 def math(sample: Sample) -> float | None:
     r"""1.0 when the final answer equals the row's as mathematics (math-verify): 0.5 is 1/2 is \frac{1}{2}, {1,2} is {2,1}.
 
@@ -95,6 +99,7 @@ def math(sample: Sample) -> float | None:
     return float(verify(expected, read(final_answer(sample.completion)), timeout_seconds=seconds))
 
 
+@reward(measures="answer")
 def multiple_choice(sample: Sample, *, choices: Annotated[str, Field(pattern=r"^[A-Z]{2,26}$")] = "ABCD") -> float | None:
     """1.0 when the completion picks the row's letter; abstains if the row's answer names none.
 
@@ -119,12 +124,14 @@ def _choice(text: str, choices: str) -> str | None:
     return str(said[-1]).upper() if said else None
 
 
+@reward(measures=lambda parameters, _: "answer" if parameters["text"] is None else "content")
 def contains(sample: Sample, *, text: str | None = None, ignore_case: bool = True) -> float:
     """1.0 when the completion contains `text`, or the row's answer when no `text` is given."""
     needle, haystack = sample.answer if text is None else text, sample.completion
     return float(needle.casefold() in haystack.casefold() if ignore_case else needle in haystack)
 
 
+@reward(measures="form")
 def regex(sample: Sample, *, pattern: re.Pattern[str], full: bool = False) -> float:
     """1.0 when `pattern` is found in the completion (`full`: matches all of it)."""
     return float(bool(pattern.fullmatch(sample.completion) if full else pattern.search(sample.completion)))
@@ -133,6 +140,7 @@ def regex(sample: Sample, *, pattern: re.Pattern[str], full: bool = False) -> fl
 # --- is it well-formed ---
 
 
+@reward(measures="form", form=lambda parameters: Form(tags=parameters["tags"]))
 def xml_format(
     sample: Sample,
     *,
@@ -156,6 +164,7 @@ def xml_format(
     return float(bool(re.fullmatch(rf"{between}{elements}{between}", text, re.DOTALL)))
 
 
+@reward(measures="form", form=lambda _: Form(think=True))
 def think_format(sample: Sample, *, mode: Literal["strict", "soft", "partial"] = "strict") -> float:
     """1.0 when the completion is one `<think>…</think>` and then an answer (as TRL's think_format_reward).
 
@@ -176,6 +185,7 @@ def think_format(sample: Sample, *, mode: Literal["strict", "soft", "partial"] =
 # --- how long, how repetitive ---
 
 
+@reward(measures="form")
 def length(sample: Sample, *, minimum: Annotated[int, Field(ge=0)] = 0, maximum: Count = 200, unit: Unit = "words") -> float:
     """1.0 inside [`minimum`, `maximum`], falling linearly to 0.0 at nothing below and at twice the maximum above."""
     size = _size(sample.completion, unit)
@@ -184,12 +194,14 @@ def length(sample: Sample, *, minimum: Annotated[int, Field(ge=0)] = 0, maximum:
     return max(0.0, min(1.0, 2.0 - size / maximum)) if size > maximum else 1.0
 
 
+@reward(measures="form")
 def overlong_penalty(sample: Sample, *, maximum: Count = 200, buffer: Count = 50, unit: Unit = "words") -> float:
     """DAPO's soft over-length penalty: 0.0 up to `maximum` - `buffer`, then falling linearly to -1.0 at `maximum`."""
     over = _size(sample.completion, unit) - (maximum - buffer)
     return -min(1.0, max(0.0, over / buffer))
 
 
+@reward(measures="form")
 def repetition_penalty(sample: Sample, *, ngram: Count = 3, max_penalty: Annotated[float, Field(le=0)] = -1.0) -> float:
     """`max_penalty` times the share of the completion's word `ngram`s that repeat another one (Yeo et al., 2025)."""
     words = _words(sample.completion)
@@ -200,6 +212,7 @@ def repetition_penalty(sample: Sample, *, ngram: Count = 3, max_penalty: Annotat
 # --- how near, how relevant ---
 
 
+@reward(measures="answer")
 def similarity(
     sample: Sample, *, method: Literal["ratio", "partial", "token_sort", "token_set", "weighted"] = "ratio"
 ) -> float:
@@ -215,6 +228,7 @@ def similar(one: str, other: str, method: str = "ratio") -> float:
     return float(getattr(fuzz, name)(_normal(one), _normal(other))) / 100
 
 
+@reward(measures="answer")
 def rouge(
     sample: Sample,
     *,
@@ -241,6 +255,7 @@ def rouge_score(candidate: str, reference: str, variant: str = "l", measure: str
     return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall)}[measure]
 
 
+@reward(measures="answer")
 def relevance(sample: Sample, *, reference_weight: Share = 0.7) -> float | None:
     """Share of the reference's terms, and of the question's, that the completion uses; abstains when neither has terms.
 
@@ -253,6 +268,7 @@ def relevance(sample: Sample, *, reference_weight: Share = 0.7) -> float | None:
     return sum(weight * len(terms & said) / len(terms) for terms, weight in parts) / total if parts else None
 
 
+@reward(measures="content")
 def keywords(sample: Sample, *, terms: list[str] | None = None, column: str | None = None) -> float | None:
     """Share of `terms`, or of the list in the row's `column`, that the completion has as whole words; abstains on none."""
     wanted = terms if column is None else sample.column(column)
@@ -262,6 +278,7 @@ def keywords(sample: Sample, *, terms: list[str] | None = None, column: str | No
     return sum(match is not None for match in found) / len(wanted) if wanted else None
 
 
+@reward(measures="content")
 def citations(sample: Sample, *, minimum: Count = 1, column: str | None = None) -> float:
     """1.0 when the completion cites at least `minimum` sources as `[1]`, `[2]`, …; fewer give their share.
 
@@ -276,6 +293,7 @@ def citations(sample: Sample, *, minimum: Count = 1, column: str | None = None) 
     return min(1.0, len(real) / minimum) * len(real) / len(cited)
 
 
+@reward(measures="content")
 def quotes(sample: Sample, *, column: str | None = None, minimum_words: Count = 3) -> float:
     """Share of the completion's quotations that stand word for word in the row's `column`, or else in the question.
 

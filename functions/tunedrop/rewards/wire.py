@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from tunedrop.rewards.base import RewardError, Sample, content_text
+from tunedrop.rewards.sample import RewardError, Sample, content_text
 
 Request = Literal["list", "body", "batch"]
 ASSISTANT = ("assistant", "nova_assistant")
