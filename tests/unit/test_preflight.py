@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tunedrop_cli.sample
-from pipeline.validation import preflight
+from pipeline.validation.candidates import WRONG
 from pipeline.validation.preflight import FEW_ROWS, check_rewards
 from tunedrop.config.model import load_run_config, parse_run_config
 from tunedrop.dataset.rows import read_rows
@@ -158,19 +158,19 @@ BAD = {
         [row(n, f"Say '{city}'.", city) for n, city in enumerate(CITIES.values())],
         [reward("contains")],
         "REWARD_PAYS_WRONG",
-        "an echo of the prompt 1",
+        "a copy of the prompt scores 1",
     ),
     "whatever is long": (
         [row(n, f"Letter {n}?", letter) for n, letter in enumerate("aeiou")],
         [reward("contains")],
         "REWARD_PAYS_WRONG",
-        "a long text that says nothing 1",
+        "a long meaningless text scores 1",
     ),
     "the form more than the answer": (
         capitals(),
         [reward("xml_format"), reward("exact_match", weight=0.01), reward("length", maximum=3, weight=4.0)],
         "REWARD_PAYS_WRONG",
-        "score 1.01 on average, an empty answer 4",
+        "on average the dataset's answers score 1.01, and an empty answer scores 4",
     ),
     "a mistyped column": (
         [each | {"terms": ["x"]} for each in capitals()],
@@ -204,7 +204,7 @@ def test_a_reward_that_cannot_teach_is_named_and_the_rest_may_run():
     assert found.problems == []
     assert [warning.split(":")[0] for warning in found.warnings] == [
         "reward 'math' abstained on every answer",
-        "reward 'regex' gave 1 to every answer tried, right or wrong, so that it teaches nothing",
+        "reward 'regex' gave 1 to every answer, right or wrong, and teaches nothing",
     ]
 
 
@@ -213,14 +213,14 @@ def test_ties_in_most_rows_warn():
     found = tried(rows, [reward("contains")])
     assert found.problems == []
     (warning,) = found.warnings
-    assert warning.startswith("in 5 of 6 rows tried, an echo of the prompt scores as much as the dataset's answer")
+    assert warning.startswith("in 5 of 6 rows, a copy of the prompt scores at least as high as the row's answer")
 
 
 def test_unit_tests_for_an_answer_are_no_program_to_pay_for():
     rows = [row(n, f"Write add{n}.", f"assert add{n}(1) == {n + 1}") for n in range(6)]
     found = tried(rows, [reward("code_tests")])
     assert found.problems == []
-    assert [warning[:46] for warning in found.warnings] == ["reward 'code_tests' gave 0 to every answer tri"]
+    assert [warning[:43] for warning in found.warnings] == ["reward 'code_tests' gave 0 to every answer,"]
 
 
 def test_form_alone_is_never_refused():
@@ -319,9 +319,9 @@ def allowed(tmp_path):
 
 
 UNSTABLE = [
-    ("next(calls) + float(text == answer)", "gives the same answer another score each time"),
-    ("float(text == answer) + at / 100", "scores an answer by what stands beside it"),
-    ("float(text == answer) - (text < texts[0])", "scores an answer by what stands beside it"),
+    ("next(calls) + float(text == answer)", "scores the same answer differently in each call"),
+    ("float(text == answer) + at / 100", "scores an answer by the other answers in the batch"),
+    ("float(text == answer) - (text < texts[0])", "scores an answer by the other answers in the batch"),
 ]
 
 
@@ -350,14 +350,17 @@ def test_what_is_no_score_is_refused_with_its_row(file, allowed, expression, wor
 
 def test_scores_out_of_range_warn_unless_they_are_bounded(file, allowed):
     found = tried(capitals(), [file("100.0 * (text == answer)")], allowed)
-    assert (found.problems, [warning[:38] for warning in found.warnings]) == ([], ["reward 'python' gives 0 to 100, beyond"])
+    assert (found.problems, [warning[:47] for warning in found.warnings]) == (
+        [],
+        ["reward 'python' gave scores from 0 to 100, outs"],
+    )
     assert tried(capitals(), [file("100.0 * (text == answer)", clip=[0, 1])], allowed)[1:] == ([], [])
 
 
 def test_what_is_not_ours_may_look_at_style_alone_but_not_at_nothing(file, allowed):
     style = tried(capitals(), [file("float(0 < len(text) < 20)")], allowed)
     assert style.problems == []
-    assert "another row's answer 1" in style.warnings[0]
+    assert "another row's answer scores 1" in style.warnings[0]
     assert [problem.code for problem in tried(capitals(), [file("0.5")], allowed).problems] == ["REWARD_CONSTANT"]
 
 
@@ -365,7 +368,7 @@ def test_a_package_that_only_the_job_has_is_not_held_against_the_run(tmp_path, a
     (tmp_path / "mine.py").write_text("import no_such_package\ndef reward(**_): ...\n")
     found = tried(capitals(), [reward("python", file="mine.py")], allowed)
     assert found.problems == []
-    assert "could not be tried here" in found.warnings[0]
+    assert "were not checked before the job" in found.warnings[0]
     assert "no_such_package" in found.warnings[0]
 
 
@@ -374,7 +377,7 @@ def test_a_slow_reward_warns_with_the_runs_time(file, allowed):
     parsed = parse_run_config({"model": "m", "rewards": [file("time.sleep(0.004) or float(text == answer)")]})
     built = build_rewards(parsed.rewards, allowed)
     (warning,) = check_rewards(built, rows, parsed, [], trained_rows=100_000).warnings
-    assert "minutes of the run, in which the GPU waits" in warning
+    assert "minutes to the run while the GPU waits" in warning
     assert check_rewards(built, rows, parsed, [], trained_rows=100).warnings == []
 
 
@@ -402,5 +405,5 @@ def test_a_judge_is_asked_about_few_answers_and_once():
     permissions = RewardPermissions(lambda _: client, judge_model="m")
     found = tried(rows, [judge, gated], permissions, tests=[])
     assert (found.problems, found.warnings) == ([], [])
-    assert len(client.asked) == FEW_ROWS * (1 + len(preflight.WRONG) - 1)  # no form is asked for
+    assert len(client.asked) == FEW_ROWS * (1 + len(WRONG) - 1)  # no form is asked for
     assert found.receipt["rows"] == FEW_ROWS

@@ -62,7 +62,7 @@ class Reward:
 
     def _score_all(self, samples: list[Sample]) -> list[float | None]:
         """Score samples. Equal samples are scored once: the completions of a group are often equal."""
-        unique, indices = (samples, range(len(samples)))
+        unique, indices = samples, list(range(len(samples)))
         if not self.spec.reward_type.batch_dependent:
             unique, indices = distinct(samples)
         calls = ([unique] if unique else []) if self.per_batch else [[sample] for sample in unique]
