@@ -450,9 +450,9 @@ def test_names_that_do_not_fit_are_refused(specs, message):
     [
         ({"type": "code_tests"}, "programs that a model wrote, which is not allowed"),
         ({"type": "python", "file": "a.py"}, "a Python file, which is not allowed"),
-        ({"type": "lambda", "function_arn": "f"}, "a function that is not among those allowed .*RewardFunctionArns"),
-        ({"type": "judge", "model": "m"}, "a model that is not the model allowed .*RewardJudgeModel"),
-        ({"type": "http", "url": "https://x/y"}, "a host that is not among those allowed .*RewardHttpHosts"),
+        ({"type": "lambda", "function_arn": "f"}, "a function that is not in the allowed list .*RewardFunctionArns"),
+        ({"type": "judge", "model": "m"}, "a model that is not the allowed model .*RewardJudgeModel"),
+        ({"type": "http", "url": "https://x/y"}, "a host that is not in the allowed list .*RewardHttpHosts"),
     ],
 )
 def test_what_a_deployment_does_not_allow_is_not_built(spec, message):

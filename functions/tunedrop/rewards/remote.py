@@ -54,7 +54,7 @@ def _in_batches(
             parameters["function_arn"] in {arn, arn.partition(":function:")[2]} for arn in permissions.functions
         ),
         "RewardFunctionArns",
-        "calls a function that is not among those allowed here",
+        "calls a function that is not in the allowed list",
     ),
 )
 def reward_lambda(
@@ -127,7 +127,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
             not {urlsplit(parameters["url"]).netloc, urlsplit(parameters["url"]).hostname}.isdisjoint(permissions.hosts)
         ),
         "RewardHttpHosts",
-        "calls a host that is not among those allowed here",
+        "calls a host that is not in the allowed list",
     ),
 )
 def http(
@@ -198,7 +198,7 @@ Give your reason in one sentence, then the grade as <score>number</score>."""
     needs=Need(
         lambda permissions, parameters: parameters["model"] == permissions.judge_model,
         "RewardJudgeModel",
-        "calls a model that is not the model allowed here",
+        "calls a model that is not the allowed model",
     ),
 )
 def judge(
