@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-class Answer(NamedTuple):
+class ScoredCompletion(NamedTuple):
     """What the model said to a row, and the weighted sum of its rewards."""
 
     text: str
     score: float
 
 
-def answers(
+def sample_completions(
     trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
-) -> list[list[Answer]]:
+) -> list[list[ScoredCompletion]]:
     """Return so many answers to each row, sampled as training samples them, or greedily.
 
     The ranks share the rows, and all get all answers. Neither the trainer's random numbers nor its metrics notice.
@@ -33,23 +33,25 @@ def answers(
     ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     asked = [row for row in rows[rank::ranks] for _ in range(samples)]
     size = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
-    found: list[Answer] = []
+    found: list[ScoredCompletion] = []
     with torch.random.fork_rng(), torch.no_grad(), _without_dropout(trainer.model), _decoding(trainer, greedy):
         torch.manual_seed(trainer.args.seed + rank)
         for start in range(0, len(asked), size):
             found += _batch(trainer, rewards, asked[start : start + size], samples)
     mine = [found[start : start + samples] for start in range(0, len(found), samples)]
-    everyone: list[tuple[int, list[Answer]]] = gather_object(list(zip(range(rank, len(rows), ranks), mine, strict=True)))
+    everyone: list[tuple[int, list[ScoredCompletion]]] = gather_object(
+        list(zip(range(rank, len(rows), ranks), mine, strict=True))
+    )
     return [given for _, given in sorted(everyone, key=lambda each: each[0])]
 
 
-def _batch(trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[Answer]:
+def _batch(trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[ScoredCompletion]:
     prompts = [row["prompt"] for row in rows]
     ids, _ = trainer._generate_single_turn(trainer._tokenize_prompts(prompts)[0], None, {}, samples)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
-    return [Answer(text, each["score"]) for text, each in zip(texts, scored, strict=True)]
+    return [ScoredCompletion(text, each["score"]) for text, each in zip(texts, scored, strict=True)]
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
         return any(check["type"] == "latency" for check in self.checks)
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a model answered in one test, as `inference.json` has it.
 
     With several samples `text` is the first one's, `score` and `rewards` are means, `passed` is whether all passed, and
@@ -79,7 +79,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens: int | None = None
     seconds: float | None = None
     error: str | None = None
-    samples: list["Answer"] = []
+    samples: list["ModelResult"] = []
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,8 +88,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     prompt: list[dict[str, str]]
     reference: str
-    base: Answer
-    tuned: Answer
+    base: ModelResult
+    tuned: ModelResult
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
