@@ -184,7 +184,7 @@ BAD = {
         "REWARD_CONSTANT",
         "right or wrong",
     ),
-    "a schema for an answer": (capitals(), [reward("tool_call")], "REWARD_FAILS", "needs an answer that is a tool call"),
+    "a schema for an answer": (capitals(), [reward("tool_call")], "REWARD_FAILS", "needs a row whose answer is a tool call"),
 }
 
 

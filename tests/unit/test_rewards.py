@@ -286,18 +286,18 @@ def test_a_batch_with_the_wrong_count_of_scores_fails(monkeypatch, scores):
         ({"type": "http", "url": "http://169.254.169.254/latest"}, "must be https"),
         ({"type": "http", "url": "file:///etc/passwd"}, "must be https"),
         ({"type": "python", "file": "../x.py"}, "pattern"),
-        ({"type": "judge", "model": "m", "scale": [10, 0]}, "must go up"),
+        ({"type": "judge", "model": "m", "scale": [10, 0]}, "must rise, but goes from 10 to 0"),
         ({"type": "lambda", "function_arn": "not an arn"}, "pattern"),
         ({"type": "openai_grader", "grader": {"type": "score_model"}}, "'score_model' cannot be imported"),
         ({"type": "openai_grader", **grader(operation="like2")}, "did you mean 'like'"),
-        ({"type": "openai_grader", **grader(evaluation_metric="meteor")}, "no evaluation_metric 'meteor' here"),
-        ({"type": "openai_grader", **grader(operation="eq", input="{{env.X}}")}, "neither of item nor of sample"),
+        ({"type": "openai_grader", **grader(evaluation_metric="meteor")}, "no evaluation_metric 'meteor': valid keys"),
+        ({"type": "openai_grader", **grader(operation="eq", input="{{env.X}}")}, "must begin with item or sample"),
         (
             {
                 "type": "openai_grader",
                 "grader": {"type": "multi", "graders": {"a": CHECK | {"operation": "eq"}}, "calculate_output": "b"},
             },
-            "names 'b'",
+            "unknown name 'b'",
         ),
         (
             {
@@ -308,7 +308,7 @@ def test_a_batch_with_the_wrong_count_of_scores_fails(monkeypatch, scores):
                     "calculate_output": "a.__class__",
                 },
             },
-            "which no grader formula may have",
+            "which is not allowed in a formula",
         ),
     ],
 )
