@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_says_why(text, words):
 def test_not_utf8_duplicate_ids_and_no_tests():
     with pytest.raises(RejectedError, match="cannot be read: 'utf-8'"):
         parse_tests("prompt,description\nä,b".encode("latin-1"), CONFIG)
-    with pytest.raises(RejectedError, match=r"test 2 \('ok'\): 'id': 'ok' is used by an earlier test"):
+    with pytest.raises(RejectedError, match=r"test 2 \('ok'\): 'id': an earlier test has the id 'ok'"):
         parse(GOOD, GOOD)
     with pytest.raises(RejectedError, match="no evaluations"):
         parse()

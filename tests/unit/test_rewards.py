@@ -79,7 +79,9 @@ def test_scores(kind, parameters, completion, answer, expected, everything_allow
 def test_every_reward_has_cases_and_is_documented():
     documentation = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
     assert set(reward_cases.CASES) == set(REWARDS)
-    assert [name for name in REWARDS if f"| `{name}` |" not in documentation] == []
+    for name, reward in REWARDS.items():
+        measures = reward.measures if isinstance(reward.measures, str) else "answer"
+        assert f"| `{name}` | {measures} |" in documentation
 
 
 PURE = [name for name, reward in REWARDS.items() if not reward.per_batch]  # rewards that compute from the sample alone
