@@ -10,11 +10,12 @@ from typing import Any
 
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, text_of
+from tunedrop.rewards.sample import TRAINER_COLUMNS
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return rows as columns, without the prompt. The value is None where a row lacks a column."""
-    names = {name for row in rows for name in row} - {"prompt"}
+    """Return rows as columns for rewards, without the prompt. The value is None where a row lacks a column."""
+    names = {name for row in rows for name in row} - {"prompt"} - TRAINER_COLUMNS
     return {name: [row.get(name) for row in rows] for name in names}
 
 

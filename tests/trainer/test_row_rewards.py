@@ -49,6 +49,12 @@ def test_what_was_begun_is_collected_and_the_rest_is_scored():
     assert len(service.threads) == 2
 
 
+def test_columns_may_have_the_names_of_trls_own():
+    rows = [ROWS[0] | {"prompts": "a", "completions": "b"}]
+    (reward,) = row_rewards(build_rewards([RewardSpec(type="exact_match")]), rows)
+    assert reward(prompts=[rows[0]["prompt"]], completions=messages("0"), row=[0]) == [1.0]
+
+
 def test_what_was_begun_for_one_rollout_does_not_answer_for_the_next():
     service = Service()
     reward = EarlyRowReward(service, ROWS)

@@ -229,6 +229,10 @@ def test_form_alone_is_never_refused():
     assert len(found.warnings) == 2
 
 
+def test_columns_may_have_the_names_of_trls_own():
+    assert tried(capitals(prompts="a", completions="b"), [reward("exact_match")]).problems == []
+
+
 def test_rows_0_tries_nothing():
     assert tried(capitals(), [reward("numeric")], preflight={"rows": 0}) == ({}, [], [])
 

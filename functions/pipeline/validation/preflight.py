@@ -18,6 +18,7 @@ from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
 from tunedrop.rewards import Reward, RewardError
+from tunedrop.rewards.sample import make_samples
 
 T = TypeVar("T")
 Scores = list[float | None]
@@ -103,11 +104,9 @@ def _failure(error: RewardError, hint: str) -> Section:
 
 
 def _call(reward: Reward, prompt: Any, texts: Sequence[str], columns: dict[str, Any]) -> Scores:
-    return reward(
-        [prompt] * len(texts),
-        [[{"role": "assistant", "content": text}] for text in texts],
-        **{name: [value] * len(texts) for name, value in columns.items()},
-    )
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    repeated = {name: [value] * len(texts) for name, value in columns.items()}
+    return reward.score_samples(make_samples([prompt] * len(texts), completions, repeated))
 
 
 def _columns(row: Row) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
-from tunedrop.rewards.sample import RewardError, Sample, distinct, make_samples
+from tunedrop.rewards.sample import TRAINER_COLUMNS, RewardError, Sample, distinct, make_samples
 from tunedrop.rewards.spec import RewardSpec, check_names
 
 
@@ -116,8 +116,8 @@ def score(
 
     Returns `{"score": float, "rewards": {name: float | None}}` for each completion.
     """
-    samples = make_samples(prompts, completions, columns)
-    by_reward = [reward.score_samples(samples) for reward in rewards]
+    own_columns = {name: values for name, values in columns.items() if name not in TRAINER_COLUMNS}
+    by_reward = [reward(prompts, completions, **own_columns) for reward in rewards]
     return [
         {
             "score": sum(reward.weight * value for reward, value in zip(rewards, values, strict=True) if value is not None),

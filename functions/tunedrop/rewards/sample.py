@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
-# TRL passes these lists of the trainer beside the dataset's columns.
-_TRAINER_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "prompt_ids", "environments"})
+# TRL passes these lists beside the columns of the dataset. Rewards do not see a dataset's columns of the same names.
+TRAINER_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "prompt_ids", "environments"})
 
 
 class RewardError(Exception):
@@ -53,7 +53,7 @@ def make_samples(prompts: Sequence[Any], completions: Sequence[Any], columns: Ma
     rows = {
         name: values
         for name, values in columns.items()
-        if isinstance(values, list) and len(values) == len(completions) and name not in {*_TRAINER_COLUMNS, "answer"}
+        if isinstance(values, list) and len(values) == len(completions) and name not in {*TRAINER_COLUMNS, "answer"}
     }
     answers = columns.get("answer")
     return [
