@@ -256,7 +256,7 @@ def bounds_of(
     watch = Watch(
         target / "alerts.jsonl",
         record,
-        formats=[spec.label for spec in config.rewards if spec.measures({}) == "form"],
+        formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
         stop_on=config.alerts.stop_on,
         samples=lambda: latest_samples(trainer),
         tell=announcer(),

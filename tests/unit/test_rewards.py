@@ -89,7 +89,7 @@ TEXT_REWARDS = [RewardSpec(type=name, **reward_cases.CASES[name][0][0]) for name
 
 
 @given(st.text(), st.text())
-def test_whatever_a_model_writes_scores_between_the_bounds(completion, answer):
+def test_any_completion_scores_from_minus_1_to_1_or_abstains(completion, answer):
     # What the dataset must hold (a schema, a tool call) is not the model's, and mathematics is slow.
     specs = [spec for spec in TEXT_REWARDS if spec.type not in {"tool_call", "math"}]
     for value in score(build_rewards(specs), [answer], [completion], {"answer": [answer]})[0]["rewards"].values():
@@ -97,7 +97,7 @@ def test_whatever_a_model_writes_scores_between_the_bounds(completion, answer):
 
 
 @given(st.text(min_size=1).filter(lambda text: text.strip() and "<" not in text))
-def test_the_gold_answer_gets_full_marks(answer):
+def test_the_rows_answer_scores_1(answer):
     rewards = build_rewards([RewardSpec(type=kind) for kind in ("exact_match", "contains", "numeric", "relevance")])
     (scored,) = score(rewards, [answer], [f"<answer>{answer}</answer>"], {"answer": [answer]})
     assert all(value is None or value == pytest.approx(1.0) for value in scored["rewards"].values())
@@ -131,13 +131,13 @@ def test_rewards_that_read_columns():
         reward(["Why"], ["x"], answer=[""], id=["r7"], terms=[[]])
 
 
-def test_tool_calls_of_messages_count():
+def test_tool_calls_in_messages_are_scored():
     (reward,) = build_rewards([RewardSpec(type="tool_call")])
     turn = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]}
     assert reward([""], [[turn]], answer=[json.dumps(CALL)]) == [1.0]
 
 
-def test_relevance_weighs_question_and_reference():
+def test_relevance_weights_question_and_reference():
     (reward,) = build_rewards([RewardSpec(type="relevance", reference_weight=0.5)])
     prompt = [{"role": "user", "content": "fast trains?"}]
     assert reward([prompt], ["fast trains"], answer=["red cars"]) == [0.5]
@@ -165,7 +165,7 @@ def test_score_is_the_weighted_sum_without_abstentions():
     ]
 
 
-def test_a_dataset_may_have_columns_of_any_name():
+def test_a_dataset_may_have_any_column_name():
     columns = {
         "answer": ["4"],
         "prompts": ["p"],
@@ -177,12 +177,12 @@ def test_a_dataset_may_have_columns_of_any_name():
     assert score(build_rewards([RewardSpec(type="exact_match")]), ["q"], ["4"], columns)[0]["score"] == 1.0
 
 
-def test_clip_bounds_a_score_and_leaves_abstentions():
+def test_clip_bounds_scores_and_keeps_abstentions():
     (reward,) = build_rewards([RewardSpec(type="numeric", clip=(0.2, 0.8))])
     assert reward(["", "", ""], ["4", "5", "4"], answer=["4", "4", "four"]) == [0.8, 0.2, None]
 
 
-def test_only_if_pays_where_the_other_reward_was_reached():
+def test_only_if_pays_where_the_gate_reaches_its_threshold():
     rewards = build_rewards(
         [
             RewardSpec(type="xml_format", mode="partial", weight=0.0, name="format"),
@@ -201,12 +201,12 @@ def test_only_if_pays_where_the_other_reward_was_reached():
     assert [each["score"] for each in scored] == [3.0, 2.0, 0.0]
 
 
-def test_where_the_gate_abstains_so_does_what_it_gates():
+def test_a_reward_abstains_where_its_gate_abstains():
     rewards = build_rewards([RewardSpec(type="numeric"), RewardSpec(type="contains", only_if="numeric")])
     assert score(rewards, [""], ["four"], {"answer": ["four"]})[0]["rewards"] == {"numeric": None, "contains": None}
 
 
-def test_a_gate_is_asked_once_per_batch_and_the_gated_only_where_it_opens(monkeypatch):
+def test_a_gate_runs_once_per_batch_and_its_reward_only_on_passing_completions(monkeypatch):
     asked = []
 
     def slow(samples, permissions):
@@ -226,7 +226,7 @@ def test_a_gate_is_asked_once_per_batch_and_the_gated_only_where_it_opens(monkey
     assert asked == [3, 1, 3, 1]
 
 
-def test_equal_answers_are_scored_once_and_different_rows_apart(monkeypatch):
+def test_equal_completions_of_one_row_are_scored_once(monkeypatch):
     (reward,) = build_rewards([RewardSpec(type="contains")])
     scored = []
 
@@ -244,14 +244,14 @@ NOT_SCORES = [math.nan, math.inf, -math.inf, "1", [1.0], 1j]
 
 
 @pytest.mark.parametrize("value", NOT_SCORES)
-def test_a_score_that_is_no_number_fails_and_names_the_row(monkeypatch, value):
+def test_a_score_that_is_not_a_finite_number_fails_with_the_row(monkeypatch, value):
     (reward,) = build_rewards([RewardSpec(type="contains")])
     monkeypatch.setattr(reward, "_function", lambda sample, **_: value)
     with pytest.raises(RewardError, match=r"'contains' returned .* for the row 'r1' asking 'How many'"):
         reward([[{"role": "user", "content": "How many"}]], ["x"], answer=["y"], id=["r1"])
 
 
-def test_what_a_reward_raises_names_the_row_and_keeps_its_traceback(monkeypatch):
+def test_an_exception_in_a_reward_names_the_row_and_keeps_its_traceback(monkeypatch):
     (reward,) = build_rewards([RewardSpec(type="contains")])
 
     def broken(sample: Sample, **_: object) -> float:
@@ -264,7 +264,7 @@ def test_what_a_reward_raises_names_the_row_and_keeps_its_traceback(monkeypatch)
 
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0] * 3, 1.0, None])
-def test_a_batch_with_the_wrong_count_of_scores_fails(monkeypatch, scores):
+def test_a_wrong_number_of_scores_fails(monkeypatch, scores):
     (reward,) = build_rewards([RewardSpec(type="http", url="https://x")], RewardPermissions(hosts=("x",)))
     monkeypatch.setattr(reward, "_function", lambda samples, permissions, **_: scores)
     with pytest.raises(RewardError, match=r"'http' returned .* for 2 completions, the first of the row asking 'a'"):
@@ -327,7 +327,7 @@ def test_wrong_specs_are_refused(given, message):
         ([{"type": "contains"}, {"type": "regex", "pattern": "a", "only_if": "contain"}], "did you mean 'contains'"),
     ],
 )
-def test_names_that_do_not_fit_are_refused(specs, message):
+def test_wrong_names_of_rewards_are_refused(specs, message):
     with pytest.raises(ValueError, match=message):
         build_rewards([RewardSpec(**spec) for spec in specs])
 
@@ -342,7 +342,7 @@ def test_names_that_do_not_fit_are_refused(specs, message):
         ({"type": "http", "url": "https://x/y"}, "a host that is not in the allowed list .*RewardHttpHosts"),
     ],
 )
-def test_what_a_deployment_does_not_allow_is_not_built(spec, message):
+def test_a_reward_without_permission_is_not_built(spec, message):
     with pytest.raises(RewardError, match=f"reward 'mine' .*{message}"):
         Reward(RewardSpec(name="mine", **spec))
 
@@ -371,7 +371,7 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("allowed", "refused"), ALLOWED)
-def test_the_jobs_environment_allows_what_it_names_and_nothing_else(allowed, refused):
+def test_the_jobs_environment_allows_only_the_named_resources(allowed, refused):
     permissions = reward_permissions(ENVIRONMENT)
     Reward(RewardSpec(**allowed), permissions)
     with pytest.raises(RewardError, match="not"):
@@ -381,7 +381,7 @@ def test_the_jobs_environment_allows_what_it_names_and_nothing_else(allowed, ref
 
 
 @pytest.mark.parametrize("value", ["false", "", "1"])
-def test_programs_and_files_are_allowed_by_the_word_true(value, tmp_path):
+def test_only_the_value_true_allows_programs_and_files(value, tmp_path):
     specs = [RewardSpec(type="code_tests"), RewardSpec(type="python", file="a.py")]
     build_rewards(specs, reward_permissions(ENVIRONMENT, python_folder=tmp_path))
     forbidden = reward_permissions(
@@ -392,8 +392,8 @@ def test_programs_and_files_are_allowed_by_the_word_true(value, tmp_path):
             Reward(spec, forbidden)
 
 
-def test_the_library_loads_without_the_packages_its_rewards_use():
-    """Lambdas and the config's readers have none of them."""
+def test_the_package_imports_without_the_libraries_of_its_rewards():
+    """Lambda functions and readers of configs lack these libraries."""
     heavy = ["math_verify", "rapidfuzz", "jsonschema", "boto3", "botocore", "sympy"]
     program = (
         f"import sys\nfor name in {heavy}: sys.modules[name] = None\n"

@@ -536,8 +536,8 @@ def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
     room = (config.max_seq_length or math.inf) - completion
     yield config.max_prompt_length > room, f"max_seq_length leaves prompts {room} tokens, fewer than max_prompt_length"
     yield config.lora.r > 256, f"lora.r {config.lora.r} is large: it costs memory and seldom helps above 64"
-    form = sum(spec.weight for spec in config.rewards if spec.measures({}) == "form")
-    other = sum(spec.weight for spec in config.rewards if spec.measures({}) != "form")
+    form = sum(spec.weight for spec in config.rewards if spec.reward_type.measures == "form")
+    other = sum(spec.weight for spec in config.rewards if spec.reward_type.measures != "form")
     yield form > other, "the rewards pay more for the format than for the answer"
 
 

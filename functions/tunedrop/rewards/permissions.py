@@ -1,4 +1,4 @@
-"""What the place where a reward runs allows: a stack sets the limits, and its jobs read them from their environment."""
+"""Reward permissions: a stack says what its rewards may use, and its jobs read the permissions from their environment."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RewardPermissions:
-    """What rewards may use. The default allows only rewards that need nothing but the completion and its row.
+    """The resources that rewards may use. The default allows only rewards that need nothing but the completion and its row.
 
     `client` returns an AWS client for a service name, as `functools.cache(boto3.client)` does. Rewards call `client` for
     every batch, and the client's own timeouts and retries apply. `functions` are the ARNs that `lambda` rewards may call.

@@ -17,8 +17,10 @@ from tunedrop.rewards.permissions import RewardPermissions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Parameters = dict[str, Any]
-# What a reward looks at: the form of a completion, its content, or whether it agrees with the row's answer.
+# A reward measures a completion's form, its content, or its agreement with the row's answer.
 Measure = Literal["form", "content", "answer"]
+# Whether a reward compares with the answer may depend on its parameters and on the row's columns.
+MeasureOfRow = Callable[[Parameters, Mapping[str, Any]], Literal["content", "answer"]]
 
 
 class Need(NamedTuple):
@@ -44,7 +46,7 @@ class RewardType:
     name: str
     function: Callable[..., Any]
     parameters: type[BaseModel]
-    measures: Measure | Callable[[Parameters, Mapping[str, Any]], Measure]
+    measures: Measure | MeasureOfRow
     needs: Need | None
     waits: bool
     batch_dependent: bool
@@ -59,7 +61,7 @@ class RewardType:
 
     @property
     def external(self) -> bool:
-        """Whether a service or a user's code computes the score. Nothing is known about what such a reward looks at."""
+        """Whether a service or a user's code computes the score. Tunedrop does not know what such a reward measures."""
         return self.waits or self.batch_dependent
 
     @property
@@ -73,7 +75,7 @@ REWARDS: dict[str, RewardType] = {}
 
 def reward(
     *,
-    measures: Measure | Callable[[Parameters, Mapping[str, Any]], Measure],
+    measures: Measure | MeasureOfRow,
     name: str | None = None,
     needs: Need | None = None,
     waits: bool = False,
@@ -84,13 +86,13 @@ def reward(
 ) -> Callable[[Function], Function]:
     """Register a function as a reward type. All other code reads a reward's traits; no other code lists reward names.
 
-    - `measures`: `form`, `content` or `answer`, or a function of the parameters and a row's columns. The preflight
+    - `measures`: `form`, `content` or `answer`, or a function that chooses between `content` and `answer`. The preflight
       expects the dataset's answers to win only where a reward measures `answer`. Alerts watch rewards that measure `form`.
     - `name`: the `type` in a config, where it is not the function's name.
     - `needs`: the permission that a stack must grant.
-    - `waits`: the reward waits for a service, so training starts it while the rollout goes on. Its parameters
-      `concurrency` and `batch_size`, if it has them, say how many completions the service scores at a time.
-    - `batch_dependent`: a completion's score may depend on the rest of the batch, so equal completions are all scored.
+    - `waits`: the reward waits for a service, and training starts to score while the rollout goes on. The parameters
+      `concurrency` and `batch_size`, if the reward has them, say how many completions the service scores at a time.
+    - `batch_dependent`: a completion's score may depend on the rest of the batch. Equal completions are not skipped.
     - `repeatable`: False where a second call costs money and may return another score.
     - `form`: the form that the reward asks for; the preflight puts answers into it.
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.

@@ -13,8 +13,8 @@ from tunedrop.rewards.spec import RewardSpec, check_names
 class Reward:
     """A configured reward, with TRL's contract: `reward(prompts, completions, **columns) -> list[float | None]`.
 
-    `permissions` is what the place where the reward runs allows. `gate` is the reward that the spec's `only_if` names.
-    Raises RewardError when the permissions do not allow the reward.
+    `permissions` are those of the job, function or shell that runs the reward. `gate` is the reward that the spec's
+    `only_if` names. Raises RewardError when the permissions do not allow the reward.
     """
 
     def __init__(self, spec: RewardSpec, permissions: RewardPermissions = NO_PERMISSIONS, gate: "Reward | None" = None):
@@ -54,7 +54,7 @@ class Reward:
         return list(scores)
 
     def _recall(self, samples: list[Sample]) -> list[float | None]:
-        """Return the scores of the last batch if it is this batch: a gate that costs money is not called twice."""
+        """Return the batch's scores. Scores of the last batch are kept: a gate that costs money is not called twice."""
         if self._last is None or self._last[0] != samples:
             self.score_samples(samples)
         assert self._last is not None

@@ -1,4 +1,4 @@
-"""What a reward scores: one completion with its row, and the helpers that read text from both."""
+"""A sample is one completion with its row: the input of a reward. Helpers read text from both."""
 
 import re
 from collections.abc import Mapping, Sequence
