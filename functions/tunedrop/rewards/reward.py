@@ -43,13 +43,18 @@ class Reward:
         scores is not the number of samples.
         """
         scores: list[float | None] = [None] * len(samples)
-        scored = list(range(len(samples)))
+        passed = list(range(len(samples)))
         if self.gate and self.spec.only_if:
             gates = self.gate._recall(samples)
             scores = [None if gate is None else 0.0 for gate in gates]
-            scored = [index for index, gate in enumerate(gates) if gate is not None and gate >= self.spec.only_if.at_least]
-        for index, score in zip(scored, self._score_all([samples[index] for index in scored]), strict=True):
-            scores[index] = score
+            passed = [index for index, gate in enumerate(gates) if gate is not None and gate >= self.spec.only_if.at_least]
+        unique, positions = [samples[index] for index in passed], list(range(len(passed)))
+        if not self.spec.reward_type.batch_dependent:
+            unique, positions = distinct(unique)  # the completions of a group are often equal
+        calls = [unique] if self.per_batch else [[sample] for sample in unique]
+        values = [value for call in calls if call for value in self._call_function(call)]
+        for index, position in zip(passed, positions, strict=True):
+            scores[index] = self._checked(values[position], samples[index])
         self._last = samples, scores
         return list(scores)
 
@@ -59,16 +64,6 @@ class Reward:
             self.score_samples(samples)
         assert self._last is not None
         return self._last[1]
-
-    def _score_all(self, samples: list[Sample]) -> list[float | None]:
-        """Score samples. Equal samples are scored once: the completions of a group are often equal."""
-        unique, indices = samples, list(range(len(samples)))
-        if not self.spec.reward_type.batch_dependent:
-            unique, indices = distinct(samples)
-        calls = ([unique] if unique else []) if self.per_batch else [[sample] for sample in unique]
-        values = [value for call in calls for value in self._call_function(call)]
-        scores = [self._checked(value, sample) for value, sample in zip(values, unique, strict=True)]
-        return [scores[index] for index in indices]
 
     def _call_function(self, samples: list[Sample]) -> Sequence[Any]:
         try:
