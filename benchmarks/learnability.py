@@ -47,7 +47,9 @@ def run(seed: int, steps: int) -> tuple[list[float], float]:
     trainer.run, trainer.record = checkpoints.identity(config, rows), checkpoints.Record()
     most_prompts, most_samples = (max(each) for each in zip(*GATES, strict=True))
     asked = [rows[index] for index in list(dict.fromkeys(trainer._get_train_sampler()))[:most_prompts]]
-    scores = [[answer.score for answer in each] for each in sampling.answers(trainer, rewards, asked, most_samples)]
+    scores = [
+        [answer.score for answer in each] for each in sampling.sample_completions(trainer, rewards, asked, most_samples)
+    ]
     expected = [
         learnability.judge([each[:samples] for each in scores[:prompts]], trainer.num_generations).expected_nonzero_groups
         for prompts, samples in GATES

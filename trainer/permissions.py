@@ -1,4 +1,4 @@
-"""What the rewards of this job may use: its stack's parameters, which the launch plan put into its environment."""
+"""The permissions of this job's rewards. The launch plan writes the stack's parameters into the job's environment."""
 
 import functools
 import os
@@ -9,12 +9,12 @@ from tunedrop.rewards import RewardPermissions, reward_permissions
 
 
 def job_permissions() -> RewardPermissions:
-    """Return what this job allows, `python` rewards from the channel `rewards`; in a shell, what is exported there."""
+    """Read the permissions from the environment. The channel `rewards` holds the files of `python` rewards."""
 
     @functools.cache
     def client(service: str) -> Any:
         import boto3
 
-        return boto3.client(service, region_name=os.environ.get("AWS_REGION"))  # as SageMaker calls it
+        return boto3.client(service, region_name=os.environ.get("AWS_REGION"))  # SageMaker sets AWS_REGION
 
     return reward_permissions(os.environ, client, folders.channel("rewards"))

@@ -1,7 +1,7 @@
-"""The rewards of a run as TRL calls them: with row numbers, for rows that stay Python objects.
+"""Rewards for TRL's trainer: TRL passes row numbers, and the rewards see the rows as Python objects.
 
-Arrow, which holds the trainer's dataset, would fail on a column of mixed types and give every nested object the keys of
-all others.
+TRL holds its dataset in Arrow. Arrow fails on a column of mixed types, and gives every nested object the keys of all other
+objects.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,17 @@ from typing import Any
 
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, text_of
+from tunedrop.rewards.sample import TRAINER_COLUMNS
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return rows as columns but for the prompt, None where a row has no such column."""
-    names = {name for row in rows for name in row} - {"prompt"}
+    """Return rows as columns for rewards, without the prompt. The value is None where a row lacks a column."""
+    names = {name for row in rows for name in row} - {"prompt"} - TRAINER_COLUMNS
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 class RowReward:
-    """A reward that TRL calls with row numbers and that sees the rows' own columns."""
+    """A reward that TRL calls with row numbers. The reward gets the columns of these rows."""
 
     def __init__(self, reward: Reward, rows: Sequence[Row]):
         self.__name__ = reward.__name__
@@ -32,31 +33,31 @@ class RowReward:
 
 
 class EarlyRowReward(RowReward):
-    """The same for a reward that waits for others: `begin` starts scoring while a rollout goes on.
+    """A row reward that waits for a service: `begin` starts to score completions while the rollout goes on.
 
-    What was begun is scored once: the call that follows collects it, and scores what is left.
+    The next call collects these scores and scores the remaining completions. No completion is scored twice.
     """
 
     def __init__(self, reward: Reward, rows: Sequence[Row]):
         super().__init__(reward, rows)
-        self._pool = ThreadPoolExecutor(1)  # the reward itself asks for several batches at once, up to its limit
+        self._pool = ThreadPoolExecutor(1)  # the reward itself sends several requests at a time
         self._begun: dict[tuple[int, str], list[tuple[Future[list[float | None]], int]]] = {}
 
     def begin(self, prompts: list[Any], completions: list[Any], row: list[int]) -> None:
         """Start scoring completions in the background."""
         future = self._pool.submit(super().__call__, prompts, completions, row)
-        for at, key in enumerate(_keys(completions, row)):
-            self._begun.setdefault(key, []).append((future, at))
+        for index, key in enumerate(_keys(completions, row)):
+            self._begun.setdefault(key, []).append((future, index))
 
     def __call__(self, prompts: list[Any], completions: list[Any], row: list[int], **_trainer: Any) -> list[float | None]:
-        """Score completions; those that were begun are waited for. Raises what scoring them raised."""
-        begun = [self._begun[key].pop() if self._begun.get(key) else None for key in _keys(completions, row)]
+        """Score completions, and wait for those that `begin` started. Raises the exceptions of both."""
+        started = [self._begun[key].pop() if self._begun.get(key) else None for key in _keys(completions, row)]
         self._begun.clear()
-        left = [at for at, each in enumerate(begun) if each is None]
-        late = super().__call__(*([each[at] for at in left] for each in (prompts, completions, row))) if left else []
-        scores = [None if each is None else each[0].result()[each[1]] for each in begun]
-        for at, value in zip(left, late, strict=True):
-            scores[at] = value
+        rest = [index for index, entry in enumerate(started) if entry is None]
+        late = super().__call__(*([batch[index] for index in rest] for batch in (prompts, completions, row))) if rest else []
+        scores = [None if entry is None else entry[0].result()[entry[1]] for entry in started]
+        for index, value in zip(rest, late, strict=True):
+            scores[index] = value
         return scores
 
 
@@ -65,12 +66,14 @@ def _keys(completions: list[Any], row: list[int]) -> list[tuple[int, str]]:
 
 
 def row_rewards(rewards: Sequence[Reward], rows: Sequence[Row]) -> list[RowReward]:
-    """Return the rewards as TRL's trainer takes them.
+    """Return the rewards for TRL's trainer.
 
-    One that waits for others begins early, unless it gates another or is gated: these are asked for the same batch.
+    A reward that waits for a service begins early. A gate and the reward behind it do not: they share the scores of one
+    batch.
     """
-    gating = {reward.gate for reward in rewards if reward.gate}
-    return [
-        (EarlyRowReward if reward.spec.waits and not reward.gate and reward not in gating else RowReward)(reward, rows)
-        for reward in rewards
-    ]
+    gates = {reward.gate for reward in rewards if reward.gate}
+
+    def early(reward: Reward) -> bool:
+        return reward.spec.reward_type.waits and not reward.gate and reward not in gates
+
+    return [EarlyRowReward(reward, rows) if early(reward) else RowReward(reward, rows) for reward in rewards]

@@ -1,4 +1,4 @@
-"""Let the model that is being trained answer rows, outside its training steps: for the learnability gate and evaluations."""
+"""Sample completions from the model in training, between its steps: for the learnability gate and the evaluations."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -16,45 +16,48 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 
-class Answer(NamedTuple):
-    """What the model said to a row, and the weighted sum of its rewards."""
+class ScoredCompletion(NamedTuple):
+    """A completion's text, and the weighted sum of its rewards."""
 
     text: str
     score: float
 
 
-def answers(
+def sample_completions(
     trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
-) -> list[list[Answer]]:
-    """Return so many answers to each row, sampled as training samples them, or greedily.
+) -> list[list[ScoredCompletion]]:
+    """Return `samples` completions for each row, sampled as in training, or greedily.
 
-    The ranks share the rows, and all get all answers. Neither the trainer's random numbers nor its metrics notice.
+    The ranks share the rows, and every rank gets all completions. The trainer's random numbers and metrics stay as they
+    were.
     """
     ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    asked = [row for row in rows[rank::ranks] for _ in range(samples)]
+    repeated = [row for row in rows[rank::ranks] for _ in range(samples)]
     size = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
-    found: list[Answer] = []
+    completions: list[ScoredCompletion] = []
     with torch.random.fork_rng(), torch.no_grad(), _without_dropout(trainer.model), _decoding(trainer, greedy):
         torch.manual_seed(trainer.args.seed + rank)
-        for start in range(0, len(asked), size):
-            found += _batch(trainer, rewards, asked[start : start + size], samples)
-    mine = [found[start : start + samples] for start in range(0, len(found), samples)]
-    everyone: list[tuple[int, list[Answer]]] = gather_object(list(zip(range(rank, len(rows), ranks), mine, strict=True)))
-    return [given for _, given in sorted(everyone, key=lambda each: each[0])]
+        for start in range(0, len(repeated), size):
+            completions += _batch(trainer, rewards, repeated[start : start + size], samples)
+    by_row = [completions[start : start + samples] for start in range(0, len(completions), samples)]
+    numbered: list[tuple[int, list[ScoredCompletion]]] = gather_object(
+        list(zip(range(rank, len(rows), ranks), by_row, strict=True))
+    )
+    return [row_completions for _, row_completions in sorted(numbered, key=lambda pair: pair[0])]
 
 
-def _batch(trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[Answer]:
+def _batch(trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[ScoredCompletion]:
     prompts = [row["prompt"] for row in rows]
     ids, _ = trainer._generate_single_turn(trainer._tokenize_prompts(prompts)[0], None, {}, samples)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
-    return [Answer(text, each["score"]) for text, each in zip(texts, scored, strict=True)]
+    return [ScoredCompletion(text, each["score"]) for text, each in zip(texts, scored, strict=True)]
 
 
 @contextmanager
 def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while, with the rest in training mode: else 4-bit layers would repack their weights."""
+    """Switch dropout off. The other modules stay in training mode: in evaluation mode, 4-bit layers repack their weights."""
     training = model.training
     model.train()
     for module in model.modules():
@@ -68,14 +71,14 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _decoding(trainer: "GRPOTrainer", greedy: bool) -> Iterator[None]:
-    """Let the trainer's generation take the likeliest token for a while."""
+    """Switch the trainer's generation to greedy decoding, if `greedy`."""
     holder, name = (trainer.vllm_generation, "temperature") if trainer.use_vllm else (trainer, "generation_config")
     kept = getattr(holder, name)
     if greedy:
-        likeliest = copy.deepcopy(kept)
+        decoding = copy.deepcopy(kept)
         if not trainer.use_vllm:
-            likeliest.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-        setattr(holder, name, 0.0 if trainer.use_vllm else likeliest)
+            decoding.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        setattr(holder, name, 0.0 if trainer.use_vllm else decoding)
     try:
         yield
     finally:

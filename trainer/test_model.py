@@ -27,7 +27,7 @@ from trainer import container, folders, models
 from trainer.job import JobError, failure_reported, set_up_logging
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig, parse_run_config
-from tunedrop.inference_tests import Answer, Check, InferenceTest, Latency, Outcome, build_checks, parse_tests
+from tunedrop.inference_tests import Check, InferenceTest, Latency, ModelResult, Outcome, build_checks, parse_tests
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards, score
 from tunedrop.rewards.wire import write_result
 
@@ -257,10 +257,10 @@ def _write(engine: Engine, prompts: list[list[int]], samples: int) -> list[list[
 
 def marked(
     test: InferenceTest, written: list[Written] | str, rewards: Sequence[Reward], allowed: RewardPermissions
-) -> Answer:
+) -> ModelResult:
     """Score what a model wrote to a test; a reward that fails makes an answer that says so, never a score of 0."""
     if isinstance(written, str):
-        return Answer(error=written)
+        return ModelResult(error=written)
     checks = build_checks(test.checks, allowed)
     checkers = build_rewards([check for check in checks if isinstance(check, Check)], allowed)
     count = len(written)
@@ -271,14 +271,14 @@ def marked(
         scored = score(rewards, prompts, completions, columns)
         checked = {checker.__name__: checker(prompts, completions, **columns) for checker in checkers}
     except RewardError as error:
-        return Answer(text=written[0].text, error=str(error))
+        return ModelResult(text=written[0].text, error=str(error))
     samples = []
     for number, (each, result) in enumerate(zip(written, scored, strict=True)):
         measured = {name: values[number] for name, values in checked.items()}
         unmet = [reason for check in checks if (reason := _unmet(check, each, measured))]
         given = [result["rewards"][reward.__name__] for reward in rewards if reward.weight > 0]
         samples.append(
-            Answer(
+            ModelResult(
                 text=each.text,
                 score=result["score"],
                 rewards=result["rewards"],
@@ -303,13 +303,13 @@ def _unmet(check: Check | Latency, written: Written, measured: dict[str, float |
     return None
 
 
-def _together(samples: list[Answer]) -> Answer:
+def _together(samples: list[ModelResult]) -> ModelResult:
     """Return a test's samples as one answer: means, and passed if all are."""
     rewards: dict[str, float | None] = {}
     for name in samples[0].rewards:
         given = [value for sample in samples if (value := sample.rewards[name]) is not None]
         rewards[name] = fmean(given) if given else None
-    return Answer(
+    return ModelResult(
         text=samples[0].text,
         score=fmean([sample.score or 0.0 for sample in samples]),
         rewards=rewards,
@@ -320,7 +320,9 @@ def _together(samples: list[Answer]) -> Answer:
     )
 
 
-def ask(location: str, tests: list[InferenceTest], config: RunConfig, name: str) -> tuple[list[Answer], list[Answer], str]:
+def ask(
+    location: str, tests: list[InferenceTest], config: RunConfig, name: str
+) -> tuple[list[ModelResult], list[ModelResult], str]:
     """Load a model and ask it the tests and the probe; return its answers to both, and what ran it.
 
     Raises JobError when no test could be scored.
@@ -372,7 +374,7 @@ def license_of(location: str) -> str | None:
     return None
 
 
-def outcomes(tests: list[InferenceTest], base: list[Answer], tuned: list[Answer]) -> list[Outcome]:
+def outcomes(tests: list[InferenceTest], base: list[ModelResult], tuned: list[ModelResult]) -> list[Outcome]:
     """Put both models' answers together, by test."""
     return [
         Outcome(
@@ -389,7 +391,7 @@ def outcomes(tests: list[InferenceTest], base: list[Answer], tuned: list[Answer]
     ]
 
 
-def evaluation_lines(tests: list[InferenceTest], answers: list[Answer]) -> bytes:
+def evaluation_lines(tests: list[InferenceTest], answers: list[ModelResult]) -> bytes:
     """Return a line per answer that was scored, `{"id", "aggregate_reward_score", "metrics_list"}`."""
     lines = [
         write_result(f"{test.id}:{number}" if given.samples else test.id, {"score": sample.score, "rewards": sample.rewards})

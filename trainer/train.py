@@ -30,7 +30,7 @@ from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig, generated_answers, optimizer_steps, parse_run_config
 from tunedrop.dataset.rows import Row
-from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
+from tunedrop.rewards import Reward, build_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ def ask_base_model(
 ) -> None:
     """Let the learnability gate look at the run before its first step. Raises JobError where the policy is to stop."""
     from trainer import learnability
-    from trainer.sampling import answers
+    from trainer.sampling import sample_completions
 
     policy, began = config.learnability, time.monotonic()
     if policy.samples == 0:
@@ -203,7 +203,7 @@ def ask_base_model(
     # The rows that training comes to first: they are in random order, and what they show is what it will measure.
     order = dict.fromkeys(trainer._get_train_sampler())
     chosen = list(order)[: learnability.prompts_to_ask(total, policy.samples)]
-    given = answers(trainer, rewards, [rows[index] for index in chosen], policy.samples)
+    given = sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples)
     found = learnability.judge([[answer.score for answer in each] for each in given], trainer.num_generations)
     record.learnability = found.summary() | {"seconds": round(time.monotonic() - began, 1)}
     log.info("learnability %s", " ".join(f"{name}={value}" for name, value in record.learnability.items()))
@@ -230,7 +230,7 @@ def bounds_of(
     from trainer.announce import announcer
     from trainer.bounds import Bounds, Limit, evaluation_steps
     from trainer.progress import Board, Progress, Watch, latest_samples
-    from trainer.sampling import answers
+    from trainer.sampling import sample_completions
 
     target, record = folders.model_dir(), trainer.record
 
@@ -245,7 +245,7 @@ def bounds_of(
         if not heldout:
             return None
         began = time.monotonic()
-        reward = fmean(given.score for (given,) in answers(trainer, rewards, heldout, 1, greedy=True))
+        reward = fmean(given.score for (given,) in sample_completions(trainer, rewards, heldout, 1, greedy=True))
         trainer._metrics["train"]["heldout_reward"].append(reward)
         log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(heldout), reward, time.monotonic() - began)
         return reward
@@ -256,7 +256,7 @@ def bounds_of(
     watch = Watch(
         target / "alerts.jsonl",
         record,
-        formats=[spec.label for spec in config.rewards if spec.type in FORMAT_REWARDS],
+        formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
         stop_on=config.alerts.stop_on,
         samples=lambda: latest_samples(trainer),
         tell=announcer(),

@@ -11,9 +11,9 @@ import boto3
 import msgspec
 
 from local_app.stack import PROJECT
+from pipeline.validation.candidates import GOLD, WRONG
 from pipeline.validation.cost import Terms
 from pipeline.validation.model_files import check_model
-from pipeline.validation.preflight import GOLD, WRONG
 from pipeline.validation.receipt import Receipt, check_config, check_dataset
 from tunedrop.dataset.readers import refuse, suffix_of
 from tunedrop.problems import Problem

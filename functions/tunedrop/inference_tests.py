@@ -1,13 +1,14 @@
-"""Inference tests: what the base and the tuned model are asked, what a test asks of an answer, and what was answered.
+"""Inference tests: prompts for the base model and the tuned model, checks of their completions, and the results.
 
-A test file is `{"evaluations": [{"id", "prompt", "description"}, …]}`, `description` being the expected answer; the bare
-list, JSON Lines, YAML and CSV are read too, told apart by their content. Accepted beside or instead of these keys:
-`messages` for `prompt`, `reference_answer` for `description`, and
+A test file is `{"evaluations": [{"id", "prompt", "description"}, …]}`; `description` is the expected answer. A bare list,
+JSON Lines, YAML and CSV are accepted too; `parse_tests` detects the format from the content. A test may have `messages`
+in place of `prompt`, `reference_answer` in place of `description`, and
 
-- `checks`: rewards of the library, each with `at_least` (1.0), and `{type: latency, maximum: seconds}`: the test passes
-  when all hold. Without any, it passes with full marks from every reward of the run that has a positive weight;
-- `must_pass`: the gate refuses a tuned model that does not pass; `samples`: how many answers are drawn (pass@k);
-- `tags`, `weight`, and `columns` (what rewards read of a row beside its answer).
+- `checks`: rewards, each with `at_least` (1.0), and `{type: latency, maximum: seconds}`. The test passes when all checks
+  pass. A test without checks passes when every reward of the run with a positive weight gives 1.0;
+- `must_pass`: the gate rejects a tuned model that fails the test;
+- `samples`: the number of completions per model (pass@k);
+- `tags`, `weight`, and `columns` (the columns that rewards read beside the answer).
 """
 
 import csv
@@ -30,7 +31,7 @@ MAX_SAMPLES = 64
 
 
 class Latency(BaseModel):
-    """A check of how long an answer takes; such a test is asked alone, so that the figure means something."""
+    """A check of the seconds that a completion takes. Its test runs alone, because a batch would change the time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,13 +41,13 @@ class Latency(BaseModel):
 
 
 class Check(RewardSpec):
-    """A check by a reward of the library: its score of an answer, unweighted, must be at least `at_least`."""
+    """A check by a reward: the reward's score of the completion, without its weight, must be at least `at_least`."""
 
     at_least: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
 class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
-    """One case: the messages to answer, the answer that rewards compare with, and the columns that some rewards read."""
+    """One test: the prompt's messages, the reference answer for the rewards, and the columns that some rewards read."""
 
     id: str
     prompt: list[dict[str, str]]
@@ -60,15 +61,16 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def timed(self) -> bool:
-        """Whether a check asks how long an answer takes."""
+        """Whether the test has a latency check."""
         return any(check["type"] == "latency" for check in self.checks)
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a model answered in one test, as `inference.json` has it.
+class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model's result in one test, as in `inference.json`.
 
-    With several samples `text` is the first one's, `score` and `rewards` are means, `passed` is whether all passed, and
-    `samples` has each. `unmet` says why one did not pass; `error` why there is no score.
+    With several samples, `text` is the first sample's text, `score` and `rewards` are means, `passed` is true when all
+    samples passed, and `samples` has the result of each. `unmet` lists the checks that failed. `error` is the reason for
+    a missing score.
     """
 
     text: str = ""
@@ -79,24 +81,24 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens: int | None = None
     seconds: float | None = None
     error: str | None = None
-    samples: list["Answer"] = []
+    samples: list["ModelResult"] = []
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """An inference test with both models' answers: an entry of `inference.json`."""
+    """An inference test with the results of both models: one entry of `inference.json`."""
 
     id: str
     prompt: list[dict[str, str]]
     reference: str
-    base: Answer
-    tuned: Answer
+    base: ModelResult
+    tuned: ModelResult
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
 
     @property
     def outcome(self) -> Literal["won", "tied", "lost", "failed"]:
-        """Whether the tuned model won against the base model; `failed` where a score is missing."""
+        """The tuned model's outcome against the base model; `failed` where a score is missing."""
         if self.base.score is None or self.tuned.score is None:
             return "failed"
         lift = self.tuned.score - self.base.score
@@ -104,7 +106,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Case(msgspec.Struct):
-    """A case as written in a test file."""
+    """A test as written in a test file."""
 
     id: str | int | None = None
     prompt: str | None = None
@@ -123,15 +125,17 @@ KEYS = _Case.__struct_fields__
 
 
 class _CaseError(ValueError):
+    """A mistake in one key of a case."""
+
     def __init__(self, key: str, message: str):
         self.key = key
         super().__init__(message)
 
 
 def parse_tests(raw: bytes, config: RunConfig, permissions: RewardPermissions = NO_PERMISSIONS) -> list[InferenceTest]:
-    """Parse the bytes of a test file. Raises RejectedError with a Problem per broken case, which names case and key.
+    """Parse a test file. Raises RejectedError with one Problem per broken test, which names the test and the key.
 
-    `permissions` is what checks may use, as for rewards.
+    `permissions` limits the rewards in checks, as for the rewards of a run.
     """
     if len(raw) > MAX_TESTS_BYTES:
         raise RejectedError([Problem("TESTS_SYNTAX", f"the test file is larger than {MAX_TESTS_BYTES // 1024**2} MiB")])
@@ -153,19 +157,19 @@ def parse_tests(raw: bytes, config: RunConfig, permissions: RewardPermissions = 
             continue
         if test.id in ids:
             problems.append(
-                Problem("DUPLICATE_TEST", f"{name}: 'id': '{test.id}' is used by an earlier test", row=row, key="id")
+                Problem("DUPLICATE_TEST", f"{name}: 'id': an earlier test has the id '{test.id}'", row=row, key="id")
             )
         ids.add(test.id)
         tests.append(test)
     if not cases:
-        problems.append(Problem("NO_TESTS", "the inference-test file has no evaluations"))
+        problems.append(Problem("NO_TESTS", "the file of inference tests has no evaluations"))
     if problems:
         raise RejectedError(problems)
     return tests
 
 
 def _cases(text: str) -> tuple[list[Any], bool]:
-    """Return the cases of a file's text, and whether their values are text yet (CSV). Raises what its parser raises."""
+    """Return a file's cases, and whether all their values are text (CSV). Passes on the exceptions of the parsers."""
     start = text.lstrip()[:1]
     if start not in {"{", "["}:
         header = text.strip().split("\n", 1)[0]
@@ -187,15 +191,15 @@ def _cases(text: str) -> tuple[list[Any], bool]:
 
 def _evaluations(decoded: Any) -> list[Any]:
     if isinstance(decoded, dict) and "evaluations" not in decoded and {"prompt", "messages"} & set(decoded):
-        return [decoded]  # one line of JSON Lines
+        return [decoded]  # JSON Lines with a single line
     cases = decoded.get("evaluations") if isinstance(decoded, dict) else decoded
     if not isinstance(cases, list):
-        raise ValueError("there is no list 'evaluations' in it")
+        raise ValueError("the file has no list 'evaluations'")
     return cases
 
 
 def _csv_case(row: dict[str | Any, Any]) -> dict[str, Any]:
-    """Return a CSV row as a case: empty cells are absent, lists and objects are JSON, other columns are for rewards."""
+    """Return a CSV row as a case. Empty cells are left out, lists and objects are JSON, other columns go to `columns`."""
     if None in row:
         raise ValueError(f"the row of '{row.get('id') or row.get('prompt')}' has more fields than the header")
     filled = {str(name).strip(): value for name, value in row.items() if value not in {None, ""}}
@@ -212,39 +216,45 @@ def _inference_test(
     case: Any, row: int, config: RunConfig, permissions: RewardPermissions, from_text: bool
 ) -> InferenceTest:
     if isinstance(case, dict) and (unknown := [str(key) for key in case if key not in KEYS]):
-        raise _CaseError(unknown[0], f"is no key of a test: {nearest(unknown[0], KEYS)}")
+        raise _CaseError(unknown[0], f"is not a key of a test: {nearest(unknown[0], KEYS)}")
     try:
-        given = msgspec.convert(case, _Case, strict=not from_text)
+        fields = msgspec.convert(case, _Case, strict=not from_text)
     except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$")
-        raise _CaseError(place.strip("`.").split("[")[0].split(".")[0], reason) from None
-    if not math.isfinite(given.weight):
+        reason, _, path = str(error).partition(" - at `$")
+        raise _CaseError(path.strip("`.").split("[")[0].split(".")[0], reason) from None
+    if not math.isfinite(fields.weight):
         raise _CaseError("weight", "must be a finite number")
-    messages = given.messages or ([{"role": "user", "content": given.prompt}] if given.prompt else [])
-    if not messages or any(message.get("role") not in ROLES or not message.get("content") for message in messages):
-        wanted = "needs a list of {role, content}" if given.messages else "needs a text (or give 'messages')"
-        raise _CaseError("messages" if given.messages else "prompt", wanted)
-    reference = given.reference_answer if given.reference_answer is not None else given.description
+    reference = fields.reference_answer if fields.reference_answer is not None else fields.description
+    messages = _prompt(fields)
     if reference is None:
-        raise _CaseError("description", "needs the expected answer (or give 'reference_answer')")
-    build_checks(given.checks, permissions)
+        raise _CaseError("description", "needs the expected answer (or use 'reference_answer')")
+    build_checks(fields.checks, permissions)
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return InferenceTest(
-        id=f"test-{row}" if given.id is None else str(given.id),
+        id=f"test-{row}" if fields.id is None else str(fields.id),
         prompt=messages,
         reference=str(reference),
-        tags=given.tags,
-        weight=given.weight,
-        must_pass=given.must_pass,
-        samples=given.samples,
-        checks=given.checks,
-        columns=given.columns,
+        tags=fields.tags,
+        weight=fields.weight,
+        must_pass=fields.must_pass,
+        samples=fields.samples,
+        checks=fields.checks,
+        columns=fields.columns,
     )
 
 
+def _prompt(case: _Case) -> list[dict[str, str]]:
+    messages = case.messages or ([{"role": "user", "content": case.prompt}] if case.prompt else [])
+    if messages and all(message.get("role") in ROLES and message.get("content") for message in messages):
+        return messages
+    if case.messages:
+        raise _CaseError("messages", "needs a list of {role, content}")
+    raise _CaseError("prompt", "needs a text (or use 'messages')")
+
+
 def build_checks(checks: Sequence[dict[str, Any]], permissions: RewardPermissions) -> list[Check | Latency]:
-    """Return a test's checks. Raises ValueError for one that is no reward of the library, or not allowed here."""
+    """Build a test's checks. Raises ValueError for a check that is not a reward, or that the permissions do not allow."""
     try:
         built: list[Check | Latency] = [
             (Latency if check.get("type") == "latency" else Check).model_validate(check) for check in checks
@@ -260,7 +270,7 @@ def build_checks(checks: Sequence[dict[str, Any]], permissions: RewardPermission
 
 
 def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
-    """Make inference tests of held-out rows, for a dataset that came without a test file."""
+    """Make inference tests from held-out rows, for a dataset without a test file."""
     own = {"id", "prompt", "answer"}
     return [
         InferenceTest(
@@ -274,7 +284,7 @@ def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
 
 
 def dump_tests(tests: Iterable[InferenceTest]) -> bytes:
-    """Write tests in the file format, so that `parse_tests` gives them back."""
+    """Write tests in the file format that `parse_tests` reads."""
     cases = []
     for test in tests:
         case = msgspec.to_builtins(test)

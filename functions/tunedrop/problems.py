@@ -1,4 +1,4 @@
-"""What is wrong with a user's input, said so that they can act on it."""
+"""Problems: a user's mistakes, each with a message and a hint that says what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,9 +7,9 @@ import msgspec
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One finding about a dataset, a config or inference tests; a line of a receipt.
+    """One mistake in a dataset, a config or inference tests: a line of a receipt.
 
-    `line` counts lines of a text file and `row` counts records, both from 1; `key` is a dotted config key or a column.
+    `line` is the line of a text file and `row` the record, both counted from 1. `key` is a dotted config key or a column.
     """
 
     code: str
@@ -20,13 +20,13 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     key: str | None = None
 
     def __str__(self) -> str:
-        """Render as one line: place, message, hint."""
-        place = f"line {self.line}: " if self.line else f"row {self.row}: " if self.row else ""
-        return f"{place}{self.message}" + (f" ({self.hint})" if self.hint else "")
+        """Return one line: position, message, hint."""
+        position = f"line {self.line}: " if self.line else f"row {self.row}: " if self.row else ""
+        return f"{position}{self.message}" + (f" ({self.hint})" if self.hint else "")
 
 
 class RejectedError(Exception):
-    """A user's input cannot be used; `problems` says why. It becomes a receipt, never a stack trace."""
+    """Tunedrop cannot use a user's input. `problems` go into the receipt; the user sees no stack trace."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)
@@ -34,9 +34,9 @@ class RejectedError(Exception):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint that names the valid names most like `name`."""
+    """Return a hint: the valid name most like `name`, or the list of valid names."""
     valid = sorted(valid)
     close = get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "valid keys: " + ", ".join(valid) if len(valid) <= 30 else f"none of the {len(valid)} valid keys is like it"
+    return "valid keys: " + ", ".join(valid) if len(valid) <= 30 else f"none of the {len(valid)} valid keys is similar"

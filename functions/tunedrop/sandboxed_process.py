@@ -1,4 +1,4 @@
-"""A process of its own for what a user's file could make loop for ever, fill the memory or crash."""
+"""Child processes without credentials, for work on a user's file that may loop forever, exhaust the memory or crash."""
 
 import os
 import subprocess
@@ -9,22 +9,22 @@ from typing import IO
 
 
 def bare_environment() -> dict[str, str]:
-    """Return the environment of a process that is not to have our credentials.
+    """Return the environment of a process without credentials.
 
-    Lambda's interpreter finds its own shared library by LD_LIBRARY_PATH (a defined runtime environment variable,
+    Lambda's interpreter finds its shared library through LD_LIBRARY_PATH (a defined runtime environment variable,
     https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html).
     """
     return {"PATH": os.defpath, "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
 
 
 class Worker:
-    """One of our own files, running without credentials until it is done or its time is over. Close it.
+    """One of Tunedrop's own files in a child process without credentials, for at most `seconds`. The caller must close it.
 
-    Raises nothing when it dies: what reads its output finds the end of it. Limits of memory are the file's to set.
+    A worker that dies raises no exception: its output ends. The file itself sets its memory limit.
     """
 
     def __init__(self, file: Path, seconds: float, stdin: int | IO[bytes] = subprocess.PIPE):
-        self.process = subprocess.Popen(  # noqa: S603 - our own file
+        self.process = subprocess.Popen(  # noqa: S603 - the file is part of Tunedrop
             [sys.executable, "-S", str(file)],
             env=bare_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=stdin,
@@ -36,7 +36,7 @@ class Worker:
         self._end.start()
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process and free its pipes."""
         self._end.cancel()
         self.process.kill()
         self.process.communicate()

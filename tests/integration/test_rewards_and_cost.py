@@ -54,7 +54,7 @@ def test_rewards_that_do_not_prefer_the_answers_reject_the_run(world):
     run, receipt = drop(world, b"rewards: [{type: math, clip: [0, 0.5]}, {type: exact_match, weight: -1}]")
     assert run.state == RunState.REJECTED
     assert receipt["error_counts"] == {"REWARD_PAYS_WRONG": 4}
-    assert "the dataset's own answers score -0.5 on average, an empty answer 0" in receipt["errors"][0]["message"]
+    assert "on average the dataset's answers score -0.5, and an empty answer scores 0" in receipt["errors"][0]["message"]
 
 
 @pytest.mark.parametrize(

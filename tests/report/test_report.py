@@ -5,7 +5,7 @@ from made_up import HOSTILE, made_report, made_tests
 from msgspec import structs
 from playwright.sync_api import expect
 
-from tunedrop.inference_tests import Answer
+from tunedrop.inference_tests import ModelResult
 
 TESTS = made_tests(200)
 LARGE = made_report(TESTS)
@@ -32,7 +32,7 @@ def test_size_and_what_it_says():
 
 
 def test_long_answers_are_cut_so_that_the_page_stays_small():
-    tuned = Answer(text="w " * 20_000, score=0.0)
+    tuned = ModelResult(text="w " * 20_000, score=0.0)
     long = [structs.replace(test, reference="r" * 50_000, tuned=tuned) for test in made_tests(800)]
     page = made_report(long)
     assert len(page.encode()) < 2 * 1024**2
@@ -60,7 +60,8 @@ def test_filters_and_search(opened):
 def test_differences_are_by_word_and_can_be_turned_off(opened):
     before, after = "the quick brown fox jumps over a dog", f"the quick brown cat jumps over a dog {HOSTILE}"
     tests = [
-        structs.replace(test, base=Answer(text=before, score=0.0), tuned=Answer(text=after, score=1.0)) for test in TESTS
+        structs.replace(test, base=ModelResult(text=before, score=0.0), tuned=ModelResult(text=after, score=1.0))
+        for test in TESTS
     ]
     card = opened(made_report(tests)).locator(".card").first
     card.scroll_into_view_if_needed()

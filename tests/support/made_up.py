@@ -9,7 +9,7 @@ from pipeline.publish.index import IndexedRun, render_index
 from pipeline.publish.report import render_report
 from pipeline.publish.statistics import evaluate
 from tunedrop.config.model import parse_run_config
-from tunedrop.inference_tests import Answer, Outcome
+from tunedrop.inference_tests import ModelResult, Outcome
 
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'
 PROOFS = {
@@ -27,8 +27,8 @@ def made_tests(count: int) -> list[Outcome]:
     def text(length: int) -> str:
         return " ".join(generator.choices(WORDS, k=length))
 
-    def answer(text: str, score: float) -> Answer:
-        return Answer(text=text, score=score, rewards={"exact_match": score}, passed=score >= 1, tokens=9)
+    def answer(text: str, score: float) -> ModelResult:
+        return ModelResult(text=text, score=score, rewards={"exact_match": score}, passed=score >= 1, tokens=9)
 
     tests = []
     for number in range(count):
@@ -47,7 +47,7 @@ def made_tests(count: int) -> list[Outcome]:
                 base=answer(base, float(number % 4 == 0)),
                 tuned=answer(tuned, float(number % 5 != 1))
                 if number != 3
-                else Answer(error=f"reward 'judge' failed: {HOSTILE}"),
+                else ModelResult(error=f"reward 'judge' failed: {HOSTILE}"),
             )
         )
     return tests

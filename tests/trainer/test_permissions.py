@@ -1,4 +1,4 @@
-"""What a job lets its rewards do: its environment, as the launch plan wrote it, and the channel with Python files."""
+"""Permissions of a job's rewards: from the environment that the launch plan wrote, and the channel with Python files."""
 
 import pytest
 
@@ -12,14 +12,14 @@ def _clean(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_a_word_nothing_is_allowed():
+def test_an_empty_environment_allows_nothing():
     given = job_permissions()
     assert (given.functions, given.judge_model, given.hosts, given.allow_code, given.python_folder) == (
         (NO_PERMISSIONS.functions, NO_PERMISSIONS.judge_model, NO_PERMISSIONS.hosts, False, None)
     )
 
 
-def test_the_environment_and_the_channel_allow(monkeypatch, tmp_path):
+def test_the_environment_and_the_channel_grant_permissions(monkeypatch, tmp_path):
     monkeypatch.setenv("SM_CHANNEL_REWARDS", str(tmp_path))
     assert job_permissions().python_folder is None
     for name, value in {"REWARD_FUNCTION_ARNS": "a,b", "ALLOW_CODE_REWARDS": "true", "ALLOW_PYTHON_REWARDS": "true"}.items():
@@ -28,7 +28,7 @@ def test_the_environment_and_the_channel_allow(monkeypatch, tmp_path):
     assert (given.functions, given.allow_code, given.python_folder) == (("a", "b"), True, tmp_path)
 
 
-def test_clients_are_of_the_jobs_region_and_made_once(monkeypatch):
+def test_clients_use_the_jobs_region_and_are_created_once(monkeypatch):
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     client = job_permissions().client

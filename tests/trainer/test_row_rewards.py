@@ -1,4 +1,4 @@
-"""Rewards that wait for others begin while the rollout goes on, and are paid for once."""
+"""Rewards that wait for a service begin while the rollout goes on, and score each completion once."""
 
 import threading
 from collections import Counter
@@ -15,7 +15,7 @@ ROWS = [{"id": str(index), "prompt": [{"role": "user", "content": f"q{index}"}],
 
 
 class Service:
-    """Stands in for the service behind a reward: remembers whom it was asked about, and when."""
+    """A stand-in for the service behind a reward. It records the completions and the threads of its calls."""
 
     __name__ = "service"
 
@@ -37,7 +37,7 @@ def messages(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-def test_what_was_begun_is_collected_and_the_rest_is_scored():
+def test_started_scores_are_collected_and_the_rest_is_scored():
     service = Service()
     reward = EarlyRowReward(service, ROWS)
     prompts = [ROWS[row]["prompt"] for row in (2, 0)]
@@ -49,7 +49,13 @@ def test_what_was_begun_is_collected_and_the_rest_is_scored():
     assert len(service.threads) == 2
 
 
-def test_what_was_begun_for_one_rollout_does_not_answer_for_the_next():
+def test_a_row_may_have_columns_named_as_trls_lists():
+    rows = [ROWS[0] | {"prompts": "a", "completions": "b"}]
+    (reward,) = row_rewards(build_rewards([RewardSpec(type="exact_match")]), rows)
+    assert reward(prompts=[rows[0]["prompt"]], completions=messages("0"), row=[0]) == [1.0]
+
+
+def test_scores_of_one_rollout_are_not_used_for_the_next():
     service = Service()
     reward = EarlyRowReward(service, ROWS)
     reward.begin(prompts=[ROWS[0]["prompt"]], completions=messages("a"), row=[0])
@@ -65,7 +71,7 @@ def test_a_failure_in_the_background_fails_the_step():
         reward(prompts=[ROWS[0]["prompt"]], completions=messages("a"), row=[0])
 
 
-def test_only_rewards_that_wait_and_stand_alone_begin_early():
+def test_only_waiting_rewards_without_gates_begin_early():
     specs = [
         RewardSpec(type="exact_match"),
         RewardSpec(type="http", name="alone", url="http://127.0.0.1:1"),
@@ -76,7 +82,7 @@ def test_only_rewards_that_wait_and_stand_alone_begin_early():
     assert [type(each) for each in made] == [RowReward, EarlyRowReward, RowReward, RowReward]
 
 
-def test_a_rollout_begins_the_rewards_of_completions_that_have_ended(tiny, tmp_path):
+def test_a_rollout_begins_rewards_for_finished_completions(tiny, tmp_path):
     torch.manual_seed(0)
     service, begun = Service(), []
     trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, max_steps=2)

@@ -32,7 +32,7 @@ def test_the_plain_format():
     assert test.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
 
 
-def test_tests_survive_the_way_to_the_job():
+def test_parsing_reads_the_tests_that_were_dumped():
     tests = parse(FULL, {"messages": [{"role": "user", "content": "c"}], "reference_answer": "d"})
     assert [test.id for test in tests] == ["1", "test-2"]
     assert [test.timed for test in tests] == [True, False]
@@ -73,7 +73,7 @@ two,1+1?,2,,,,,,
     ],
     ids=["json", "list", "jsonl", "yaml", "csv", "crlf", "bom"],
 )
-def test_every_format_says_the_same(text):
+def test_all_formats_give_the_same_tests(text):
     first, second = parse_tests(text.encode(), CONFIG)
     wanted = parse(FULL, {"id": "two", "prompt": "1+1?", "description": "2"})
     assert [first.columns, second] in ([{"k": [1]}, wanted[1]], [{}, wanted[1]])
@@ -109,7 +109,7 @@ def test_one_line_of_json_lines_and_other_csv_columns():
         ({"checks": [{"type": "judge", "model": "m"}]}, "checks", "reward 'judge'"),
     ],
 )
-def test_a_broken_case_is_named_with_its_key_and_the_others_are_read(change, key, words):
+def test_a_problem_names_the_broken_test_and_its_key(change, key, words):
     with pytest.raises(RejectedError) as caught:
         parse(GOOD, GOOD | {"id": "bad"} | change, GOOD | {"id": "fine"})
     (problem,) = caught.value.problems
@@ -133,7 +133,7 @@ def test_a_broken_case_is_named_with_its_key_and_the_others_are_read(change, key
         ("", "no list 'evaluations'"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_why(text, words):
+def test_an_unreadable_file_is_refused_with_the_reason(text, words):
     with pytest.raises(RejectedError) as caught:
         parse_tests(text.encode(), CONFIG)
     assert caught.value.problems[0].code == "TESTS_SYNTAX"
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_says_why(text, words):
 def test_not_utf8_duplicate_ids_and_no_tests():
     with pytest.raises(RejectedError, match="cannot be read: 'utf-8'"):
         parse_tests("prompt,description\nä,b".encode("latin-1"), CONFIG)
-    with pytest.raises(RejectedError, match=r"test 2 \('ok'\): 'id': 'ok' is used by an earlier test"):
+    with pytest.raises(RejectedError, match=r"test 2 \('ok'\): 'id': an earlier test has the id 'ok'"):
         parse(GOOD, GOOD)
     with pytest.raises(RejectedError, match="no evaluations"):
         parse()

@@ -1,4 +1,4 @@
-"""Rewards tried on the dataset's own answers: what is refused, what warns, and that good runs pass in silence."""
+"""The preflight: bad rewards are refused or warned about, and good rewards pass without warnings."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tunedrop_cli.sample
-from pipeline.validation import preflight
+from pipeline.validation.candidates import WRONG
 from pipeline.validation.preflight import FEW_ROWS, check_rewards
 from tunedrop.config.model import load_run_config, parse_run_config
 from tunedrop.dataset.rows import read_rows
@@ -121,7 +121,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(("rows", "rewards"), GOOD.values(), ids=GOOD)
-def test_a_good_run_passes_in_silence(rows, rewards):
+def test_good_rewards_pass_without_warnings(rows, rewards):
     found = tried(rows, rewards)
     assert found.problems == []
     assert found.warnings == []
@@ -130,7 +130,7 @@ def test_a_good_run_passes_in_silence(rows, rewards):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_sample_passes_in_silence(seed):
+def test_the_sample_passes_without_warnings(seed):
     config = load_run_config((SAMPLE / "additions.yaml").read_bytes(), default_model="m")
     rows = list(read_rows(SAMPLE / "additions.jsonl", config))
     tests = parse_tests((SAMPLE / "additions.tests.json").read_bytes(), config)
@@ -158,19 +158,19 @@ BAD = {
         [row(n, f"Say '{city}'.", city) for n, city in enumerate(CITIES.values())],
         [reward("contains")],
         "REWARD_PAYS_WRONG",
-        "an echo of the prompt 1",
+        "a copy of the prompt scores 1",
     ),
     "whatever is long": (
         [row(n, f"Letter {n}?", letter) for n, letter in enumerate("aeiou")],
         [reward("contains")],
         "REWARD_PAYS_WRONG",
-        "a long text that says nothing 1",
+        "a long meaningless text scores 1",
     ),
     "the form more than the answer": (
         capitals(),
         [reward("xml_format"), reward("exact_match", weight=0.01), reward("length", maximum=3, weight=4.0)],
         "REWARD_PAYS_WRONG",
-        "score 1.01 on average, an empty answer 4",
+        "on average the dataset's answers score 1.01, and an empty answer scores 4",
     ),
     "a mistyped column": (
         [each | {"terms": ["x"]} for each in capitals()],
@@ -184,12 +184,12 @@ BAD = {
         "REWARD_CONSTANT",
         "right or wrong",
     ),
-    "a schema for an answer": (capitals(), [reward("tool_call")], "REWARD_FAILS", "needs an answer that is a tool call"),
+    "a schema for an answer": (capitals(), [reward("tool_call")], "REWARD_FAILS", "needs a row whose answer is a tool call"),
 }
 
 
 @pytest.mark.parametrize(("rows", "rewards", "code", "words"), BAD.values(), ids=BAD)
-def test_what_does_not_prefer_the_datasets_answers_is_refused_with_the_reason(rows, rewards, code, words):
+def test_rewards_that_prefer_wrong_answers_are_refused_with_the_reason(rows, rewards, code, words):
     found = tried(rows, rewards)
     assert code in {problem.code for problem in found.problems}
     assert all(problem.hint for problem in found.problems)
@@ -199,37 +199,41 @@ def test_what_does_not_prefer_the_datasets_answers_is_refused_with_the_reason(ro
     assert len(lenient.warnings) == len(found.warnings) + len(found.problems)
 
 
-def test_a_reward_that_cannot_teach_is_named_and_the_rest_may_run():
+def test_a_constant_or_abstaining_reward_is_a_warning_beside_a_good_reward():
     found = tried(capitals(), [reward("exact_match"), reward("math"), reward("regex", pattern="^")])
     assert found.problems == []
     assert [warning.split(":")[0] for warning in found.warnings] == [
         "reward 'math' abstained on every answer",
-        "reward 'regex' gave 1 to every answer tried, right or wrong, so that it teaches nothing",
+        "reward 'regex' gave 1 to every answer, right or wrong, and teaches nothing",
     ]
 
 
-def test_ties_in_most_rows_warn():
+def test_ties_in_most_rows_are_a_warning():
     rows = [row(n, f"Say {city}." if n else "Hm?", city) for n, city in enumerate(CITIES.values())]
     found = tried(rows, [reward("contains")])
     assert found.problems == []
     (warning,) = found.warnings
-    assert warning.startswith("in 5 of 6 rows tried, an echo of the prompt scores as much as the dataset's answer")
+    assert warning.startswith("in 5 of 6 rows, a copy of the prompt scores at least as high as the row's answer")
 
 
-def test_unit_tests_for_an_answer_are_no_program_to_pay_for():
+def test_an_answer_that_holds_unit_tests_is_not_expected_to_win():
     rows = [row(n, f"Write add{n}.", f"assert add{n}(1) == {n + 1}") for n in range(6)]
     found = tried(rows, [reward("code_tests")])
     assert found.problems == []
-    assert [warning[:46] for warning in found.warnings] == ["reward 'code_tests' gave 0 to every answer tri"]
+    assert [warning[:43] for warning in found.warnings] == ["reward 'code_tests' gave 0 to every answer,"]
 
 
-def test_form_alone_is_never_refused():
+def test_rewards_for_form_alone_are_never_refused():
     found = tried(capitals(), [reward("regex", pattern="^never$"), reward("length", maximum=10_000)])
     assert found.problems == []
     assert len(found.warnings) == 2
 
 
-def test_rows_0_tries_nothing():
+def test_a_row_may_have_columns_named_as_trls_lists():
+    assert tried(capitals(prompts="a", completions="b"), [reward("exact_match")]).problems == []
+
+
+def test_with_0_rows_the_preflight_does_nothing():
     assert tried(capitals(), [reward("numeric")], preflight={"rows": 0}) == ({}, [], [])
 
 
@@ -246,7 +250,7 @@ def test_the_receipt_shows_the_best_wrong_answer_and_each_reward():
     json.dumps(found.receipt, allow_nan=False)
 
 
-def test_inference_tests_are_scored_too():
+def test_the_preflight_scores_inference_tests():
     rows = [each | {"terms": [each["answer"]]} for each in capitals()]
     rewards = [reward("keywords", column="terms")]
     ask = [{"role": "user", "content": "Which?"}]
@@ -276,7 +280,7 @@ SOME = [
     st.text(),
 )
 @settings(max_examples=60, deadline=None)
-def test_whatever_the_rows_hold_the_findings_are_findings_and_the_same_again(texts, some, system):
+def test_any_rows_give_the_same_well_formed_section_twice(texts, some, system):
     rows = [row(n, question, answer) for n, (question, answer) in enumerate(texts)]
     rewards = [each for each in SOME if each in some]  # gates before what they gate
     if not any(each.get("weight", 1.0) > 0 for each in rewards):
@@ -293,12 +297,12 @@ def test_whatever_the_rows_hold_the_findings_are_findings_and_the_same_again(tex
     assert first == again
 
 
-# ---- rewards that somebody else computes --------------------------------------------------------------------------------
+# ---- external rewards ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def file(tmp_path) -> Callable[..., dict]:
-    """Make a `python` reward of an expression over `text`, `answer`, `at` and `size` (place in, and size of, a batch)."""
+    """Make a `python` reward of an expression over `text`, `answer`, `at` and `size` (position and size of a batch)."""
 
     def make(expression: str, **given: object) -> dict:
         (tmp_path / "mine.py").write_text(
@@ -319,14 +323,14 @@ def allowed(tmp_path):
 
 
 UNSTABLE = [
-    ("next(calls) + float(text == answer)", "gives the same answer another score each time"),
-    ("float(text == answer) + at / 100", "scores an answer by what stands beside it"),
-    ("float(text == answer) - (text < texts[0])", "scores an answer by what stands beside it"),
+    ("next(calls) + float(text == answer)", "scores the same answer differently in each call"),
+    ("float(text == answer) + at / 100", "scores an answer by the other answers in the batch"),
+    ("float(text == answer) - (text < texts[0])", "scores an answer by the other answers in the batch"),
 ]
 
 
 @pytest.mark.parametrize(("expression", "words"), UNSTABLE)
-def test_chance_and_order_are_refused(file, allowed, expression, words):
+def test_unstable_rewards_are_refused(file, allowed, expression, words):
     found = tried(capitals(), [file(expression)], allowed)
     assert [problem.code for problem in found.problems] == ["REWARD_UNSTABLE"]
     assert words in found.problems[0].message
@@ -341,45 +345,48 @@ def test_chance_and_order_are_refused(file, allowed, expression, words):
         ("exit(0)", "SystemExit: 0"),
     ],
 )
-def test_what_is_no_score_is_refused_with_its_row(file, allowed, expression, words):
+def test_invalid_scores_are_refused_with_the_row(file, allowed, expression, words):
     (problem,) = tried(capitals(), [file(expression)], allowed).problems
     assert problem.code == "REWARD_FAILS"
     assert re.search(words, problem.message)
     assert "the row 'r0' asking" in problem.message
 
 
-def test_scores_out_of_range_warn_unless_they_are_bounded(file, allowed):
+def test_scores_outside_the_range_warn_without_clip(file, allowed):
     found = tried(capitals(), [file("100.0 * (text == answer)")], allowed)
-    assert (found.problems, [warning[:38] for warning in found.warnings]) == ([], ["reward 'python' gives 0 to 100, beyond"])
+    assert (found.problems, [warning[:47] for warning in found.warnings]) == (
+        [],
+        ["reward 'python' gave scores from 0 to 100, outs"],
+    )
     assert tried(capitals(), [file("100.0 * (text == answer)", clip=[0, 1])], allowed)[1:] == ([], [])
 
 
-def test_what_is_not_ours_may_look_at_style_alone_but_not_at_nothing(file, allowed):
+def test_an_external_reward_may_measure_style_but_must_not_be_constant(file, allowed):
     style = tried(capitals(), [file("float(0 < len(text) < 20)")], allowed)
     assert style.problems == []
-    assert "another row's answer 1" in style.warnings[0]
+    assert "another row's answer scores 1" in style.warnings[0]
     assert [problem.code for problem in tried(capitals(), [file("0.5")], allowed).problems] == ["REWARD_CONSTANT"]
 
 
-def test_a_package_that_only_the_job_has_is_not_held_against_the_run(tmp_path, allowed):
+def test_a_missing_package_is_a_warning_because_the_job_may_have_it(tmp_path, allowed):
     (tmp_path / "mine.py").write_text("import no_such_package\ndef reward(**_): ...\n")
     found = tried(capitals(), [reward("python", file="mine.py")], allowed)
     assert found.problems == []
-    assert "could not be tried here" in found.warnings[0]
+    assert "were not checked before the job" in found.warnings[0]
     assert "no_such_package" in found.warnings[0]
 
 
-def test_a_slow_reward_warns_with_the_runs_time(file, allowed):
+def test_a_slow_reward_warns_with_the_minutes_it_adds(file, allowed):
     rows = [each | {"id": f"r{n}"} for n, each in zip(range(FEW_ROWS), capitals(), strict=False)]
     parsed = parse_run_config({"model": "m", "rewards": [file("time.sleep(0.004) or float(text == answer)")]})
     built = build_rewards(parsed.rewards, allowed)
     (warning,) = check_rewards(built, rows, parsed, [], trained_rows=100_000).warnings
-    assert "minutes of the run, in which the GPU waits" in warning
+    assert "minutes to the run while the GPU waits" in warning
     assert check_rewards(built, rows, parsed, [], trained_rows=100).warnings == []
 
 
 class Client:
-    """What a reward asks of a boto3 client, counted: a judge that grades by a word, or a function that cannot be called."""
+    """A boto3 client whose model grades by the reference answer. It counts the calls."""
 
     def __init__(self):
         self.asked = []
@@ -394,7 +401,7 @@ class Client:
         return {"output": {"message": {"content": [{"text": f"<score>{grade:.1f}</score>"}]}}}
 
 
-def test_a_judge_is_asked_about_few_answers_and_once():
+def test_a_judge_grades_few_candidates_and_each_once():
     client = Client()
     rows = [row(n, f"Capital {n}?", list(CITIES.values())[n % 6]) for n in range(200)]
     judge = reward("judge", model="m", weight=2.0)
@@ -402,5 +409,5 @@ def test_a_judge_is_asked_about_few_answers_and_once():
     permissions = RewardPermissions(lambda _: client, judge_model="m")
     found = tried(rows, [judge, gated], permissions, tests=[])
     assert (found.problems, found.warnings) == ([], [])
-    assert len(client.asked) == FEW_ROWS * (1 + len(preflight.WRONG) - 1)  # no form is asked for
+    assert len(client.asked) == FEW_ROWS * (1 + len(WRONG) - 1)  # no form is asked for
     assert found.receipt["rows"] == FEW_ROWS

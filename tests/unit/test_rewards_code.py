@@ -1,4 +1,4 @@
-"""The reward that runs programs: what passes, and what programs that cheat, hang or break out get."""
+"""The reward that runs programs: good programs pass; programs that cheat, hang or break out score 0."""
 
 import os
 import time
@@ -37,14 +37,14 @@ CASES = [
 ]
 
 
-def test_programs_score_by_the_tests_they_pass():
+def test_a_program_scores_the_share_of_passed_tests():
     completions = [completion for completion, _ in CASES]
     scores = reward(tests=TESTS)([""] * len(CASES), completions, answer=[""] * len(CASES))
     assert scores == [passed / 2 for _, passed in CASES]
     assert reward(tests=TESTS, partial=False)([""], [CASES[4][0]], answer=[""]) == [0.0]
 
 
-def test_programs_that_do_not_end_are_ended():
+def test_programs_that_do_not_finish_are_killed():
     started = time.monotonic()
     scores = reward(tests=TESTS, timeout=0.5)(
         [""] * 3,
@@ -55,7 +55,7 @@ def test_programs_that_do_not_end_are_ended():
     assert time.monotonic() - started < 10
 
 
-def test_what_a_program_starts_ends_with_it(tmp_path):
+def test_child_processes_of_a_program_are_killed(tmp_path):
     mark = tmp_path / "alive"
     spawn = f"import os, time\nif os.fork() == 0:\n    time.sleep(1)\n    open({str(mark)!r}, 'w')\n    os._exit(0)\n"
     assert run_tests(spawn + ADD, TESTS, timeout=5, memory_mb=256) == [True, True]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.publish import statistics
 from pipeline.publish.statistics import Pair, compare, evaluate, interval, needed, sign_test
 from tunedrop.config.model import parse_run_config
-from tunedrop.inference_tests import Answer, Outcome
+from tunedrop.inference_tests import ModelResult, Outcome
 
 
 def config(rewards=({"type": "exact_match"},), **gate):
@@ -24,10 +24,10 @@ def config(rewards=({"type": "exact_match"},), **gate):
 def outcomes(*scores: tuple[float | None, float | None], **more: Any) -> list[Outcome]:
     """Tests by (base score, tuned score); None is a test that could not be scored."""
 
-    def answer(score: float | None) -> Answer:
+    def answer(score: float | None) -> ModelResult:
         if score is None:
-            return Answer(error="reward 'exact_match' failed")
-        return Answer(text=str(score), score=score, rewards={"exact_match": score}, passed=score >= 1)
+            return ModelResult(error="reward 'exact_match' failed")
+        return ModelResult(text=str(score), score=score, rewards={"exact_match": score}, passed=score >= 1)
 
     given = {"prompt": [{"role": "user", "content": "?"}], "reference": "!"} | more
     return [Outcome(id=f"t{n}", base=answer(base), tuned=answer(tuned), **given) for n, (base, tuned) in enumerate(scores)]
@@ -210,7 +210,7 @@ def test_the_gate(tests, gate, status, words):
 
 
 def test_a_check_that_is_not_met_says_so():
-    answer = Answer(text="", score=1.0, passed=False, unmet=["contains 0.00, at least 1.00 was asked for"])
+    answer = ModelResult(text="", score=1.0, passed=False, unmet=["contains 0.00, at least 1.00 was asked for"])
     musts = [Outcome(id="m", prompt=[], reference="", base=answer, tuned=answer, must_pass=True)]
     (reason,) = evaluate(outcomes(*[WON] * 30) + musts, config()).verdict.reasons
     assert reason == "The test 'm' must pass and does not: contains 0.00, at least 1.00 was asked for."

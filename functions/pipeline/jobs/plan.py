@@ -111,10 +111,9 @@ def job_request(
     ]
     if "/" not in config.model:  # the job itself downloads a hub id
         models = _channel("models", f"s3://{settings.data_bucket}/{object_keys.model_prefix(config.model)}")
-        channels.append(
-            models | {"InputMode": "FastFile"}
-        )  # streams files on access: the job starts before the download ends
-    if any(spec.type == "python" for spec in config.rewards):
+        # FastFile streams files on access: the job starts before the download ends.
+        channels.append(models | {"InputMode": "FastFile"})
+    if any(spec.reward_file for spec in config.rewards):
         channels.append(_channel("rewards", f"{folder}input/rewards/"))
     if kind == "train":
         channels.insert(0, _channel("training", f"{folder}input/"))

@@ -208,9 +208,7 @@ def _fetch_reward_files(check: Check, key: str, folder: Path, settings: Validate
     """Fetch the files of `python` rewards, which lie beside the dataset, into a folder; return what is in them."""
     folder.mkdir()
     contents = []
-    for name in sorted(
-        {spec.model_extra["file"] for spec in check.config.rewards if spec.type == "python" and spec.model_extra}
-    ):
+    for name in sorted({spec.reward_file for spec in check.config.rewards if spec.reward_file}):
         place = f"{key.rpartition('/')[0]}/{name}"
         raw = aws.read(settings.data_bucket, place, MAX_REWARD_FILE_BYTES)
         if raw is None or len(raw) > MAX_REWARD_FILE_BYTES:

@@ -1,374 +1,283 @@
-"""Rewards tried before a GPU is: the dataset's own answers must win against answers that are known to be wrong.
+"""The preflight scores answers before a job starts: the dataset's answers must win against wrong ones.
 
-Of a few rows, each row's answer (*gold*) is scored beside an empty one, another row's, an echo of the prompt, a very long
-text and the bare form that rewards and system prompt ask for. A reward set that does not prefer gold would teach the
-model one of the others, or nothing.
+For a few rows, the rewards score the row's answer (*gold*), an empty answer, another row's answer, a copy of the prompt, a
+long meaningless text, and the bare form that the run asks for. Rewards that prefer a wrong answer would train the model
+to give that answer. Rewards that score all answers alike would train nothing.
 """
 
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil, isclose
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
+from pipeline.validation.candidates import GOLD, WRONG, Candidate, asked_form, candidates, in_form
+from pipeline.validation.section import Section
 from tunedrop.config.model import RunConfig, generated_answers
 from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
 from tunedrop.rewards import Reward, RewardError
+from tunedrop.rewards.sample import make_samples
 
 T = TypeVar("T")
+Scores = list[float | None]
+Totals = list[tuple[Candidate, float]]
 
-# Rows where a reward calls out or starts processes: at six answers a row, the most that a pre-flight may cost.
+# Rows where a reward calls a service or starts processes. A row has up to six candidates: this bounds the preflight's cost.
 FEW_ROWS = 4
-# What is tried, and what it is called in messages.
-GOLD = "gold"
-WRONG = {
-    "empty": "an empty answer",
-    "other_row": "another row's answer",
-    "echo": "an echo of the prompt",
-    "long": "a long text that says nothing",
-    "form_only": "the form without an answer",
-}
-# A wrong answer that scores as much as gold in more rows than this is worth a warning: some tie by chance.
+# A wrong answer that ties with gold in more than this share of the rows deserves a warning. A few ties happen by chance.
 TIES = 1 / 2
 SLOW_SECONDS = 600
-_FILLER = (
-    "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor incididunt ut labore et dolore".split()
-)
-# Columns that hold a worked way to the answer, compared without case and underscores.
-_REASONING = ("reasoning", "rationale", "thinking", "thought", "explanation", "chainofthought", "cot")
-_NO_REASONING = "First I look at what is asked."
 
 
-class Findings(NamedTuple):
-    """What the pre-flight found: the receipt's `rewards`, what rejects the run, and what is only worth knowing."""
+class Trial(NamedTuple):
+    """All candidates, each reward's scores of them, and the seconds of each call of a reward (a call scores one row)."""
 
-    receipt: dict[str, Any]
-    problems: list[Problem]
-    warnings: list[str]
-
-
-class _Answer(NamedTuple):
-    """An answer that is tried: of which row, of which kind (gold or one of WRONG), and its text."""
-
-    row: int
-    kind: str
-    text: str
-
-
-class _Tried(NamedTuple):
-    """All answers, each reward's scores of them, and how long each call of a reward took."""
-
-    answers: list[_Answer]
-    scores: dict[str, list[float | None]]
+    candidates: list[Candidate]
+    scores: dict[str, Scores]
     seconds: dict[str, list[float]]
 
 
 def check_rewards(
     rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig, tests: Sequence[InferenceTest], *, trained_rows: int
-) -> Findings:
-    """Try the rewards on rows of the dataset, and on the tests' expected answers.
+) -> Section:
+    """Score candidates for rows of the dataset, and the expected answers of the inference tests.
 
-    `rows` are a sample of the dataset, the same for the same dataset, of which `config.preflight.rows` are tried; where a
-    reward calls out it is FEW_ROWS, twice (a judge once). `on_failure` says whether what must hold rejects the run.
+    `rows` are a sample of the dataset, the same sample for the same dataset. The preflight takes `config.preflight.rows`
+    of them, or FEW_ROWS where a reward works on batches. Each reward scores the candidates twice; a reward that is not
+    repeatable scores them once. With `on_failure: warn` in the config, problems become warnings.
     """
     limit = config.preflight.rows
     if any(reward.per_batch for reward in rewards):
         limit = min(limit, FEW_ROWS)
-    chosen, tested = _spread(rows, limit), _spread(tests, limit)
-    problems: list[Problem] = []
-    warnings: list[str] = []
-    receipt: dict[str, Any] = {}
-    if not chosen:
-        return Findings(receipt, problems, warnings)
-    try:
-        tried = _try(rewards, chosen, config)
-        _try_tests(rewards, tested, config)
-        problems += _unstable(rewards, chosen, tried)
-    except RewardError as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):  # the job has packages that a function has not
-            warnings.append(f"the rewards could not be tried here: {error}")
-        else:
-            problems.append(Problem("REWARD_FAILS", str(error), "a job would end at this row", key="rewards"))
-        return _by_policy(Findings(receipt, problems, warnings), config)
-    totals = _totals(rewards, tried)
-    receipt = _receipt(rewards, chosen, tried, totals, config, trained_rows)
-    paid = [reward for reward in rewards if reward.weight > 0 and _compares(reward, chosen[0])]
-    problems += _pays_wrong(paid, totals, warnings)
-    warnings += _warnings(rewards, paid, tried, totals, receipt)
-    return _by_policy(Findings(receipt, problems, warnings), config)
+    rows, tests = _spread(rows, limit), _spread(tests, limit)
+    if not rows:
+        return Section({}, [], [])
+    section = _check(rewards, rows, config, tests, trained_rows)
+    if config.preflight.on_failure == "reject":
+        return section
+    return Section(section.receipt, [], [*map(str, section.problems), *section.warnings])
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """Return so many of the items, from all over them: neighbours are often alike."""
-    return [items[at * len(items) // count] for at in range(count)] if count < len(items) else list(items)
+    """Return up to `count` items at equal distances: neighbours are often alike."""
+    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
 
 
-def _by_policy(found: Findings, config: RunConfig) -> Findings:
-    if config.preflight.on_failure == "reject":
-        return found
-    return Findings(found.receipt, [], [str(problem) for problem in found.problems] + found.warnings)
+def _check(
+    rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig, tests: Sequence[InferenceTest], trained_rows: int
+) -> Section:
+    try:
+        trial = _score_candidates(rewards, rows, config)
+        unstable = list(_unstable(rewards, rows, trial))
+    except RewardError as error:
+        return _failure(error, "the training job would fail on this row")
+    try:
+        _score_tests(rewards, tests, config)
+    except RewardError as error:
+        return _failure(error, "the test job would fail on this test")
+    totals = _totals(rewards, trial)
+    receipt = _receipt(rewards, rows, trial, totals, config, trained_rows)
+    warnings = [warning for reward in rewards for warning in _reward_warnings(reward, trial, receipt)]
+    # Only rewards that compare with the row's answer must prefer that answer. A run may also pay for form alone.
+    comparing = [reward for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
+    if not comparing:
+        return Section(receipt, unstable, warnings)
+    warnings += _tie_warnings(totals)
+    if constant := _constant(totals):
+        return Section(receipt, [*unstable, constant], warnings)
+    paid_wrong = list(_paid_wrong(totals))
+    # An external reward may look at something else than the answer, which is why a win of a wrong answer only warns.
+    if all(reward.spec.reward_type.external for reward in comparing):
+        return Section(receipt, unstable, [*map(str, paid_wrong), *warnings])
+    return Section(receipt, unstable + paid_wrong, warnings)
 
 
-# ---- answers ----------------------------------------------------------------------------------------------------------
-
-
-def _form(config: RunConfig, row: Row) -> Callable[[str], str] | None:
-    """Return what puts an answer into the form that is asked for, or None where none is known.
-
-    Known are the forms of `xml_format` and `think_format`, and `<answer>`, `<think>` and `\\boxed{}` where the system
-    message shows them. Reasoning is the row's own where it has a column for it.
-    """
-    system = next((message["content"] for message in row["prompt"] if message["role"] == "system"), "")
-    shown = [tag for tag in dict.fromkeys(re.findall(r"<([A-Za-z_]+)>", system)) if f"</{tag}>" in system]
-    tags: Sequence[str] = [tag for tag in shown if tag != "think"] if "answer" in shown else []
-    think = "think" in shown
-    for spec in config.rewards:
-        if spec.type == "xml_format":
-            tags = (spec.model_extra or {}).get("tags", ("reasoning", "answer"))
-        think = think or spec.type == "think_format"
-    boxed = r"\boxed{" in system and not tags
-    if not (tags or think or boxed):
-        return None
-    columns = {re.sub(r"[\s_-]", "", name).casefold(): value for name, value in row.items() if isinstance(value, str)}
-    reasoning = next((columns[name] for name in _REASONING if columns.get(name, "").strip()), _NO_REASONING)
-    last = "answer" if "answer" in tags else tags[-1] if tags else ""
-
-    def put(answer: str) -> str:
-        text = rf"\boxed{{{answer}}}" if boxed and r"\boxed" not in answer else answer
-        if not all(f"<{tag}>" in answer for tag in tags):
-            parts = {tag: answer if tag == last else columns.get(tag.casefold()) or reasoning for tag in tags}
-            text = "\n".join(f"<{tag}>\n{content}\n</{tag}>" for tag, content in parts.items())
-        return f"<think>\n{reasoning}\n</think>\n{text}" if think and "</think>" not in answer else text
-
-    return put
-
-
-def _answers(rows: Sequence[Row], config: RunConfig) -> Iterator[_Answer]:
-    words = -(-int(config.grpo_value("max_completion_length")) // len(_FILLER)) * _FILLER
-    for at, row in enumerate(rows):
-        form = _form(config, row)
-        put = form or str
-        yield _Answer(at, GOLD, put(row["answer"]))
-        yield _Answer(at, "empty", "")
-        others = (other["answer"] for other in [*rows[at + 1 :], *rows[:at]])
-        other = next((other for other in others if _folded(other) != _folded(row["answer"])), None)
-        if other is not None:
-            yield _Answer(at, "other_row", put(other))
-        yield _Answer(at, "echo", row["prompt"][-1]["content"])
-        yield _Answer(at, "long", " ".join(words))
-        if form:
-            yield _Answer(at, "form_only", form("…"))
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _failure(error: RewardError, hint: str) -> Section:
+    if isinstance(error.__cause__, ModuleNotFoundError):  # a job has more packages than the function that validates
+        return Section({}, [], [f"the rewards were not checked before the job: {error}"])
+    return Section({}, [Problem("REWARD_FAILS", str(error), hint, key="rewards")], [])
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _call(reward: Reward, prompt: Any, answers: Sequence[_Answer], columns: dict[str, Any]) -> list[float | None]:
-    return reward(
-        [prompt] * len(answers),
-        [[{"role": "assistant", "content": answer.text}] for answer in answers],
-        **{name: [value] * len(answers) for name, value in columns.items()},
-    )
+def _call(reward: Reward, prompt: Any, texts: Sequence[str], columns: dict[str, Any]) -> Scores:
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    repeated = {name: [value] * len(texts) for name, value in columns.items()}
+    return reward.score_samples(make_samples([prompt] * len(texts), completions, repeated))
 
 
 def _columns(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "prompt"}
 
 
-def _try(rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig) -> _Tried:
-    """Score all answers, a row's together; raises RewardError as a job would."""
-    answers = list(_answers(rows, config))
-    tried = _Tried(answers, {reward.__name__: [] for reward in rewards}, {reward.__name__: [] for reward in rewards})
-    for at, row in enumerate(rows):
-        own = [answer for answer in answers if answer.row == at]
-        for reward in rewards:  # in their order, so that a reward's gate has just scored the same answers
+def _score_candidates(rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig) -> Trial:
+    """Score all candidates, one row per call. Raises RewardError, as the training job would."""
+    names = [reward.__name__ for reward in rewards]
+    trial = Trial(list(candidates(rows, config)), {name: [] for name in names}, {name: [] for name in names})
+    for index, row in enumerate(rows):
+        texts = [candidate.text for candidate in trial.candidates if candidate.row == index]
+        for reward in rewards:  # in the config's order: a reward's gate has just scored the same candidates
             started = time.perf_counter()
-            tried.scores[reward.__name__] += _call(reward, row["prompt"], own, _columns(row))
-            tried.seconds[reward.__name__].append(time.perf_counter() - started)
-    return tried
+            trial.scores[reward.__name__] += _call(reward, row["prompt"], texts, _columns(row))
+            trial.seconds[reward.__name__].append(time.perf_counter() - started)
+    return trial
 
 
-def _try_tests(rewards: Sequence[Reward], tests: Sequence[InferenceTest], config: RunConfig) -> None:
-    """Score the tests' expected answers: a reward that lacks a column there would fail hours later, in the test job."""
+def _score_tests(rewards: Sequence[Reward], tests: Sequence[InferenceTest], config: RunConfig) -> None:
+    """Score the tests' expected answers. A reward that lacks a column there would fail in the test job, hours later."""
     for test in tests:
         columns = test.columns | {"id": test.id, "answer": test.reference}
-        form = _form(config, columns | {"prompt": test.prompt}) or str
+        row = columns | {"prompt": test.prompt}
+        text = in_form(asked_form(config, row), test.reference, row)
         for reward in rewards:
             try:
-                _call(reward, test.prompt, [_Answer(0, GOLD, form(test.reference))], columns)
+                _call(reward, test.prompt, [text], columns)
             except RewardError as error:
                 raise RewardError(f"inference test '{test.id}': {error}") from error.__cause__
 
 
-def _asks_a_model(reward: Reward) -> bool:
-    return reward.spec.type == "judge" or (reward.gate is not None and _asks_a_model(reward.gate))
+def _repeatable(reward: Reward) -> bool:
+    """Whether the preflight may score the candidates a second time. A reward calls its gate, which counts too."""
+    return reward.spec.reward_type.repeatable and (reward.gate is None or _repeatable(reward.gate))
 
 
-def _unstable(rewards: Sequence[Reward], rows: Sequence[Row], tried: _Tried) -> Iterator[Problem]:
-    """Score everything once more, backwards: neither when nor beside what an answer is scored may matter.
-
-    A judge is not asked again: what a model says differs a little each time, and costs money.
-    """
-
-    def differs(reward: Reward, step: int) -> bool:
-        again: dict[int, list[float | None]] = {}
-        for at in range(len(rows))[::step]:
-            own = [answer for answer in tried.answers if answer.row == at]
-            again[at] = _call(reward, rows[at]["prompt"], own[::step], _columns(rows[at]))[::step]
-        scores = [score for at in range(len(rows)) for score in again[at]]
-        return any(
-            (one is None) != (other is None)
-            or (one is not None and other is not None and not isclose(one, other, abs_tol=1e-9))
-            for one, other in zip(scores, tried.scores[reward.__name__], strict=True)
-        )
-
+def _unstable(rewards: Sequence[Reward], rows: Sequence[Row], trial: Trial) -> Iterator[Problem]:
+    """Yield the rewards whose scores depend on the time of the call, or on the other completions in the batch."""
     for reward in rewards:
-        if _asks_a_model(reward) or not differs(reward, -1):
+        if not _repeatable(reward) or not _differs(reward, rows, trial, step=-1):
             continue
-        if differs(reward, 1):
-            message, hint = "gives the same answer another score each time", "take chance and time out of it"
+        if _differs(reward, rows, trial, step=1):
+            message, hint = "scores the same answer differently in each call", "remove randomness and time from its code"
         else:
-            message = "scores an answer by what stands beside it in the batch"
-            hint = "let it look at one answer at a time: a batch holds other answers every time"
+            message = "scores an answer by the other answers in the batch"
+            hint = "score each answer alone: every batch holds other answers"
         yield Problem("REWARD_UNSTABLE", f"reward '{reward.__name__}' {message}", hint, key="rewards")
 
 
-# ---- what the scores say ----------------------------------------------------------------------------------------------
+def _differs(reward: Reward, rows: Sequence[Row], trial: Trial, step: int) -> bool:
+    """Score the candidates again, forwards (step 1) or backwards (step -1), and compare with the first scores."""
+    by_row: dict[int, Scores] = {}
+    for index in range(len(rows))[::step]:
+        texts = [candidate.text for candidate in trial.candidates if candidate.row == index]
+        by_row[index] = _call(reward, rows[index]["prompt"], texts[::step], _columns(rows[index]))[::step]
+    second = [score for index in range(len(rows)) for score in by_row[index]]
+    return not all(
+        a is b if a is None or b is None else isclose(a, b, abs_tol=1e-9)
+        for a, b in zip(second, trial.scores[reward.__name__], strict=True)
+    )
 
 
-def _totals(rewards: Sequence[Reward], tried: _Tried) -> list[tuple[_Answer, float]]:
-    """Return each answer with the weighted sum that training would raise."""
-    by_reward = [(reward.weight, tried.scores[reward.__name__]) for reward in rewards]
+# ---- problems and warnings --------------------------------------------------------------------------------------------
+
+
+def _totals(rewards: Sequence[Reward], trial: Trial) -> Totals:
+    """Return each candidate with the weighted sum of its scores, which training maximises."""
+    by_reward = [(reward.weight, trial.scores[reward.__name__]) for reward in rewards]
     return [
-        (answer, sum(weight * score for weight, scores in by_reward if (score := scores[at]) is not None))
-        for at, answer in enumerate(tried.answers)
+        (candidate, sum(weight * score for weight, scores in by_reward if (score := scores[index]) is not None))
+        for index, candidate in enumerate(trial.candidates)
     ]
 
 
-def _means(totals: Sequence[tuple[_Answer, float]]) -> dict[str, float]:
-    kinds = dict.fromkeys(answer.kind for answer, _ in totals)
-    return {kind: fmean(total for answer, total in totals if answer.kind == kind) for kind in kinds}
+def _by_kind(totals: Totals) -> dict[str, list[float]]:
+    kinds = dict.fromkeys(candidate.kind for candidate, _ in totals)
+    return {kind: [total for candidate, total in totals if candidate.kind == kind] for kind in kinds}
 
 
-def _ours(reward: Reward) -> bool:
-    return not reward.spec.waits and reward.spec.type != "python"
+def _gold(totals: Totals) -> dict[int, float]:
+    """Return the total of each row's own answer."""
+    return {candidate.row: total for candidate, total in totals if candidate.kind == GOLD}
 
 
-def _compares(reward: Reward, row: Row) -> bool:
-    """Whether the row's answer is one that the reward should pay for. Unit tests that stand as the answer are none."""
-    tests, column = (reward.parameters.get(name) for name in ("tests", "column"))
-    without_program = reward.spec.type == "code_tests" and tests is None and column not in row
-    return reward.spec.compares and not without_program
+def _winners(totals: Totals) -> dict[str, float]:
+    """Return the mean totals of the wrong kinds that score at least as high as gold on average."""
+    means = {kind: fmean(kind_totals) for kind, kind_totals in _by_kind(totals).items()}
+    return {kind: means[kind] for kind in WRONG if kind in means and means[GOLD] <= means[kind] + 1e-9}
 
 
-def _pays_wrong(paid: Sequence[Reward], totals: Sequence[tuple[_Answer, float]], warnings: list[str]) -> list[Problem]:
-    """Return why the rewards that are `paid` for comparing with the dataset's answers do not prefer these.
-
-    Without any there is no right answer: a set may pay for form alone. What somebody else's reward looks at is not known,
-    so that for these a tie only warns.
-    """
-    if not paid:
-        return []
+def _constant(totals: Totals) -> Problem | None:
     scores = {round(total, 9) for _, total in totals}
-    if len(scores) == 1:
-        message = f"every answer scores {scores.pop():g}, right or wrong: there is nothing to learn"
-        hint = "see receipt.rewards for each reward; a reward must tell the dataset's answers from wrong ones"
-        return [Problem("REWARD_CONSTANT", message, hint, key="rewards")]
-    means = _means(totals)
-    found = [
-        Problem(
-            "REWARD_PAYS_WRONG",
-            f"the dataset's own answers score {means[GOLD]:.3g} on average, {name} {means[kind]:.3g}",
-            _FIXES[kind],
-            key="rewards",
-        )
-        for kind, name in WRONG.items()
-        if kind in means and means[GOLD] <= means[kind] + 1e-9
-    ]
-    if any(_ours(reward) for reward in paid):
-        return found
-    warnings += map(str, found)
-    return []
+    if len(scores) > 1:
+        return None
+    message = f"every answer scores {scores.pop():g}, right or wrong: the model has nothing to learn"
+    hint = "receipt.rewards shows each reward; at least one must score the dataset's answers above wrong ones"
+    return Problem("REWARD_CONSTANT", message, hint, key="rewards")
+
+
+def _paid_wrong(totals: Totals) -> Iterator[Problem]:
+    gold = fmean(_by_kind(totals)[GOLD])
+    for kind, mean in _winners(totals).items():
+        message = f"on average the dataset's answers score {gold:.3g}, and {WRONG[kind]} scores {mean:.3g}"
+        yield Problem("REWARD_PAYS_WRONG", message, _FIXES[kind], key="rewards")
 
 
 _FIXES = {
-    "empty": "does the reward read these answers? numeric needs numbers, math needs mathematics, exact_match the whole text",
-    "other_row": "add a reward that compares with the row's answer, and give it more weight than the others",
-    "echo": "the prompt holds the answer: use exact_match or multiple_choice, or add overlong_penalty",
-    "long": "add overlong_penalty, or compare all of the answer (exact_match) instead of looking for a part of it",
-    "form_only": "give the reward for the right answer more weight than those for the form, or gate these with only_if",
+    "empty": "check that the reward can read these answers: numeric needs numbers, math needs mathematical expressions, "
+    "exact_match needs the whole text",
+    "other_row": "add a reward that compares with the row's answer, and give it the highest weight",
+    "echo": "the prompt contains the answer: use exact_match or multiple_choice, or add overlong_penalty",
+    "long": "add overlong_penalty, or compare the whole answer (exact_match) instead of searching for a part of it",
+    "form_only": "give the reward for the right answer more weight than the rewards for form, or gate those with only_if",
 }
 
 
-def _warnings(
-    rewards: Sequence[Reward],
-    paid: Sequence[Reward],
-    tried: _Tried,
-    totals: Sequence[tuple[_Answer, float]],
-    receipt: dict[str, Any],
-) -> Iterator[str]:
-    for reward in rewards:
-        name, scores = reward.__name__, tried.scores[reward.__name__]
-        given = [score for score in scores if score is not None]
-        if not given:
-            yield f"reward '{name}' abstained on every answer: the rows hold nothing that it could compare with"
-        elif max(given) - min(given) < 1e-9:
-            yield (
-                f"reward '{name}' gave {given[0]:g} to every answer tried, right or wrong, so that it teaches nothing: "
-                "change its parameters, or leave it out"
-            )
-        if not _ours(reward) and reward.spec.clip is None and given and not -1.0 <= min(given) <= max(given) <= 1.0:
-            yield f"reward '{name}' gives {min(given):g} to {max(given):g}, beyond -1 to 1: bound it with clip"
-        if (seconds := receipt["by_reward"][name]["run_seconds"]) > SLOW_SECONDS:
-            yield (
-                f"reward '{name}' would take about {seconds / 60:.0f} minutes of the run, in which the GPU waits: "
-                "make it faster, or raise its concurrency"
-            )
-    gold = {answer.row: total for answer, total in totals if answer.kind == GOLD}
-    beaten = {
-        row["kind"] for row in receipt["answers"] if row["kind"] != GOLD and row["mean"] >= receipt["answers"][0]["mean"]
-    }
-    if not paid:
+def _reward_warnings(reward: Reward, trial: Trial, receipt: dict[str, Any]) -> Iterator[str]:
+    name = reward.__name__
+    scores = [score for score in trial.scores[name] if score is not None]
+    if not scores:
+        yield f"reward '{name}' abstained on every answer: the rows hold nothing that the reward can compare with"
         return
-    for kind, text in WRONG.items():
-        rows = [answer.row for answer, total in totals if answer.kind == kind]
-        ties = [answer for answer, total in totals if answer.kind == kind and total >= gold[answer.row] - 1e-9]
-        if kind not in beaten and len(ties) > TIES * len(rows):
-            yield f"in {len(ties)} of {len(rows)} rows tried, {text} scores as much as the dataset's answer: {_FIXES[kind]}"
+    low, high = min(scores), max(scores)
+    if high - low < 1e-9:
+        yield (
+            f"reward '{name}' gave {low:g} to every answer, right or wrong, and teaches nothing: change its parameters or "
+            "remove it"
+        )
+    if reward.spec.reward_type.external and reward.spec.clip is None and not -1.0 <= low <= high <= 1.0:
+        yield f"reward '{name}' gave scores from {low:g} to {high:g}, outside -1 to 1: bound them with clip"
+    if (seconds := receipt["by_reward"][name]["run_seconds"]) > SLOW_SECONDS:
+        yield (
+            f"reward '{name}' adds about {seconds / 60:.0f} minutes to the run while the GPU waits: make the reward faster, "
+            "or raise its concurrency"
+        )
+
+
+def _tie_warnings(totals: Totals) -> Iterator[str]:
+    """Warn of wrong kinds that win in many rows, though not on average."""
+    gold, winners = _gold(totals), _winners(totals)
+    for kind, words in WRONG.items():
+        wins = [total >= gold[candidate.row] - 1e-9 for candidate, total in totals if candidate.kind == kind]
+        if kind not in winners and sum(wins) > TIES * len(wins):
+            yield f"in {sum(wins)} of {len(wins)} rows, {words} scores at least as high as the row's answer: {_FIXES[kind]}"
+
+
+# ---- receipt ----------------------------------------------------------------------------------------------------------
 
 
 def _receipt(
-    rewards: Sequence[Reward],
-    rows: Sequence[Row],
-    tried: _Tried,
-    totals: Sequence[tuple[_Answer, float]],
-    config: RunConfig,
-    trained_rows: int,
+    rewards: Sequence[Reward], rows: Sequence[Row], trial: Trial, totals: Totals, config: RunConfig, trained_rows: int
 ) -> dict[str, Any]:
-    gold = {answer.row: total for answer, total in totals if answer.kind == GOLD}
-    best, score = max(
-        ((answer, total) for answer, total in totals if answer.kind != GOLD), key=lambda each: each[1] - gold[each[0].row]
-    )
-    means = _means(totals)
+    gold = _gold(totals)
+    wrong = [(candidate, total) for candidate, total in totals if candidate.kind != GOLD]
+    best, score = max(wrong, key=lambda pair: pair[1] - gold[pair[0].row])
     return {
         "rows": len(rows),
         "answers": [
             {
                 "kind": kind,
-                "mean": round(means[kind], 4),
-                "lowest": round(min(total for answer, total in totals if answer.kind == kind), 4),
-                "highest": round(max(total for answer, total in totals if answer.kind == kind), 4),
+                "mean": round(fmean(kind_totals), 4),
+                "lowest": round(min(kind_totals), 4),
+                "highest": round(max(kind_totals), 4),
             }
-            for kind in means
+            for kind, kind_totals in _by_kind(totals).items()
         ],
-        "by_reward": {reward.__name__: _of_reward(reward, tried, config, trained_rows) for reward in rewards},
+        "by_reward": {
+            reward.__name__: _reward_scores(reward, trial) | _latency(reward, trial, config, trained_rows)
+            for reward in rewards
+        },
         "best_wrong": {
             "kind": best.kind,
             "row": rows[best.row]["id"],
@@ -380,35 +289,34 @@ def _receipt(
     }
 
 
-def _of_reward(reward: Reward, tried: _Tried, config: RunConfig, trained_rows: int) -> dict[str, Any]:
-    scores = tried.scores[reward.__name__]
-    given = [(answer.kind, score) for answer, score in zip(tried.answers, scores, strict=True) if score is not None]
-    kinds = dict.fromkeys(answer.kind for answer in tried.answers)
+def _reward_scores(reward: Reward, trial: Trial) -> dict[str, Any]:
+    by_kind: dict[str, list[float]] = {candidate.kind: [] for candidate in trial.candidates}
+    for candidate, score in zip(trial.candidates, trial.scores[reward.__name__], strict=True):
+        if score is not None:
+            by_kind[candidate.kind].append(score)
+    scores = [score for kind_scores in by_kind.values() for score in kind_scores]
     return {
         "weight": reward.weight,
-        "mean": {
-            kind: round(fmean(found), 4) if (found := [score for of, score in given if of == kind]) else None
-            for kind in kinds
-        },
-        "lowest": min((score for _, score in given), default=None),
-        "highest": max((score for _, score in given), default=None),
-        "abstained": round(1 - len(given) / len(scores), 4),
-    } | _latency(reward, tried, config, trained_rows)
+        "mean": {kind: round(fmean(kind_scores), 4) if kind_scores else None for kind, kind_scores in by_kind.items()},
+        "lowest": min(scores, default=None),
+        "highest": max(scores, default=None),
+        "abstained": round(1 - len(scores) / len(trial.candidates), 4),
+    }
 
 
-def _latency(reward: Reward, tried: _Tried, config: RunConfig, trained_rows: int) -> dict[str, Any]:
-    """Return p50 and p95 of an answer, or of a request where one is made, and what that means for the whole run.
+def _latency(reward: Reward, trial: Trial, config: RunConfig, trained_rows: int) -> dict[str, Any]:
+    """Return p50 and p95 in milliseconds, and the seconds that the reward takes in the whole run.
 
-    A call scored one row's answers: in one request, or by a judge in as many at once.
+    A reward that waits is measured per request: one call scored a row's candidates at the same time. Any other reward is
+    measured per completion.
     """
-    calls = sorted(tried.seconds[reward.__name__])
-    answers = generated_answers(config, trained_rows)
-    parameters = reward.parameters
-    if reward.spec.waits:
-        at_once = parameters["concurrency"] * parameters.get("batch_size", 1)
+    calls = sorted(trial.seconds[reward.__name__])
+    completions = generated_answers(config, trained_rows)
+    if reward.spec.reward_type.waits:
+        at_once = reward.parameters.get("concurrency", 1) * reward.parameters.get("batch_size", 1)
         batch = config.generation_batch()
-        share, times = 1.0, answers / batch * ceil(batch / at_once)
+        share, times = 1.0, completions / batch * ceil(batch / at_once)
     else:
-        share, times = len(calls) / len(tried.answers), answers
+        share, times = len(calls) / len(trial.candidates), completions
     p50, p95 = median(calls) * share, calls[ceil(0.95 * len(calls)) - 1] * share
     return {"p50_ms": round(1000 * p50, 3), "p95_ms": round(1000 * p95, 3), "run_seconds": round(times * p50, 1)}

@@ -32,7 +32,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tunedrop.config.instances import gpus, has_bf16, why_not
 from tunedrop.problems import Problem, RejectedError, nearest
-from tunedrop.rewards import FORMAT_REWARDS, PARAMETERS, RewardSpec, check_names
+from tunedrop.rewards import RewardSpec, check_names
 
 MAX_CONFIG_BYTES = 256 * 1024
 # Tunedrop sets these itself: they are about where a job reads and writes, which a run config cannot know.
@@ -536,9 +536,9 @@ def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
     room = (config.max_seq_length or math.inf) - completion
     yield config.max_prompt_length > room, f"max_seq_length leaves prompts {room} tokens, fewer than max_prompt_length"
     yield config.lora.r > 256, f"lora.r {config.lora.r} is large: it costs memory and seldom helps above 64"
-    total = sum(spec.weight for spec in config.rewards if spec.type in FORMAT_REWARDS)
-    other = sum(spec.weight for spec in config.rewards if spec.type not in FORMAT_REWARDS)
-    yield total > other, "the rewards pay more for the format than for the answer"
+    form = sum(spec.weight for spec in config.rewards if spec.reward_type.measures == "form")
+    other = sum(spec.weight for spec in config.rewards if spec.reward_type.measures != "form")
+    yield form > other, "the rewards pay more for the format than for the answer"
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -635,7 +635,6 @@ __all__ = [
     "GRPO_DEFAULTS",
     "MANAGED_GRPO",
     "MANAGED_LORA",
-    "PARAMETERS",
     "Columns",
     "Compute",
     "Gate",

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tunedrop.config.model import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, Lora, RunConfig, config_fields
-from tunedrop.rewards import PARAMETERS, REWARDS, RewardSpec
+from tunedrop.rewards import REWARDS, RewardSpec
 
 _JSON_TYPES = {
     "bool": "boolean",
@@ -73,11 +73,11 @@ def _fields(section: str, managed: frozenset[str], ours: dict[str, Any]) -> dict
 
 
 def _reward(name: str, common: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = PARAMETERS[name].model_json_schema()
+    parameters = REWARDS[name].parameters.model_json_schema()
     definitions.update(parameters.pop("$defs", {}))
     return {
         "title": name,
-        "description": inspect.cleandoc(REWARDS[name].__doc__ or ""),
+        "description": REWARDS[name].help,
         "type": "object",
         "properties": {**common, "type": {"const": name}, **parameters.get("properties", {})},
         "required": ["type", *parameters.get("required", [])],
@@ -141,11 +141,11 @@ def _others(section: str, without: frozenset[str] | set[str]) -> list[str]:
 
 
 def _reward_line(kind: str) -> list[str]:
-    fields = PARAMETERS[kind].model_fields
+    fields = REWARDS[kind].parameters.model_fields
     parameters = ", ".join(
         f"{key}: {'...' if field.is_required() else _yaml(field.default)}" for key, field in fields.items()
     )
-    summary = inspect.cleandoc(REWARDS[kind].__doc__ or "").partition("\n")[0]
+    summary = REWARDS[kind].help.partition("\n")[0]
     return [*_comment(summary, 2), f"  #- {{type: {kind}{', ' + parameters if parameters else ''}}}"]
 
 

@@ -1,8 +1,8 @@
-"""The reward that runs what the model wrote: programs that must pass unit tests, in a subprocess with limits.
+"""The reward that runs programs: the completion is a program, and unit tests score it in a subprocess with limits.
 
-The limits stop accidents and the shortcuts that models find (exit, endless loops, printing "passed"). They are no wall
-against a program written to break out of the interpreter: where `unshare` works, it has no network and no view of
-other processes either; elsewhere it has both, so such rewards are off unless a deployment allows them.
+The limits stop accidents and the shortcuts that models find (exit, endless loops, printing "passed"). The limits do not
+stop a program that is written to break out of the interpreter. Where `unshare` works, the program also has no network
+and cannot see other processes. Elsewhere it has both, which is why a stack must allow this reward.
 """
 
 import json
@@ -21,12 +21,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunedrop.rewards.base import RewardError, RewardPermissions, Sample, fenced, final_answer
+from tunedrop.rewards.permissions import RewardPermissions
+from tunedrop.rewards.registry import Need, reward
+from tunedrop.rewards.sample import RewardError, Sample, fenced, final_answer
 from tunedrop.sandboxed_process import bare_environment
 
-# Runs in the subprocess. It limits itself, then runs the program and each test, and says what passed in one line that
-# begins with a word only the parent and this file's variables know: a program that exits or prints cannot say it. Tests are
-# compiled, and what runs them is bound, before the program can replace a builtin.
+# The subprocess runs this driver. The driver sets its limits, runs the program and then each test, and writes one line with
+# the results. The line begins with a random word that only the parent and the driver's variables hold: a program that
+# exits or prints cannot write that word. The driver compiles the tests, and binds the functions that run them, before the
+# program can replace a builtin.
 _DRIVER = """
 import json, os, resource, sys
 job = json.load(sys.stdin)
@@ -63,17 +66,28 @@ os._exit(0)
 
 @cache
 def _isolation() -> tuple[str, ...]:
-    """Return the command that takes network, processes and IPC away, or nothing where the kernel does not let us."""
+    """Return the command that removes network, other processes and IPC. Empty where the kernel forbids namespaces."""
     command = ("unshare", "--user", "--net", "--pid", "--ipc", "--fork", "--kill-child")
     if not shutil.which("unshare"):
         return ()
-    tried = subprocess.run([*command, "true"], capture_output=True, check=False)  # noqa: S603 - a fixed command
-    return command if tried.returncode == 0 else ()
+    trial = subprocess.run([*command, "true"], capture_output=True, check=False)  # noqa: S603 - a fixed command
+    return command if trial.returncode == 0 else ()
 
 
+@reward(
+    # Without tests elsewhere, the row's answer holds the tests. Such an answer is not a program that should score well.
+    measures=lambda parameters, columns: (
+        "content" if parameters["tests"] is None and parameters["column"] not in columns else "answer"
+    ),
+    needs=Need(
+        lambda permissions, _: permissions.allow_code,
+        "AllowCodeRewards",
+        "runs programs that a model wrote, which is not allowed here",
+    ),
+)
 def code_tests(
     samples: Sequence[Sample],
-    permissions: RewardPermissions,  # noqa: ARG001 - whether it allows code is checked when rewards are built
+    permissions: RewardPermissions,  # noqa: ARG001 - `needs` has checked allow_code
     *,
     tests: list[str] | None = None,
     column: str = "tests",
@@ -81,18 +95,19 @@ def code_tests(
     memory_mb: Annotated[int, Field(ge=64)] = 512,
     partial: bool = True,
 ) -> list[float]:
-    """Share of the unit tests that the completion's Python program passes (all or nothing unless `partial`).
+    """Share of the unit tests that the completion's Python program passes. Without `partial`, 1.0 only if all tests pass.
 
-    The program is the last code block of the final answer, or all of it. `tests` are Python statements, mostly asserts,
-    each run after the program; without `tests` they are the row's `column` (a list, or one text), or else its answer.
-    Only the standard library is there; each program has `timeout` seconds and `memory_mb`.
+    The program is the last code block of the final answer, or the whole final answer. `tests` are Python statements,
+    usually asserts; each runs after the program. Without `tests`, the row's `column` holds the tests (a list or a text),
+    and without that column the row's answer. A program can import the standard library only, has `timeout` seconds and
+    `memory_mb` MiB.
     """
 
     def run(sample: Sample) -> float:
-        wanted = tests if tests is not None else _tests_of(sample, column)
+        statements = tests if tests is not None else _tests_of(sample, column)
         answer = final_answer(sample.completion)
-        passed = run_tests(fenced(answer, "python|py|python3") or answer, wanted, timeout=timeout, memory_mb=memory_mb)
-        share = sum(passed) / len(wanted)
+        passed = run_tests(fenced(answer, "python|py|python3") or answer, statements, timeout=timeout, memory_mb=memory_mb)
+        share = sum(passed) / len(statements)
         return share if partial else float(share == 1.0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -100,24 +115,27 @@ def code_tests(
 
 
 def _tests_of(sample: Sample, column: str) -> list[str]:
-    given: Any = sample.columns.get(column, sample.answer)
-    if isinstance(given, str):
+    tests: Any = sample.columns.get(column, sample.answer)
+    if isinstance(tests, str):
         try:
-            parsed = json.loads(given)
+            parsed = json.loads(tests)
         except ValueError:
             parsed = None
-        given = parsed if isinstance(parsed, list) else [given]
-    if not isinstance(given, list) or not given or not all(isinstance(test, str) and test.strip() for test in given):
-        raise RewardError(f"code_tests needs unit tests: 'tests', or a column '{column}' or an answer that holds them")
-    return given
+        tests = parsed if isinstance(parsed, list) else [tests]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) and test.strip() for test in tests):
+        raise RewardError(f"code_tests needs unit tests: set 'tests', or put them into the column '{column}' or the answer")
+    return tests
 
 
 def run_tests(program: str, tests: Sequence[str], *, timeout: float, memory_mb: int) -> list[bool]:
-    """Run a program and then each test in a limited subprocess; return which tests passed (none if it did not finish)."""
+    """Run a program and then each test in a subprocess with limits. Return for each test whether it passed.
+
+    Every test of a program that does not finish within `timeout` seconds fails.
+    """
     word = secrets.token_hex(16)
     job = {"program": program, "tests": list(tests), "word": word, "cpu": int(timeout) + 1, "memory": memory_mb * 1024**2}
     with tempfile.TemporaryDirectory(prefix="code-tests-") as folder:
-        process = subprocess.Popen(  # noqa: S603 - running what is not trusted is the purpose, within the limits
+        process = subprocess.Popen(  # noqa: S603 - the purpose is to run untrusted programs, within the limits
             [*_isolation(), sys.executable, "-I", "-S", "-c", _DRIVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -131,7 +149,7 @@ def run_tests(program: str, tests: Sequence[str], *, timeout: float, memory_mb: 
         except subprocess.TimeoutExpired:
             output = b""
         finally:
-            with suppress(ProcessLookupError):  # what the program started is in its process group
+            with suppress(ProcessLookupError):  # the program's own children are in its process group
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     passed = output.decode(errors="replace").removeprefix(word)

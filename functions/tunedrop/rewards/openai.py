@@ -1,6 +1,6 @@
-"""OpenAI's grader JSON as a reward: `string_check`, `text_similarity` and `multi`, which combines them in a formula.
+"""OpenAI's grader JSON as a reward: `string_check`, `text_similarity`, and `multi`, which combines graders in a formula.
 
-Graders that call a model or run Python (`score_model`, `label_model`, `python`) are refused by name.
+A config with any other grader (`score_model`, `label_model`, `python`) is refused with the grader's name.
 """
 
 import ast
@@ -16,11 +16,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from tunedrop.problems import nearest
-from tunedrop.rewards.base import RewardError, Sample
+from tunedrop.rewards.registry import reward
+from tunedrop.rewards.sample import RewardError, Sample
 from tunedrop.rewards.text import rouge_score, similar
 
 _TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
-# What an item's expected answer is called; records keep it as `answer`, whatever the dataset called it.
+# Names of an item's expected answer in OpenAI's templates. A row keeps the expected answer as `answer`.
 _ANSWERS = frozenset("answer correct_answer expected_answer ground_truth label reference reference_answer target".split())
 _CHECKS: dict[str, Callable[[str, str], bool]] = {
     "eq": lambda text, reference: text == reference,
@@ -54,7 +55,7 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
 
 
 def _gleu(text: list[str], reference: list[str]) -> float:
-    """Sentence GLEU (Wu et al., 2016): shared 1- to 4-grams over the larger of both counts."""
+    """Return the sentence GLEU (Wu et al., 2016): shared 1- to 4-grams, divided by the larger of both counts."""
     counts = [
         Counter(tuple(words[at : at + n]) for n in range(1, 5) for at in range(len(words) - n + 1))
         for words in (text, reference)
@@ -64,12 +65,12 @@ def _gleu(text: list[str], reference: list[str]) -> float:
 
 
 def _checked(grader: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a grader that cannot be run here, with the reason."""
+    """Return the grader. Raises ValueError with the reason for a grader that this reward cannot run."""
     kind = grader.get("type")
     if kind == "multi":
         graders = grader.get("graders")
         if not isinstance(graders, dict) or not all(isinstance(each, dict) for each in graders.values()) or not graders:
-            raise ValueError("multi needs 'graders', a mapping of names to graders")
+            raise ValueError("multi needs 'graders': a mapping of names to graders")
         for each in graders.values():
             _checked(each)
         _formula(grader.get("calculate_output"), set(graders))
@@ -79,26 +80,24 @@ def _checked(grader: dict[str, Any]) -> dict[str, Any]:
         "text_similarity": ("evaluation_metric", _METRICS),
     }
     if kind not in choices:
-        raise ValueError(
-            f"graders of type '{kind}' cannot be imported (those that can: string_check, text_similarity, multi)"
-        )
+        raise ValueError(f"graders of type '{kind}' cannot be imported: use string_check, text_similarity or multi")
     key, known = choices[kind]
     if grader.get(key) not in known:
-        raise ValueError(f"{kind} has no {key} '{grader.get(key)}' here: {nearest(str(grader.get(key)), known)}")
+        raise ValueError(f"{kind} has no {key} '{grader.get(key)}': {nearest(str(grader.get(key)), known)}")
     for part in ("input", "reference"):
         text = grader.get(part)
         if not isinstance(text, str):
-            raise ValueError(f"{kind} needs '{part}', a text")
+            raise ValueError(f"{kind} needs a text for '{part}'")
         for name in _TEMPLATE.findall(text):
             if name.split(".")[0] not in {"item", "sample"}:
-                raise ValueError(f"the template {{{{{name}}}}} is neither of item nor of sample")
+                raise ValueError(f"the template {{{{{name}}}}} must begin with item or sample")
     return grader
 
 
 def _formula(text: Any, names: set[str]) -> ast.expr:
-    """Parse a `calculate_output`: numbers, graders' names, + - * / ^ and a few functions."""
+    """Parse a `calculate_output`: numbers, names of graders, + - * / ^ and the functions of `_FUNCTIONS`."""
     if not isinstance(text, str):
-        raise ValueError("multi needs 'calculate_output', a formula of the graders' names")
+        raise ValueError("multi needs 'calculate_output': a formula with the graders' names")
     try:
         tree = ast.parse(text.replace("^", "**"), mode="eval").body
     except SyntaxError as error:
@@ -106,12 +105,12 @@ def _formula(text: Any, names: set[str]) -> ast.expr:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             if node.id not in names | _FUNCTIONS.keys():
-                raise ValueError(f"the formula '{text}' names '{node.id}': {nearest(node.id, names)}")
+                raise ValueError(f"the formula '{text}' has an unknown name '{node.id}': {nearest(node.id, names)}")
         elif isinstance(node, ast.Constant):
             if type(node.value) not in {int, float}:
-                raise ValueError(f"the formula '{text}' has {node.value!r}, which is no number")
+                raise ValueError(f"the formula '{text}' has {node.value!r}, which is not a number")
         elif not isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call | ast.Load) and type(node) not in _OPERATORS:
-            raise ValueError(f"the formula '{text}' has {ast.unparse(node)}, which no grader formula may have")
+            raise ValueError(f"the formula '{text}' has {ast.unparse(node)}, which is not allowed in a formula")
     return tree
 
 
@@ -131,10 +130,11 @@ def _calculate(node: Any, values: dict[str, float]) -> float:
             raise RewardError(f"'{ast.unparse(node)}' cannot be calculated")
 
 
+@reward(measures=lambda parameters, _: "answer" if "item." in str(parameters) else "content")
 def openai_grader(sample: Sample, *, grader: Annotated[dict[str, Any], AfterValidator(_checked)]) -> float:
-    """What an OpenAI grader (its JSON as `grader`) gives: a `string_check`, a `text_similarity` or a `multi` of these.
+    """The score of an OpenAI grader: a `string_check`, a `text_similarity`, or a `multi` of these. `grader` is its JSON.
 
-    `{{sample.output_text}}` is the completion and `{{item.NAME}}` a column of the row, or its answer.
+    `{{sample.output_text}}` is the completion. `{{item.NAME}}` is a column of the row, or the row's answer.
     """
     return _grade(grader, sample)
 
@@ -152,13 +152,13 @@ def _grade(grader: dict[str, Any], sample: Sample) -> float:
 def _filled(template: str, sample: Sample) -> str:
     def value(match: re.Match[str]) -> str:
         space, *path = match[1].split(".")
-        found: Any = _output(sample, path[0]) if space == "sample" else {**_item(sample, path[0])}
+        node: Any = _output(sample, path[0]) if space == "sample" else {**_item(sample, path[0])}
         try:
             for part in path if space == "item" else path[1:]:
-                found = found[int(part)] if isinstance(found, list) else found[part]
+                node = node[int(part)] if isinstance(node, list) else node[part]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise RewardError(f"nothing to put for {match[0]}") from None
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+            raise RewardError(f"the row and the completion have no value for {match[0]}") from None
+        return node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)
 
     return _TEMPLATE.sub(value, template)
 
@@ -177,4 +177,4 @@ def _output(sample: Sample, name: str) -> Any:
             return json.loads(sample.completion)
         except ValueError:
             return {}
-    raise RewardError(f"sample has no '{name}' here (output_text, output_json, output_tools)")
+    raise RewardError(f"sample has no '{name}': use output_text, output_json or output_tools")

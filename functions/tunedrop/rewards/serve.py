@@ -1,7 +1,7 @@
-"""One reward, every contract: a reward served as a reward Lambda or to verl, and others' rewards used as ours.
+"""Adapters: serve a reward as a reward Lambda or to verl, and use a reward Lambda or an OpenAI grader as a reward.
 
-What others call and expect is in `tunedrop.rewards.wire` (SageMaker RLVR, Nova, Bedrock RFT) and
-`tunedrop.rewards.openai` (grader JSON).
+`tunedrop.rewards.wire` has the messages of SageMaker RLVR, Nova and Bedrock RFT. `tunedrop.rewards.openai` has OpenAI's
+grader JSON.
 """
 
 import json
@@ -15,13 +15,16 @@ from tunedrop.rewards.wire import read_request, write_result
 def lambda_handler_for(
     reward: Reward | Sequence[Reward], contract: Literal["auto", "rlvr", "nova"] = "auto"
 ) -> Callable[[Any, Any], Any]:
-    """Return a Lambda handler that serves a reward, or the weighted sum of several, as a reward Lambda.
+    """Return a Lambda handler that serves a reward, or the weighted sum of several rewards.
 
-    `rlvr` (SageMaker, open-weight models) answers `{"statusCode": 200, "headers", "body": "[result, …]"}`, `nova` (Nova and
-    Bedrock RFT) the bare list; `auto` answers a request with a `body` in an envelope and a bare list with a bare list, so
-    a service that sends bare lists but expects envelopes needs `rlvr`. A result is `{"id", "aggregate_reward_score",
-    "metrics_list"}` with one metric per reward that did not abstain; where all abstain the score is 0.0. A request that
-    cannot be read raises ValueError and a reward that fails RewardError: Lambda reports both to the caller.
+    With the contract `rlvr` (SageMaker, open-weight models), the handler returns the envelope `{"statusCode": 200,
+    "headers", "body": "[result, …]"}`. With `nova` (Nova and Bedrock RFT), it returns the bare list. With `auto`, it
+    returns an envelope for a request with a `body`, and a bare list for a bare list. Use `rlvr` for a service that sends
+    bare lists but expects envelopes.
+
+    A result is `{"id", "aggregate_reward_score", "metrics_list"}`, with one metric per reward that did not abstain. Where
+    all rewards abstain, the score is 0.0. The handler raises ValueError for a request that it cannot read, and
+    RewardError when a reward fails. Lambda reports both to the caller.
     """
     rewards = [reward] if isinstance(reward, Reward) else list(reward)
 
@@ -44,7 +47,7 @@ def lambda_handler_for(
 
 
 class LambdaReward(Reward):
-    """A reward Lambda as a reward: `client` is a boto3 Lambda client, `parameters` are those of the type `lambda`."""
+    """A reward Lambda as a reward. `client` is boto3's Lambda client; `parameters` are those of the type `lambda`."""
 
     def __init__(self, function_arn: str, client: Any, *, weight: float = 1.0, name: str | None = None, **parameters: Any):
         spec = {"type": "lambda", "function_arn": function_arn, "weight": weight, "name": name} | parameters
@@ -52,17 +55,17 @@ class LambdaReward(Reward):
 
 
 def from_openai_grader(grader: str | dict[str, Any]) -> Reward:
-    """Return the reward of an OpenAI grader, given as JSON or parsed. Raises ValidationError for one that cannot be run."""
+    """Return an OpenAI grader as a reward. Raises ValidationError for a grader that the reward cannot run."""
     parsed: dict[str, Any] = json.loads(grader) if isinstance(grader, str) else grader
     (reward,) = build_rewards([RewardSpec.model_validate({"type": "openai_grader", "grader": parsed})])
     return reward
 
 
 def verl_compute_score(reward: Reward | Sequence[Reward]) -> Callable[..., float]:
-    """Return a `compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)` for verl's custom reward.
+    """Return `compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)`, verl's custom reward function.
 
-    verl does not pass the prompt; `extra_info["question"]`, where its datasets keep it, stands in. Where all rewards
-    abstain the score is 0.0.
+    verl does not pass the prompt. The rewards get `extra_info["question"]` in its place, where verl's datasets keep the
+    question. Where all rewards abstain, the score is 0.0.
     """
     rewards = [reward] if isinstance(reward, Reward) else list(reward)
 

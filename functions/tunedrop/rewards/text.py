@@ -1,7 +1,6 @@
-"""Rewards that look at the text of one completion. Tests score with the same function that trained.
+"""Rewards that read the text of one completion. Training and the inference tests score with the same functions.
 
-Every function takes a `Sample` and keyword-only parameters, which are what a run config may set, and returns a score
-(1.0 is the best answer; penalties are at most 0.0) or None to abstain.
+The best score is 1.0. A penalty scores 0.0 or less. None means that the reward abstains.
 """
 
 import logging
@@ -13,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunedrop.rewards.base import RewardError, Sample, final_answer
+from tunedrop.rewards.registry import Form, reward
+from tunedrop.rewards.sample import RewardError, Sample, final_answer
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -21,7 +21,7 @@ Unit = Literal["words", "characters"]
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _WORD = re.compile(r"\w+")
-# Words that carry no topic: an overlap of these says nothing about relevance.
+# Words without a topic. Two texts that share only such words are not related.
 _STOPWORDS = frozenset(
     "a an and are as at be been but by can could did do does for from had has have he her his how i if in into is it "
     "its may me my no not of on or our she should so some such than that the their them then there these they this to "
@@ -45,26 +45,29 @@ def _size(text: str, unit: Unit) -> int:
     return len(text.split() if unit == "words" else text)
 
 
-# --- is it the right answer ---
+# --- the right answer ---
 
 
+@reward(measures="answer")
 def exact_match(sample: Sample, *, normalize: bool = True) -> float:
-    """1.0 when the final answer is the row's answer; `normalize` ignores case, spacing and outer punctuation."""
-    found = final_answer(sample.completion)
-    return float(_normal(found) == _normal(sample.answer) if normalize else found == sample.answer)
+    """1.0 when the final answer is the row's answer. `normalize` ignores case, spacing and outer punctuation."""
+    answer = final_answer(sample.completion)
+    return float(_normal(answer) == _normal(sample.answer) if normalize else answer == sample.answer)
 
 
+@reward(measures="answer")
 def numeric(
     sample: Sample, *, tolerance: Annotated[float, Field(ge=0)] = 0.0, relative: Annotated[float, Field(ge=0)] = 0.0
 ) -> float | None:
-    """1.0 when the final answer's last number is the row's; abstains if the row has none.
+    """1.0 when the last number of the final answer equals the last number of the row's answer.
 
-    It may differ by `tolerance`, or by the share `relative` of the row's number.
+    Abstains when the row's answer has no number. The numbers may differ by `tolerance`, or by the share `relative` of the
+    row's number.
     """
-    expected, found = _last_number(sample.answer), _last_number(final_answer(sample.completion))
+    expected, number = _last_number(sample.answer), _last_number(final_answer(sample.completion))
     if expected is None:
         return None
-    return float(found is not None and abs(found - expected) <= max(tolerance, relative * abs(expected)))
+    return float(number is not None and abs(number - expected) <= max(tolerance, relative * abs(expected)))
 
 
 def _last_number(text: str) -> float | None:
@@ -72,22 +75,24 @@ def _last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
+@reward(measures="answer")
 def math(sample: Sample) -> float | None:
-    r"""1.0 when the final answer equals the row's as mathematics (math-verify): 0.5 is 1/2 is \frac{1}{2}, {1,2} is {2,1}.
+    r"""1.0 when the final answer and the row's answer are mathematically equal: 0.5, 1/2 and \frac{1}{2}; {1,2} and {2,1}.
 
-    LaTeX, `\boxed{}` and plain expressions are read; abstains if the row's answer is no mathematics.
+    math-verify reads LaTeX, `\boxed{}` and plain expressions. Abstains when it cannot read the row's answer.
     """
     from math_verify import parse, verify  # type: ignore[import-untyped]
 
-    # math-verify's time-outs are SIGALRM's, which only the main thread can set; elsewhere it warns at every call.
+    # math-verify's timeouts use SIGALRM, which only the main thread can set. In other threads math-verify would warn in
+    # every call.
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text: str) -> list[object]:
-        # A bare LaTeX answer, as datasets have it, is only found within dollars.
+        # Datasets hold bare LaTeX, which math-verify reads only between dollar signs.
         wrapped = f"${text}$" if "\\" in text and not re.search(r"\$|\\boxed|\\\(|\\\[", text) else text
-        found: list[object] = parse(wrapped, parsing_timeout=seconds)
-        return found
+        expressions: list[object] = parse(wrapped, parsing_timeout=seconds)
+        return expressions
 
     expected = read(sample.answer)
     if not expected:
@@ -95,54 +100,58 @@ def math(sample: Sample) -> float | None:
     return float(verify(expected, read(final_answer(sample.completion)), timeout_seconds=seconds))
 
 
+@reward(measures="answer")
 def multiple_choice(sample: Sample, *, choices: Annotated[str, Field(pattern=r"^[A-Z]{2,26}$")] = "ABCD") -> float | None:
-    """1.0 when the completion picks the row's letter; abstains if the row's answer names none.
+    """1.0 when the completion chooses the row's letter. Abstains when the row's answer names no letter.
 
-    Read as a pick: a letter alone, `(B)`, `B.`, `\\boxed{B}`, `the answer is B`; the last one counts.
+    A choice is a letter alone, `(B)`, `B.`, `\\boxed{B}` or `the answer is B`. The last choice counts.
     """
-    expected, found = _choice(sample.answer, choices), _choice(final_answer(sample.completion), choices)
-    return None if expected is None else float(found == expected)
+    expected, choice = _choice(sample.answer, choices), _choice(final_answer(sample.completion), choices)
+    return None if expected is None else float(choice == expected)
 
 
 def _choice(text: str, choices: str) -> str | None:
-    # A small letter is a pick only where nothing follows: "the answer is a" but not "the answer is a cat".
+    # A lowercase letter is a choice only at the end: "the answer is a", but not "the answer is a cat".
     letter = rf"([{choices}]|[{choices.lower()}](?=[).]|\W*$))"
     stripped = text.strip(" \n.:()[]*`\"'")
     if re.fullmatch(letter, stripped):
         return stripped.upper()
     mark = r"[*(\[\"'`]*"
-    said = re.findall(
+    named = re.findall(
         rf"(?:(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*{mark}|\\boxed\{{\s*(?:\\text\{{)?){letter}\b", text
     )
-    if not said:  # a letter with its mark at the beginning of a line: "B) Paris", "(B) Paris", "B. Paris"
-        said = re.findall(rf"(?m)^\s*[*(\[]*{letter}[)\].:*]", text)
-    return str(said[-1]).upper() if said else None
+    if not named:  # a letter with a mark at the beginning of a line: "B) Paris", "(B) Paris", "B. Paris"
+        named = re.findall(rf"(?m)^\s*[*(\[]*{letter}[)\].:*]", text)
+    return str(named[-1]).upper() if named else None
 
 
+@reward(measures=lambda parameters, _: "answer" if parameters["text"] is None else "content")
 def contains(sample: Sample, *, text: str | None = None, ignore_case: bool = True) -> float:
-    """1.0 when the completion contains `text`, or the row's answer when no `text` is given."""
+    """1.0 when the completion contains `text`. Without `text`, 1.0 when the completion contains the row's answer."""
     needle, haystack = sample.answer if text is None else text, sample.completion
     return float(needle.casefold() in haystack.casefold() if ignore_case else needle in haystack)
 
 
+@reward(measures="form")
 def regex(sample: Sample, *, pattern: re.Pattern[str], full: bool = False) -> float:
-    """1.0 when `pattern` is found in the completion (`full`: matches all of it)."""
+    """1.0 when `pattern` matches a part of the completion. With `full`, `pattern` must match the whole completion."""
     return float(bool(pattern.fullmatch(sample.completion) if full else pattern.search(sample.completion)))
 
 
-# --- is it well-formed ---
+# --- the right form ---
 
 
+@reward(measures="form", form=lambda parameters: Form(tags=parameters["tags"]))
 def xml_format(
     sample: Sample,
     *,
     mode: Literal["strict", "soft", "partial"] = "strict",
     tags: Annotated[tuple[str, ...], Field(min_length=1)] = ("reasoning", "answer"),
 ) -> float:
-    """1.0 when the completion is exactly the `tags` elements in order, each once and not empty.
+    """1.0 when the completion consists of the elements `tags`, in order, each once and not empty.
 
-    `soft` allows text around and between them. `partial` gives each tag an equal share, half for `<tag>` and half for
-    `</tag>` appearing exactly once.
+    The mode `soft` allows text around and between the elements. The mode `partial` gives each tag an equal share: half for
+    exactly one `<tag>`, half for exactly one `</tag>`.
     """
     text = sample.completion
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
@@ -156,11 +165,12 @@ def xml_format(
     return float(bool(re.fullmatch(rf"{between}{elements}{between}", text, re.DOTALL)))
 
 
+@reward(measures="form", form=lambda _: Form(think=True))
 def think_format(sample: Sample, *, mode: Literal["strict", "soft", "partial"] = "strict") -> float:
     """1.0 when the completion is one `<think>…</think>` and then an answer (as TRL's think_format_reward).
 
-    `soft` lets `<think>` be missing, for models whose chat template already writes it. `partial` gives a third each for
-    beginning with `<think>`, for exactly one `</think>`, and for an answer after it.
+    In the mode `soft`, `<think>` may be missing: some chat templates already write it. The mode `partial` gives a third
+    for `<think>` at the start, a third for exactly one `</think>`, and a third for an answer after `</think>`.
     """
     before, closed, after = sample.completion.partition("</think>")
     opened = before.lstrip().startswith("<think>")
@@ -173,37 +183,41 @@ def think_format(sample: Sample, *, mode: Literal["strict", "soft", "partial"] =
     return float(all(parts))
 
 
-# --- how long, how repetitive ---
+# --- length and repetition ---
 
 
+@reward(measures="form")
 def length(sample: Sample, *, minimum: Annotated[int, Field(ge=0)] = 0, maximum: Count = 200, unit: Unit = "words") -> float:
-    """1.0 inside [`minimum`, `maximum`], falling linearly to 0.0 at nothing below and at twice the maximum above."""
+    """1.0 from `minimum` to `maximum`. Falls linearly to 0.0 at an empty completion and at twice the maximum."""
     size = _size(sample.completion, unit)
     if size < minimum:
         return size / minimum
     return max(0.0, min(1.0, 2.0 - size / maximum)) if size > maximum else 1.0
 
 
+@reward(measures="form")
 def overlong_penalty(sample: Sample, *, maximum: Count = 200, buffer: Count = 50, unit: Unit = "words") -> float:
-    """DAPO's soft over-length penalty: 0.0 up to `maximum` - `buffer`, then falling linearly to -1.0 at `maximum`."""
+    """DAPO's soft overlong penalty: 0.0 up to `maximum` - `buffer`, then falls linearly to -1.0 at `maximum`."""
     over = _size(sample.completion, unit) - (maximum - buffer)
     return -min(1.0, max(0.0, over / buffer))
 
 
+@reward(measures="form")
 def repetition_penalty(sample: Sample, *, ngram: Count = 3, max_penalty: Annotated[float, Field(le=0)] = -1.0) -> float:
-    """`max_penalty` times the share of the completion's word `ngram`s that repeat another one (Yeo et al., 2025)."""
+    """`max_penalty` times the share of the completion's word n-grams that repeat an earlier n-gram (Yeo et al., 2025)."""
     words = _words(sample.completion)
     grams = list(zip(*(words[start:] for start in range(ngram)), strict=False))
     return max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
 
 
-# --- how near, how relevant ---
+# --- similarity and relevance ---
 
 
+@reward(measures="answer")
 def similarity(
     sample: Sample, *, method: Literal["ratio", "partial", "token_sort", "token_set", "weighted"] = "ratio"
 ) -> float:
-    """How alike the final answer and the row's answer are, from 0 to 1 (rapidfuzz), after folding case and spacing."""
+    """Similarity of the final answer and the row's answer, 0 to 1 (rapidfuzz). Ignores case and spacing."""
     return similar(final_answer(sample.completion), sample.answer, method)
 
 
@@ -215,25 +229,26 @@ def similar(one: str, other: str, method: str = "ratio") -> float:
     return float(getattr(fuzz, name)(_normal(one), _normal(other))) / 100
 
 
+@reward(measures="answer")
 def rouge(
     sample: Sample,
     *,
     variant: Literal["1", "2", "3", "4", "5", "l"] = "l",
     measure: Literal["f1", "precision", "recall"] = "f1",
 ) -> float:
-    """ROUGE of the final answer against the row's: shared word n-grams, or the longest common subsequence (`l`)."""
+    """ROUGE of the final answer and the row's answer: word n-grams (`1` to `5`), or longest common subsequence (`l`)."""
     return rouge_score(final_answer(sample.completion), sample.answer, variant, measure)
 
 
 def rouge_score(candidate: str, reference: str, variant: str = "l", measure: str = "f1") -> float:
-    """Return ROUGE-N or ROUGE-L (Lin, 2004) of two texts, over case-folded words."""
-    said, expected = _words(candidate), _words(reference)
+    """Return ROUGE-N or ROUGE-L (Lin, 2004) of the case-folded words of two texts."""
+    words, expected = _words(candidate), _words(reference)
     if variant == "l":
         from rapidfuzz.distance import LCSseq
 
-        shared, sizes = LCSseq.similarity(said, expected), (len(said), len(expected))
+        shared, sizes = LCSseq.similarity(words, expected), (len(words), len(expected))
     else:
-        grams = [Counter(zip(*(words[start:] for start in range(int(variant))), strict=False)) for words in (said, expected)]
+        grams = [Counter(zip(*(text[start:] for start in range(int(variant))), strict=False)) for text in (words, expected)]
         shared, sizes = (grams[0] & grams[1]).total(), (grams[0].total(), grams[1].total())
     if not shared:
         return 0.0
@@ -241,29 +256,37 @@ def rouge_score(candidate: str, reference: str, variant: str = "l", measure: str
     return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall)}[measure]
 
 
+@reward(measures="answer")
 def relevance(sample: Sample, *, reference_weight: Share = 0.7) -> float | None:
-    """Share of the reference's terms, and of the question's, that the completion uses; abstains when neither has terms.
+    """Share of the terms of the row's answer and of the question that the completion uses. Abstains without terms.
 
-    Terms are case-folded words less stop words; `reference_weight` weighs the reference against the question.
+    Terms are case-folded words without stop words. `reference_weight` is the weight of the answer's share; the question's
+    share has the rest.
     """
-    said = _terms(sample.completion)
+    used = _terms(sample.completion)
     parts = [(_terms(sample.answer), reference_weight), (_terms(sample.question), 1.0 - reference_weight)]
     parts = [(terms, weight) for terms, weight in parts if terms and weight > 0]
     total = sum(weight for _, weight in parts)
-    return sum(weight * len(terms & said) / len(terms) for terms, weight in parts) / total if parts else None
+    return sum(weight * len(terms & used) / len(terms) for terms, weight in parts) / total if parts else None
 
 
+@reward(measures="content")
 def keywords(sample: Sample, *, terms: list[str] | None = None, column: str | None = None) -> float | None:
-    """Share of `terms`, or of the list in the row's `column`, that the completion has as whole words; abstains on none."""
-    wanted = terms if column is None else sample.column(column)
-    if not isinstance(wanted, list):
-        raise RewardError("keywords needs 'terms', or a 'column' that holds a list of terms")
-    found = [re.search(rf"(?<!\w){re.escape(str(term).casefold())}(?!\w)", sample.completion.casefold()) for term in wanted]
-    return sum(match is not None for match in found) / len(wanted) if wanted else None
+    """Share of `terms`, or of the list in the row's `column`, that the completion has as whole words.
+
+    Abstains without terms.
+    """
+    expected = terms if column is None else sample.column(column)
+    if not isinstance(expected, list):
+        raise RewardError("keywords needs 'terms', or a 'column' with a list of terms")
+    text = sample.completion.casefold()
+    matches = [re.search(rf"(?<!\w){re.escape(str(term).casefold())}(?!\w)", text) for term in expected]
+    return sum(match is not None for match in matches) / len(expected) if expected else None
 
 
+@reward(measures="content")
 def citations(sample: Sample, *, minimum: Count = 1, column: str | None = None) -> float:
-    """1.0 when the completion cites at least `minimum` sources as `[1]`, `[2]`, …; fewer give their share.
+    """1.0 when the completion cites at least `minimum` sources as `[1]`, `[2]`, …. Fewer sources give their share.
 
     With `column`, a list of the row's sources, the score is multiplied by the share of the cited numbers that exist.
     """
@@ -276,10 +299,11 @@ def citations(sample: Sample, *, minimum: Count = 1, column: str | None = None) 
     return min(1.0, len(real) / minimum) * len(real) / len(cited)
 
 
+@reward(measures="content")
 def quotes(sample: Sample, *, column: str | None = None, minimum_words: Count = 3) -> float:
-    """Share of the completion's quotations that stand word for word in the row's `column`, or else in the question.
+    """Share of the completion's quotations that the row's `column` contains word for word. Without `column`, the question.
 
-    A quotation is `minimum_words` or more within double quotes; a completion without one scores 0.0.
+    A quotation has at least `minimum_words` words between double quotes. A completion without quotations scores 0.0.
     """
     source = sample.question if column is None else sample.column(column)
     words = " ".join(_words(source if isinstance(source, str) else " ".join(map(str, source))))

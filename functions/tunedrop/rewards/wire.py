@@ -1,8 +1,9 @@
-"""The messages between a trainer and a reward Lambda or endpoint: SageMaker RLVR's, Nova's and Bedrock RFT's.
+"""The messages between a trainer and a reward Lambda or endpoint, as SageMaker RLVR, Nova and Bedrock RFT define them.
 
-A request holds samples `{"id", "messages": [..., {"role": "assistant", "content"}], "reference_answer", ...}`, bare or in
-an HTTP-like body; a response holds results `{"id", "aggregate_reward_score", "metrics_list"?}`, bare or in an envelope.
-Reading a request is lenient, reading a response strict: every sent id once, nothing else, finite numbers or null.
+A request holds samples `{"id", "messages": [..., {"role": "assistant", "content"}], "reference_answer", ...}`: a bare
+list, or an HTTP-like body. A response holds results `{"id", "aggregate_reward_score", "metrics_list"?}`: a bare list, or
+an envelope. `read_request` accepts all variants. `read_response` is strict: each id of the request exactly once, no other
+id, and finite numbers or null.
 """
 
 import json
@@ -10,14 +11,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from tunedrop.rewards.base import RewardError, Sample, content_text
+from tunedrop.rewards.sample import RewardError, Sample, content_text
 
 Request = Literal["list", "body", "batch"]
 ASSISTANT = ("assistant", "nova_assistant")
 
 
 class Received(NamedTuple):
-    """A sample as a request has it: its id as sent, and what a reward is called with."""
+    """A sample of a request: its id, and the arguments for a reward."""
 
     id: Any
     prompt: list[dict[str, Any]]
@@ -27,20 +28,20 @@ class Received(NamedTuple):
 
 
 def sample_ids(samples: Sequence[Sample]) -> list[str]:
-    """Return an id per sample: its row's, with the position added where one row was answered several times."""
+    """Return a unique id per sample: the row's id, with the sample's position added where a row has several completions."""
     ids = [str(sample.columns.get("id", index)) for index, sample in enumerate(samples)]
     return ids if len(set(ids)) == len(ids) else [f"{row}:{index}" for index, row in enumerate(ids)]
 
 
 def write_request(samples: Sequence[Sample], ids: Sequence[str], shape: Request = "list") -> Any:
-    """Return the request for these samples: a bare list, `{"body": "[…]"}` or `{"body": "{\\"batch\\": […]}"}`."""
+    """Return the request for samples: a bare list, `{"body": "[…]"}` or `{"body": "{\\"batch\\": […]}"}`."""
     written = [
         sample.columns
         | {
             "id": id_,
             "messages": [*sample.prompt, {"role": "assistant", "content": sample.completion}],
             "reference_answer": _reference(sample),
-            # Some Lambdas look for it here, as AWS's examples do.
+            # Some Lambdas read the reference answer here, as AWS's examples do.
             "metadata": {**_mapping(sample.columns.get("metadata")), "reference_answer": _reference(sample)},
         }
         for id_, sample in zip(ids, samples, strict=True)
@@ -55,7 +56,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _reference(sample: Sample) -> Any:
-    """Return the answer as the dataset had it: rows keep an object or a list as JSON text, Lambdas expect the object."""
+    """Return the answer as in the dataset. A row keeps an object or a list as JSON text; a Lambda expects the object."""
     if sample.answer.lstrip()[:1] not in {"{", "["}:
         return sample.answer
     try:
@@ -65,24 +66,24 @@ def _reference(sample: Sample) -> Any:
 
 
 def read_request(event: Any) -> list[Received]:
-    """Read a request in any of the shapes. Raises ValueError naming what is not understood."""
+    """Read a request in any of the formats. Raises ValueError that names the part it cannot read."""
     body = event["body"] if isinstance(event, dict) and "body" in event else event
     if isinstance(body, str):
         body = json.loads(body)
     if isinstance(body, dict):
         body = body.get("batch", [body])
     if not isinstance(body, list):
-        raise ValueError(f"expected a list of samples, got {type(body).__name__}")
+        raise ValueError(f"expected a list of samples, but got {type(body).__name__}")
     return [_received(sample, index) for index, sample in enumerate(body)]
 
 
 def _received(sample: Any, index: int) -> Received:
     messages = sample.get("messages") if isinstance(sample, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ValueError(f"sample {index}: expected an object with 'messages' of {{role, content}}")
+        raise ValueError(f"sample {index}: expected an object with 'messages', a list of {{role, content}}")
     turns = next((place for place in range(len(messages), 0, -1) if messages[place - 1]["role"] not in ASSISTANT), 0)
     if turns == len(messages):
-        raise ValueError(f"sample {index} (id {sample.get('id')!r}): the last message must be the assistant's")
+        raise ValueError(f"sample {index} (id {sample.get('id')!r}): the last message must have the role assistant")
     plain = [{**message, "content": content_text(message.get("content"))} for message in messages]
     metadata = _mapping(sample.get("metadata"))
     known = ("reference_answer", "ground_truth", "answer")
@@ -98,7 +99,7 @@ def _received(sample: Any, index: int) -> Received:
 
 
 def write_result(id_: Any, scored: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a sample that `tunedrop.rewards.score` scored, with a metric per reward that did not abstain."""
+    """Return a sample's result from its entry of `tunedrop.rewards.score`: one metric per reward that did not abstain."""
     metrics = [
         {"name": name, "value": value, "type": "Reward"} for name, value in scored["rewards"].items() if value is not None
     ]
@@ -106,40 +107,42 @@ def write_result(id_: Any, scored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_response(payload: Any, ids: Sequence[str]) -> list[float | None]:
-    """Return a score per id, in the order of `ids`. Raises RewardError for anything but exactly one result per id."""
+    """Return a score per id, in the order of `ids`. Raises RewardError unless each id has exactly one result."""
     results = _unwrapped(payload)
     scores: dict[str, float | None] = {}
     for result in results:
         if not isinstance(result, dict) or "id" not in result or "aggregate_reward_score" not in result:
-            raise RewardError(f"expected a result {{id, aggregate_reward_score}}, got {_short(result)}")
+            raise RewardError(f"expected a result {{id, aggregate_reward_score}}, but got {_short(result)}")
         id_, score = str(result["id"]), result["aggregate_reward_score"]
         if id_ in scores:
-            raise RewardError(f"two results for the id '{id_}'")
+            raise RewardError(f"the response has two results for the id '{id_}'")
         number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
         if score is not None and not number:
             raise RewardError(f"the score of '{id_}' is {_short(score)}, not a finite number or null")
         scores[id_] = None if score is None else float(score)
     unknown, missing = [id_ for id_ in scores if id_ not in set(ids)], [id_ for id_ in ids if id_ not in scores]
     if unknown or missing:
-        told = [f"unknown ids: {_short(unknown)}"] * bool(unknown) + [f"missing ids: {_short(missing)}"] * bool(missing)
-        raise RewardError(f"{len(results)} results for {len(ids)} samples, {', '.join(told)}")
+        reasons = [f"unknown ids: {_short(unknown)}"] * bool(unknown) + [f"missing ids: {_short(missing)}"] * bool(missing)
+        raise RewardError(f"the response has {len(results)} results for {len(ids)} samples, {', '.join(reasons)}")
     return [scores[id_] for id_ in ids]
 
 
 def _unwrapped(payload: Any) -> list[Any]:
     if isinstance(payload, dict):
         if "errorMessage" in payload or "errorType" in payload:
-            raise RewardError(f"it failed: {payload.get('errorType', 'error')}: {payload.get('errorMessage', '')}"[:500])
+            raise RewardError(
+                f"the function failed: {payload.get('errorType', 'error')}: {payload.get('errorMessage', '')}"[:500]
+            )
         if payload.get("statusCode", 200) != 200:
-            raise RewardError(f"it answered status {payload['statusCode']}: {_short(payload.get('body'))}")
+            raise RewardError(f"the response has status {payload['statusCode']}: {_short(payload.get('body'))}")
         payload = payload.get("body")
         if isinstance(payload, str):
             try:
                 payload = json.loads(payload)
             except ValueError:
-                raise RewardError(f"the body is not JSON: {_short(payload)}") from None
+                raise RewardError(f"the response's body is not JSON: {_short(payload)}") from None
     if not isinstance(payload, list):
-        raise RewardError(f"expected a list of results, or an envelope with one as 'body', got {_short(payload)}")
+        raise RewardError(f"expected a list of results, or an envelope with a list as 'body', but got {_short(payload)}")
     return payload
 
 
