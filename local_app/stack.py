@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import yaml
 
-from local_app.aws.server import MARKER, REGION
 from local_app.certificates import certificates, make_certificates
+from local_app.common import MARKER, REGION
 
 PROJECT = Path(__file__).resolve().parent.parent
 STACK_NAME = "tunedrop"

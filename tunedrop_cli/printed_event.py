@@ -13,6 +13,7 @@ from local_app.stack import StackError
 from pipeline.aws import error_code
 from pipeline.jobs.launch import NO_SUCH_JOB
 from pipeline.notify import events
+from pipeline.notify.job_events import state_change_event
 from pipeline.runs.table import RunState
 from tunedrop import event_bus
 from tunedrop.object_keys import JobName
@@ -104,8 +105,6 @@ def _run_event(deployment: Deployment, name: str, stage: str) -> Json:
 
 def _job_event(deployment: Deployment, job: str) -> Json:
     """Return SageMaker's "Training Job RunState Change" of a job that has ended."""
-    from local_app.sagemaker.training_job import state_change_event
-
     sagemaker = deployment.connect("client", "sagemaker")
     try:
         described = sagemaker.describe_training_job(TrainingJobName=job)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from local_app.sagemaker.model import Json, ServiceError
+from local_app.common import Json
+from local_app.sagemaker.api import ServiceError
 
 
 def quota_name(instance_type: str, spot: bool) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from local_app.sagemaker.model import Json, ServiceError, fitting, not_found, page
+from local_app.common import Json
+from local_app.sagemaker.api import ServiceError, fitting, not_found, page
 from local_app.sagemaker.store import Store
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from local_app.sagemaker.model import JobError, Json
+from local_app.common import Json
+from local_app.sagemaker.api import JobError
 
 # What a job takes over from the machine: how to reach the network, and what the hardware and the caches are.
 # Everything else is as in a container: nothing of the user's shell leaks in.

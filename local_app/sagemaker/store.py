@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from local_app.sagemaker.model import Json
+from local_app.common import Json
 
 
 class Store:

@@ -18,7 +18,7 @@ import boto3
 import psutil
 import pytest
 
-from local_app.aws.server import MARKER
+from local_app.common import MARKER
 from local_app.certificates import make_certificates
 
 Json = dict[str, Any]

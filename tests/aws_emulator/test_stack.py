@@ -13,7 +13,7 @@ import yaml
 from fake_stack import plan_request
 from tiny_tokenizer import tokenizer_files
 
-from local_app.aws.server import MARKER
+from local_app.common import MARKER
 from local_app.stack import PROJECT, Stack, StackError
 from pipeline.runs.table import RunState
 from tunedrop_cli.deployment import Deployment

@@ -9,7 +9,7 @@ import world as world_module
 from botocore.session import get_session
 from template import load_template
 
-from local_app.sagemaker.service_model import violations
+from local_app.sagemaker.constraints import violations
 from pipeline.runs.table import RUN, RunState
 from tunedrop.object_keys import JobName
 from tunedrop.rewards import REWARD_ENVIRONMENT

@@ -8,7 +8,7 @@ import yaml
 from botocore.client import BaseClient
 from fake_stack import ARTIFACTS, PLAN, SERVING_IMAGE
 
-from local_app.aws.server import matches_pattern
+from local_app.aws.hooks import matches_pattern
 from pipeline.publish.report import read_index
 from pipeline.runs.table import RunState
 from pipeline.stages.publish_results import cost

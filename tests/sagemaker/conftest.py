@@ -22,9 +22,10 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from local_app.sagemaker.model import service_model
-from local_app.sagemaker.server import SageMakerEmulator, serve
-from local_app.sagemaker.service_model import shape_problems
+from local_app.sagemaker.api import service_model
+from local_app.sagemaker.constraints import shape_problems
+from local_app.sagemaker.emulator import OPERATIONS, SageMakerEmulator
+from local_app.sagemaker.server import serve
 
 Json = dict[str, Any]
 ROLE = "arn:aws:iam::123456789012:role/SageMakerRole"
@@ -180,11 +181,10 @@ def launch(endpoint: str, s3: Any, folder: Path, **options: Any) -> Local:
     server = serve(emulator)
 
     def close() -> None:
-        server.shutdown()
-        server.server_close()
+        server.close()
         emulator.close()
 
-    url = f"http://127.0.0.1:{server.server_port}"
+    url = f"http://127.0.0.1:{server.port}"
     return Local(client=sagemaker_client(url), s3=s3, url=url, folder=folder, events=events, close=close)
 
 
@@ -282,7 +282,5 @@ def command(
 
 @pytest.fixture(scope="session")
 def supported_shapes() -> list[Any]:
-    from local_app.sagemaker.server import OPERATIONS
-
     operations = [service_model().operation_model(name) for name in OPERATIONS]
     return [shape for operation in operations for shape in (operation.input_shape, operation.output_shape) if shape]

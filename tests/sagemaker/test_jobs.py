@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from local_app.sagemaker.model import JobError
+from local_app.sagemaker.api import JobError
 from local_app.sagemaker.sandbox import Docker, Namespaces, find_sandbox
-from local_app.sagemaker.services import channel_objects, download
+from local_app.sagemaker.transfer import channel_objects, download
 from local_app.stack import Stack, StackError
 
 ODD = """it's "odd" $(touch /tmp/tunedrop-executed) `id` \\n {"a": 1}"""
