@@ -91,7 +91,7 @@ containers: ENGINE = .venv/bin/python tests/containers/engine.py
 containers: install
 	@$(ENGINE) true
 	PIP='"$(CURDIR)/.venv/bin/python" -m pip' SAM_CLI_TELEMETRY=0 .venv/bin/sam build
-	.venv/bin/python -c "from local_app.stack import build; build(print)"
+	.venv/bin/python -c "from local_app.build import build; build(print)"
 	.venv/bin/python -m local_app.base_model .tunedrop/models
 	OMP_NUM_THREADS=1 $(ENGINE) .venv/bin/python -m pytest tests/containers -m containers --durations=10
 

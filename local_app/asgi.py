@@ -82,9 +82,10 @@ class ThreadedServer:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
 
     def close(self) -> None:
-        """Refuse new requests, finish the running ones, and end the thread."""
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join()
+        """Refuse new requests, finish the running ones, and end the thread. Idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end.set)
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,8 @@
 """MiniStack, with the AWS behaviour that it lacks. Every private name of MiniStack is in this module.
 
-The `hook_…` functions replace parts of MiniStack, and run once, before the server starts. The other functions are MiniStack's
-own operations under a public name. `tests/aws_emulator` has a contract test for each hook: a new version of MiniStack that
-moves a private name fails there.
+The `hook_…` functions replace parts of MiniStack, and run once, before the server starts. The other functions give
+MiniStack's own operations a public name. `tests/aws_emulator` has a contract test for each hook: a new version of MiniStack
+that moves a private name fails there.
 """
 
 import contextvars
@@ -78,7 +78,10 @@ def hook_rule_complexity() -> None:
 
 
 def hook_async_invocations(put: PutInvocation) -> None:
-    """Pass every asynchronous invocation (from rules, schedules and Invoke) to `put`. MiniStack runs it at once, without retries."""
+    """Pass every asynchronous invocation (by rules, schedules and Invoke) to `put`.
+
+    MiniStack runs a rule's invocation at once and without retries.
+    """
     from ministack.services import eventbridge, lambda_svc
 
     delivery: contextvars.ContextVar[tuple[Json, Json]] = contextvars.ContextVar("delivery")
@@ -216,8 +219,9 @@ def hook_calls(file: Path) -> None:
 
 
 def _event_condition_keys(request: Any) -> Json:
-    """Return the condition keys of a PutEvents request on whose values all its entries agree. MiniStack has none of these keys.
+    """Return the condition keys of a PutEvents request for which all its entries have the same value.
 
+    MiniStack lacks these keys.
     https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-use-conditions.html
     """
     entries = json.loads(request.body)["Entries"] if request is not None else []

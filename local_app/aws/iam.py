@@ -9,8 +9,8 @@ from local_app.common import REGION, Json
 def authorize(request: Json) -> Json:
     """Return `{}` if IAM allows a signed request to SageMaker, else the `code` and `message` of AWS's refusal.
 
-    `request["signed"]` is the request (`path`, `headers` as pairs, `body` in base64). `request["checks"]` are the permissions
-    that it needs (`action`, `resource`, and condition keys as `context`).
+    `request["signed"]` is the request (`path`, `headers` as pairs, `body` in base64). `request["checks"]` are the
+    permissions that it needs (`action`, `resource`, and condition keys as `context`).
     """
     from ministack.core import iam_actions, iam_evaluator, responses, router
 

@@ -23,8 +23,8 @@ class AsyncInvocations:
 
     A file is deleted when the function has succeeded, or when the event is in the on-failure destination or in the rule's
     dead-letter queue, and after the function's writes have been saved. After a kill, the next emulator runs the remaining
-    files again (at least once, as on AWS). The pauses before the second and the third attempt are one and two seconds instead
-    of AWS's minutes.
+    files again (at least once, as on AWS). The second attempt follows after one second and the third after two, instead of
+    AWS's minutes.
     """
 
     def __init__(self, folder: Path, endpoint: str, state: State) -> None:

@@ -64,9 +64,9 @@ class JobProcess:
     """A training job on this machine, from its first download to its last upload, or to an interruption.
 
     Each of the job's instances is a process in namespaces of its own. The instances share the machine's network, where
-    `algo-1`, `algo-2`, … name the loopback address. `job` is DescribeTrainingJob's response; `folder` is the job's own folder.
-    Without `network`, its processes reach only themselves. The job calls `on_phase` with each secondary status that it enters
-    ("Downloading", "Training", "Stopping", "Uploading"). `grace` and `checkpoint_interval` are seconds.
+    `algo-1`, `algo-2`, … name the loopback address. `job` is DescribeTrainingJob's response; `folder` belongs to this job.
+    Without `network`, its processes reach only themselves. `on_phase` is called with each secondary status that the job
+    enters ("Downloading", "Training", "Stopping", "Uploading"). `grace` and `checkpoint_interval` are seconds.
     """
 
     def __init__(

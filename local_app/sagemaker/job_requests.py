@@ -12,7 +12,7 @@ from tunedrop.config.instances import has_local_disk
 
 
 def check_request(request: Json, region: str) -> None:
-    """Raise ServiceError for a request that breaks AWS's rules between members, or needs a feature that this emulator lacks."""
+    """Raise ServiceError if a request breaks AWS's rules between members, or needs a feature that this emulator lacks."""
     for refused, message in (*_aws_rules(request), *_image_rules(request, region), *_local_limits(request)):
         if refused:
             raise ServiceError("ValidationException", message)

@@ -1,7 +1,7 @@
 """Training jobs: their operations, and the state machine behind DescribeTrainingJob.
 
-A job's record is its DescribeTrainingJob response. Every change of status writes the record and its event in one transaction.
-One thread per open job drives the job from Starting to its end, through interruptions.
+A job's record is its DescribeTrainingJob response. Every change of status writes the record and its event in one
+transaction. One thread per open job drives the job from Starting to its end, through interruptions.
 """
 
 from __future__ import annotations
@@ -317,6 +317,6 @@ class TrainingJobs:
 
 
 def training_time(job: Json, outcome: Outcome) -> Json:
-    """Return the job's training seconds over all its processes. Like AWS, leaves them out (not 0) before the first second."""
+    """Return the job's training seconds over all its processes. As on AWS, absent (not 0) before the first second."""
     seconds = job.get("TrainingTimeInSeconds", 0) + outcome.seconds
     return {"TrainingTimeInSeconds": seconds, "BillableTimeInSeconds": seconds} if seconds else {}

@@ -1,4 +1,4 @@
-"""The files under /opt/ml that SageMaker writes for a training container, and the file in which a job reports its failure."""
+"""The configuration files that SageMaker writes under /opt/ml, and the file in which a job reports its failure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def config_files(job: Json, host: str) -> dict[str, Json]:
 
 
 def failure_reason(failure_file: Path, exit_code: int) -> str:
-    """Return a FailureReason in AWS's form: the text of /opt/ml/output/failure and the exit code, 1,024 characters at most."""
+    """Return a FailureReason in AWS's form: the failure file's text and the exit code, 1,024 characters at most."""
     text = ""
     if failure_file.is_file():
         with failure_file.open(errors="replace") as file:

@@ -36,7 +36,7 @@ class RequiredPermission(NamedTuple):
 def required_permissions(operation: str, request: Json, arn_prefix: str) -> list[RequiredPermission]:
     """Return the permissions that `request` needs; `arn_prefix` is `arn:aws:sagemaker:<region>:<account>`.
 
-    A request with tags also needs AddTags on the new resource. A request that names a role also needs PassRole for that role.
+    A request with tags also needs AddTags on the new resource. A request with a role also needs PassRole for the role.
     """
     if operation in ("AddTags", "ListTags", "DeleteTags"):
         return [RequiredPermission(f"sagemaker:{operation}", request["ResourceArn"])]

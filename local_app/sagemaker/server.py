@@ -3,8 +3,8 @@
     python -m local_app.sagemaker.server --port 4570 --state-dir .tunedrop/sagemaker --s3-endpoint http://127.0.0.1:4566 \\
       --event-sink http://127.0.0.1:4566/_tunedrop/events
 
-Training jobs are real processes on this machine (`job_process`). Their state survives a kill (`store`), and each change of the
-state is an EventBridge event. Besides the AWS API, the server has `GET /_tunedrop/health` and
+Training jobs are real processes on this machine (`job_process`). Their state survives a kill (`store`), and each change of
+the state is an EventBridge event. Besides the AWS API, the server has `GET /_tunedrop/health` and
 `POST /_tunedrop/interrupt/<job>` (a spot interruption).
 """
 
@@ -75,7 +75,7 @@ def remote_authorizer(url: str, own_keys: Collection[str]) -> Authorizer:
 
 
 def application(emulator: SageMakerEmulator, authorize: Authorizer | None) -> Application:
-    """Return the ASGI application: AWS JSON 1.1 (POST / with `X-Amz-Target: SageMaker.<operation>`), health, interruptions."""
+    """Return the ASGI application: AWS JSON 1.1 (POST / with `X-Amz-Target: SageMaker.<operation>`) and `/_tunedrop/`."""
 
     async def serve_request(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

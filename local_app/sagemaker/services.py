@@ -1,4 +1,4 @@
-"""The AWS services that the SageMaker emulator uses for its jobs: S3, CloudWatch Logs, STS and EC2 of the emulated account."""
+"""The AWS services that the SageMaker emulator uses for its jobs: S3, CloudWatch Logs, STS and EC2."""
 
 from __future__ import annotations
 

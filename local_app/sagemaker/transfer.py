@@ -30,9 +30,9 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
 def channel_objects(s3: Any, uri: str) -> Iterator[tuple[str, str]]:
     """Yield the key of every object under an S3Prefix, with its path below the channel's folder.
 
-    As in SageMaker, a prefix is a string, not a folder. `train/` and `train` both give `train/a.csv` as `a.csv`. `train` also
-    matches `train-2/b.csv`, and `data/cars.jsonl` (one object) gives `cars.jsonl`: an object outside the folder keeps its name
-    from the last slash of the prefix on. Keys that end in a slash are markers, not files.
+    As in SageMaker, a prefix is a string, not a folder. `train/` and `train` both give `train/a.csv` as `a.csv`. `train`
+    also matches `train-2/b.csv`, and `data/cars.jsonl` (one object) gives `cars.jsonl`: an object outside the folder keeps
+    its name from the last slash of the prefix on. Keys that end in a slash are markers, not files.
     """
     bucket, prefix = split_s3_uri(uri)
     folder = prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
@@ -44,7 +44,7 @@ def channel_objects(s3: Any, uri: str) -> Iterator[tuple[str, str]]:
 
 
 def download(s3: Any, uri: str, folder: Path, check: Callable[[], None]) -> int:
-    """Copy every object under an S3Prefix into `folder` and return their number. `check` runs before each object and may raise."""
+    """Copy every object under an S3Prefix into `folder` and return their number. `check` may raise before each object."""
     bucket, _ = split_s3_uri(uri)
     count = 0
     for key, name in channel_objects(s3, uri):
@@ -115,7 +115,7 @@ class CheckpointSync:
         self.push(settled=0)
 
     def push(self, settled: float) -> None:
-        """Upload the changed files whose last change is `settled` seconds ago or more; a younger file may still be written."""
+        """Upload files that changed, at least `settled` seconds ago: a younger file may still be written."""
         bucket, prefix = split_s3_uri(self._uri)
         for path, state in self._scan():
             if self._copied.get(path) != state and time.time() - state[1] / 1e9 >= settled:

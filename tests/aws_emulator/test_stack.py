@@ -99,7 +99,7 @@ def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path
 
     said.clear()
     assert stack.up() == outputs
-    assert "stack: nothing changed since it was deployed" in said
+    assert "stack: unchanged since the last deploy" in said
     assert Deployment.local(stack).find("sums").run_id == run.run_id
     assert Stack(stack.folder).outputs == outputs  # as another process finds it
 

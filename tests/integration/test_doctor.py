@@ -26,8 +26,9 @@ from fake_stack import plan_request
 from moto import mock_aws
 from template import TEMPLATE, Json, load_template, of_type, resolve
 
-from tunedrop_cli.deployment import Place
-from tunedrop_cli.doctor import ACTIONS, Finding, examine
+from tunedrop_cli.doctor.examine import ACTIONS, examine
+from tunedrop_cli.doctor.finding import Finding
+from tunedrop_cli.location import StackLocation
 from tunedrop_cli.main import cli
 
 REGION, ACCOUNT, NAME = "eu-central-1", "123456789012", "tunedrop"
@@ -223,7 +224,9 @@ class Healthy:
 
     def examine(self, name: str = NAME) -> list[Finding]:
         options = {"region": REGION}
-        return examine(Place(lambda _, service: self.client(service), name, True, options, {"stack": name, **options}))
+        return examine(
+            StackLocation(lambda _, service: self.client(service), name, True, options, {"stack": name, **options})
+        )
 
 
 @pytest.fixture
@@ -356,13 +359,17 @@ FAILED = (
 BEGUN = (NAME, "CREATE_IN_PROGRESS", "User Initiated")
 # What is done to the stack, the code of the trouble, and a part of what is said or of what is to be done.
 TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
-    (set_status("ROLLBACK_COMPLETE", *FAILED[::-1], BEGUN), "STACK_STATE", "began with DataBucket: tunedrop already exists"),
+    (
+        set_status("ROLLBACK_COMPLETE", *FAILED[::-1], BEGUN),
+        "STACK_STATE",
+        "First failure: DataBucket: tunedrop already exists",
+    ),
     (
         set_status("ROLLBACK_COMPLETE", *FAILED[::-1], BEGUN),
         "STACK_STATE",
         "aws cloudformation delete-stack --stack-name tunedrop",
     ),
-    (set_status("UPDATE_ROLLBACK_COMPLETE"), "STACK_STATE", "the last deploy failed, and the stack is as before it"),
+    (set_status("UPDATE_ROLLBACK_COMPLETE"), "STACK_STATE", "the last deploy failed, and the earlier stack was restored"),
     (
         set_status("UPDATE_ROLLBACK_FAILED"),
         "STACK_STATE",
@@ -420,12 +427,12 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
             AlarmName=f"{NAME}-old-runs", StateValue="ALARM", StateReason="old"
         ),
         "ALARM",
-        "tunedrop-old-runs has gone off. A run has been open",
+        "tunedrop-old-runs is on. A run has been open",
     ),
-    (without_statement("RolesOfThisAccount"), "KEY_POLICY", "does not let the account's roles do kms:Encrypt, kms:Decrypt"),
-    (without_statement("LogGroups"), "KEY_POLICY", "does not let CloudWatch Logs do"),
-    (without_statement("Alarms"), "KEY_POLICY", "does not let alarms do kms:Decrypt, kms:GenerateDataKey."),
-    (key_of_another_stack, "KEY_POLICY", "does not let CloudWatch Logs do"),
+    (without_statement("RolesOfThisAccount"), "KEY_POLICY", "does not allow the account's roles: kms:Encrypt, kms:Decrypt"),
+    (without_statement("LogGroups"), "KEY_POLICY", "does not allow CloudWatch Logs: kms:"),
+    (without_statement("Alarms"), "KEY_POLICY", "does not allow alarms: kms:Decrypt, kms:GenerateDataKey."),
+    (key_of_another_stack, "KEY_POLICY", "does not allow CloudWatch Logs: kms:"),
     (lambda stack: stack.client("kms").disable_key(KeyId=stack.key.rpartition("/")[2]), "KEY_STATE", "aws kms enable-key"),
     (lambda stack: on_demand(stack, g6e=0), "QUOTA_ZERO", "'ml.g6e.4xlarge for training job usage' (L-33333333) is 0"),
     (
@@ -618,8 +625,6 @@ def test_the_readme_shows_what_is_said_in_the_first_hour(stack: Healthy) -> None
 
 
 def test_it_loads_no_sdk_and_no_torch() -> None:
-    program = (
-        "import sys, tunedrop_cli.doctor; print([m for m in ('torch', 'sagemaker', 'transformers') if m in sys.modules])"
-    )
+    program = "import sys, tunedrop_cli.doctor.examine; print([m for m in ('torch', 'sagemaker', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,7 +25,7 @@ MACHINES = [
 # Builds both requests with ModelTrainer, as `python -m release` does, and imports the command.
 RELEASE = """
 import tempfile, pathlib
-import tunedrop_cli.main, tunedrop_cli.doctor, tunedrop_cli.printed_event
+import tunedrop_cli.main, tunedrop_cli.doctor.examine, tunedrop_cli.printed_event
 from release.plan import build_plan
 from release.prices import inference_image
 from release.target import Target

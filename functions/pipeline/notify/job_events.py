@@ -1,7 +1,7 @@
 """EventBridge's "SageMaker Training Job State Change", built from a job as DescribeTrainingJob returns it.
 
-The SageMaker emulator sends this event, and `tunedrop event` prints it. Source: "Events that SageMaker AI sends to EventBridge"
-in the developer guide (https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html).
+The SageMaker emulator sends this event, and `tunedrop event` prints it. Source: "Events that SageMaker AI sends to
+EventBridge" in the developer guide (https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html).
 """
 
 import uuid
