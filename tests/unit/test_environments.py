@@ -123,6 +123,20 @@ def test_make_takes_the_newest_python_that_runs(tmp_path: Path, run: list[str], 
         assert "no python3.13, python3.12 or python3.11 runs here" in done.stderr
 
 
+@pytest.mark.parametrize("browser", ["chromium", "google-chrome", None])
+def test_make_leaves_the_browser_tests_out_where_there_is_no_browser_and_says_so(
+    tmp_path: Path, browser: str | None
+) -> None:
+    for program in ("python3.11", browser or "other"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o700)
+    make = [shutil.which("make") or "make", "--dry-run", "test"]
+    done = subprocess.run(make, cwd=PROJECT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert "-m pytest -n 2" in done.stdout
+    assert ("--ignore=tests/report" in done.stdout) == (browser is None)
+    assert ("no browser: tests/report not run. Install Chromium" in done.stdout) == (browser is None)
+
+
 def test_make_containers_does_not_pass_where_no_engine_can_be_had() -> None:
     command = [sys.executable, str(PROJECT / "tests/containers/engine.py"), "true"]
     done = subprocess.run(
