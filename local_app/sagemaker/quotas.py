@@ -20,7 +20,7 @@ def quota_name(instance_type: str, spot: bool) -> str:
 def check_quotas(request: Json, running: Iterable[Json], limit: Callable[[str], int]) -> None:
     """Raise ServiceError(ResourceLimitExceeded) if a CreateTrainingJob request exceeds a quota.
 
-    `running` are the open jobs, as requests or as descriptions. `limit` returns the value of a quota by its name. "Each type's
+    `running` are the open jobs, as requests or descriptions. `limit` returns the value of a quota by its name. "Each type's
     quota must cover the instance count you request for it. If any type falls short, the request is rejected"
     (https://docs.aws.amazon.com/sagemaker/latest/dg/train-instance-preferences.html).
     """
