@@ -15,4 +15,4 @@ MARKER = "TUNEDROP_FOLDER"
 
 
 class StackError(Exception):
-    """A person has to act; the message says what is wrong, where, and what to do."""
+    """An error that a person can fix. The message says what is wrong, where, and what to do."""

@@ -144,7 +144,7 @@ class Stack:
     def function_environments(self, authority: str) -> dict[str, dict[str, str]]:
         """Return the variables of each deployed function, by logical id, for a function that runs outside of this stack.
 
-        `authority` is the path there of this stack's CA certificate. Raises StackError when the stack is not up.
+        `authority` is the path of this stack's CA certificate for that function. Raises StackError when the stack is not up.
         """
         self.check_running()
         pages = self.client("cloudformation").get_paginator("list_stack_resources").paginate(StackName=STACK_NAME)

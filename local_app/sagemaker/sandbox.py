@@ -29,8 +29,8 @@ DOCKER_VARIABLES = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS
 AUTHORITY = "/etc/ssl/tunedrop-ca.pem"
 
 
-class EnvironmentProblem(Exception):  # noqa: N818 - it reads as what it is
-    """This machine lacks something that the emulator needs; the message says what to do."""
+class EnvironmentProblem(Exception):  # noqa: N818 - not an error of the program
+    """This machine lacks something that the emulator needs. The message says how to get it."""
 
 
 class Sandbox(Protocol):

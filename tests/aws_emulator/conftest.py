@@ -18,8 +18,8 @@ import boto3
 import psutil
 import pytest
 
-from local_app.common import MARKER
 from local_app.certificates import make_certificates
+from local_app.common import MARKER
 
 Json = dict[str, Any]
 

@@ -33,18 +33,24 @@ def quotas(stack: DeployedStack) -> Iterator[Finding]:
     for name in names:
         quota = values.get(name)
         if quota is None:
-            what = f"Service Quotas has no quota '{name}' in {stack.region}: SageMaker does not offer this type there.{rest}"
-            do = "Use other types (parameter InstanceTypes), or deploy in another region."
-            yield Finding("QUOTA_UNKNOWN", what, do, trouble=not works)
+            message = (
+                f"Service Quotas has no quota '{name}' in {stack.region}: SageMaker does not offer this type there.{rest}"
+            )
+            fix = "Use other types (parameter InstanceTypes), or deploy in another region."
+            yield Finding("QUOTA_UNKNOWN", message, fix, trouble=not works)
             continue
         increase = f"service-quotas request-service-quota-increase --service-code sagemaker --quota-code {quota.code}"
         request = f"Request an increase with `{stack.location.aws_command(f'{increase} --desired-value {jobs}')}`."
         if quota.value < 1:
-            what = f"The quota '{name}' ({quota.code}) is {quota.value:g} in {stack.region}: no job can start on it.{rest}"
-            yield Finding("QUOTA_ZERO", what, request, trouble=not works)
+            message = (
+                f"The quota '{name}' ({quota.code}) is {quota.value:g} in {stack.region}: no job can start on it.{rest}"
+            )
+            yield Finding("QUOTA_ZERO", message, request, trouble=not works)
         elif quota.value < jobs:
-            what = f"The quota '{name}' ({quota.code}) is {quota.value:g}, and MaxConcurrentJobs is {jobs}: more runs wait."
-            yield Finding("QUOTA_LOW", what, request, trouble=False)
+            message = (
+                f"The quota '{name}' ({quota.code}) is {quota.value:g}, and MaxConcurrentJobs is {jobs}: more runs wait."
+            )
+            yield Finding("QUOTA_LOW", message, request, trouble=False)
 
 
 def _quotas(stack: DeployedStack, names: set[str]) -> dict[str, Quota]:
@@ -74,13 +80,13 @@ def image(stack: DeployedStack) -> Iterator[Finding]:
     uri = stack.outputs["TrainingImageUri"]
     parts = ECR_IMAGE.fullmatch(uri)
     if parts is None:
-        what = f"The image '{uri}' is not in ECR, and SageMaker's jobs pull from ECR only."
-        yield Finding("IMAGE_PLACE", what, "Push it to ECR, and deploy again with its URI (parameter TrainingImageUri).")
+        message = f"The image '{uri}' is not in ECR, and SageMaker's jobs pull from ECR only."
+        yield Finding("IMAGE_PLACE", message, "Push it to ECR, and deploy again with its URI (parameter TrainingImageUri).")
         return
     if parts["region"] != stack.region:
-        what = f"The image '{uri}' is in {parts['region']}, and the stack in {stack.region}."
-        do = f"Push it to ECR in {stack.region}, and deploy again with its URI (parameter TrainingImageUri)."
-        yield Finding("IMAGE_PLACE", what, do)
+        message = f"The image '{uri}' is in {parts['region']}, and the stack in {stack.region}."
+        fix = f"Push it to ECR in {stack.region}, and deploy again with its URI (parameter TrainingImageUri)."
+        yield Finding("IMAGE_PLACE", message, fix)
         return
     image_id = {"imageDigest": parts["digest"]} if parts["digest"] else {"imageTag": parts["tag"] or "latest"}
     repository = {"registryId": parts["account"], "repositoryName": parts["repository"]}
@@ -89,6 +95,6 @@ def image(stack: DeployedStack) -> Iterator[Finding]:
     except ClientError as error:
         if error_code(error) not in {"ImageNotFoundException", "RepositoryNotFoundException"}:
             raise
-        what = f"There is no image '{uri}': {error.response['Error']['Message']}"
-        do = "Push the image, or deploy again with another image or without one (parameter TrainingImageUri)."
-        yield Finding("IMAGE_MISSING", what, do)
+        message = f"There is no image '{uri}': {error.response['Error']['Message']}"
+        fix = "Push the image, or deploy again with another image or without one (parameter TrainingImageUri)."
+        yield Finding("IMAGE_MISSING", message, fix)

@@ -15,8 +15,8 @@ def bucket_events(stack: DeployedStack) -> Iterator[Finding]:
         return
     command = f"s3api put-bucket-notification-configuration --bucket {bucket}"
     command = stack.location.aws_command(f"{command} --notification-configuration '{{\"EventBridgeConfiguration\": {{}}}}'")
-    what = f"The bucket {bucket} sends no events to EventBridge: an uploaded file starts no run."
-    yield Finding("BUCKET_EVENTS_OFF", what, f"Run `{command}`. It replaces the bucket's other notifications.")
+    message = f"The bucket {bucket} sends no events to EventBridge: an uploaded file starts no run."
+    yield Finding("BUCKET_EVENTS_OFF", message, f"Run `{command}`. It replaces the bucket's other notifications.")
 
 
 def rules(stack: DeployedStack) -> Iterator[Finding]:
@@ -30,12 +30,12 @@ def rules(stack: DeployedStack) -> Iterator[Finding]:
     for rule, name in expected.items():
         state, bus = states.get(rule, ("", ""))
         if not state:
-            what = f"The rule {rule} ({name}) was deleted: its function receives no events."
-            yield Finding("RULE_MISSING", what, REPLACE_STACK)
+            message = f"The rule {rule} ({name}) was deleted: its function receives no events."
+            yield Finding("RULE_MISSING", message, REPLACE_STACK)
         elif state == "DISABLED":
             enable = stack.location.aws_command(f"events enable-rule --name {rule} --event-bus-name {bus}")
-            what = f"The rule {rule} ({name}) is disabled: its function receives no events."
-            yield Finding("RULE_DISABLED", what, f"Run `{enable}`.")
+            message = f"The rule {rule} ({name}) is disabled: its function receives no events."
+            yield Finding("RULE_DISABLED", message, f"Run `{enable}`.")
 
 
 def subscriptions(stack: DeployedStack) -> Iterator[Finding]:
@@ -47,13 +47,13 @@ def subscriptions(stack: DeployedStack) -> Iterator[Finding]:
         emails = [each for page in pages for each in page["Subscriptions"] if each["Protocol"].startswith("email")]
         for each in emails:
             if each["SubscriptionArn"] == "PendingConfirmation":
-                what = f"{each['Endpoint']} has not confirmed its subscription to {topic}: it receives no messages."
-                do = "Follow the link in the e-mail 'AWS Notification - Subscription Confirmation'. Check the spam folder."
-                yield Finding("SUBSCRIPTION_UNCONFIRMED", what, do)
+                message = f"{each['Endpoint']} has not confirmed its subscription to {topic}: it receives no messages."
+                fix = "Follow the link in the e-mail 'AWS Notification - Subscription Confirmation'. Check the spam folder."
+                yield Finding("SUBSCRIPTION_UNCONFIRMED", message, fix)
         if address and address not in {each["Endpoint"] for each in emails}:
             # SNS deletes a subscription that is not confirmed within 48 hours, and one that its owner ends
             # (https://aws.amazon.com/about-aws/whats-new/2023/05/amazon-sns-automatic-deletion-unconfirmed-subscriptions/).
             subscribe = f"sns subscribe --topic-arn {topic} --protocol email --notification-endpoint {address}"
             subscribe = stack.location.aws_command(subscribe)
-            what = f"{address} (NotificationEmail) is no longer subscribed to {topic}: it receives no messages."
-            yield Finding("SUBSCRIPTION_GONE", what, f"Run `{subscribe}` and confirm the e-mail.")
+            message = f"{address} (NotificationEmail) is no longer subscribed to {topic}: it receives no messages."
+            yield Finding("SUBSCRIPTION_GONE", message, f"Run `{subscribe}` and confirm the e-mail.")

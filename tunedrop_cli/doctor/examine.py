@@ -57,8 +57,8 @@ def examine(location: StackLocation) -> list[Finding]:
     except ClientError as error:
         findings = [_refusal(error, "Sign in again, or use another profile (`--profile`).")]
     except BotoCoreError as error:
-        do = "Use a profile and a region (`--profile`, `--region`) that are configured on this machine."
-        findings = [Finding("NOT_REACHED", f"AWS cannot be reached: {error}", do)]
+        fix = "Use a profile and a region (`--profile`, `--region`) that are configured on this machine."
+        findings = [Finding("NOT_REACHED", f"AWS cannot be reached: {error}", fix)]
     if stack is None:  # no other check can run
         return [msgspec.structs.replace(finding, trouble=True) for finding in findings]
     for check in [*CHECKS, *(ON_AWS if location.on_aws else [])]:
@@ -71,11 +71,11 @@ def examine(location: StackLocation) -> list[Finding]:
     return sorted(dict.fromkeys(findings), key=lambda finding: not finding.trouble)
 
 
-def _refusal(error: ClientError, do: str) -> Finding:
+def _refusal(error: ClientError, fix: str) -> Finding:
     """Return the finding for a refused call; a note when only a permission is missing."""
     action = ACTIONS[error.operation_name]
     if error_code(error).startswith(DENIED):
-        what = f"A check was skipped: you are not allowed to call {action}."
-        return Finding("NOT_ALLOWED", what, f"Ask an administrator to allow {action}.", False)
+        message = f"A check was skipped: you are not allowed to call {action}."
+        return Finding("NOT_ALLOWED", message, f"Ask an administrator to allow {action}.", False)
     message = error.response["Error"].get("Message", "")
-    return Finding("REFUSED", f"AWS refused {error.operation_name}: {error_code(error)}: {message}", do)
+    return Finding("REFUSED", f"AWS refused {error.operation_name}: {error_code(error)}: {message}", fix)

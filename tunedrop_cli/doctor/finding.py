@@ -1,4 +1,4 @@
-"""What the checks of `tunedrop doctor` examine, and what they return."""
+"""The input and the output of a check of `tunedrop doctor`: a deployed stack and a finding."""
 
 from functools import cache, cached_property, partial
 from typing import Any

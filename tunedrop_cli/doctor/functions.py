@@ -16,12 +16,12 @@ def functions(stack: DeployedStack) -> Iterator[Finding]:
         if state != "Active":
             reason = configuration.get("StateReason", "Lambda names no reason")
             pending = state == "Pending"
-            do = "Wait a minute, then run the command again." if pending else "Fix the cause, then deploy again."
-            yield Finding("FUNCTION_STATE", f"The function {function} is {state}: {reason}", do)
+            fix = "Wait a minute, then run the command again." if pending else "Fix the cause, then deploy again."
+            yield Finding("FUNCTION_STATE", f"The function {function} is {state}: {reason}", fix)
         elif update == "Failed":
             reason = configuration.get("LastUpdateStatusReason", "Lambda names no reason")
-            what = f"The last update of the function {function} failed: {reason}"
-            yield Finding("FUNCTION_STATE", what, "Fix the cause, then deploy again.")
+            message = f"The last update of the function {function} failed: {reason}"
+            yield Finding("FUNCTION_STATE", message, "Fix the cause, then deploy again.")
 
 
 def function_errors(stack: DeployedStack) -> Iterator[Finding]:
@@ -33,8 +33,10 @@ def function_errors(stack: DeployedStack) -> Iterator[Finding]:
             group = groups[name.removesuffix("Function") + "Logs"]
             read = stack.location.aws_command(f"logs tail {group} --since 24h --filter-pattern ERROR")
             times = "once" if errors == 1 else f"{errors} times"
-            what = f"The function {names[name]} failed {times} in the last 24 hours. User mistakes do not count as failures."
-            yield Finding("FUNCTION_ERRORS", what, f"Read its log with `{read}`.")
+            message = (
+                f"The function {names[name]} failed {times} in the last 24 hours. User mistakes do not count as failures."
+            )
+            yield Finding("FUNCTION_ERRORS", message, f"Read its log with `{read}`.")
 
 
 def _errors(stack: DeployedStack, names: dict[str, str]) -> dict[str, int]:
@@ -65,8 +67,8 @@ def dead_letters(stack: DeployedStack) -> Iterator[Finding]:
     if letters := int(attributes[count]):
         events = "1 undelivered event" if letters == 1 else f"{letters} undelivered events"
         redrive = stack.location.command("redrive")
-        do = f"Read the cause in the functions' logs and fix it. Then send the events to their functions with `{redrive}`."
-        yield Finding("DEAD_LETTERS", f"The dead-letter queue {queue} contains {events}.", do)
+        fix = f"Read the cause in the functions' logs and fix it. Then send the events to their functions with `{redrive}`."
+        yield Finding("DEAD_LETTERS", f"The dead-letter queue {queue} contains {events}.", fix)
 
 
 def alarms(stack: DeployedStack) -> Iterator[Finding]:
@@ -75,5 +77,5 @@ def alarms(stack: DeployedStack) -> Iterator[Finding]:
     pages = stack.client("cloudwatch").get_paginator("describe_alarms")
     for alarm in (alarm for page in pages.paginate(AlarmNames=names) for alarm in page["MetricAlarms"]):
         if alarm["StateValue"] == "ALARM":
-            what = f"The alarm {alarm['AlarmName']} is on. {alarm['AlarmDescription']}"
-            yield Finding("ALARM", what, "Follow docs/operations.md, section Alarms.")
+            message = f"The alarm {alarm['AlarmName']} is on. {alarm['AlarmDescription']}"
+            yield Finding("ALARM", message, "Follow docs/operations.md, section Alarms.")

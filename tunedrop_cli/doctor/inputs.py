@@ -28,8 +28,8 @@ def launch_plan(stack: DeployedStack) -> Iterator[Finding]:
     changed = dict.fromkeys(each for kind in ("train", "test") for each in differences(target, requests[kind]))
     if changed:
         list_of_changes = "; ".join(f"{name} is '{now}' and was '{then}'" for name, now, then in changed)
-        what = f"The launch plan is older than the stack's parameters: {list_of_changes}."
-        yield Finding("PLAN_OUTDATED", what, release)
+        message = f"The launch plan is older than the stack's parameters: {list_of_changes}."
+        yield Finding("PLAN_OUTDATED", message, release)
 
 
 def base_model(stack: DeployedStack) -> Iterator[Finding]:
@@ -43,8 +43,8 @@ def base_model(stack: DeployedStack) -> Iterator[Finding]:
     if missing := missing_files(names):
         uri = f"s3://{bucket}/{prefix}"
         code = "MODEL_INCOMPLETE" if names else "MODEL_MISSING"
-        what = f"The base model '{model}' lacks {', '.join(missing)} in {uri}."
+        message = f"The base model '{model}' lacks {', '.join(missing)} in {uri}."
         upload = stack.location.aws_command(f"s3 sync ./{model} {uri}")
         yield Finding(
-            code, what, f"Upload its files with `{upload}`, or name another model in each run's config (`model:`)."
+            code, message, f"Upload its files with `{upload}`, or name another model in each run's config (`model:`)."
         )

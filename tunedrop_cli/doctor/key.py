@@ -33,8 +33,8 @@ def key(stack: DeployedStack) -> Iterator[Finding]:
     state = kms.describe_key(KeyId=arn)["KeyMetadata"]["KeyState"]
     if state != "Enabled":
         enable = stack.location.aws_command(f"kms enable-key --key-id {arn}")
-        what = f"The key {arn} is {state}: data under it can be neither read nor written."
-        yield Finding("KEY_STATE", what, f"If its deletion is scheduled, cancel the deletion. Then run `{enable}`.")
+        message = f"The key {arn} is {state}: data under it can be neither read nor written."
+        yield Finding("KEY_STATE", message, f"If its deletion is scheduled, cancel the deletion. Then run `{enable}`.")
     policy = msgspec.json.decode(kms.get_key_policy(KeyId=arn, PolicyName="default")["Policy"])
     allowed = [statement for statement in _listed(policy["Statement"]) if statement["Effect"] == "Allow"]
     missing: dict[str, dict[str, None]] = {}
@@ -43,9 +43,9 @@ def key(stack: DeployedStack) -> Iterator[Finding]:
             if not any(_allows(statement, use, action) for statement in allowed):
                 missing.setdefault(use.user, {})[action] = None
     for user, actions in missing.items():
-        what = f"The policy of the key {arn} does not allow {user}: {', '.join(actions)}."
-        do = "Add the statement from docs/operations.md (Keys), with this stack's names in its conditions."
-        yield Finding("KEY_POLICY", what, do)
+        message = f"The policy of the key {arn} does not allow {user}: {', '.join(actions)}."
+        fix = "Add the statement from docs/operations.md (Keys), with this stack's names in its conditions."
+        yield Finding("KEY_POLICY", message, fix)
 
 
 def _uses(stack: DeployedStack) -> Iterator[_Use]:

@@ -42,26 +42,29 @@ def find_stack(location: StackLocation) -> tuple[DeployedStack | None, list[Find
         target_of_outputs(deployed.outputs)
     except KeyError as missing:
         message = f"The stack has no output {missing}: this template did not create it."
-        do = "Name another stack (`--stack`), or deploy this version with `make deploy`."
-        return None, [*findings, Finding("STACK_FOREIGN", message, do)]
+        fix = "Name another stack (`--stack`), or deploy this version with `make deploy`."
+        return None, [*findings, Finding("STACK_FOREIGN", message, fix)]
     return deployed, findings
 
 
 def _status_finding(location: StackLocation, status: str, cloudformation: Any) -> Finding:
     name = location.stack_name
-    what = f"The stack is {status}"
+    message = f"The stack is {status}"
     if status == ROLLED_BACK:
-        what, do = f"{what}: the last deploy failed, and the earlier stack was restored", "Fix the cause, then deploy again."
+        message, fix = (
+            f"{message}: the last deploy failed, and the earlier stack was restored",
+            "Fix the cause, then deploy again.",
+        )
     elif status in REPAIRS:
-        do = REPAIRS[status]
+        fix = REPAIRS[status]
     elif "ROLLBACK" in status or "FAILED" in status:
-        do = REPAIR_OF_A_FAILED_CREATION
+        fix = REPAIR_OF_A_FAILED_CREATION
     else:
-        do = "Wait until CloudFormation has finished, then run the command again."
+        fix = "Wait until CloudFormation has finished, then run the command again."
     for word, command in {"delete": "delete-stack", "continue": "continue-update-rollback"}.items():
-        do = do.replace(f"{{{word}}}", location.aws_command(f"cloudformation {command} --stack-name {name}"))
+        fix = fix.replace(f"{{{word}}}", location.aws_command(f"cloudformation {command} --stack-name {name}"))
     failure = None if status == "REVIEW_IN_PROGRESS" else _first_failure(name, cloudformation)
-    return Finding("STACK_STATE", f"{what}. First failure: {failure}" if failure else f"{what}.", do)
+    return Finding("STACK_STATE", f"{message}. First failure: {failure}" if failure else f"{message}.", fix)
 
 
 def _first_failure(name: str, cloudformation: Any) -> str | None:
