@@ -27,8 +27,11 @@ def cli(context: click.Context, state: Path) -> None:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script that completes commands, options and runs in a shell.
+    """Print a shell's completion script.
 
+    The script completes commands, options and runs.
+
+    \b
     Example: tunedrop completion bash > ~/.local/share/bash-completion/completions/tunedrop
     """
     kind = get_completion_class(shell)

@@ -20,8 +20,11 @@ from tunedrop_cli.output import print_raw
     "--schema", "what", flag_value="schema", help="Print the JSON Schema with which editors complete a run config."
 )
 def config(what: str) -> None:
-    """Print a run config with every key, its default and its meaning.
+    """Print a run config with every key.
 
+    A comment explains each key, and each key has its default value.
+
+    \b
     Example: tunedrop config --defaults > cars.yaml
     """
     print_raw(json.dumps(config_schema(), indent=1) if what == "schema" else config_defaults())
@@ -31,11 +34,14 @@ def config(what: str) -> None:
 @click.argument("file", type=FILE)
 @click.option("--config", type=FILE, help="Run config (YAML) for this dataset.")
 @click.option("--tests", type=FILE, help="Inference tests for this dataset.")
-@click.option("--model", type=FOLDER, help="Base model folder: checked too, and its tokenizer counts tokens.")
+@click.option("--model", type=FOLDER, help="Base model folder: also checked, and its tokenizer counts tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipt in the format of docs/receipt.md.")
 def check(file: Path, config: Path | None, tests: Path | None, model: Path | None, as_json: bool) -> None:
-    """Validate a dataset locally; no running stack needed. Exit codes: 0 valid, 1 rejected, 2 wrong usage.
+    """Validate a dataset locally; no running stack needed.
 
+    Exit codes: 0 valid, 1 rejected, 2 wrong usage.
+
+    \b
     Example: tunedrop check cars.jsonl --config cars.yaml --tests cars.tests.json
     """
     if problem := refuse(file.name, size=0):

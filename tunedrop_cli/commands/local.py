@@ -66,6 +66,7 @@ def _start(state: Path, host: str = "127.0.0.1", parameters: Mapping[str, str] |
 def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None:
     """Start the application on this machine and follow its runs.
 
+    \b
     Example: tunedrop up -p AllowCodeRewards=true
     """
     stack = _start(state, host, parameters)
@@ -94,11 +95,12 @@ def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None
 @click.command()
 @click.pass_obj
 def env(state: Path) -> None:
-    """Print the deployed functions' variables, for `sam local invoke --env-vars`.
+    """Print the functions' variables for `sam local invoke`.
 
     A container reaches the application at Docker's bridge address: start the application with `tunedrop up --host`. The
     container trusts `ca.pem` in a layer; the README shows how to copy this file.
 
+    \b
     Example: tunedrop env > .tunedrop/env.json
     """
     print_raw(json.dumps(Stack(state).function_environments("/opt/ca.pem"), indent=1))
@@ -109,6 +111,7 @@ def env(state: Path) -> None:
 def down(state: Path) -> None:
     """End the application on this machine. Its state stays in its folder.
 
+    \b
     Example: tunedrop down
     """
     Stack(state, progress=lambda line: console.print(line, markup=False)).down()
@@ -118,8 +121,11 @@ def down(state: Path) -> None:
 @click.argument("run", type=RUN_NAME)
 @click.pass_obj
 def interrupt(state: Path, run: str) -> None:
-    """Interrupt a run's spot job on this machine, as AWS may at any time.
+    """Interrupt a run's spot job, on this machine only.
 
+    AWS may interrupt a spot job at any time; the job starts again from its checkpoints.
+
+    \b
     Example: tunedrop interrupt cars
     """
     stack = Stack(state)
@@ -134,10 +140,12 @@ def interrupt(state: Path, run: str) -> None:
 @click.command()
 @click.pass_context
 def demo(context: click.Context) -> None:
-    """Start the application, drop the sample dataset, wait for its published model, and end the application.
+    """Train and publish a model from the sample dataset.
 
-    Prints the verdict, the notification that a subscriber of the stack's topic received, and the events on its bus.
+    Starts the application, drops the dataset, waits for the published model, and ends the application. Prints the verdict, the
+    notification that a subscriber of the stack's topic received, and the events on its bus.
 
+    \b
     Example: tunedrop demo
     """
     stack = _start(context.obj)

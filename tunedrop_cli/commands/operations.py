@@ -19,11 +19,12 @@ from tunedrop_cli.output import console, print_raw
 @click.option("--stage", type=click.Choice(["start", "test", "publish"]), help="The next stage of the RUN.")
 @with_deployment
 def event(deployment: Deployment, name: str, stage: str | None) -> None:
-    """Print the event that a function takes, for `sam local invoke --event`.
+    """Print the event that a function receives.
 
-    Of the KEY of an object in the data bucket: S3's event. Of a JOB that has ended: SageMaker's event. Of a RUN with
-    `--stage`: the event that starts its training, its tests or its publication.
+    For `sam local invoke --event`. With the KEY of an object in the data bucket: S3's event. With a JOB that has ended:
+    SageMaker's event. With a RUN and `--stage`: the event that starts its training, its tests or its publication.
 
+    \b
     Example: tunedrop event training_data/cars.jsonl
     """
     from tunedrop_cli.printed_event import event_of
@@ -34,15 +35,18 @@ def event(deployment: Deployment, name: str, stage: str | None) -> None:
 @click.command()
 @with_deployment
 def redrive(deployment: Deployment) -> None:
-    """Send the events in the dead-letter queue to their functions again.
+    """Send undelivered events to their functions again.
 
+    The events are in the stack's dead-letter queue.
+
+    \b
     Example: tunedrop redrive --region eu-central-1
     """
     count = 0
     for function in deployment.redrive():
         console.print(function, markup=False)
         count += 1
-    console.print(f"{count} events redriven")
+    console.print(f"{count} events sent again")
 
 
 @click.command()
@@ -50,8 +54,11 @@ def redrive(deployment: Deployment) -> None:
 @stack_options
 @click.pass_obj
 def doctor(state: Path, profile: str | None, region: str | None, stack: str | None, as_json: bool) -> None:
-    """Find what keeps runs from working, and how to fix it. Changes nothing. Exit codes: 0 nothing is wrong, 1 errors.
+    """Find what keeps runs from working, and how to fix it.
 
+    Changes nothing. Exit codes: 0 nothing is wrong, 1 errors.
+
+    \b
     Example: tunedrop doctor --stack tunedrop --region eu-central-1
     """
     from tunedrop_cli.doctor.examine import examine

@@ -29,6 +29,7 @@ def drop(
 ) -> None:
     """Upload a dataset, which starts a run.
 
+    \b
     Example: tunedrop drop cars.jsonl --config cars.yaml --tests cars.tests.json --wait
     """
     run = deployment.drop(file, config, tests, model)
@@ -58,6 +59,7 @@ def _follow_to_end(deployment: Deployment, run: Run) -> None:
 def runs(deployment: Deployment) -> None:
     """List the runs, newest first.
 
+    \b
     Example: tunedrop runs
     """
     rows = [
@@ -78,8 +80,11 @@ def runs(deployment: Deployment) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the run, its receipt and its result as JSON.")
 @with_deployment
 def show(deployment: Deployment, run: str, as_json: bool) -> None:
-    """Show a run, named by its id, the beginning of its id, or its dataset.
+    """Show a run and its results.
 
+    RUN is the run's id, the beginning of its id, or its dataset (the newest run).
+
+    \b
     Example: tunedrop show cars
     """
     match = deployment.find(run)
@@ -98,8 +103,11 @@ def show(deployment: Deployment, run: str, as_json: bool) -> None:
 @click.argument("run", type=RUN_NAME)
 @with_deployment
 def watch(deployment: Deployment, run: str) -> None:
-    """Follow a run to its end: its stages, steps, reward, time left, cost, and the alerts of its training.
+    """Follow a run to its end.
 
+    Prints the run's stages, steps, reward, time left, cost, and the alerts of its training.
+
+    \b
     Example: tunedrop watch cars
     """
     _follow_to_end(deployment, deployment.find(run))
@@ -110,8 +118,11 @@ def watch(deployment: Deployment, run: str) -> None:
 @click.argument("other", type=RUN_NAME)
 @with_deployment
 def compare(deployment: Deployment, run: str, other: str) -> None:
-    """Compare two published runs: their figures, and the differences of their configs.
+    """Compare two published runs.
 
+    Prints the figures of both runs, and the differences of their configs.
+
+    \b
     Example: tunedrop compare cars-1f0c cars-88ab
     """
     pair = [deployment.find(name) for name in (run, other)]
@@ -130,8 +141,11 @@ def compare(deployment: Deployment, run: str, other: str) -> None:
 @click.argument("run", type=RUN_NAME, required=False)
 @with_deployment
 def open_(deployment: Deployment, run: str | None) -> None:
-    """Open a run's report, or the page of all runs, in the browser. Prints the path of the page on this machine.
+    """Open a run's report, or the page of all runs.
 
+    Downloads the page, prints its path, and opens the page in the browser.
+
+    \b
     Example: tunedrop open cars
     """
     match = deployment.find(run) if run else None
@@ -152,6 +166,7 @@ def open_(deployment: Deployment, run: str | None) -> None:
 def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
     """Print the logs of a run's jobs.
 
+    \b
     Example: tunedrop logs cars --follow
     """
     positions: dict[str, str] = {}
@@ -171,6 +186,7 @@ def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
 def stop(deployment: Deployment, run: str) -> None:
     """Stop a run: it is cancelled, and its job is stopped.
 
+    \b
     Example: tunedrop stop cars
     """
     ended = deployment.stop(deployment.find(run))
