@@ -78,7 +78,7 @@ def freeze(python: Path) -> dict[str, str]:
 
 @pytest.fixture
 def twin(tmp_path: Path) -> Iterator[Path]:
-    """The twin's Python. It takes 6 GB, which are freed again."""
+    """The twin's Python. It needs 6 GB on disk, which the fixture frees at the end."""
     folder = tmp_path / "twin"
     run(interpreter(), "-m", "venv", folder)
     python = folder / "bin/python"
@@ -93,7 +93,7 @@ def twin(tmp_path: Path) -> Iterator[Path]:
 
 
 def train_and_test(local: Local, model: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Run the plan's two jobs on a tiny model; returns what the training says of itself."""
+    """Run the plan's two jobs on a tiny model and return the training's record."""
     for file in model.iterdir():
         local.s3.upload_file(str(file), "art", f"models/tiny/{file.name}")
     grpo = {"max_steps": 3, "num_generations": 8, "per_device_train_batch_size": 16, "max_completion_length": 6}

@@ -1,4 +1,4 @@
-"""What survives when the emulator ends, politely or by kill -9: the state does, the jobs' processes do not."""
+"""The state survives the emulator's end, in order or by kill -9; the jobs' processes do not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ wait
 
 
 def job_processes(folder: Path) -> list[str]:
-    """Command lines of processes that belong to this test's jobs: what runs in them, and what started it."""
+    """Command lines of this test's job processes, and of the processes that started them."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

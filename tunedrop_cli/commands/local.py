@@ -16,10 +16,13 @@ from pipeline.runs.table import RunState
 from tunedrop_cli.deployment import Deployment, in_words
 from tunedrop_cli.listener import listening
 from tunedrop_cli.options import RUN_NAME
-from tunedrop_cli.output import console, print_facts, print_raw, print_table, say
+from tunedrop_cli.output import console, print_facts, print_raw, say
 from tunedrop_cli.results import facts_of_end
 from tunedrop_cli.sample import CONFIG, DATA, TESTS
 from tunedrop_cli.watch import follow
+
+# Columns of `up`, in characters: most run ids, and the longest state.
+RUN_WIDTH, STATE_WIDTH = 32, 15
 
 
 def _python(stack: Stack, module: str, *arguments: str) -> str:
@@ -88,7 +91,9 @@ def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None
         for run in reversed(deployment.all_runs()):
             if printed.get(run.run_id) != (run.state, run.attempt):
                 printed[run.run_id] = (run.state, run.attempt)
-                print_table([[run.updated[11:19], run.run_id, in_words(run.state), run.reason or run.verdict or ""]])
+                detail = (run.reason or run.verdict or "").split("\n")[0]
+                line = f"{run.updated[11:19]}  {run.run_id:<{RUN_WIDTH}}  {in_words(run.state):<{STATE_WIDTH}}  {detail}"
+                console.print(line.rstrip(), markup=False)
         time.sleep(1)
 
 
@@ -142,8 +147,8 @@ def interrupt(state: Path, run: str) -> None:
 def demo(context: click.Context) -> None:
     """Train and publish a model from the sample dataset.
 
-    Starts the application, drops the dataset, waits for the published model, and ends the application. Prints the verdict, the
-    notification that a subscriber of the stack's topic received, and the events on its bus.
+    Starts the application, drops the dataset, waits for the published model, and ends the application. Prints the verdict,
+    the notification that a subscriber of the stack's topic received, and the events on its bus.
 
     \b
     Example: tunedrop demo
