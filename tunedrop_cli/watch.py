@@ -20,7 +20,7 @@ COST_EVERY = 30.0  # seconds between two requests for a job's cost
 FIGURE_WIDTH = 8  # characters of a figure's value
 _STAGES = {
     RunState.VALIDATED: "validated, waiting to start",
-    RunState.WAITING: "waiting for capacity",
+    RunState.WAITING: "waiting for a slot or for capacity",
     RunState.TRAINING: "training",
     RunState.TRAINED: "trained, waiting for its tests",
     RunState.TESTING: "testing base and tuned model",

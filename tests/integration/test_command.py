@@ -120,6 +120,21 @@ def test_a_terminal_gets_colours(world, tunedrop, monkeypatch):
     assert "\x1b[32mpublished\x1b[0m" in tunedrop("runs")
 
 
+def test_watch_in_a_terminal_shows_a_bar_and_the_alerts(world, tunedrop, monkeypatch):
+    run = world.start(world.drop())
+    logs = boto3.client("logs")
+    logs.create_log_group(logGroupName=LOG_GROUP)
+    log(logs, run.train_job, "step=3 max_steps=9 reward=0.5 eta_seconds=72")
+    log(logs, run.train_job, "alert=ENTROPY_COLLAPSE step=3 The model stopped [exploring].")
+    ends = iter([lambda: world.trained(run), lambda: world.tested(world.run(run.run_id))])
+    monkeypatch.setattr("time.sleep", lambda _seconds: next(ends)())
+    terminal = Console(force_terminal=True, color_system="standard", soft_wrap=True, width=200)
+    monkeypatch.setattr("tunedrop_cli.commands.runs.console", terminal)
+    printed = tunedrop("watch", run.run_id)
+    assert "ENTROPY_COLLAPSE at step 3: The model stopped [exploring]." in printed
+    assert re.search(r"^verdict +APPROVED$", printed, re.MULTILINE)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell):
     script = CliRunner().invoke(cli, ["completion", shell]).output
