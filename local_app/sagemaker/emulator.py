@@ -16,7 +16,7 @@ from local_app.common import ACCOUNT, REGION, Json
 from local_app.sagemaker.api import ServiceError, validate_request
 from local_app.sagemaker.jobs import TrainingJobs
 from local_app.sagemaker.registry import ModelRegistry
-from local_app.sagemaker.sandbox import EnvironmentProblem
+from local_app.sagemaker.sandbox import StartupError
 from local_app.sagemaker.services import Services
 from local_app.sagemaker.store import Store
 
@@ -33,7 +33,7 @@ MOST_TAGS = 50  # of one resource
 
 
 class SageMakerEmulator:
-    """SageMaker, with its state in `state_dir`, which one emulator at a time may use. Raises EnvironmentProblem.
+    """SageMaker, with its state in `state_dir`, which one emulator at a time may use. Raises StartupError.
 
     `endpoint_url` serves S3 and CloudWatch Logs of the same account (credentials from boto3's usual places).
     `on_state_change` gets every "SageMaker Training Job State Change" event in order. While it raises, the event is kept and
@@ -61,9 +61,7 @@ class SageMakerEmulator:
         try:
             fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise EnvironmentProblem(
-                f"Another SageMaker emulator uses {state_dir}: end it, or choose another folder"
-            ) from error
+            raise StartupError(f"Another SageMaker emulator uses {state_dir}: end it, or choose another folder") from error
         self._store = Store(state_dir / "state.sqlite")
         self.arn_prefix = arn_prefix = f"arn:aws:sagemaker:{region}:{account}"
         self._training = TrainingJobs(

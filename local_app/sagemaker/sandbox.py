@@ -29,8 +29,8 @@ DOCKER_VARIABLES = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS
 AUTHORITY = "/etc/ssl/tunedrop-ca.pem"
 
 
-class EnvironmentProblem(Exception):  # noqa: N818 - not an error of the program
-    """This machine lacks something that the emulator needs. The message says how to get it."""
+class StartupError(Exception):
+    """The emulator cannot start. The message says why, and what to do."""
 
 
 class Sandbox(Protocol):
@@ -141,7 +141,7 @@ def _program(name: str) -> str:
 
 
 def find_sandbox() -> Sandbox:
-    """Return the first sandbox in which this machine can run `true`. Raises EnvironmentProblem without one."""
+    """Return the first sandbox in which this machine can run `true`. Raises StartupError without one."""
     probe = {"TrainingJobName": "probe", "AlgorithmSpecification": {"ContainerEntrypoint": ["true"]}}
     namespaces = Namespaces()
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,7 @@ def find_sandbox() -> Sandbox:
             reason = str(error)
     if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0:  # noqa: S607
         return Docker()
-    raise EnvironmentProblem(
+    raise StartupError(
         "Training jobs need Linux namespaces (util-linux's `unshare` and `setpriv`) or a running Docker engine; this "
         f"machine has neither. The error of unshare: {reason}. If unprivileged user namespaces are switched off, allow them "
         "(on Ubuntu: `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), run as root, or start Docker."

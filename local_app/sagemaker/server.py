@@ -31,7 +31,7 @@ from local_app.common import ACCOUNT, REGION, Json
 from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.emulator import SageMakerEmulator
 from local_app.sagemaker.permissions import RequiredPermission, required_permissions
-from local_app.sagemaker.sandbox import EnvironmentProblem
+from local_app.sagemaker.sandbox import StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             region=options.region,
             account=options.account,
         )
-    except EnvironmentProblem as error:
+    except StartupError as error:
         sys.exit(f"The SageMaker emulator cannot start. {error}")
     own_keys = (os.environ.get("AWS_ACCESS_KEY_ID", options.account), options.account)
     authorize = remote_authorizer(options.authorizer, own_keys) if options.authorizer else None

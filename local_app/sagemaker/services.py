@@ -11,7 +11,7 @@ from botocore.config import Config
 from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
-from local_app.sagemaker.sandbox import EnvironmentProblem
+from local_app.sagemaker.sandbox import StartupError
 
 AWS_ERRORS = (BotoCoreError, ClientError, Boto3Error)
 
@@ -19,15 +19,13 @@ AWS_ERRORS = (BotoCoreError, ClientError, Boto3Error)
 class Services:
     """S3 and CloudWatch Logs at one endpoint, with the credentials of one principal.
 
-    The credentials come from `session`, else from boto3's usual places. Raises EnvironmentProblem without credentials.
+    The credentials come from `session`, else from boto3's usual places. Raises StartupError without credentials.
     """
 
     def __init__(self, endpoint_url: str, region: str, session: botocore.session.Session | None = None) -> None:
         self._session = boto3.session.Session(region_name=region, botocore_session=session)
         if self._session.get_credentials() is None:
-            raise EnvironmentProblem(
-                "No AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the local account."
-            )
+            raise StartupError("No AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the local account.")
         config = Config(retries={"mode": "standard", "max_attempts": 8}, s3={"addressing_style": "path"})
         self.s3 = self._session.client("s3", endpoint_url=endpoint_url, config=config)
         # LogStream sends its lines again, so the client does not.

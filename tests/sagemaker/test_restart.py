@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from local_app.sagemaker.sandbox import EnvironmentProblem
+from local_app.sagemaker.sandbox import StartupError
 
 COUNTS_RUNS = """
 trap 'exit 0' TERM
@@ -92,7 +92,7 @@ def test_a_stop_that_was_asked_for_before_a_restart_is_done_after_it(start: Call
 
 def test_one_emulator_at_a_time_uses_a_folder(start: Callable[..., Any]) -> None:
     start()
-    with pytest.raises(EnvironmentProblem, match="Another SageMaker emulator uses"):
+    with pytest.raises(StartupError, match="Another SageMaker emulator uses"):
         start()
 
 
