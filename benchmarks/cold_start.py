@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from local_app.stack import build
+from local_app.build import build
 
 RUNS = 7
 HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")

@@ -1,11 +1,11 @@
-"""Certificates of the local app: its own authority, whose key nobody keeps, and what that signed for the AWS emulator."""
+"""The local app's TLS certificates: a certificate authority whose key is not kept, and the AWS emulator's certificate."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Certificates(NamedTuple):
-    """Files in PEM. `authority` is what a client trusts (AWS_CA_BUNDLE); the other two are the server's."""
+    """PEM files. Clients trust `authority` (AWS_CA_BUNDLE); the server uses `chain` and `key`."""
 
     authority: Path
     chain: Path
@@ -13,20 +13,20 @@ class Certificates(NamedTuple):
 
 
 def certificates(folder: Path) -> Certificates:
-    """Return where the certificates of `folder` lie, whether or not they are there."""
+    """Return the paths of the certificates in `folder`, which may not exist yet."""
     return Certificates(folder / "ca.pem", folder / "server.pem", folder / "server.key")
 
 
 def make_certificates(folder: Path, host: str) -> Certificates:
-    """Make certificates for a server that listens on `host`, an address or a name."""
+    """Make the certificates of a server that listens on `host`, an address or a name."""
     import trustme
 
     files = certificates(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority = trustme.CA(organization_name="Tunedrop on this machine")
-    # The last name is the one by which Docker's containers know this machine.
+    # Docker's containers reach this machine by the last name.
     server = authority.issue_cert(*{host, "localhost", "127.0.0.1", "host.docker.internal"})
-    # The server's files first: who finds an authority finds everything.
+    # The authority last: when it exists, all files exist.
     server.private_key_pem.write_to_path(files.key)
     server.cert_chain_pems[0].write_to_path(files.chain)
     authority.cert_pem.write_to_path(files.authority)

@@ -1,4 +1,4 @@
-"""What a local stack tells the world, received as a subscriber would: notifications by HTTP, events from a queue."""
+"""Receives a local stack's notifications (by HTTP) and events (from a queue), as a subscriber of the user would."""
 
 import json
 import threading
@@ -11,11 +11,11 @@ from typing import Any
 from local_app.stack import Stack
 from tunedrop.event_bus import SOURCE
 
-RULE = "everything-we-say"
+RULE = "every-tunedrop-event"
 
 
 class Listener:
-    """What has been received: SNS messages as they were posted; events are fetched from their queue on request."""
+    """The received SNS messages, and the events, which are fetched from their queue on request."""
 
     def __init__(self, sqs: Any, queue_url: str) -> None:
         self.notifications: list[dict[str, Any]] = []
@@ -32,9 +32,9 @@ class Listener:
         return self._events
 
     def heard_of(self, run_id: str, detail_type: str, timeout: float = 30) -> tuple[dict[str, Any], list[str]]:
-        """Return the notification of a run's end, and the types of its events in order.
+        """Return the notification of a run's end, and the types of the run's events in order.
 
-        Raises TimeoutError unless the notification and the event `detail_type` come within `timeout` seconds.
+        Raises TimeoutError unless the notification and an event `detail_type` arrive within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -44,12 +44,12 @@ class Listener:
             if ended and detail_type in types:
                 return ended[0], types
             time.sleep(0.2)
-        raise TimeoutError(f"no notification or no event '{detail_type}' of {run_id} within {timeout:.0f} s")
+        raise TimeoutError(f"no notification, or no event '{detail_type}', for {run_id} within {timeout:.0f} s")
 
 
 @contextmanager
 def listening(stack: Stack) -> Iterator[Listener]:
-    """Subscribe to a local stack's topic and bus for as long as the block lasts."""
+    """Subscribe to a local stack's topic and bus for the duration of the block."""
     sns, sqs, events = (stack.client(name) for name in ("sns", "sqs", "events"))
     queue_url = sqs.create_queue(QueueName=f"{RULE}-{time.time_ns()}")["QueueUrl"]
     queue_arn = sqs.get_queue_attributes(QueueUrl=queue_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
@@ -66,7 +66,7 @@ def listening(stack: Stack) -> Iterator[Listener]:
                 listener.notifications.append(message)
 
         def log_message(self, *arguments: Any) -> None:
-            """Say nothing: the output is for the run."""
+            """Log nothing: the terminal shows the run."""
 
     bus = stack.outputs.event_bus_name
     events.put_rule(Name=RULE, EventBusName=bus, EventPattern=json.dumps({"source": [SOURCE]}))

@@ -1,6 +1,6 @@
-"""The events of what is there: an object of the data bucket, a validated run, a job that has ended; as EventBridge has them.
+"""Builds the events of existing objects, validated runs and ended jobs, as EventBridge delivers them.
 
-`sam local invoke --event` takes them. So a whole run can be driven by hand, one function after the other.
+With these events, `sam local invoke --event` drives a whole run by hand, one function after the other.
 """
 
 import uuid
@@ -13,20 +13,21 @@ from local_app.stack import StackError
 from pipeline.aws import error_code
 from pipeline.jobs.training_job import NO_SUCH_JOB
 from pipeline.notify import events
+from pipeline.notify.job_events import state_change_event
 from pipeline.runs.states import RunState
 from tunedrop import event_bus
 from tunedrop.object_keys import JobName
-from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.deployment import Deployment, in_words
 
 Json = dict[str, Any]
-# How many hexadecimal digits S3's sequencers have.
+# The length of S3's sequencers, which are hexadecimal.
 DIGITS = 18
 
 
 def event_of(deployment: Deployment, name: str, stage: str | None) -> Json:
-    """Return the event that a function takes: of an object's key, of a job's name, or of a run and the stage to come.
+    """Return the event of an object (`name` is its key), of a job (its name), or of a run and its next `stage`.
 
-    Raises StackError where there is no such object, job or run, or where the stage cannot come yet.
+    Raises StackError for an unknown object, job or run, and for a stage that cannot begin yet.
     """
     if stage is not None:
         return _run_event(deployment, name, stage)
@@ -55,8 +56,7 @@ def _envelope(deployment: Deployment, source: str, detail_type: str, time: datet
 def _upload_event(deployment: Deployment, key: str) -> Json:
     """Return S3's "Object Created" (https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html) of an object.
 
-    Its sequencer is the next after the last one that was seen of this key, so that the event counts as new and every
-    later upload as newer still.
+    Its sequencer follows the last processed sequencer of this key: the event counts as new, and every later upload as newer.
     """
     bucket = deployment.outputs.data_bucket
     try:
@@ -64,8 +64,8 @@ def _upload_event(deployment: Deployment, key: str) -> Json:
     except ClientError as error:
         if error_code(error) not in {"404", "NoSuchKey"}:
             raise
-        raise StackError(f"There is no object s3://{bucket}/{key}: `tunedrop drop` uploads a dataset.") from None
-    seen = (deployment.runs.upload(key) or {}).get("sequencer", "")
+        raise StackError(f"There is no object s3://{bucket}/{key}. Upload a dataset with `tunedrop drop`.") from None
+    last = (deployment.runs.upload(key) or {}).get("sequencer", "")
     etag = head["ETag"].strip('"')
     detail = {
         "version": "0",
@@ -75,7 +75,7 @@ def _upload_event(deployment: Deployment, key: str) -> Json:
             "size": head["ContentLength"],
             "etag": etag,
             "version-id": head["VersionId"],
-            "sequencer": f"{int(seen.ljust(DIGITS, '0')[:DIGITS], 16) + 1:0{DIGITS}X}",
+            "sequencer": f"{int(last.ljust(DIGITS, '0')[:DIGITS], 16) + 1:0{DIGITS}X}",
         },
         "request-id": head["ResponseMetadata"]["RequestId"],
         "requester": deployment.outputs.topic_arn.split(":")[4],
@@ -88,40 +88,38 @@ def _upload_event(deployment: Deployment, key: str) -> Json:
 
 
 def _run_event(deployment: Deployment, name: str, stage: str) -> Json:
-    """Return the event that makes a stage of a run begin: "Dataset Validated", or the end of its last job."""
+    """Return the event that starts a stage of a run: "Dataset Validated", or the end of the run's last job."""
     run = deployment.find(name)
     if stage == "start":
         if run.state == RunState.REJECTED:
-            raise StackError(f"{run.run_id} was rejected: it will not be started.")
+            raise StackError(f"{run.run_id} was rejected and cannot start.")
         event = events.validated(run, deployment.outputs.artifact_bucket)
         return _envelope(deployment, event_bus.SOURCE, event.detail_type, datetime.now(UTC), event.detail)
     job = {"test": run.train_job, "publish": run.test_job}[stage]
     if job is None:
         before = {"test": "training", "publish": "test"}[stage]
-        raise StackError(f"{run.run_id} has no {before} job yet: it is {run.state.lower().replace('_', ' ')}.")
+        raise StackError(f"{run.run_id} has no {before} job yet: it is {in_words(run.state)}.")
     return _job_event(deployment, job)
 
 
 def _job_event(deployment: Deployment, job: str) -> Json:
     """Return SageMaker's "Training Job State Change" of a job that has ended."""
-    from local_app.sagemaker.training_job import state_change_event
-
     sagemaker = deployment.connect("client", "sagemaker")
     try:
         described = sagemaker.describe_training_job(TrainingJobName=job)
     except ClientError as error:
         if error_code(error) not in NO_SUCH_JOB:
             raise
-        raise StackError(f"There is no job '{job}'. `tunedrop show` names a run's jobs.") from None
+        raise StackError(f"There is no job '{job}'. `tunedrop show RUN` lists a run's jobs.") from None
     if described["TrainingJobStatus"] not in {"Completed", "Failed", "Stopped"}:
-        raise StackError(f"{job} is {described['TrainingJobStatus']}: the functions take the event of its end only.")
+        raise StackError(f"{job} is {described['TrainingJobStatus']}. Its event exists when the job has ended.")
     pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=described["TrainingJobArn"])
     tags = {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
     return state_change_event(_in_seconds(described), tags)
 
 
 def _in_seconds(value: Any) -> Any:
-    """Return an answer of boto3's with its times in seconds since 1970, as they travel."""
+    """Return a response of boto3 with its times in seconds since 1970, as in the HTTP response."""
     if isinstance(value, datetime):
         return value.timestamp()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Give the events in a dead-letter queue to their functions again."""
+"""Sends the events in a dead-letter queue to their functions again."""
 
 import json
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from typing import Any
 def redrive(sqs: Any, functions: Any, queue_url: str) -> Iterator[str]:
     """Invoke the function of every message with its event, delete the message, and yield the function's name.
 
-    `sqs` and `functions` are boto3 clients of SQS and Lambda. A message is deleted after Lambda has taken its event, which
-    is not lost then: what fails again comes back into the queue.
+    `sqs` and `functions` are boto3 clients of SQS and Lambda. A message is deleted after Lambda has accepted its event. An
+    event that fails again comes back into the queue.
     """
     names = ["TARGET_ARN"]
-    # Invisible for long enough that one message is not taken twice; what Lambda does not take shows up again then.
-    take = {"QueueUrl": queue_url, "MaxNumberOfMessages": 10, "VisibilityTimeout": 120, "MessageAttributeNames": names}
-    take["WaitTimeSeconds"] = 1  # asks every server of the queue
-    while messages := sqs.receive_message(**take).get("Messages"):
+    # After two minutes, a message that Lambda did not accept is visible again.
+    request = {"QueueUrl": queue_url, "MaxNumberOfMessages": 10, "VisibilityTimeout": 120, "MessageAttributeNames": names}
+    request["WaitTimeSeconds"] = 1  # above 0, SQS asks every server of the queue
+    while messages := sqs.receive_message(**request).get("Messages"):
         for message in messages:
             function, event = _undelivered(message)
             functions.invoke(FunctionName=function, InvocationType="Event", Payload=json.dumps(event).encode())
@@ -24,11 +24,11 @@ def redrive(sqs: Any, functions: Any, queue_url: str) -> Iterator[str]:
 
 
 def _undelivered(message: dict[str, Any]) -> tuple[str, Any]:
-    """Return the function that a message is for, and the event.
+    """Return the ARN of the function that a message is for, and the event.
 
-    A rule's dead letter is the event itself, with its target as an attribute
-    (https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-rule-dlq.html#eb-dlq-message-attributes); what a function
-    failed on is in an envelope (https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-retain-records.html).
+    A rule's dead letter is the event, with the function as an attribute
+    (https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-rule-dlq.html#eb-dlq-message-attributes); the dead letter of
+    a failed function has the event in an envelope (https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-retain-records.html).
     """
     body = json.loads(message["Body"])
     if target := message.get("MessageAttributes", {}).get("TARGET_ARN"):

@@ -1,9 +1,16 @@
-"""Results of runs for a terminal: how two of them differ."""
+"""A run and its results as facts for a terminal, and the differences of two results."""
 
 from collections.abc import Iterator
 from typing import Any
 
-# What two runs are compared by, and where it is in `result.json`.
+import msgspec
+
+from pipeline.runs.states import Run, RunState
+from tunedrop.problems import Problem
+from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.output import Fact
+
+# The figures by which two runs are compared, and their paths in `result.json`.
 FIGURES = {
     "verdict": ("verdict",),
     "base score": ("comparison", "base_score"),
@@ -24,8 +31,61 @@ FIGURES = {
 }
 
 
+def facts_of_run(run: Run) -> list[Fact]:
+    """Return a run's own facts. Times are in UTC."""
+    facts = [
+        ("run", run.run_id),
+        ("state", in_words(run.state)),
+        ("attempt", str(run.attempt)),
+        ("dataset", run.dataset),
+        ("data", f"{run.key} (version {run.version_id})"),
+        ("rows", str(run.rows)),
+        ("base model", run.model),
+        ("arrived", run.arrived[:19].replace("T", " ")),
+        ("updated", run.updated[:19].replace("T", " ")),
+        ("launch plan", run.plan),
+        ("instance type", run.instance_type),
+        ("training job", run.train_job),
+        ("test job", run.test_job),
+        ("next attempt", run.not_before),
+        ("bounded", "training ended at its time limit" if run.bounded else None),
+        ("reason", run.reason),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def facts_of_end(deployment: Deployment, run: Run) -> list[Fact]:
+    """Return the facts about how a run ended; saves the report of a published run."""
+    state = [("run", run.run_id), ("state", in_words(run.state))]
+    if run.state == RunState.REJECTED:
+        return [*state, *_rejection(deployment.read_json(run, "validation.json"))]
+    if run.state != RunState.PUBLISHED:
+        return [*state, ("reason", run.reason or "")]
+    result = deployment.read_json(run, "result.json")
+    comparison, cost = result["comparison"], result["cost"]["usd"]
+    scores = f"base {comparison['base_score']:.3f} → tuned {comparison['tuned_score']:.3f} over {comparison['tests']} tests"
+    return [
+        *state,
+        ("verdict", result["verdict"]),
+        ("score", scores),
+        *(("reason", reason) for reason in result["reasons"]),
+        *([] if cost is None else [("cost", f"${cost:.2f}")]),
+        ("model", result["artifacts"]["merged_model"]),
+        ("model package", result["model_package"]),
+        ("report", str(deployment.save_report(run))),
+    ]
+
+
+def _rejection(receipt: dict[str, Any]) -> Iterator[Fact]:
+    problems = [msgspec.convert(error, Problem) for error in receipt["errors"]]
+    yield from (("problem", f"{problem.code}: {problem}") for problem in problems)
+    counts = receipt["error_counts"]
+    if more := sum(counts.values()) - len(problems):
+        yield "problems", f"{more} more; all by code: {', '.join(f'{code} {count}' for code, count in counts.items())}"
+
+
 def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the figures of two results, name and both values, then every key of their configs that differs."""
+    """Yield the name and both values of each figure of two results, then of every key in which their configs differ."""
     for name, path in FIGURES.items():
         yield name, _text(_at(one, path)), _text(_at(other, path))
     before, after = dict(_flat(one["config"])), dict(_flat(other["config"]))

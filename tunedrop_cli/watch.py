@@ -1,4 +1,4 @@
-"""Show a run while it goes on: a progress bar for a person, plain lines for a log."""
+"""Follows a run: a progress bar in a terminal, plain lines in a pipe."""
 
 import re
 import time
@@ -8,18 +8,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.runs.states import FINAL, Run, RunState
-from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.deployment import Deployment, in_words
 
-# The figures that the jobs print on a line of their own, as `name=value` pairs.
+# The jobs print their figures as `name=value` pairs, one line a step.
 _STEP = re.compile(r"\bstep=(\d+) max_steps=(\d+)\b")
 _TESTED = re.compile(r"\btested=(\d+) total=(\d+) model=(\w+)")
 _FIGURE = re.compile(r"\b(reward|loss|completion_length)=(\S+)")
 _ETA = re.compile(r"\beta_seconds=(\d+)")
 _ALERT = re.compile(r"\balert=(\w+) step=(\d+) (.*)")
-COST_EVERY = 30.0  # seconds between two looks at what a job has cost
+COST_EVERY = 30.0  # seconds between two requests for a job's cost
+FIGURE_WIDTH = 8  # characters of a figure's value
 _STAGES = {
-    RunState.VALIDATED: "validated, waiting to be started",
-    RunState.WAITING: "waiting for room",
+    RunState.VALIDATED: "validated, waiting to start",
+    RunState.WAITING: "waiting for a slot or for capacity",
     RunState.TRAINING: "training",
     RunState.TRAINED: "trained, waiting for its tests",
     RunState.TESTING: "testing base and tuned model",
@@ -28,16 +29,24 @@ _STAGES = {
 
 
 def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.0) -> Run:
-    """Show a run's stages and its jobs' progress until it has ended and that has been announced; return it then."""
+    """Print a run's stages and its jobs' progress until the run has ended and its end has been announced; return it.
+
+    `every` is the pause in seconds between two requests.
+    """
     if not console.is_terminal:
-        return _follow(deployment, run, console.print, lambda _done, _total, text: console.print(f"  {text}"), every)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[text]}"), console=console, transient=True) as bar:
+
+        def write(line: str) -> None:
+            console.print(line, markup=False)
+
+        return _follow(deployment, run, write, lambda _done, _total, text: write(f"  {text}"), every)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text_column = TextColumn("{task.fields[text]}", markup=False)
+    with Progress(*columns, text_column, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, text="")
 
         def stage(text: str) -> None:
             bar.reset(task, description=text, total=None, text="")
-            bar.print(text)
+            bar.console.print(text, markup=False)
 
         def progress(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, text=text)
@@ -52,30 +61,35 @@ def _follow(
     progress: Callable[[int, int, str], object],
     every: float,
 ) -> Run:
-    seen: dict[str, str] = {}
-    shown: tuple[RunState, int] | None = None
-    spent, look_again = None, 0.0
+    positions: dict[str, str] = {}
+    printed: tuple[RunState, int] | None = None
+    spent, next_request = None, 0.0
     while True:
-        if shown != (run.state, run.attempt):
-            shown = (run.state, run.attempt)
+        if printed != (run.state, run.attempt):
+            printed = (run.state, run.attempt)
             attempt = f" (attempt {run.attempt})" if run.attempt > 1 else ""
-            stage(f"{run.run_id}: {_STAGES.get(run.state, run.state.lower().replace('_', ' '))}{attempt}")
-        job = run.train_job if run.state == RunState.TRAINING else run.test_job if run.state == RunState.TESTING else None
-        if job and time.monotonic() >= look_again:
-            spent, look_again = deployment.spent(run, job), time.monotonic() + COST_EVERY
-        for line in deployment.log_lines(job, seen) if job else []:
-            match = _STEP.search(line) or _TESTED.search(line)
-            if match:
-                figures = [f"{name}={value}" for name, value in _FIGURE.findall(line)]
-                if eta := _ETA.search(line):
-                    figures.append(f"{int(eta[1]) // 60}:{int(eta[1]) % 60:02d} left")
-                if spent is not None:
-                    figures.append(f"${spent:.2f}")
-                what = f"step {match[1]}/{match[2]}" if match.re is _STEP else f"{match[3]} {match[1]}/{match[2]}"
-                progress(int(match[1]), int(match[2]), " ".join([what, *figures]))
-            elif noticed := _ALERT.search(line):
-                stage(f"  {noticed[1]} at step {noticed[2]}: {noticed[3]}")
+            stage(f"{run.run_id}: {_STAGES.get(run.state, in_words(run.state))}{attempt}")
+        job = {RunState.TRAINING: run.train_job, RunState.TESTING: run.test_job}.get(run.state)
+        if job and time.monotonic() >= next_request:
+            spent, next_request = deployment.spent(run, job), time.monotonic() + COST_EVERY
+        for line in deployment.log_lines(job, positions) if job else []:
+            if match := _STEP.search(line) or _TESTED.search(line):
+                progress(int(match[1]), int(match[2]), _progress_text(match, line, spent))
+            elif alert := _ALERT.search(line):
+                stage(f"  {alert[1]} at step {alert[2]}: {alert[3]}")
         if run.state in FINAL and run.open is None:
             return run
         time.sleep(every)
         run = deployment.find(run.run_id)
+
+
+def _progress_text(match: re.Match[str], line: str, spent: float | None) -> str:
+    """Return a step's figures in aligned columns, for example `step  3/10  reward=0.5       1:12 left  $0.40`."""
+    done = f"{match[1]:>{len(match[2])}}/{match[2]}"
+    columns = [f"step {done}" if match.re is _STEP else f"{match[3]} {done}"]
+    columns += [f"{name}={value:<{FIGURE_WIDTH}}" for name, value in _FIGURE.findall(line)]
+    if eta := _ETA.search(line):
+        columns.append(f"{int(eta[1]) // 60}:{int(eta[1]) % 60:02d} left")
+    if spent is not None:
+        columns.append(f"${spent:.2f}")
+    return "  ".join(columns)

@@ -1,4 +1,4 @@
-"""Which IAM permissions a SageMaker request needs: what AWS checks before it does an operation.
+"""The IAM permissions that a SageMaker request needs. AWS checks them before the operation.
 
 https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonsagemakerai.html
 """
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from local_app.sagemaker.model import Json
+from local_app.common import Json
 
-# Operations whose resource is named by one member of the request, by its name or its ARN.
+# Operations whose request names the resource in one member, by its name or its ARN: resource type and member.
 NAMED = {
     "CreateTrainingJob": ("training-job", "TrainingJobName"),
     "DescribeTrainingJob": ("training-job", "TrainingJobName"),
@@ -25,29 +25,31 @@ NAMED = {
 }
 
 
-class Check(NamedTuple):
-    """One thing that the caller must be allowed: an action on a resource, with the request's condition keys."""
+class RequiredPermission(NamedTuple):
+    """An action on a resource that the caller must be allowed, with the request's condition keys."""
 
     action: str
     resource: str
     context: Mapping[str, str] = MappingProxyType({})
 
 
-def required_permissions(operation: str, request: Json, arn_prefix: str) -> list[Check]:
-    """Return everything that `request` needs; `arn_prefix` is `arn:aws:sagemaker:<region>:<account>`.
+def required_permissions(operation: str, request: Json, arn_prefix: str) -> list[RequiredPermission]:
+    """Return the permissions that `request` needs; `arn_prefix` is `arn:aws:sagemaker:<region>:<account>`.
 
-    A request with tags also needs AddTags on what it makes, and one that names a role may pass that role to SageMaker.
+    A request with tags also needs AddTags on the new resource. A request with a role also needs PassRole for the role.
     """
     if operation in ("AddTags", "ListTags", "DeleteTags"):
-        return [Check(f"sagemaker:{operation}", request["ResourceArn"])]
+        return [RequiredPermission(f"sagemaker:{operation}", request["ResourceArn"])]
     kind, member = NAMED.get(operation, ("", ""))
     name = request.get(member, "")
     resource = name if name.startswith("arn:") else f"{arn_prefix}:{kind}/{name}" if name else "*"
-    checks = [Check(f"sagemaker:{operation}", resource)]
-    if operation == "CreateModelPackage":  # the group and the version that will be in it
-        checks.append(Check("sagemaker:CreateModelPackage", f"{arn_prefix}:model-package/{name.rpartition('/')[2]}/1"))
+    permissions = [RequiredPermission(f"sagemaker:{operation}", resource)]
+    if operation == "CreateModelPackage":  # on the group, and on the new version in the group
+        package = f"{arn_prefix}:model-package/{name.rpartition('/')[2]}/1"
+        permissions.append(RequiredPermission("sagemaker:CreateModelPackage", package))
     if request.get("Tags"):
-        checks.append(Check("sagemaker:AddTags", resource))
+        permissions.append(RequiredPermission("sagemaker:AddTags", resource))
     if "RoleArn" in request:
-        checks.append(Check("iam:PassRole", request["RoleArn"], {"iam:PassedToService": "sagemaker.amazonaws.com"}))
-    return checks
+        passed_to = {"iam:PassedToService": "sagemaker.amazonaws.com"}
+        permissions.append(RequiredPermission("iam:PassRole", request["RoleArn"], passed_to))
+    return permissions

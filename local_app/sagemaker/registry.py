@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from local_app.sagemaker.model import Json, ServiceError, fitting, not_found, page
+from local_app.common import Json
+from local_app.sagemaker.api import ServiceError, fitting, not_found, page
 from local_app.sagemaker.store import Store
 
 
@@ -30,7 +31,7 @@ class ModelRegistry:
         arn = f"{self._arn_prefix}:model-package-group/{name}"
         with self._store.transaction():
             if self._store.get("group", name):
-                # A ValidationException with this wording, not ResourceInUse, is what the service answers here.
+                # The service answers with a ValidationException in these words, not with ResourceInUse.
                 raise ServiceError("ValidationException", f"Model Package Group already exists: {arn}")
             group = fitting("DescribeModelPackageGroupOutput", request) | {
                 "ModelPackageGroupArn": arn,
@@ -71,7 +72,7 @@ class ModelRegistry:
     def create_model_package(self, request: Json) -> Json:
         """Create the group's next version, or a package with a name of its own.
 
-        The same ClientToken again gives the same package; with another request it is a conflict.
+        A repeated ClientToken returns the same package; with another request it is a conflict.
         """
         if ("ModelPackageName" in request) == ("ModelPackageGroupName" in request):
             raise ServiceError("ValidationException", "Specify either ModelPackageName or ModelPackageGroupName.")
@@ -90,7 +91,7 @@ class ModelRegistry:
             if "ModelPackageGroupName" in request:
                 record = self._group(request["ModelPackageGroupName"])
                 name = record["group"]["ModelPackageGroupName"]
-                record["versions"] += 1  # a number is never used twice
+                record["versions"] += 1  # the number of a deleted version is not used again
                 self._store.put("group", name, record)
                 path = f"{name}/{record['versions']}"
                 package |= {
@@ -111,11 +112,11 @@ class ModelRegistry:
         return {"ModelPackageArn": arn}
 
     def describe_model_package(self, request: Json) -> Json:
-        """Return a package by ARN (or by name, when it has one of its own)."""
+        """Return a package by its ARN, or by its own name."""
         return self._package(request["ModelPackageName"])
 
     def list_model_packages(self, request: Json) -> Json:
-        """Return summaries, filtered and paged. Without a group and a type, unversioned packages, as AWS does."""
+        """Return summaries, filtered and paged. Without a group and a type, these are unversioned packages, as on AWS."""
         group, kind = request.get("ModelPackageGroupName"), request.get("ModelPackageType", "Unversioned")
         if group:
             group = self._group(group)["group"]["ModelPackageGroupName"]

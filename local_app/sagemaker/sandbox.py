@@ -1,4 +1,4 @@
-"""Where a training job's process runs on this machine: in Linux namespaces of its own, or else in Docker."""
+"""Runs a training job's process on this machine: in Linux namespaces of its own, or else in Docker."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from local_app.sagemaker.model import JobError, Json
+from local_app.common import Json
+from local_app.sagemaker.api import JobError
 
-# What a job takes over from the machine: how to reach the network, and what the hardware and the caches are.
-# Everything else is as in a container: nothing of the user's shell leaks in.
+# The only variables of the machine that a job inherits: network, hardware and caches. The user's other variables stay out,
+# as in a container.
 HOST_VARIABLES = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     *("AWS_CA_BUNDLE", "SSL_CERT_FILE", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME"),
 )
-# What the docker client finds its engine by.
+# The docker client finds its engine by these variables.
 DOCKER_VARIABLES = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
-# Where a container has the certificate of the application's authority.
+# Path of the local app's CA certificate in a container.
 AUTHORITY = "/etc/ssl/tunedrop-ca.pem"
 
 
-class EnvironmentProblem(Exception):  # noqa: N818 - it reads as what it is
-    """This machine lacks something that the emulator needs; the message says what to do."""
+class StartupError(Exception):
+    """The emulator cannot start. The message says why, and what to do."""
 
 
 class Sandbox(Protocol):
-    """A way to give a process its own /opt/ml, PID 1 and network."""
+    """Gives a process its own /opt/ml, PID namespace and network."""
 
     def command(
         self, job: Json, ml: Path, environment: dict[str, str], *, network: bool
     ) -> tuple[list[str], dict[str, str]]:
-        """Return the command that runs the entry point with `ml` on /opt/ml and `environment`, and its own environment."""
+        """Return a command that runs the entry point with `ml` on /opt/ml, and the command's environment."""
 
     def signal(self, process: subprocess.Popen[bytes], job: Json, number: signal.Signals) -> None:
         """Send a signal to the job's PID 1."""
@@ -51,10 +52,10 @@ def entry_point(job: Json) -> list[str]:
 
 
 class Namespaces:
-    """Linux mount, PID and (jobs without network) network namespaces. The container's Python is the one that runs this.
+    """Linux mount and PID namespaces, and a network namespace for a job without network. The job runs with this Python.
 
-    `setpriv` ends `unshare` when this process dies, even by kill -9, and `unshare --kill-child` then ends PID 1 and
-    with it everything that the job started.
+    When this process dies, even by kill -9, `setpriv` ends `unshare`. `unshare --kill-child` then ends PID 1, and with it
+    every process of the job.
     """
 
     def command(
@@ -64,11 +65,11 @@ class Namespaces:
         defaults = {name: os.environ[name] for name in HOST_VARIABLES if name in os.environ} | {
             "HOME": "/opt/ml/home",
             "TMPDIR": "/opt/ml/tmp",
-            # As AWS's training images have them: lines appear when they are printed.
+            # As in AWS's training images: lines appear when they are printed.
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "LANG": "C.UTF-8",
-            # `pip install -r requirements.txt` finds everything installed; it must never change the app's own Python.
+            # `pip install -r requirements.txt` finds every package installed. It must never change the app's own Python.
             "PIP_NO_INDEX": "1",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -98,24 +99,26 @@ class Namespaces:
 
 
 class Docker:
-    """The request's own image under Docker, where Linux namespaces cannot be had (macOS, locked-down hosts)."""
+    """The request's own image in Docker, for machines without usable Linux namespaces (macOS, restricted hosts)."""
 
     def command(
         self, job: Json, ml: Path, environment: dict[str, str], *, network: bool
     ) -> tuple[list[str], dict[str, str]]:
-        """See Sandbox. The names of variables are on the command line, their values are not."""
+        """See Sandbox. The command line has the names of the variables, and not their values."""
         if job.get("ResourceConfig", {}).get("InstanceCount", 1) > 1:
-            raise JobError("ClientError: Docker runs jobs on one instance here; several need Linux namespaces (unshare)")
+            raise JobError(
+                "ClientError: Docker runs jobs of one instance only; several instances need Linux namespaces (unshare)"
+            )
         volumes = ["--volume", f"{ml}:/opt/ml"]
         host = urlsplit(environment.get("AWS_ENDPOINT_URL", "")).hostname or ""
-        if host == "localhost" or host.startswith("127."):  # the container's own is another one
-            reached = environment["AWS_ENDPOINT_URL"].replace(host, "host.docker.internal", 1)
-            environment = environment | {"AWS_ENDPOINT_URL": reached}
+        if host == "localhost" or host.startswith("127."):  # in the container, this is the container itself
+            url = environment["AWS_ENDPOINT_URL"].replace(host, "host.docker.internal", 1)
+            environment = environment | {"AWS_ENDPOINT_URL": url}
         if authority := os.environ.get("AWS_CA_BUNDLE"):
             volumes += ["--volume", f"{authority}:{AUTHORITY}:ro"]
             environment = environment | {"AWS_CA_BUNDLE": AUTHORITY}
         variables = [option for name in environment for option in ("--env", name)]
-        # A container outlives a client that was killed: the one of an earlier run goes first.
+        # A container outlives a killed client: remove the container of an earlier process.
         remove = [_program("docker"), "rm", "--force", job["TrainingJobName"]]
         subprocess.run(remove, check=False, capture_output=True)  # noqa: S603
         first, *arguments = entry_point(job)
@@ -130,7 +133,7 @@ class Docker:
     def signal(self, process: subprocess.Popen[bytes], job: Json, number: signal.Signals) -> None:  # noqa: ARG002
         """See Sandbox."""
         command = [_program("docker"), "kill", f"--signal={number.name}", job["TrainingJobName"]]
-        subprocess.run(command, check=False, capture_output=True)  # noqa: S603 - it may have ended meanwhile
+        subprocess.run(command, check=False, capture_output=True)  # noqa: S603 - the container may have ended meanwhile
 
 
 def _program(name: str) -> str:
@@ -138,7 +141,7 @@ def _program(name: str) -> str:
 
 
 def find_sandbox() -> Sandbox:
-    """Return what this machine can run jobs in, tried by running `true` in it; raises EnvironmentProblem without any."""
+    """Return the first sandbox in which this machine can run `true`. Raises StartupError without one."""
     probe = {"TrainingJobName": "probe", "AlgorithmSpecification": {"ContainerEntrypoint": ["true"]}}
     namespaces = Namespaces()
     with tempfile.TemporaryDirectory() as folder:
@@ -152,8 +155,8 @@ def find_sandbox() -> Sandbox:
             reason = str(error)
     if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0:  # noqa: S607
         return Docker()
-    raise EnvironmentProblem(
-        "Training jobs need Linux namespaces (util-linux's `unshare` and `setpriv`) or a running Docker; this machine "
-        f"has neither. unshare said: {reason}. Where unprivileged user namespaces are switched off, allow them "
-        "(`sysctl kernel.apparmor_restrict_unprivileged_userns=0` on Ubuntu), run as root, or start Docker."
+    raise StartupError(
+        "Training jobs need Linux namespaces (util-linux's `unshare` and `setpriv`) or a running Docker engine; this "
+        f"machine has neither. The error of unshare: {reason}. If unprivileged user namespaces are switched off, allow them "
+        "(on Ubuntu: `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), run as root, or start Docker."
     )

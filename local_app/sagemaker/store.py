@@ -1,4 +1,4 @@
-"""The emulator's memory: one SQLite file, written as things change, so that it survives kill -9."""
+"""The emulator's state in one SQLite file. Every change is written at once and survives kill -9."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from local_app.sagemaker.model import Json
+from local_app.common import Json
 
 
 class Store:
-    """Documents by kind and name, and the outbox of events that are still to be delivered.
+    """Documents by kind and name, and the outbox of undelivered events.
 
-    A change of a job and the event that tells about it go into one transaction: neither exists without the other.
-    Any thread may use it; transactions run one at a time and do not nest.
+    A job's change and its event are written in one transaction: neither exists without the other. Any thread may use the
+    store; transactions run one at a time and do not nest.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make everything written inside happen together or, on an exception, not at all."""
+        """Commit all writes of the block together, or none of them after an exception."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -69,13 +69,13 @@ class Store:
         self._db.execute("INSERT INTO outbox (event) VALUES (?)", (json.dumps(event),))
 
     def oldest_event(self) -> tuple[int, Json] | None:
-        """Return the number and content of the event to deliver next, or None."""
+        """Return the number and content of the next event to deliver, or None."""
         with self._lock:
             row = self._db.execute("SELECT id, event FROM outbox ORDER BY id LIMIT 1").fetchone()
         return (row[0], json.loads(row[1])) if row else None
 
     def delivered(self, number: int) -> None:
-        """Forget an event that has arrived."""
+        """Remove a delivered event from the outbox."""
         with self.transaction():
             self._db.execute("DELETE FROM outbox WHERE id = ?", (number,))
 

@@ -1,4 +1,4 @@
-"""The AWS emulator as its own process, with the SageMaker emulator beside it."""
+"""The AWS emulator and the SageMaker emulator, each in a process of its own."""
 
 import json
 import os
@@ -18,8 +18,8 @@ import boto3
 import psutil
 import pytest
 
-from local_app.aws.server import MARKER
 from local_app.certificates import make_certificates
+from local_app.common import MARKER
 
 Json = dict[str, Any]
 
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 class Emulators:
-    """Both emulators over one folder; `kill` and `start` are a crash and what follows it."""
+    """Both emulators in one folder. `kill` simulates a crash; `start` starts an emulator again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ class Emulators:
             return False
 
     def kill(self, name: str) -> None:
-        """As the kernel kills: no handler runs, nothing is saved on the way out."""
+        """End an emulator with SIGKILL: no handler runs, and the emulator saves nothing."""
         self.processes[name].send_signal(signal.SIGKILL)
         self.processes[name].wait()
 
@@ -105,7 +105,7 @@ class Emulators:
                 continue
 
     def client(self, service: str, **credentials: str) -> Any:
-        """A client of the account itself, or of who has the `credentials`."""
+        """A client with the account's own credentials, or with `credentials`."""
         url = self.url_of("sagemaker" if service == "sagemaker" else "aws")
         key = credentials or {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
         return boto3.client(service, endpoint_url=url, region_name="us-east-1", verify=str(self.authority), **key)

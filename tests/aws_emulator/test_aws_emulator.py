@@ -1,4 +1,4 @@
-"""One contract test for each thing that `local_app.aws.server` adds to MiniStack."""
+"""One contract test for each behaviour that `local_app.aws` adds to MiniStack."""
 
 import json
 import uuid
@@ -15,7 +15,7 @@ from .conftest import Emulators, wait_for
 
 Json = dict[str, Any]
 
-# What the functions under test do: write down what they got, then do as the event says.
+# The functions under test write down their event, then do what the event says.
 FUNCTION = """
 import json, os, sys, time, importlib.util
 
@@ -120,7 +120,7 @@ class Deployed:
         self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
 
     def notes(self, event_id: str) -> list[Json]:
-        """What the function wrote down about the event with this id."""
+        """The function's notes about the event with this id."""
         lines = self.notes_file.read_text().splitlines() if self.notes_file.exists() else []
         return [note for line in lines if (note := json.loads(line))["event"].get("id") == event_id]
 
@@ -230,7 +230,7 @@ def test_s3_events_name_version_and_a_growing_sequencer(emulators: Emulators, de
 
 
 class Role:
-    """A role with one policy, as a service that it trusts for its own account takes it on."""
+    """A role with one policy, assumed by a service that it trusts for its own account."""
 
     def __init__(self, emulators: Emulators, *statements: Json, trusted_for: str = "000000000000") -> None:
         self.emulators, self.name = emulators, f"role-{uuid.uuid4().hex[:8]}"
@@ -251,7 +251,7 @@ class Role:
         }
 
     def calls(self) -> list[tuple[str, str, bool]]:
-        """What the emulator noted of it: action, resource and whether it was allowed."""
+        """The role's recorded calls: action, resource, and whether IAM allowed the call."""
         lines = (self.emulators.folder / "aws" / "calls.jsonl").read_text().splitlines()
         notes = [note for note in map(json.loads, lines) if f"/{self.name}/" in note["principal"]]
         return [(note["action"], note["resource"], note["allowed"]) for note in notes]

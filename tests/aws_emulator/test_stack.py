@@ -13,7 +13,7 @@ import yaml
 from fake_stack import plan_request
 from tiny_tokenizer import tokenizer_files
 
-from local_app.aws.server import MARKER
+from local_app.common import MARKER
 from local_app.stack import PROJECT, Stack, StackError
 from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
@@ -56,7 +56,7 @@ def release_a_job_that_fails(stack: Stack) -> None:
 
 
 def declared_variables() -> dict[str, set[str]]:
-    """Return the names of the variables that template.yaml gives each function, by logical id."""
+    """Return the names of each function's variables in template.yaml, by logical id."""
     template = yaml.load((PROJECT / ".aws-sam/local/template.yaml").read_text(), Loader=yaml.BaseLoader)
     shared = template["Globals"]["Function"]["Environment"]["Variables"].keys()
     functions = {n: r for n, r in template["Resources"].items() if r["Type"] == "AWS::Serverless::Function"}
@@ -64,21 +64,21 @@ def declared_variables() -> dict[str, set[str]]:
 
 
 def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path) -> None:
-    """As with `tunedrop up --host`: nothing listens on 127.0.0.1, and everything finds everything."""
-    said: list[str] = []
-    stack = Stack(stack.folder, host="127.0.0.2", progress=said.append)
+    """As with `tunedrop up --host`: no server listens on 127.0.0.1, and all servers and functions reach each other."""
+    lines: list[str] = []
+    stack = Stack(stack.folder, host="127.0.0.2", progress=lines.append)
     outputs = stack.up()
 
     variables = stack.client("lambda").get_function_configuration(FunctionName="tunedrop-start-training")["Environment"]
     assert variables["Variables"]["AWS_ENDPOINT_URL_SAGEMAKER"] == stack.sagemaker_endpoint
     assert variables["Variables"]["MAX_CONCURRENT_JOBS"] == "1"
-    # `sam local invoke` sets what the template declares: all of it comes from the deployed functions.
+    # `sam local invoke` sets the declared variables: the deployed functions have all of them.
     declared = declared_variables()
     assert {name: set(each) for name, each in stack.function_environments("/opt/ca.pem").items()} == declared
     assert (PROJECT / ".venv/bin/sam").samefile(PROJECT / ".venv-sam/bin/sam")
     addresses = {c.laddr for p in started_in(stack.folder) for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert {address.ip for address in addresses} == {"127.0.0.2"}
-    # A dataset becomes a run, whose job is started and fails, and each function hears of it.
+    # A dataset becomes a run. Its job starts and fails, and each function receives its event.
     release_a_job_that_fails(stack)
     deployment = Deployment.local(stack)
     (tmp_path / "sums.jsonl").write_text("".join(f'{{"question": "{n}+1?", "answer": "{n + 1}"}}\n' for n in range(20)))
@@ -87,7 +87,7 @@ def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path
     run = deployment.find("sums")
     assert (run.rows, run.state != RunState.REJECTED) == (20, True)
     wait_for(lambda: deployment.find("sums").state == RunState.TRAINING_FAILED, 60)
-    # They did so with their own roles, which IAM let do all that they did.
+    # The functions used their own roles, and IAM allowed every call.
     calls = [json.loads(line) for line in (stack.folder / "aws" / "calls.jsonl").read_text().splitlines()]
     assert {("s3:GetObjectVersion", True), ("s3:PutObject", True)} <= {(c["action"], c["allowed"]) for c in calls}
     assert [call for call in calls if not call["allowed"]] == []
@@ -97,11 +97,11 @@ def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path
     psutil.wait_procs(started_in(stack.folder), timeout=10)
     assert not stack.running
 
-    said.clear()
+    lines.clear()
     assert stack.up() == outputs
-    assert "stack: nothing changed since it was deployed" in said
+    assert "stack: unchanged since the last deploy" in lines
     assert Deployment.local(stack).find("sums").run_id == run.run_id
-    assert Stack(stack.folder).outputs == outputs  # as another process finds it
+    assert Stack(stack.folder).outputs == outputs  # as another process reads them
 
     stack.down()
     assert started_in(stack.folder) == []

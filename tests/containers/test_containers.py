@@ -24,8 +24,9 @@ from botocore.config import Config
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import CONFIG
+from local_app.sagemaker.emulator import SageMakerEmulator
 from local_app.sagemaker.sandbox import Docker
-from local_app.sagemaker.server import SageMakerEmulator, serve
+from local_app.sagemaker.server import serve
 from local_app.stack import PROJECT, Stack
 from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
@@ -192,11 +193,11 @@ def sagemaker(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for name, value in app.stack.environment.items():
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
-    monkeypatch.setattr("local_app.sagemaker.training_jobs.find_sandbox", Docker)
+    monkeypatch.setattr("local_app.sagemaker.jobs.find_sandbox", Docker)
     with SageMakerEmulator(tmp_path / "state", app.stack.endpoint, on_state_change=lambda _: None) as emulator:
         server = serve(emulator)
-        yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
+        yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{server.port}")
+        server.close()
 
 
 def create_job(app: App, sagemaker: Any, name: str, script: str, **more: Any) -> None:

@@ -21,7 +21,8 @@ import readme
 from fake_stack import ARTIFACTS, DATA, create_resources
 from moto.server import ThreadedMotoServer
 
-from local_app.stack import PROJECT, build
+from local_app.build import build
+from local_app.stack import PROJECT
 
 EVENTS = sorted(path.stem for path in (PROJECT / "events").glob("*.json"))
 # It comes inside aws-sam-cli, which uses it in its containers.

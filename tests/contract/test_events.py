@@ -7,7 +7,7 @@ import pytest
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
 
-from local_app.aws.server import matches_pattern
+from local_app.aws.hooks import matches_pattern
 from pipeline.jobs.training_job import TrainingJob
 from pipeline.notify.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
 from pipeline.runs.states import Run, RunState

@@ -94,9 +94,9 @@ def published(app, listener):
 def test_a_dropped_file_becomes_a_published_model(app, published):
     printed, run = published
     assert run.state == RunState.PUBLISHED
-    path = Path(re.search(r"published: (.+)", printed)[1])
+    path = Path(re.search(r"^report +(.+)$", printed, re.MULTILINE)[1])
     assert "<svg" in path.read_text()
-    assert re.search(r"step 2/2 reward=", printed)
+    assert re.search(r"step 2/2  reward=", printed)
     assert re.search(r"tuned 4/4", printed)
     result = app.deployment.read_json(run, "result.json")
     assert (result["comparison"]["tests"], result["verdict"]) == (4, run.verdict)
@@ -149,7 +149,7 @@ def test_the_end_is_notified_and_every_stage_is_on_the_bus(published, listener):
 def test_the_commands_that_look_at_runs(app, published):
     _, run = published
     assert run.run_id in app.tunedrop("runs")
-    assert f"verdict: {run.verdict}" in app.tunedrop("show", "faq")
+    assert re.search(rf"^verdict +{run.verdict}$", app.tunedrop("show", "faq"), re.MULTILINE)
     assert json.loads(app.tunedrop("show", run.run_id, "--json"))["result"]["run_id"] == run.run_id
     assert "max_steps=2" in app.tunedrop("logs", "faq")
     assert "There is no run 'nothing'" in app.tunedrop("show", "nothing", code=1)
@@ -194,7 +194,7 @@ def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     data = app.write("fails.jsonl", "".join(f'{{"question": "Half of {2 * n}?", "answer": "{n}"}}\n' for n in range(20)))
     config = app.write("fails.yaml", "grpo: {max_completion_length: 8}\nmax_prompt_length: 200\n")
     printed = app.tunedrop("drop", data, "--config", config, "--model", broken, "--wait", code=1)
-    assert "training failed: AlgorithmError: " in printed
+    assert re.search(r"^reason +AlgorithmError: ", printed, re.MULTILINE)
     assert "safetensors" in printed.lower() or "header" in printed.lower()
     run = app.deployment.find("fails")
     again = app.deployment.drop(data)

@@ -1,10 +1,12 @@
 """The commands that look at runs, against a stack on (emulated) AWS."""
 
 import json
+import re
 
 import boto3
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from pipeline.publish.index import read_index
 from pipeline.runs.states import RunState
@@ -29,8 +31,10 @@ def test_compare(world, tunedrop):
 
 def test_compare_says_what_to_do_for_a_run_without_results(world, tunedrop):
     done, waiting = published(world), world.drop("training_data/faq.jsonl")
-    assert f"{waiting.run_id} has no results: validated. `tunedrop watch`" in tunedrop("compare", done.run_id, "faq")
-    assert "There is no run 'nothing'. `tunedrop runs` lists them." in tunedrop("compare", "nothing", "faq")
+    assert f"{waiting.run_id} has no results: it is validated. Follow it with `tunedrop watch" in tunedrop(
+        "compare", done.run_id, "faq"
+    )
+    assert "There is no run 'nothing'. List the runs with `tunedrop runs`." in tunedrop("compare", "nothing", "faq")
 
 
 def test_open_saves_reports_that_the_index_links_to(world, tunedrop, tmp_path):
@@ -44,7 +48,7 @@ def test_open_saves_reports_that_the_index_links_to(world, tunedrop, tmp_path):
     assert tunedrop("open").strip() == str(index)
     assert [each.run_id for each in read_index(index.read_text())] == [run.run_id]
     assert path.is_file()
-    assert "has no report: validated" in tunedrop("open", world.drop("training_data/faq.jsonl").run_id)
+    assert "has no report: it is validated" in tunedrop("open", world.drop("training_data/faq.jsonl").run_id)
 
 
 def test_show_as_json_is_one_document_with_receipt_and_result(world, tunedrop):
@@ -69,10 +73,10 @@ def test_watch_shows_steps_time_left_cost_and_what_the_trainer_noticed(world, tu
     monkeypatch.setattr("time.sleep", lambda _seconds: next(ends)())
     printed = tunedrop("watch", run.run_id)
     assert f"{run.run_id}: training\n" in printed
-    assert "step 3/9 reward=0.5 1:12 left $" in printed
+    assert "  step 3/9  reward=0.5       1:12 left  $" in printed
     assert "ENTROPY_COLLAPSE at step 3: The model stopped exploring." in printed
     assert f"{run.run_id}: testing base and tuned model\n" in printed
-    assert "verdict: APPROVED: base 0.000 → tuned 1.000 over 30 tests" in printed
+    assert re.search(r"^verdict +APPROVED\nscore +base 0\.000 → tuned 1\.000 over 30 tests$", printed, re.MULTILINE)
 
 
 def log(logs, job, line):
@@ -87,7 +91,48 @@ def test_watch_ends_with_exit_code_1_for_a_run_that_failed(world, tunedrop):
     run = world.start(world.drop())
     world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
     assert world.run(run.run_id).state == RunState.TRAINING_FAILED
-    assert "training failed: " in tunedrop("watch", "cars", code=1)
+    assert re.search(r"^state +training failed\nreason +\w", tunedrop("watch", "cars", code=1), re.MULTILINE)
+
+
+def test_runs_and_show_are_aligned_columns_without_colour_or_wrapping_in_a_pipe(world, tunedrop):
+    assert tunedrop("runs") == "No runs. Start one with `tunedrop drop FILE`.\n"
+    run, failed = published(world), world.start(world.drop("training_data/faq.jsonl"))
+    world.handle("test_model", world.job_event("test_model.train_failed", failed.train_job))
+    header, *rows = tunedrop("runs").splitlines()
+    starts = [header.index(column) for column in ("run", "state", "attempt", "rows", "arrived (UTC)", "verdict or reason")]
+    cells = {row.split()[0]: [row[start:].split("  ")[0] for start in starts] for row in rows}
+    assert cells[run.run_id][1:4] == ["published", "1", "30"]
+    assert cells[run.run_id][5] == "APPROVED"
+    assert cells[failed.run_id][1] == "training failed"
+    shown = tunedrop("show", "cars").splitlines()
+    width = shown[0].index(run.run_id)
+    facts = {line[:width].strip(): line[width:] for line in shown}
+    expected = {"run": run.run_id, "state": "published", "training job": run.train_job, "verdict": "APPROVED"}
+    assert expected.items() <= facts.items()
+    assert facts["model package"] == run.model_package
+    assert not any("\x1b" in line or line != line.rstrip() for line in [header, *rows, *shown])
+
+
+def test_a_terminal_gets_colours(world, tunedrop, monkeypatch):
+    published(world)
+    terminal = Console(force_terminal=True, color_system="standard", soft_wrap=True)
+    monkeypatch.setattr("tunedrop_cli.output.console", terminal)
+    assert "\x1b[32mpublished\x1b[0m" in tunedrop("runs")
+
+
+def test_watch_in_a_terminal_shows_a_bar_and_the_alerts(world, tunedrop, monkeypatch):
+    run = world.start(world.drop())
+    logs = boto3.client("logs")
+    logs.create_log_group(logGroupName=LOG_GROUP)
+    log(logs, run.train_job, "step=3 max_steps=9 reward=0.5 eta_seconds=72")
+    log(logs, run.train_job, "alert=ENTROPY_COLLAPSE step=3 The model stopped [exploring].")
+    ends = iter([lambda: world.trained(run), lambda: world.tested(world.run(run.run_id))])
+    monkeypatch.setattr("time.sleep", lambda _seconds: next(ends)())
+    terminal = Console(force_terminal=True, color_system="standard", soft_wrap=True, width=200)
+    monkeypatch.setattr("tunedrop_cli.commands.runs.console", terminal)
+    printed = tunedrop("watch", run.run_id)
+    assert "ENTROPY_COLLAPSE at step 3: The model stopped [exploring]." in printed
+    assert re.search(r"^verdict +APPROVED$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

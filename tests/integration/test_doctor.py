@@ -1,8 +1,8 @@
-"""`tunedrop doctor`: nothing to say of a healthy stack, and each trouble found by its code and alone.
+"""`tunedrop doctor`: no finding for a healthy stack, and exactly one finding for each trouble.
 
-The stack is in moto, but for what moto lacks: CloudFormation's account of it (moto takes only a part of the template),
-Service Quotas of SageMaker, a bucket's EventBridge, and e-mails that nobody has confirmed.
-These answers have the shapes that botocore knows.
+The stack is in moto. The test itself answers the calls that moto lacks: CloudFormation (moto accepts only a part of the
+template), Service Quotas of SageMaker, a bucket's EventBridge configuration, and unconfirmed e-mail subscriptions. The
+shapes of these answers are checked by botocore's models.
 """
 
 import io
@@ -26,8 +26,9 @@ from fake_stack import plan_request
 from moto import mock_aws
 from template import TEMPLATE, Json, load_template, of_type, resolve
 
-from tunedrop_cli.deployment import Place
-from tunedrop_cli.doctor import ACTIONS, Finding, examine
+from tunedrop_cli.doctor.examine import ACTIONS, examine
+from tunedrop_cli.doctor.finding import Finding
+from tunedrop_cli.location import StackLocation
 from tunedrop_cli.main import cli
 
 REGION, ACCOUNT, NAME = "eu-central-1", "123456789012", "tunedrop"
@@ -52,7 +53,7 @@ TRUST = {
 
 
 class Healthy:
-    """A stack with an e-mail address, a key and an image of its own, whose every part is as it should be."""
+    """A healthy stack with an e-mail address, a key, and an image of its own."""
 
     def __init__(self) -> None:
         self.parameters = {name: str(about.get("Default", "")) for name, about in TEMPLATE_DATA["Parameters"].items()}
@@ -61,7 +62,7 @@ class Healthy:
         self.stack_events: list[Json] = []
         self.applied = dict.fromkeys(QUOTAS.values(), 2.0)  # quotas by code
         self.default: dict[str, float] = {}
-        self.pending: set[str] = set()  # topics whose subscriptions nobody has confirmed
+        self.pending: set[str] = set()  # topics with unconfirmed subscriptions
         self.denied: set[str] = set()  # operations
         self.calls: set[str] = set()
         self.resources: list[tuple[str, str, str]] = []  # type, logical id, physical id
@@ -79,11 +80,11 @@ class Healthy:
     @staticmethod
     @cache
     def client(service: str) -> Any:
-        """Return a client that all stacks share: making one reads the service's whole model."""
+        """Return a client that all stacks share: a new client reads the service's whole model."""
         return boto3.client(service, REGION)
 
     def _physical(self, kind: str, name_of: str) -> Iterator[tuple[str, str]]:
-        """Note the template's resources of a type, and yield each one's logical and physical id."""
+        """Record the template's resources of a type, and yield the logical and physical id of each."""
         known = {"AWS::StackName": NAME, "JobPrefix": NAME}
         for logical, properties in of_type(TEMPLATE_DATA, kind).items():
             name = resolve(properties[name_of], known) if name_of in properties else f"{NAME}-{logical}-1A2B3C4D5E6F"
@@ -144,7 +145,7 @@ class Healthy:
             self.client("cloudwatch").put_metric_alarm(AlarmName=alarm, Namespace="AWS/Lambda", **same, **numbers)
 
     def release(self) -> None:
-        """Store the launch plan that the stack's outputs ask for."""
+        """Store the launch plan of the stack's present outputs."""
         environment = {"EVENT_BUS": NAME}
         plan: Json = {"digest": "f00d"}
         for kind in ("train", "test"):
@@ -176,10 +177,10 @@ class Healthy:
         }
         return {name: own.get(name, self.parameters.get(name, "")) for name in TEMPLATE_DATA["Outputs"]}
 
-    # --- what moto lacks ---
+    # --- calls that moto lacks ---
 
     def answer(self, operation: str, arguments: Json) -> Json | None:
-        """Return the answer to a call that moto has none for."""
+        """Return the answer to a call that moto lacks, None for other calls."""
         if operation == "DescribeStacks":
             if arguments["StackName"] != NAME:
                 message = f"Stack with id {arguments['StackName']} does not exist"
@@ -223,7 +224,9 @@ class Healthy:
 
     def examine(self, name: str = NAME) -> list[Finding]:
         options = {"region": REGION}
-        return examine(Place(lambda _, service: self.client(service), name, True, options, {"stack": name, **options}))
+        return examine(
+            StackLocation(lambda _, service: self.client(service), name, True, options, {"stack": name, **options})
+        )
 
 
 @pytest.fixture
@@ -257,7 +260,7 @@ def codes(findings: list[Finding]) -> list[str]:
 
 def test_nothing_is_said_of_a_healthy_stack(stack: Healthy) -> None:
     assert stack.examine() == []
-    # Every call is one whose permission is documented.
+    # The permission of every call is documented.
     assert stack.calls == ACTIONS.keys() - {"DescribeStackEvents", "ListAWSDefaultServiceQuotas"}
 
 
@@ -273,7 +276,7 @@ def test_a_hub_id_needs_no_files_and_no_key_needs_no_policy(stack: Healthy) -> N
 
 
 def without_statement(sid: str) -> Callable[[Healthy], None]:
-    """Take a statement out of the key's policy."""
+    """Remove a statement from the key's policy."""
 
     def do(stack: Healthy) -> None:
         policy = json.loads(stack.client("kms").get_key_policy(KeyId=stack.key, PolicyName="default")["Policy"])
@@ -286,7 +289,7 @@ def without_statement(sid: str) -> Callable[[Healthy], None]:
 
 
 def key_of_another_stack(stack: Healthy) -> None:
-    """As somebody leaves docs/operations.md's placeholder in the condition."""
+    """A user left the placeholder of docs/operations.md in the condition."""
     policy = stack.client("kms").get_key_policy(KeyId=stack.key, PolicyName="default")["Policy"]
     policy = policy.replace("/aws/lambda/tunedrop-*", "/aws/lambda/PREFIX-*")
     stack.client("kms").put_key_policy(KeyId=stack.key.rpartition("/")[2], PolicyName="default", Policy=policy)
@@ -298,7 +301,7 @@ def on_demand(stack: Healthy, **values: float) -> None:
 
 
 def set_status(status: str, *events: tuple[str, str, str]) -> Callable[[Healthy], None]:
-    """Let the stack be in a status; its events are logical id, status and reason, the newest first."""
+    """Put the stack into a status. Its events are logical id, status and reason, newest first."""
 
     def do(stack: Healthy) -> None:
         stack.status = status
@@ -354,15 +357,19 @@ FAILED = (
     ("Topic", "CREATE_FAILED", "Resource creation cancelled"),
 )
 BEGUN = (NAME, "CREATE_IN_PROGRESS", "User Initiated")
-# What is done to the stack, the code of the trouble, and a part of what is said or of what is to be done.
+# A change of the stack, the code of its finding, and a part of the finding's text.
 TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
-    (set_status("ROLLBACK_COMPLETE", *FAILED[::-1], BEGUN), "STACK_STATE", "began with DataBucket: tunedrop already exists"),
+    (
+        set_status("ROLLBACK_COMPLETE", *FAILED[::-1], BEGUN),
+        "STACK_STATE",
+        "First failure: DataBucket: tunedrop already exists",
+    ),
     (
         set_status("ROLLBACK_COMPLETE", *FAILED[::-1], BEGUN),
         "STACK_STATE",
         "aws cloudformation delete-stack --stack-name tunedrop",
     ),
-    (set_status("UPDATE_ROLLBACK_COMPLETE"), "STACK_STATE", "the last deploy failed, and the stack is as before it"),
+    (set_status("UPDATE_ROLLBACK_COMPLETE"), "STACK_STATE", "the last deploy failed, and the earlier stack was restored"),
     (
         set_status("UPDATE_ROLLBACK_FAILED"),
         "STACK_STATE",
@@ -420,12 +427,12 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
             AlarmName=f"{NAME}-old-runs", StateValue="ALARM", StateReason="old"
         ),
         "ALARM",
-        "tunedrop-old-runs has gone off. A run has been open",
+        "tunedrop-old-runs is on. A run has been open",
     ),
-    (without_statement("RolesOfThisAccount"), "KEY_POLICY", "does not let the account's roles do kms:Encrypt, kms:Decrypt"),
-    (without_statement("LogGroups"), "KEY_POLICY", "does not let CloudWatch Logs do"),
-    (without_statement("Alarms"), "KEY_POLICY", "does not let alarms do kms:Decrypt, kms:GenerateDataKey."),
-    (key_of_another_stack, "KEY_POLICY", "does not let CloudWatch Logs do"),
+    (without_statement("RolesOfThisAccount"), "KEY_POLICY", "does not allow the account's roles: kms:Encrypt, kms:Decrypt"),
+    (without_statement("LogGroups"), "KEY_POLICY", "does not allow CloudWatch Logs: kms:"),
+    (without_statement("Alarms"), "KEY_POLICY", "does not allow alarms: kms:Decrypt, kms:GenerateDataKey."),
+    (key_of_another_stack, "KEY_POLICY", "does not allow CloudWatch Logs: kms:"),
     (lambda stack: stack.client("kms").disable_key(KeyId=stack.key.rpartition("/")[2]), "KEY_STATE", "aws kms enable-key"),
     (lambda stack: on_demand(stack, g6e=0), "QUOTA_ZERO", "'ml.g6e.4xlarge for training job usage' (L-33333333) is 0"),
     (
@@ -606,7 +613,7 @@ def codes_of_json(output: str) -> list[str]:
 
 
 def test_the_readme_shows_what_is_said_in_the_first_hour(stack: Healthy) -> None:
-    """A new account after the first deploy: no quota, no base model, no e-mail confirmed."""
+    """A new account after the first deploy: no quota, no base model, unconfirmed e-mail."""
     stack.applied, stack.default = {}, dict.fromkeys(QUOTAS.values(), 0.0)
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         stack.delete(DATA, f"models/{MODEL}/{file}")
@@ -618,8 +625,7 @@ def test_the_readme_shows_what_is_said_in_the_first_hour(stack: Healthy) -> None
 
 
 def test_it_loads_no_sdk_and_no_torch() -> None:
-    program = (
-        "import sys, tunedrop_cli.doctor; print([m for m in ('torch', 'sagemaker', 'transformers') if m in sys.modules])"
-    )
+    heavy = ("torch", "sagemaker", "transformers")
+    program = f"import sys, tunedrop_cli.doctor.examine; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

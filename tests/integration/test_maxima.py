@@ -9,7 +9,7 @@ import world as world_module
 from botocore.session import get_session
 from template import load_template
 
-from local_app.sagemaker.service_model import violations
+from local_app.sagemaker.constraints import violations
 from pipeline.runs.states import RunState
 from pipeline.runs.table import RUN
 from tunedrop.object_keys import JobName

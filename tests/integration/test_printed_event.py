@@ -1,4 +1,4 @@
-"""`tunedrop event` prints what a function takes: a whole run driven by what it prints, and nothing else."""
+"""The events that `tunedrop event` prints drive a whole run."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def printed(tunedrop: Callable[..., str]) -> Callable[..., Json]:
 
 
 def end(world: World, job: str | None, status: str = "Completed", reason: str | None = None) -> None:
-    """Let a job end, as DescribeTrainingJob then has it."""
+    """Let a job end, as DescribeTrainingJob describes it."""
     moment = datetime(2026, 11, 2, 9, 45, tzinfo=UTC)
     steps = [{"Status": name, "StartTime": moment, "EndTime": moment} for name in ("Starting", "Training", status)]
     world.jobs[str(job)] = {
@@ -36,7 +36,7 @@ def end(world: World, job: str | None, status: str = "Completed", reason: str | 
 
 
 def dropped(world: World, printed: Callable[..., Json]) -> Run:
-    """Put a dataset and a config, and have them validated."""
+    """Upload a dataset and a config, and validate them."""
     world.put("training_data/cars.yaml", b"rewards: [{type: exact_match}]\n")
     world.put(KEY, GOOD_DATA)
     return world.run(world.handle("validate_dataset", printed(KEY))["run_id"])
@@ -49,11 +49,11 @@ def test_printed_events_drive_a_run_from_its_upload_to_its_publication(
     assert run.state == RunState.VALIDATED
 
     event = printed("cars", "--stage", "start")
-    real = world.own_events()[0][1]  # what validate_dataset announced, as EventBridge delivers it
+    real = world.own_events()[0][1]  # the event of validate_dataset, as EventBridge delivers it
     assert event["detail"] == real["detail"]
     assert event.keys() == load_event("start_training.dataset_validated").keys()
     assert world.handle("start_training", event) == {"run_id": run.run_id, "status": "TRAINING"}
-    # Its event is the same later on, and then does nothing.
+    # A repeated event has the same detail, and changes nothing.
     assert printed("cars", "--stage", "start")["detail"] == event["detail"]
     assert world.handle("start_training", event) == {"run_id": run.run_id, "status": "TRAINING"}
 
@@ -73,7 +73,7 @@ def test_printed_events_drive_a_run_from_its_upload_to_its_publication(
     run = world.run(run.run_id)
     end(world, run.test_job)
     world.save_tests(run, WON)
-    event = printed(str(run.test_job))  # by the job's name as well
+    event = printed(str(run.test_job))  # by the job's name
     assert event["detail"] == printed("cars", "--stage", "publish")["detail"]
     assert world.handle("publish_results", event) == {"run_id": run.run_id, "status": "PUBLISHED"}
 
@@ -103,7 +103,7 @@ def test_it_counts_after_the_last_upload_and_before_the_next(world: World, print
     assert again["detail"]["object"]["sequencer"] == "0055AED6DCD90281E6"
     assert world.handle("validate_dataset", again) == {"run_id": first.run_id, "status": "VALIDATED"}
     assert world.aws.runs.upload(KEY)["sequencer"].startswith("0055AED6DCD90281E6")
-    # Again, and it is new again; what S3 sends of the next upload is newer still.
+    # A further event counts as new again, and S3's event of the next upload as newer.
     assert printed(KEY)["detail"]["object"]["sequencer"] == "0055AED6DCD90281E7"
     newer = world.upload_event(KEY, GOOD_DATA + b'{"question": "more", "answer": "yes"}\n', "0055AED6DCD9028200")
     assert world.handle("validate_dataset", newer)["run_id"] != first.run_id

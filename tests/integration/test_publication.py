@@ -8,7 +8,7 @@ import yaml
 from botocore.client import BaseClient
 from fake_stack import ARTIFACTS, PLAN, SERVING_IMAGE
 
-from local_app.aws.server import matches_pattern
+from local_app.aws.hooks import matches_pattern
 from pipeline.publish.index import read_index
 from pipeline.publish.result import cost
 from pipeline.runs.states import RunState

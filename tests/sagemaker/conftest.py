@@ -1,4 +1,4 @@
-"""A SageMaker emulator per test, over one S3 and CloudWatch Logs (moto's server) for the whole folder."""
+"""A SageMaker emulator for each test. S3 and CloudWatch Logs (moto's server) are shared by a module."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from local_app.sagemaker.model import service_model
-from local_app.sagemaker.server import SageMakerEmulator, serve
-from local_app.sagemaker.service_model import shape_problems
+from local_app.sagemaker.api import service_model
+from local_app.sagemaker.constraints import shape_problems
+from local_app.sagemaker.emulator import OPERATIONS, SageMakerEmulator
+from local_app.sagemaker.server import serve
 
 Json = dict[str, Any]
 ROLE = "arn:aws:iam::123456789012:role/SageMakerRole"
@@ -39,7 +40,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
     return result
 
 
-# For a module, not for the session: moto's state is the process's, and other modules' `mock_aws` empties it.
+# Of a module, and not of the session: `mock_aws` of another module empties moto's state, which is the process's.
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -69,7 +70,7 @@ def logs(endpoint: str) -> Any:
 
 @dataclass
 class Local:
-    """An emulator as a test sees it: a boto3 client, the events that came out, and helpers around jobs."""
+    """An emulator for a test: a boto3 client, the delivered events, and helpers for jobs."""
 
     client: Any
     s3: Any
@@ -79,7 +80,7 @@ class Local:
     close: Callable[[], None] = lambda: None
 
     def create(self, name: str, script: str, **changes: Any) -> str:
-        """Create a job whose entry point is `script` (bash), which comes in by its `code` channel."""
+        """Create a job whose entry point is the bash script `script` in the `code` channel."""
         self.client.create_training_job(**self.request(name, script, **changes))
         return name
 
@@ -112,7 +113,7 @@ class Local:
         return wait_for(condition, seconds)
 
     def interrupt(self, name: str) -> int:
-        """Ask for a spot interruption; returns the HTTP status."""
+        """Request a spot interruption and return the HTTP status."""
         request = urllib.request.Request(f"{self.url}/_tunedrop/interrupt/{name}", method="POST")
         try:
             with urllib.request.urlopen(request) as answer:
@@ -121,7 +122,7 @@ class Local:
             return error.code
 
     def post(self, operation: str, request: Json | bytes) -> tuple[int, Json]:
-        """Call the API without botocore's own checks."""
+        """Call the API without botocore's checks."""
         body = request if isinstance(request, bytes) else json.dumps(request).encode()
         http = urllib.request.Request(self.url, data=body, headers={"X-Amz-Target": f"SageMaker.{operation}"})
         try:
@@ -137,7 +138,7 @@ class Local:
         return self.client.describe_training_job(TrainingJobName=name)
 
     def wait(self, name: str, *statuses: str) -> Json:
-        """Wait for one of the statuses (or secondary statuses); for any final one when none is named."""
+        """Wait for one of the statuses or secondary statuses; without any, for a final status."""
 
         def arrived() -> Json | None:
             job = self.describe(name)
@@ -146,7 +147,7 @@ class Local:
         return wait_for(arrived)
 
     def log(self, name: str) -> str:
-        """What the job's processes printed."""
+        """The output of the job's processes."""
         return (self.folder / "jobs" / name / "job.log").read_text()
 
     def keys(self, prefix: str) -> list[str]:
@@ -161,7 +162,7 @@ class Local:
 
 
 def sagemaker_client(url: str) -> Any:
-    """A boto3 client that also checks every answer against the output shape of botocore's model."""
+    """A boto3 client that also checks every response against the output shape of botocore's model."""
     client = boto3.client("sagemaker", endpoint_url=url, config=Config(retries={"total_max_attempts": 1}))
 
     def check(http_response: Any, model: Any, **_: Any) -> None:
@@ -180,17 +181,16 @@ def launch(endpoint: str, s3: Any, folder: Path, **options: Any) -> Local:
     server = serve(emulator)
 
     def close() -> None:
-        server.shutdown()
-        server.server_close()
+        server.close()
         emulator.close()
 
-    url = f"http://127.0.0.1:{server.server_port}"
+    url = f"http://127.0.0.1:{server.port}"
     return Local(client=sagemaker_client(url), s3=s3, url=url, folder=folder, events=events, close=close)
 
 
 @pytest.fixture
 def start(endpoint: str, s3: Any, tmp_path: Path) -> Iterator[Callable[..., Local]]:
-    """Start an emulator in this process; keyword arguments as SageMakerEmulator's, the folder is always the same."""
+    """Start an emulator in this process, always in the same folder. The options are SageMakerEmulator's."""
     started: list[Local] = []
 
     def begin(**options: Any) -> Local:
@@ -204,7 +204,7 @@ def start(endpoint: str, s3: Any, tmp_path: Path) -> Iterator[Callable[..., Loca
 
 @pytest.fixture(scope="module")
 def idle(endpoint: str, s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    """One emulator for all tests that start no job."""
+    """One emulator for all tests without jobs."""
     local = launch(endpoint, s3, tmp_path_factory.mktemp("idle") / "state")
     yield local
     local.close()
@@ -216,7 +216,7 @@ def local(start: Callable[..., Local]) -> Local:
 
 
 class Sink:
-    """What the AWS emulator is for the command line: it takes events by POST; `broken` makes it refuse them."""
+    """Receives events by POST, as the AWS emulator does. While `broken` is set, it refuses them."""
 
     def __init__(self) -> None:
         self.events: list[Json] = []
@@ -251,7 +251,7 @@ def sink() -> Iterator[Sink]:
 def command(
     endpoint: str, s3: Any, sink: Sink, tmp_path: Path
 ) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], Local]]]:
-    """Start the emulator as its users do, by its command line; the state folder is the same each time."""
+    """Start the emulator by its command line, always in the same state folder."""
     processes = []
 
     def begin(*options: str) -> tuple[subprocess.Popen[bytes], Local]:
@@ -282,7 +282,5 @@ def command(
 
 @pytest.fixture(scope="session")
 def supported_shapes() -> list[Any]:
-    from local_app.sagemaker.server import OPERATIONS
-
     operations = [service_model().operation_model(name) for name in OPERATIONS]
     return [shape for operation in operations for shape in (operation.input_shape, operation.output_shape) if shape]

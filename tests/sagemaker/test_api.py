@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from local_app.sagemaker.service_model import compiled
+from local_app.sagemaker.constraints import compiled
 
 SPOT = {"EnableManagedSpotTraining": True}
 G5 = {"InstanceType": "ml.g5.4xlarge", "InstanceCount": 1, "VolumeSizeInGB": 50}

@@ -1,4 +1,4 @@
-"""What AWS's documents say of a training job's request, a sentence a test: what the emulator lets through, AWS does too."""
+"""AWS's documented rules for a training job's request, one sentence a test: the emulator accepts what AWS accepts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch"
 
 
 def on(*types: str, count: int | None = 1, counts: tuple[int | None, ...] = ()) -> dict[str, Any]:
-    """ResourceConfig of one type, or of a list of types; `counts` are those of the list's entries."""
+    """ResourceConfig of one type, or of a list of types with their `counts`."""
     if len(types) == 1:
         return {"InstanceType": types[0], "InstanceCount": count, "VolumeSizeInGB": 1}
     entries = [

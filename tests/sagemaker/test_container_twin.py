@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import tiny_model
 
-from local_app.sagemaker import training_jobs
+from local_app.sagemaker import jobs
 from local_app.sagemaker.sandbox import Namespaces
 from release.plan import build_plan
 from release.target import Target
@@ -78,7 +78,7 @@ def freeze(python: Path) -> dict[str, str]:
 
 @pytest.fixture
 def twin(tmp_path: Path) -> Iterator[Path]:
-    """The twin's Python. It takes 6 GB, which are freed again."""
+    """The twin's Python. It needs 6 GB on disk, which the fixture frees at the end."""
     folder = tmp_path / "twin"
     run(interpreter(), "-m", "venv", folder)
     python = folder / "bin/python"
@@ -93,7 +93,7 @@ def twin(tmp_path: Path) -> Iterator[Path]:
 
 
 def train_and_test(local: Local, model: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Run the plan's two jobs on a tiny model; returns what the training says of itself."""
+    """Run the plan's two jobs on a tiny model and return the training's record."""
     for file in model.iterdir():
         local.s3.upload_file(str(file), "art", f"models/tiny/{file.name}")
     grpo = {"max_steps": 3, "num_generations": 8, "per_device_train_batch_size": 16, "max_completion_length": 6}
@@ -140,7 +140,7 @@ def test_a_released_plan_runs_in_a_twin_of_the_container(
     monkeypatch.setenv("SAGEMAKER_VALIDATE_ROLE", "false")  # as `python -m release` sets it
     target = Target("art", ROLE, f"763104351884.dkr.ecr.us-east-1.amazonaws.com/{IMAGE['repository']}:{IMAGE['tag']}")
     plan = build_plan(target, "us-east-1", files := tmp_path / "plan")
-    monkeypatch.setattr(training_jobs, "find_sandbox", lambda: InTwin(twin))
+    monkeypatch.setattr(jobs, "find_sandbox", lambda: InTwin(twin))
     local = start()
     for path in (path for path in files.rglob("*") if path.is_file()):
         local.s3.upload_file(str(path), "art", f"trainer/{plan['digest']}/{path.relative_to(files)}")

@@ -116,7 +116,7 @@ def data(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
 def trained(
     local: Any, name: str, batch: int, **changes: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Train with micro-batches of this size; returns training.json, the metrics and the adapter."""
+    """Train with micro-batches of this size, and return training.json, the metrics and the adapter."""
     from safetensors.torch import load
 
     grpo = {
@@ -157,7 +157,7 @@ def trained(
 def test_two_ranks_train_what_one_trains_with_the_same_global_batch(
     local: Any, one_rank: Any, name: str, changes: dict[str, Any]
 ) -> None:
-    """Sums are made in another order, which float32 rounds by 1e-7, and Adam's square roots make more of that."""
+    """The order of a sum differs: float32 rounds it by 1e-7, and Adam's square roots amplify the difference."""
     told, metrics, adapter = trained(local, name, 8, **changes)
     expected_told, expected_metrics, expected = one_rank
     for key in ("steps", "ended", "checkpoint", "evaluations", "alerts", "rows"):

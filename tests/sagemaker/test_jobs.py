@@ -1,4 +1,4 @@
-"""Training jobs run as real processes: what they see, what they leave in S3, and how each way of ending looks."""
+"""Training jobs as real processes: their inputs, their results in S3, and every way of ending."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from local_app.sagemaker.model import JobError
+from local_app.sagemaker.api import JobError
 from local_app.sagemaker.sandbox import Docker, Namespaces, find_sandbox
-from local_app.sagemaker.services import channel_objects, download
+from local_app.sagemaker.transfer import channel_objects, download
 from local_app.stack import Stack, StackError
 
 ODD = """it's "odd" $(touch /tmp/tunedrop-executed) `id` \\n {"a": 1}"""
-# Waits for SIGTERM and says, as a trainer does, what it saved. `wait` lets bash answer the signal at once.
+# Waits for SIGTERM, then saves, as a trainer does. `wait` lets bash handle the signal at once.
 WAITS = """
 trap 'echo "PID $$" > /opt/ml/output/data/terminated; echo half > /opt/ml/model/half; exit 0' TERM
 touch /opt/ml/checkpoints/started
@@ -363,7 +363,7 @@ def test_an_s3_prefix_is_a_string_and_not_a_folder(s3: Any, tmp_path: Path) -> N
 
 
 def test_the_sandbox_needs_no_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a user namespace, as for an ordinary user: the host's /opt stays visible, and nothing on it changes."""
+    """As an ordinary user, in a user namespace: the host's /opt stays visible and does not change."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     sandbox = find_sandbox()
     assert isinstance(sandbox, Namespaces)

@@ -1,4 +1,4 @@
-"""The jobs' role is minimal: what training and test jobs do with it is allowed, and nothing else is."""
+"""The jobs' role is minimal: it allows every call of training and test jobs, and no other call."""
 
 import re
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def made_by_sagemaker() -> list[Permission]:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> set[Permission]:
-    """What is needed for the requests that are made with temporary credentials: the role's."""
+    """The permissions of the requests with temporary credentials, which are the role's."""
     found: set[Permission] = set()
     send = URLLib3Session.send
 

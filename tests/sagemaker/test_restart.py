@@ -1,4 +1,4 @@
-"""What survives when the emulator ends, politely or by kill -9: the state does, the jobs' processes do not."""
+"""The state survives the emulator's end, in order or by kill -9; the jobs' processes do not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from local_app.sagemaker.sandbox import EnvironmentProblem
+from local_app.sagemaker.sandbox import StartupError
 
 COUNTS_RUNS = """
 trap 'exit 0' TERM
@@ -25,7 +25,7 @@ wait
 
 
 def job_processes(folder: Path) -> list[str]:
-    """Command lines of processes that belong to this test's jobs: what runs in them, and what started it."""
+    """Command lines of this test's job processes, and of the processes that started them."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -92,7 +92,7 @@ def test_a_stop_that_was_asked_for_before_a_restart_is_done_after_it(start: Call
 
 def test_one_emulator_at_a_time_uses_a_folder(start: Callable[..., Any]) -> None:
     start()
-    with pytest.raises(EnvironmentProblem, match="Another SageMaker emulator uses"):
+    with pytest.raises(StartupError, match="Another SageMaker emulator uses"):
         start()
 
 

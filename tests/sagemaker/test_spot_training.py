@@ -1,4 +1,4 @@
-"""The real trainer as a spot job of the emulator: interrupted, it ends with the adapter of a job that was not."""
+"""The real trainer as a spot job: an interrupted job ends with the adapter of an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Any
 from botocore.model import OperationModel
 from botocore.validate import ParamValidationDecorator
 
-from local_app.sagemaker.service_model import violations
+from local_app.sagemaker.constraints import violations
 
 calls: Counter[str] = Counter()  # how many requests of each operation were checked
 broken: list[str] = []  # what was wrong with those of the running test

@@ -21,7 +21,7 @@ from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.dynamo_type import DynamoType
 from moto.dynamodb.models.table import Table
 
-from local_app.sagemaker.model import ServiceError
+from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.quotas import check_quotas
 from pipeline.aws import Aws, connect
 from pipeline.runs.states import Run

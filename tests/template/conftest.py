@@ -8,7 +8,7 @@ from samtranslator.parser.parser import Parser
 from samtranslator.translator.translator import Translator
 from template import Json, of_type
 
-from local_app.stack import Build, build
+from local_app.build import Build, build
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from template import load_template, of_type
 
-from local_app.stack import PROJECT, Build, build
+from local_app.build import Build, build
+from local_app.stack import PROJECT
 
 HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")
 # What the layer of validate_dataset is for. Nothing of it may cost a cold start.

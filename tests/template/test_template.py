@@ -11,7 +11,7 @@ import pytest
 from fake_stack import OWN_RULES
 from template import Json, listed, of_type, resolve
 
-from local_app.aws.server import matches_pattern
+from local_app.aws.hooks import matches_pattern
 from local_app.stack import PROJECT
 from pipeline.settings import JobSettings, PublishSettings, ReconcileSettings, Settings, ValidateSettings
 from tunedrop.rewards import REWARD_ENVIRONMENT

@@ -25,7 +25,7 @@ MACHINES = [
 # Builds both requests with ModelTrainer, as `python -m release` does, and imports the command.
 RELEASE = """
 import tempfile, pathlib
-import tunedrop_cli.main, tunedrop_cli.doctor, tunedrop_cli.printed_event, local_app.sagemaker.training_job
+import tunedrop_cli.main, tunedrop_cli.doctor.examine, tunedrop_cli.printed_event
 from release.plan import build_plan
 from release.prices import inference_image
 from release.target import Target
@@ -121,6 +121,20 @@ def test_make_takes_the_newest_python_that_runs(tmp_path: Path, run: list[str], 
         assert f"python{taken} -m venv .venv-sam" in done.stdout
     else:
         assert "no python3.13, python3.12 or python3.11 runs here" in done.stderr
+
+
+@pytest.mark.parametrize("browser", ["chromium", "google-chrome", None])
+def test_make_leaves_the_browser_tests_out_where_there_is_no_browser_and_says_so(
+    tmp_path: Path, browser: str | None
+) -> None:
+    for program in ("python3.11", browser or "other"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o700)
+    make = [shutil.which("make") or "make", "--dry-run", "test"]
+    done = subprocess.run(make, cwd=PROJECT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert "-m pytest -n 2" in done.stdout
+    assert ("--ignore=tests/report" in done.stdout) == (browser is None)
+    assert ("no browser: tests/report not run. Install Chromium" in done.stdout) == (browser is None)
 
 
 def test_make_containers_does_not_pass_where_no_engine_can_be_had() -> None:

@@ -1,4 +1,4 @@
-"""The complexity of rules is event-ruler's: the values that its tests publish, and what was seen of EventBridge."""
+"""The complexity of rules has the values of event-ruler's tests, and agrees with EventBridge's observed refusals."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def test_the_values_that_event_ruler_publishes(value, patterns):
 
 
 def test_the_rule_that_event_ruler_publishes():
-    """Prefixes, suffixes and exact values cost nothing; of several fields the most complex counts."""
+    """Prefixes, suffixes and exact values add nothing; the most complex field counts."""
     others = [{"prefix": "a"}, "abcdef", {"suffix": "z"}]
     wild = [{"prefix": "b"}, {"wildcard": "a*a*a*a*a*a*"}, {"suffix": "c"}]
     assert complexity({"abc": others, "def": wild, "ghi": others}) == 11

@@ -1,6 +1,6 @@
-"""Write the sample's rows and inference tests: `python -m tunedrop_cli.sample` rewrites the committed files.
+"""Writes the sample's rows and inference tests: `python -m tunedrop_cli.sample` rewrites the committed files.
 
-The tests ask sums that no row has, in neither order of the numbers: what they measure is not memory.
+No row has a sum of the tests, in either order of the numbers: the tests do not measure memory.
 """
 
 import json

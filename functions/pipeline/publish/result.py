@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.jobs.plan import instance_type_of
+from pipeline.jobs.price import job_price, on_demand_prices
 from pipeline.publish.statistics import Comparison
 from pipeline.runs.states import Run
 from pipeline.settings import Settings
@@ -33,7 +34,7 @@ def run_result(
         "bounded": run.bounded,
         "training": training,
         "jobs": {"train": run.train_job, "test": run.test_job},
-        "cost": cost(jobs, (plan.get("prices") or {}).get("on_demand", {})),
+        "cost": cost(jobs, on_demand_prices(plan)),
         "source": f"s3://{settings.data_bucket}/{run.key}",
         "source_version": run.version_id,
         "trainer": run.plan,
@@ -63,17 +64,16 @@ def cost(jobs: dict[str, dict[str, Any]], prices: dict[str, float]) -> dict[str,
     described = {}
     for kind, job in jobs.items():
         resources = job["ResourceConfig"]
-        instance = instance_type_of(resources)
-        seconds, price = job.get("BillableTimeInSeconds"), prices.get(instance)
-        count = resources.get("InstanceCount", 1)
+        seconds = job.get("BillableTimeInSeconds")
+        usd = job_price(seconds, resources, prices)
         described[kind] = {
             "name": job["TrainingJobName"],
-            "instance_type": instance,
-            "instance_count": count,
+            "instance_type": instance_type_of(resources),
+            "instance_count": resources.get("InstanceCount", 1),
             "spot": job.get("EnableManagedSpotTraining", False),
             "seconds": job.get("TrainingTimeInSeconds"),
             "billable_seconds": seconds,
-            "usd": None if seconds is None or price is None else round(seconds * count * price / 3600, 4),
+            "usd": None if usd is None else round(usd, 4),
         }
     known = [job["usd"] for job in described.values()]
     return {"jobs": described, "usd": None if None in known else round(sum(known), 4)}

@@ -1,7 +1,7 @@
 """Training jobs: their operations, and the state machine behind DescribeTrainingJob.
 
-A job's record is its DescribeTrainingJob response. Every change of status writes the record and the event that tells
-about it in one transaction; one thread per running job drives it from Starting to its end, through interruptions.
+A job's record is its DescribeTrainingJob response. Every change of status writes the record and its event in one
+transaction. One thread per open job drives the job from Starting to its end, through interruptions.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from local_app.sagemaker.job_run import JobRun, Outcome
-from local_app.sagemaker.model import Json, ServiceError, fitting, not_found, page
+from local_app.common import Json
+from local_app.sagemaker.api import ServiceError, fitting, not_found, page
+from local_app.sagemaker.job_process import JobProcess, Outcome
+from local_app.sagemaker.job_requests import check_request, new_job
 from local_app.sagemaker.quotas import check_quotas
 from local_app.sagemaker.sandbox import find_sandbox
 from local_app.sagemaker.services import Services
 from local_app.sagemaker.store import Store
-from local_app.sagemaker.training_job import check_request, new_job, state_change_event, training_time
+from pipeline.notify.job_events import state_change_event
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ class TrainingJobs:
         self._without_capacity, self._grace = without_capacity, grace
         self._checkpoint_interval = checkpoint_interval
         self._sandbox = find_sandbox()
-        self._lock = threading.Lock()  # taken before the store's; guards _runs together with a job's status
-        self._runs: dict[str, JobRun] = {}
+        self._lock = threading.Lock()  # taken before the store's; guards _processes together with a job's status
+        self._processes: dict[str, JobProcess] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._closing = False
         self.changed = threading.Event()  # set when there is an event to deliver
@@ -70,7 +72,7 @@ class TrainingJobs:
     # -------------------------------------------------------------------------------------------------- operations
 
     def create_training_job(self, request: Json) -> Json:
-        """Check, store and start a job; answers at once, as AWS does."""
+        """Check, store and start a job. Returns at once, as AWS does."""
         check_request(request, self._services.region)
         self._check_role(request["RoleArn"])
         name = request["TrainingJobName"]
@@ -116,7 +118,7 @@ class TrainingJobs:
         return result
 
     def stop_training_job(self, request: Json) -> Json:
-        """Ask a job to stop: its process gets SIGTERM, and SIGKILL after the grace time."""
+        """Stop a job: its process gets SIGTERM, and SIGKILL after the grace time."""
         name = request["TrainingJobName"]
         with self._lock:
             job = self._get(name)
@@ -127,12 +129,12 @@ class TrainingJobs:
                 )
             if job["TrainingJobStatus"] != "Stopping":
                 self._move(name, "Stopping")
-            if name in self._runs:
-                self._runs[name].stop("Stopped")
+            if name in self._processes:
+                self._processes[name].stop("Stopped")
         return {}
 
     def interrupt(self, name: str) -> None:
-        """Take a spot job's instance away, as AWS does; raises ServiceError (409) for a job that has none."""
+        """Take a spot job's instance away, as AWS does. Raises ServiceError (409) for a job that has no instance."""
         with self._lock:
             job = self._get(name)
             if not job.get("EnableManagedSpotTraining") or job["SecondaryStatus"] not in ("Downloading", "Training"):
@@ -143,10 +145,10 @@ class TrainingJobs:
                     f"{job['TrainingJobStatus']}/{job['SecondaryStatus']}.",
                     409,
                 )
-            self._runs[name].stop("Interrupted")
+            self._processes[name].stop("Interrupted")
 
     def counts(self) -> dict[str, int]:
-        """Return how many jobs are in each status."""
+        """Return the number of jobs in each status."""
         result: dict[str, int] = {}
         for job in self._store.all("job"):
             result[job["TrainingJobStatus"]] = result.get(job["TrainingJobStatus"], 0) + 1
@@ -155,13 +157,13 @@ class TrainingJobs:
     # --------------------------------------------------------------------------------------------------- lifecycle
 
     def resume(self) -> None:
-        """Take up the jobs that ran when the emulator ended. Their processes died with it, as in a spot interruption."""
+        """Start the open jobs of an earlier emulator again. Their processes died with it, as in a spot interruption."""
         for job in self._store.all("job"):
             name = job["TrainingJobName"]
             if job["TrainingJobStatus"] in FINAL:
                 continue
             logger.warning(
-                "%s was %s when the emulator ended: it goes on from its checkpoints", name, job["SecondaryStatus"]
+                "%s was %s when the emulator ended; it continues from its checkpoints", name, job["SecondaryStatus"]
             )
             if job["TrainingJobStatus"] == "InProgress" and job["SecondaryStatus"] != "Starting":
                 self._move(name, "Interrupted", message="The machine that ran the training job went away")
@@ -169,17 +171,17 @@ class TrainingJobs:
             self._start(name)
 
     def close(self) -> None:
-        """End all processes (SIGTERM, SIGKILL within five seconds). The jobs stay open and go on after resume()."""
+        """End all processes (SIGTERM, SIGKILL within five seconds). The jobs stay open and continue after resume()."""
         with self._lock:
             self._closing = True
-            runs, threads = list(self._runs.values()), list(self._threads.values())
-            for run in runs:
-                run.stop("Shutdown")
+            processes, threads = list(self._processes.values()), list(self._threads.values())
+            for process in processes:
+                process.stop("Shutdown")
         deadline = time.monotonic() + min(5, self._grace)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        for run in runs:
-            run.kill()
+        for process in processes:
+            process.kill()
         for thread in threads:
             thread.join(5)
 
@@ -191,25 +193,25 @@ class TrainingJobs:
         thread.start()
 
     def _drive(self, name: str) -> None:
-        """Run a job to its end, as often as it takes."""
+        """Run a job to its end, with a new process after each interruption."""
         try:
             while self._run_once(name):
                 pass
-        except Exception as error:  # the last line of defence: no job may hang without a status
+        except Exception as error:  # no job may stay without a final status
             logger.exception("%s", name)
             self._end(name, Outcome("Failed", f"InternalServerError: We encountered an internal error. {error!r}"[:1024]))
         finally:
             with self._lock:
-                self._runs.pop(name, None)
+                self._processes.pop(name, None)
                 self._threads.pop(name, None)
 
     def _run_once(self, name: str) -> bool:
-        """Run the job once; True when it was interrupted and has to run again."""
+        """Run the job's process once. Returns True when it was interrupted and must run again."""
         with self._lock:
             if self._closing:
                 return False
             job = self._get(name)
-            run = JobRun(
+            process = JobProcess(
                 job,
                 self._folder / name,
                 self._services.assume(job["RoleArn"]),
@@ -219,24 +221,18 @@ class TrainingJobs:
                 grace=self._grace,
                 checkpoint_interval=self._checkpoint_interval,
             )
-            self._runs[name] = run
+            self._processes[name] = process
             if job["TrainingJobStatus"] == "Stopping":
-                run.stop("Stopped")
-        preferences = [choice["InstanceType"] for choice in job["ResourceConfig"].get("InstancePreferences", [])]
-        choices = preferences or [job["ResourceConfig"]["InstanceType"]]
-        available = [choice for choice in choices if choice not in self._without_capacity]
-        if available and preferences:
-            job["ResourceConfig"]["SelectedInstanceType"] = available[0]
-            self._change(name, ResourceConfig=job["ResourceConfig"])
-        if not available:
+                process.stop("Stopped")
+        if self._find_capacity(job):
+            (self._folder / name).mkdir(mode=0o700, exist_ok=True)
+            outcome = process.run()
+        else:
             outcome = Outcome(
                 "Failed",
                 "CapacityError: Unable to provision requested ML compute capacity. Please retry using a different ML "
                 "instance type or after some time.",
             )
-        else:
-            (self._folder / name).mkdir(mode=0o700, exist_ok=True)
-            outcome = run.run()
         with self._lock:
             if outcome.status == "Shutdown":
                 return False
@@ -248,8 +244,19 @@ class TrainingJobs:
             if job["TrainingJobStatus"] == "Stopping" and outcome.status in ("Completed", "Interrupted"):
                 outcome.status = "Stopped"
             self._end(name, outcome)
-            run.discard()
+            process.discard()
             return False
+
+    def _find_capacity(self, job: Json) -> bool:
+        """Return whether an instance type of the job has capacity; of a preference list, select the first that has."""
+        resources = job["ResourceConfig"]
+        preferences = [choice["InstanceType"] for choice in resources.get("InstancePreferences", [])]
+        choices = preferences or [resources["InstanceType"]]
+        available = [choice for choice in choices if choice not in self._without_capacity]
+        if available and preferences:
+            resources["SelectedInstanceType"] = available[0]
+            self._change(job["TrainingJobName"], ResourceConfig=resources)
+        return bool(available)
 
     def _has_network(self, job: Json) -> bool:
         if job.get("EnableNetworkIsolation"):
@@ -270,11 +277,11 @@ class TrainingJobs:
         self._move(name, outcome.status, status, outcome.failure_reason, **final)
 
     def _move(self, name: str, secondary: str, status: str = "", message: str = "", **changes: Any) -> None:
-        """Enter a secondary status, with its transition and its event."""
+        """Enter a secondary status: write its transition and its event."""
         with self._store.transaction():
             job = self._get(name) | changes
             if job["TrainingJobStatus"] == "Stopping" and secondary in ("Downloading", "Training"):
-                return  # it was told to stop meanwhile, and the run notices
+                return  # a stop was requested meanwhile, and ends the process
             if not status:
                 status = "Stopping" if secondary == "Stopping" else job["TrainingJobStatus"]
             if secondary == "Downloading":
@@ -307,3 +314,9 @@ class TrainingJobs:
 
     def _arn(self, name: str) -> str:
         return f"{self._arn_prefix}:training-job/{name}"
+
+
+def training_time(job: Json, outcome: Outcome) -> Json:
+    """Return the job's training seconds over all its processes. As on AWS, absent (not 0) before the first second."""
+    seconds = job.get("TrainingTimeInSeconds", 0) + outcome.seconds
+    return {"TrainingTimeInSeconds": seconds, "BillableTimeInSeconds": seconds} if seconds else {}

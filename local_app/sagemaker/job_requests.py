@@ -1,31 +1,18 @@
-"""One training job's data: what CreateTrainingJob refuses, the job's record, and the event that tells its status."""
+"""CreateTrainingJob's request: the rules that botocore's model cannot express, and the record of a new job."""
 
 from __future__ import annotations
 
 import re
 import time
-import uuid
-from datetime import UTC, datetime
-from typing import Any
 
-from local_app.sagemaker.job_run import Outcome
-from local_app.sagemaker.model import Json, ServiceError, fitting
+from local_app.common import Json
+from local_app.sagemaker.api import ServiceError, fitting
 from release.target import ECR_IMAGE
 from tunedrop.config.instances import has_local_disk
 
-EVENT_MEMBERS = (
-    *("TrainingJobName", "TrainingJobArn", "ModelArtifacts", "TrainingJobStatus", "SecondaryStatus", "FailureReason"),
-    *("HyperParameters", "AlgorithmSpecification", "RoleArn", "InputDataConfig", "OutputDataConfig", "ResourceConfig"),
-    *("VpcConfig", "StoppingCondition", "CreationTime", "TrainingStartTime", "TrainingEndTime", "LastModifiedTime"),
-    *("SecondaryStatusTransitions", "FinalMetricDataList", "EnableNetworkIsolation"),
-    *("EnableInterContainerTrafficEncryption", "EnableManagedSpotTraining", "CheckpointConfig"),
-    *("TrainingTimeInSeconds", "BillableTimeInSeconds"),
-)
-TIMES = ("CreationTime", "TrainingStartTime", "TrainingEndTime", "LastModifiedTime", "StartTime", "EndTime", "Timestamp")
-
 
 def check_request(request: Json, region: str) -> None:
-    """Raise ServiceError for what botocore's model cannot say: AWS's rules between members, then what only runs there."""
+    """Raise ServiceError if a request breaks AWS's rules between members, or needs a feature that this emulator lacks."""
     for refused, message in (*_aws_rules(request), *_image_rules(request, region), *_local_limits(request)):
         if refused:
             raise ServiceError("ValidationException", message)
@@ -78,12 +65,12 @@ def _aws_rules(request: Json) -> list[tuple[bool, str]]:
 def _image_rules(request: Json, region: str) -> list[tuple[bool, str]]:
     image = request.get("AlgorithmSpecification", {}).get("TrainingImage")
     if image is None or ".dkr.ecr" not in image:
-        return []  # an image of one's own machine, or of another registry
-    found = ECR_IMAGE.fullmatch(image)
+        return []  # an image of this machine, or of another registry
+    parts = ECR_IMAGE.fullmatch(image)
     return [
-        (found is None, f'ECR image "{image}" is invalid.'),
-        # Assumption: the API reference asks for one region of models' images only.
-        (found is not None and found["region"] != region, f'ECR image "{image}" is not in the region of the job, {region}.'),
+        (parts is None, f'ECR image "{image}" is invalid.'),
+        # Assumption: the API reference has this rule for models' images only.
+        (parts is not None and parts["region"] != region, f'ECR image "{image}" is not in the region of the job, {region}.'),
     ]
 
 
@@ -124,7 +111,7 @@ def _compiles(pattern: str) -> bool:
 
 
 def new_job(request: Json, arn: str) -> Json:
-    """Build the record of a new job: its DescribeTrainingJob response before the first status."""
+    """Return the record of a new job: its DescribeTrainingJob response before the first status."""
     name, output = request["TrainingJobName"], request["OutputDataConfig"]
     artifacts = "model/" if output.get("CompressionType") == "NONE" else "model.tar.gz"
     job = fitting("DescribeTrainingJobResponse", request) | {
@@ -137,38 +124,3 @@ def new_job(request: Json, arn: str) -> Json:
     for switch in ("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption", "EnableManagedSpotTraining"):
         job.setdefault(switch, False)
     return job
-
-
-def training_time(job: Json, outcome: Outcome) -> Json:
-    """Return how long the job has trained, over all its runs; nothing (not 0) before it has, as AWS has it."""
-    seconds = job.get("TrainingTimeInSeconds", 0) + outcome.seconds
-    return {"TrainingTimeInSeconds": seconds, "BillableTimeInSeconds": seconds} if seconds else {}
-
-
-def state_change_event(job: Json, tags: dict[str, str]) -> Json:
-    """Build EventBridge's "SageMaker Training Job State Change" for the job as it is now.
-
-    Source: "Events that SageMaker AI sends to EventBridge" in the developer guide; times inside `detail` are
-    milliseconds since 1970, as numbers.
-    """
-    _, _, _, region, account, _ = job["TrainingJobArn"].split(":", 5)
-    detail = {member: _milliseconds(member, job[member]) for member in EVENT_MEMBERS if member in job}
-    return {
-        "version": "0",
-        "id": str(uuid.uuid4()),
-        "detail-type": "SageMaker Training Job State Change",
-        "source": "aws.sagemaker",
-        "account": account,
-        "time": datetime.fromtimestamp(job["LastModifiedTime"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "region": region,
-        "resources": [job["TrainingJobArn"]],
-        "detail": detail | {"Tags": tags},
-    }
-
-
-def _milliseconds(member: str, value: Any) -> Any:
-    if member in TIMES:
-        return int(value * 1000)
-    if member in ("SecondaryStatusTransitions", "FinalMetricDataList"):
-        return [{name: _milliseconds(name, part) for name, part in item.items()} for item in value]
-    return value

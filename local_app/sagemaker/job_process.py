@@ -1,10 +1,11 @@
-"""Runs one training job as a real process that sees what a SageMaker container sees under /opt/ml.
+"""Runs one training job as a real process with the /opt/ml of a SageMaker container.
 
-Download (channels, checkpoints) -> configuration files -> the request's own entry point in a private mount and PID
-namespace -> upload (model, output data, checkpoints). Log lines go to CloudWatch Logs and to `job.log` as they appear.
+1. Download the channels and checkpoints, and write the configuration files.
+2. Run the request's entry point in a private mount and PID namespace. Log lines go to CloudWatch Logs and to `job.log`.
+3. Upload the model, the output data and the checkpoints.
 
-    run = JobRun(describe_training_job_response, folder, services, sandbox, on_phase=print)
-    outcome = run.run()                  # in a thread of its own; stop() from any other
+    process = JobProcess(describe_training_job_response, folder, services, sandbox, on_phase=print)
+    outcome = process.run()              # in a thread of its own; any other thread may call stop()
 """
 
 from __future__ import annotations
@@ -22,32 +23,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from local_app.sagemaker.model import JobError, Json
+from local_app.common import Json
+from local_app.sagemaker.api import JobError
+from local_app.sagemaker.logs import LogStream
+from local_app.sagemaker.opt_ml import config_files, failure_reason, host_names
 from local_app.sagemaker.sandbox import Sandbox
-from local_app.sagemaker.services import AWS_ERRORS, CheckpointSync, LogStream, Services, download, upload, upload_archive
+from local_app.sagemaker.services import AWS_ERRORS, Services
+from local_app.sagemaker.transfer import CheckpointSync, download, upload, upload_archive
 
-HOSTS_FILE = "hosts"  # beside a job's ml folder: what is on its /etc/hosts
+HOSTS_FILE = "hosts"  # the job's /etc/hosts, beside its ml folder
 
 StopReason = Literal["Stopped", "MaxRuntimeExceeded", "MaxWaitTimeExceeded", "Interrupted", "Shutdown"]
 
 
-class Halted(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """The job was told to end before its process was started."""
+class Halted(Exception):  # noqa: N818 - not an error: a caller requested it
+    """The job was stopped before its process was started."""
 
 
 @dataclass
 class Outcome:
-    """How a run ended: SageMaker's secondary status, or "Shutdown" when the emulator ends and the job will go on."""
+    """How a process ended: SageMaker's secondary status, or "Shutdown" when the emulator ends and the job will continue."""
 
     status: Literal["Completed", "Failed"] | StopReason
     failure_reason: str = ""
     metrics: list[Json] = field(default_factory=list)  # FinalMetricDataList
-    seconds: int = 0  # how long the process ran
+    seconds: int = 0  # the process's running time
 
 
 @dataclass
 class _Host:
-    """One instance of a job, as a process of this machine: its name, its /opt/ml, and its PID 1 once it runs."""
+    """One instance of a job, as a process of this machine: its name, its /opt/ml, and its PID 1 after the start."""
 
     name: str
     ml: Path
@@ -55,13 +60,13 @@ class _Host:
     process: subprocess.Popen[bytes] | None = None
 
 
-class JobRun:
-    """One run of a training job on this machine: from its first download to its last upload, or to an interruption.
+class JobProcess:
+    """A training job on this machine, from its first download to its last upload, or to an interruption.
 
-    Each of the job's instances is a process in namespaces of its own; they share the machine's network, where `algo-1`,
-    `algo-2`, … are its loopback address. `job` is the job as DescribeTrainingJob answers it; `folder` is the job's own;
-    without `network` its processes reach only themselves. `on_phase` hears the secondary status ("Downloading", "Training",
-    "Stopping", "Uploading") as it is entered.
+    Each of the job's instances is a process in namespaces of its own. The instances share the machine's network, where
+    `algo-1`, `algo-2`, … name the loopback address. `job` is DescribeTrainingJob's response; `folder` belongs to this job.
+    Without `network`, its processes reach only themselves. `on_phase` is called with each secondary status that the job
+    enters ("Downloading", "Training", "Stopping", "Uploading"). `grace` and `checkpoint_interval` are seconds.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class JobRun:
         return CheckpointSync(self._services.s3, ml / local, config["S3Uri"], interval)
 
     def stop(self, reason: StopReason) -> None:
-        """Ask the run to end: SIGTERM to PID 1, SIGKILL after the grace time. An interruption gives way to a stop."""
+        """End the job: SIGTERM to PID 1, SIGKILL after the grace time. A stop replaces an earlier interruption."""
         if self._stop_reason in (None, "Interrupted"):
             self._stop_reason = reason
         self._wake.set()
@@ -114,7 +119,7 @@ class JobRun:
         self._signal(signal.SIGKILL)
 
     def run(self) -> Outcome:
-        """Do everything; returns when the job's process is gone and its results are in S3."""
+        """Run the job. Returns when its process has ended and its results are in S3."""
         try:
             self._prepare()
             exit_code = self._execute()
@@ -145,36 +150,41 @@ class JobRun:
         """Fill /opt/ml as SageMaker does: input/data/<channel>/, checkpoints, input/config/*.json, empty outputs."""
         self._check_halted()
         self._on_phase("Downloading")
-        job, s3 = self._job, self._services.s3
         first, *others = self._hosts
         try:
             for host in self._hosts:
-                if host.checkpoints:
-                    host.checkpoints.push(settled=0)  # what an emulator that was killed had not copied yet
-                if host.ml.exists():
-                    shutil.rmtree(host.ml)
-                for part in ("input/config", "input/data", "model", "output/data", "tmp", "home"):
-                    (host.ml / part).mkdir(parents=True)
-                if host.checkpoints:
-                    host.checkpoints.restore(self._check_halted)
-                for name, content in config_files(job, host.name).items():
-                    (host.ml / "input/config" / name).write_text(json.dumps(content))
-            for channel in job.get("InputDataConfig", []):
-                folder = first.ml / "input/data" / channel["ChannelName"]
-                folder.mkdir()
-                uri = channel["DataSource"]["S3DataSource"]["S3Uri"]
-                if not download(s3, uri, folder, self._check_halted):
-                    raise JobError(
-                        f'ClientError: Data download failed:No S3 objects found under S3 URL "{uri}" given in input '
-                        f"data source {channel['ChannelName']}. Please ensure that the bucket exists in the selected "
-                        f"region ({self._services.region}) and that objects exist under that S3 prefix."
-                    )
+                self._make_folders(host)
+            for channel in self._job.get("InputDataConfig", []):
+                self._download_channel(channel, first.ml / "input/data" / channel["ChannelName"])
             for host in others:
                 shutil.copytree(first.ml / "input/data", host.ml / "input/data", dirs_exist_ok=True)
             names = " ".join(host.name for host in self._hosts)
             self._hosts_file.write_text(f"{Path('/etc/hosts').read_text()}\n127.0.0.1 {names}\n")
         except (*AWS_ERRORS, OSError) as error:
             raise JobError(f"ClientError: Data download failed: {error}") from error
+
+    def _make_folders(self, host: _Host) -> None:
+        """Make a host's /opt/ml, with the checkpoints in S3 and the configuration files."""
+        if host.checkpoints:
+            host.checkpoints.push(settled=0)  # checkpoints that a killed emulator had not copied yet
+        if host.ml.exists():
+            shutil.rmtree(host.ml)
+        for part in ("input/config", "input/data", "model", "output/data", "tmp", "home"):
+            (host.ml / part).mkdir(parents=True)
+        if host.checkpoints:
+            host.checkpoints.restore(self._check_halted)
+        for name, content in config_files(self._job, host.name).items():
+            (host.ml / "input/config" / name).write_text(json.dumps(content))
+
+    def _download_channel(self, channel: Json, folder: Path) -> None:
+        folder.mkdir()
+        uri = channel["DataSource"]["S3DataSource"]["S3Uri"]
+        if not download(self._services.s3, uri, folder, self._check_halted):
+            raise JobError(
+                f'ClientError: Data download failed:No S3 objects found under S3 URL "{uri}" given in input '
+                f"data source {channel['ChannelName']}. Please ensure that the bucket exists in the selected "
+                f"region ({self._services.region}) and that objects exist under that S3 prefix."
+            )
 
     @property
     def _hosts_file(self) -> Path:
@@ -189,39 +199,56 @@ class JobRun:
             "AWS_REGION": self._services.region,
             "AWS_DEFAULT_REGION": self._services.region,
         }
-        if not job.get("EnableNetworkIsolation"):  # an isolated container gets no credentials either
+        if not job.get("EnableNetworkIsolation"):  # an isolated container gets no credentials
             environment |= self._services.credentials | {"AWS_ENDPOINT_URL": self._services.endpoint_url}
         return environment
 
     def _execute(self) -> int:
-        """Run the entry point on every host to its end; returns the exit code (128 + signal when a signal ended it).
+        """Run the entry point on every host to its end and return the exit code (128 + signal when a signal ended it).
 
-        The first host that fails ends the others, and its exit code is the job's.
+        The first host that fails ends the other hosts, and its exit code is the job's.
         """
         self._check_halted()
         self._on_phase("Training")
-        job = self._job
         started = time.monotonic()
-        threads, logs = [], []
-        for host in self._hosts:
-            command, environment = self._sandbox.command(job, host.ml.resolve(), self._environment(), network=self._network)
-            stream = f"{job['TrainingJobName']}/{host.name}-{int(time.time())}"
-            logs.append(log := LogStream(self._services, stream, self._folder / "job.log"))
-            host.process = subprocess.Popen(  # noqa: S603 - the request's entry point, and no shell around it
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is for the app, which then ends its jobs in order
-            )
-            threads.append(threading.Thread(target=self._read, args=(host.process, log), name="job-output", daemon=True))
+        logs = [self._start(host) for host in self._hosts]
+        threads = [
+            threading.Thread(target=self._read, args=(host.process, log), name="job-output", daemon=True)
+            for host, log in zip(self._hosts, logs, strict=True)
+        ]
         threads += [threading.Thread(target=self._wait, args=(host,), name="job-wait", daemon=True) for host in self._hosts]
         for thread in threads:
             thread.start()
         for host in self._hosts:
             if host.checkpoints:
                 host.checkpoints.start()
+        self._supervise(started, logs[0])
+        for thread in threads:
+            thread.join()
+        for log in logs:
+            log.close()
+        self._seconds = time.monotonic() - started
+        code = self._exit_code(self._failed or self._hosts[0])
+        return code if code >= 0 else 128 - code
+
+    def _start(self, host: _Host) -> LogStream:
+        """Start the entry point on a host and return the stream of its log lines."""
+        job = self._job
+        command, environment = self._sandbox.command(job, host.ml.resolve(), self._environment(), network=self._network)
+        stream = f"{job['TrainingJobName']}/{host.name}-{int(time.time())}"
+        log = LogStream(self._services, stream, self._folder / "job.log")
+        host.process = subprocess.Popen(  # noqa: S603 - the request's entry point, without a shell around it
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is for the app, which then ends its jobs in order
+        )
+        return log
+
+    def _supervise(self, started: float, log: LogStream) -> None:
+        """Wait until every host has ended; end the hosts at a time limit, or when a stop was requested."""
         runtime_ends = started + self._runtime_left
         wait_ends = started + self._wait_ends - time.time()
         while not self._exited.is_set():
@@ -235,16 +262,9 @@ class JobRun:
             self._signalled = True
             self._signal(signal.SIGTERM)
             if not self._exited.wait(self._grace):
-                logs[0].write(f"SIGKILL: still running {self._grace:g} seconds after SIGTERM".encode())
+                log.write(f"SIGKILL: still running {self._grace:g} seconds after SIGTERM".encode())
                 self._signal(signal.SIGKILL)
                 self._exited.wait()
-        for thread in threads:
-            thread.join()
-        for log in logs:
-            log.close()
-        self._seconds = time.monotonic() - started
-        code = self._exit_code(self._failed or self._hosts[0])
-        return code if code >= 0 else 128 - code
 
     def _signal(self, number: signal.Signals) -> None:
         for host in self._hosts:
@@ -283,8 +303,8 @@ class JobRun:
                     self._metrics[name] = {"MetricName": name, "Value": value, "Timestamp": time.time()}
 
     def _finish(self, exit_code: int) -> Outcome:
-        """Upload what the request asks for, and say how the job ended."""
-        reason = self._stop_reason if self._signalled else None  # a job that ended by itself has ended
+        """Upload the results that the request asks for, and return how the job ended."""
+        reason = self._stop_reason if self._signalled else None  # None: the job ended by itself, before the signal
         synced = [host.checkpoints for host in self._hosts if host.checkpoints]
         if reason == "Shutdown":
             for checkpoints in synced:
@@ -312,7 +332,7 @@ class JobRun:
         kms_key = output.get("KmsKeyId", "")
         first, *others = self._hosts
         model, data = first.ml / "model", first.ml / "output/data"
-        for host in others:  # all leave their files in one place; the first host's win
+        for host in others:  # of files with the same name, the first host's are kept
             for folder in (host.ml / "model", host.ml / "output/data"):
                 merge(folder, first.ml / folder.relative_to(host.ml))
         s3 = self._services.s3
@@ -327,7 +347,7 @@ class JobRun:
 
 
 def merge(folder: Path, into: Path) -> None:
-    """Move the files of a folder into another that has none of their names."""
+    """Move a folder's files into another folder, except files whose names it already has."""
     for path in folder.rglob("*"):
         target = into / path.relative_to(folder)
         if path.is_file() and not target.exists():
@@ -335,56 +355,10 @@ def merge(folder: Path, into: Path) -> None:
             path.rename(target)
 
 
-def host_names(job: Json) -> list[str]:
-    """Return the names of a job's instances, `algo-1` and so on."""
-    return [f"algo-{number + 1}" for number in range(job["ResourceConfig"].get("InstanceCount", 1))]
-
-
-def config_files(job: Json, host: str) -> dict[str, Json]:
-    """Return the content of /opt/ml/input/config/*.json, as SageMaker writes them for a host.
-
-    Source: "How Amazon SageMaker AI Provides Training Information" in the developer guide. FastFile shows as File.
-    """
-    instance_type = job["ResourceConfig"].get("SelectedInstanceType") or job["ResourceConfig"]["InstanceType"]
-    channels = {
-        channel["ChannelName"]: {
-            **({"ContentType": channel["ContentType"]} if "ContentType" in channel else {}),
-            "TrainingInputMode": "File",
-            "S3DistributionType": channel["DataSource"]["S3DataSource"].get("S3DataDistributionType", "FullyReplicated"),
-            "RecordWrapperType": channel.get("RecordWrapperType", "None"),
-        }
-        for channel in job.get("InputDataConfig", [])
-    }
-    hosts = host_names(job)
-    group = {"instance_group_name": "homogeneousCluster", "instance_type": instance_type, "hosts": hosts}
-    return {
-        "hyperparameters.json": job.get("HyperParameters", {}),
-        "inputdataconfig.json": channels,
-        "resourceconfig.json": {
-            "current_host": host,
-            "current_instance_type": instance_type,
-            "current_group_name": "homogeneousCluster",
-            "hosts": hosts,
-            "instance_groups": [group],
-            "network_interface_name": "lo",  # the one interface that every machine, and an isolated job, has
-        },
-    }
-
-
 def metric_value(match: re.Match[str]) -> float | None:
-    """Return the number in a metric's first group, or None where it is not a finite one."""
+    """Return the number in a metric's first group, None for text and for infinite numbers."""
     try:
         value = float(match.group(1))
-    except (ValueError, TypeError):  # not a number, or an optional group that took no part
+    except (ValueError, TypeError):  # not a number, or an optional group without a match
         return None
     return value if math.isfinite(value) else None
-
-
-def failure_reason(failure_file: Path, exit_code: int) -> str:
-    """Word a FailureReason as AWS does: what the job wrote to /opt/ml/output/failure, cut so that all is 1,024 long."""
-    text = ""
-    if failure_file.is_file():
-        with failure_file.open(errors="replace") as file:
-            text = file.read(1024).strip()
-    ending = f", exit code: {exit_code}"
-    return f"AlgorithmError: {text or 'The entry point failed and wrote no failure file'}"[: 1024 - len(ending)] + ending

@@ -1,22 +1,20 @@
-"""SageMaker's API as botocore's service model describes it: checking requests, refusing them as AWS does, paging lists."""
+"""SageMaker's API by botocore's service model: checks requests, words refusals as AWS does, and pages lists."""
 
 from __future__ import annotations
 
 import base64
 import functools
-from typing import Any
 
 import botocore.session
 from botocore.model import ServiceModel
 from botocore.utils import parse_timestamp
 
-from local_app.sagemaker.service_model import shape_problems
-
-Json = dict[str, Any]
+from local_app.common import Json
+from local_app.sagemaker.constraints import shape_problems
 
 
 class ServiceError(Exception):
-    """An error answer of the service: `code` is what boto3 shows as `Error.Code`, `message` is for people."""
+    """An error response of the service: boto3 shows `code` as `Error.Code`; `message` is for people."""
 
     def __init__(self, code: str, message: str, status: int = 400) -> None:
         super().__init__(f"{code}: {message}")
@@ -24,11 +22,11 @@ class ServiceError(Exception):
 
 
 class JobError(Exception):
-    """A failure of the job itself; the message becomes its FailureReason."""
+    """The job itself failed; the message becomes its FailureReason."""
 
 
 def not_found(message: str = "Requested resource not found.") -> ServiceError:
-    """Build what SageMaker answers for an unknown name: a ValidationException, not a 404."""
+    """Return SageMaker's error for an unknown name: a ValidationException, not a 404."""
     return ServiceError("ValidationException", message)
 
 
@@ -39,7 +37,7 @@ def service_model() -> ServiceModel:
 
 
 def fitting(shape: str, values: Json) -> Json:
-    """Keep the members of `values` that a structure of the service model has."""
+    """Return the members of `values` that a structure of the service model has."""
     members = service_model().shape_for(shape).members
     return {name: value for name, value in values.items() if name in members}
 
@@ -51,7 +49,7 @@ def validate_request(operation: str, request: Json) -> None:
 
 
 def page(items: list[Json], request: Json, name_key: str) -> Json:
-    """Filter, sort and cut `items` as the List operations do: name and time filters, SortBy, SortOrder, MaxResults.
+    """Filter, sort and page `items` as the List operations do: name and time filters, SortBy, SortOrder, MaxResults.
 
     Returns {"items": [...]} and, when more follow, "NextToken".
     """
@@ -71,7 +69,7 @@ def page(items: list[Json], request: Json, name_key: str) -> Json:
     try:
         start = int(base64.b64decode(request["NextToken"], validate=True)) if "NextToken" in request else 0
     except ValueError as error:
-        raise ServiceError("ValidationException", "The NextToken is not one that this service gave out.") from error
+        raise ServiceError("ValidationException", "The NextToken does not come from this service.") from error
     end = start + request.get("MaxResults", 10)
     result: Json = {"items": items[start:end]}
     if end < len(items):

@@ -1,0 +1,52 @@
+"""IAM's decisions about requests that MiniStack does not serve itself."""
+
+import base64
+
+from local_app.aws import hooks
+from local_app.common import REGION, Json
+
+
+def authorize(request: Json) -> Json:
+    """Return `{}` if IAM allows a signed request to SageMaker, else the `code` and `message` of AWS's refusal.
+
+    `request["signed"]` is the request (`path`, `headers` as pairs, `body` in base64). `request["checks"]` are the
+    permissions that it needs (`action`, `resource`, and condition keys as `context`).
+    """
+    from ministack.core import iam_actions, iam_evaluator, responses, router
+
+    signed = request["signed"]
+    headers = {name.lower(): value for name, value in signed["headers"]}
+    access_key = router.extract_access_key_id(headers, {})
+    responses.set_request_account_id(hooks.account_of(access_key))
+    responses.set_request_region(REGION)
+    raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    iam_evaluator.pin_signed_request("POST", signed["path"], {}, raw_headers)
+    iam_evaluator.pin_signed_body(base64.b64decode(signed["body"]))
+    for check in request["checks"]:
+        action, resource = check["action"], check["resource"]
+        denied = iam_evaluator.enforce(access_key, action, "sagemaker", REGION, resource, check["context"])
+        if isinstance(denied, iam_evaluator.AuthError):
+            return {"code": denied.code, "message": denied.message}
+        if denied is not None:
+            explicit = denied.decision == "Deny"
+            message = iam_actions.identity_denial_message(action, denied.principal_arn, resource, explicit)
+            return {"code": "AccessDeniedException", "message": message}
+    return {}
+
+
+def rule_may_invoke(function: Json, config: Json, rule_arn: str) -> bool:
+    """Return whether a function's resource policy lets an EventBridge rule invoke it."""
+    from ministack.core import iam_evaluator
+
+    _, _, _, region, account, _ = rule_arn.split(":", 5)
+    request = iam_evaluator.EvalContext(
+        principal_arn="events.amazonaws.com",
+        principal_type="Service",
+        principal_account=account,
+        action="lambda:InvokeFunction",
+        resource_arn=config["FunctionArn"],
+        region=region,
+        service_context={"aws:sourcearn": rule_arn, "aws:sourceaccount": account},
+    )
+    decision = iam_evaluator.evaluate_resource_policy(function["policy"], request, service="events.amazonaws.com")
+    return bool(decision.decision == "Allow")

@@ -1,0 +1,158 @@
+"""One account's SageMaker in one region: dispatches API operations, and delivers the events of its jobs."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from botocore import xform_name
+
+from local_app.common import ACCOUNT, REGION, Json
+from local_app.sagemaker.api import ServiceError, validate_request
+from local_app.sagemaker.jobs import TrainingJobs
+from local_app.sagemaker.registry import ModelRegistry
+from local_app.sagemaker.sandbox import StartupError
+from local_app.sagemaker.services import Services
+from local_app.sagemaker.store import Store
+
+logger = logging.getLogger(__name__)
+
+TRAINING_OPERATIONS = ("CreateTrainingJob", "DescribeTrainingJob", "ListTrainingJobs", "StopTrainingJob")
+REGISTRY_OPERATIONS = (
+    *("CreateModelPackageGroup", "DescribeModelPackageGroup", "ListModelPackageGroups", "DeleteModelPackageGroup"),
+    *("CreateModelPackage", "DescribeModelPackage", "ListModelPackages", "UpdateModelPackage", "DeleteModelPackage"),
+)
+TAG_OPERATIONS = ("AddTags", "ListTags", "DeleteTags")
+OPERATIONS = (*TRAINING_OPERATIONS, *REGISTRY_OPERATIONS, *TAG_OPERATIONS)
+MOST_TAGS = 50  # of one resource
+
+
+class SageMakerEmulator:
+    """SageMaker, with its state in `state_dir`, which one emulator at a time may use. Raises StartupError.
+
+    `endpoint_url` serves S3 and CloudWatch Logs of the same account (credentials from boto3's usual places).
+    `on_state_change` gets every "SageMaker Training Job State Change" event in order. While it raises, the event is kept and
+    delivered again, also after a restart: at least once, as on AWS.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        endpoint_url: str,
+        *,
+        on_state_change: Callable[[Json], object],
+        max_instances: int = 4,
+        quotas: Mapping[str, int] = MappingProxyType({}),
+        without_capacity: Collection[str] = (),
+        grace: float = 120,
+        checkpoint_interval: float = 5,
+        region: str = REGION,
+        account: str = ACCOUNT,
+    ) -> None:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.chmod(0o700)
+        (state_dir / "jobs").mkdir(exist_ok=True)
+        self._guard = (state_dir / "lock").open("w")
+        try:
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartupError(f"Another SageMaker emulator uses {state_dir}: end it, or choose another folder") from error
+        self._store = Store(state_dir / "state.sqlite")
+        self.arn_prefix = arn_prefix = f"arn:aws:sagemaker:{region}:{account}"
+        self._training = TrainingJobs(
+            self._store,
+            state_dir / "jobs",
+            Services(endpoint_url, region),
+            arn_prefix,
+            max_instances=max_instances,
+            quotas=quotas,
+            without_capacity=without_capacity,
+            grace=grace,
+            checkpoint_interval=checkpoint_interval,
+        )
+        self._registry = ModelRegistry(self._store, arn_prefix)
+        self._on_state_change = on_state_change
+        self._closed = threading.Event()
+        self._outbox = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+        self._outbox.start()
+        self._training.resume()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the jobs' processes and release the state. Open jobs continue in the next emulator of the folder."""
+        self._training.close()
+        self._closed.set()
+        self._training.changed.set()
+        self._outbox.join(5)
+        self._store.close()
+        self._guard.close()
+
+    def call(self, operation: str, request: Json) -> Json:
+        """Perform one API operation (named as in the API reference). Raises ServiceError."""
+        if operation not in OPERATIONS:
+            raise ServiceError(
+                "UnknownOperationException",
+                f"The local SageMaker emulator has no operation {operation}. It has: {', '.join(OPERATIONS)}.",
+            )
+        validate_request(operation, request)
+        if operation in TAG_OPERATIONS:
+            return self._tags(operation, request)
+        owner = self._training if operation in TRAINING_OPERATIONS else self._registry
+        result: Json = getattr(owner, xform_name(operation))(request)
+        return result
+
+    def interrupt(self, job_name: str) -> None:
+        """Interrupt a running spot job: SIGTERM, grace time, then the same job again with its checkpoints."""
+        self._training.interrupt(job_name)
+
+    def health(self) -> Json:
+        """Return the number of jobs by status, and the number of events still to deliver."""
+        return {"status": "ok", "jobs": self._training.counts(), "undelivered_events": self._store.undelivered()}
+
+    def _tags(self, operation: str, request: Json) -> Json:
+        arn = request["ResourceArn"]
+        with self._store.transaction():
+            tags = self._store.get("tags", arn)
+            if tags is None:
+                raise ServiceError("ValidationException", f"Requested resource {arn} not found.")
+            for tag in request.get("Tags", []):
+                tags[tag["Key"]] = tag["Value"]
+            for key in request.get("TagKeys", []):
+                tags.pop(key, None)
+            if len(tags) > MOST_TAGS:
+                raise ServiceError("ResourceLimitExceeded", f"{arn} would have {len(tags)} tags; the limit is {MOST_TAGS}.")
+            if operation != "ListTags":
+                self._store.put("tags", arn, tags)
+        return {} if operation == "DeleteTags" else {"Tags": [{"Key": key, "Value": tags[key]} for key in tags]}
+
+    def _deliver(self) -> None:
+        """Pass the events to `on_state_change`, oldest first, until the emulator is closed."""
+        pause = 0.1
+        while not self._closed.is_set():
+            self._training.changed.clear()
+            item = self._store.oldest_event()
+            if item is None:
+                self._training.changed.wait()
+                continue
+            number, event = item
+            try:
+                self._on_state_change(event)
+            except Exception as error:  # noqa: BLE001 - the event is kept, whatever error the receiver has
+                logger.warning("event %s is not delivered, next try in %.1f s: %s", event["id"], pause, error)
+                self._closed.wait(pause)
+                pause = min(2 * pause, 10)
+            else:
+                self._store.delivered(number)
+                pause = 0.1

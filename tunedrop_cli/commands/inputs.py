@@ -1,0 +1,55 @@
+"""Commands that need no stack: print a run config, and validate a dataset."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from local_app.stack import StackError
+from tunedrop.config.reference import config_defaults, config_schema
+from tunedrop.dataset.readers import refuse
+from tunedrop_cli.check import check_file, receipt_json, receipt_text
+from tunedrop_cli.options import FILE, FOLDER
+from tunedrop_cli.output import print_raw
+
+
+@click.command()
+@click.option("--defaults", "what", flag_value="defaults", default=True, help="Print commented YAML (the default).")
+@click.option(
+    "--schema", "what", flag_value="schema", help="Print the JSON Schema with which editors complete a run config."
+)
+def config(what: str) -> None:
+    """Print a run config with every key.
+
+    A comment explains each key, and each key has its default value.
+
+    \b
+    Example: tunedrop config --defaults > cars.yaml
+    """
+    print_raw(json.dumps(config_schema(), indent=1) if what == "schema" else config_defaults())
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--config", type=FILE, help="Run config (YAML) for this dataset.")
+@click.option("--tests", type=FILE, help="Inference tests for this dataset.")
+@click.option("--model", type=FOLDER, help="Base model folder: also checked, and its tokenizer counts tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt in the format of docs/receipt.md.")
+def check(file: Path, config: Path | None, tests: Path | None, model: Path | None, as_json: bool) -> None:
+    """Validate a dataset locally; no running stack needed.
+
+    Exit codes: 0 valid, 1 rejected, 2 wrong usage.
+
+    \b
+    Example: tunedrop check cars.jsonl --config cars.yaml --tests cars.tests.json
+    """
+    if problem := refuse(file.name, size=0):
+        raise click.BadParameter(f"{file.name}: {problem}", param_hint="FILE")
+    try:
+        receipt = check_file(file, config, tests, model)
+    except StackError as error:
+        raise click.UsageError(str(error)) from None
+    print_raw(receipt_json(receipt) if as_json else "\n".join(receipt_text(receipt, file, config, tests)))
+    if not receipt.ok:
+        sys.exit(1)

@@ -1,0 +1,195 @@
+"""Commands for runs: start, list, follow, compare and stop them, and read their results."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+import msgspec
+
+from local_app.stack import StackError
+from pipeline.runs.states import FINAL, Run, RunState
+from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, with_deployment
+from tunedrop_cli.output import console, print_facts, print_raw, print_table
+from tunedrop_cli.results import differences, facts_of_end, facts_of_run
+from tunedrop_cli.watch import follow
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--config", type=FILE, help="Run config (YAML) for this dataset.")
+@click.option("--tests", type=FILE, help="Inference tests (JSON) for this dataset.")
+@click.option("--model", type=FOLDER, help="Base model folder to upload and tune.")
+@click.option("--wait", is_flag=True, help="Follow the run to its end.")
+@with_deployment
+def drop(
+    deployment: Deployment, file: Path, config: Path | None, tests: Path | None, model: Path | None, wait: bool
+) -> None:
+    """Upload a dataset, which starts a run.
+
+    \b
+    Example: tunedrop drop cars.jsonl --config cars.yaml --tests cars.tests.json --wait
+    """
+    run = deployment.drop(file, config, tests, model)
+    if wait or run.state == RunState.REJECTED:
+        _follow_to_end(deployment, run)
+    else:
+        print_facts(
+            [
+                ("run", run.run_id),
+                ("state", in_words(run.state)),
+                ("watch", f"`tunedrop watch {run.run_id}`"),
+                ("logs", f"`tunedrop logs {run.run_id} --follow`"),
+            ]
+        )
+
+
+def _follow_to_end(deployment: Deployment, run: Run) -> None:
+    """Follow a run to its end and print its results; exit 1 if it ended without a model."""
+    ended = follow(deployment, run, console)
+    print_facts(facts_of_end(deployment, ended))
+    if ended.state != RunState.PUBLISHED:
+        sys.exit(1)
+
+
+@click.command()
+@with_deployment
+def runs(deployment: Deployment) -> None:
+    """List the runs, newest first.
+
+    \b
+    Example: tunedrop runs
+    """
+    rows = [
+        [
+            *(run.run_id, in_words(run.state), str(run.attempt), str(run.rows), run.arrived[:19].replace("T", " ")),
+            (run.verdict or run.reason or "").split("\n")[0][:80],
+        ]
+        for run in deployment.all_runs()
+    ]
+    if rows:
+        print_table(rows, header=["run", "state", "attempt", "rows", "arrived (UTC)", "verdict or reason"])
+    else:
+        console.print("No runs. Start one with `tunedrop drop FILE`.")
+
+
+@click.command()
+@click.argument("run", type=RUN_NAME)
+@click.option("--json", "as_json", is_flag=True, help="Print the run, its receipt and its result as JSON.")
+@with_deployment
+def show(deployment: Deployment, run: str, as_json: bool) -> None:
+    """Show a run and its results.
+
+    RUN is the run's id, the beginning of its id, or its dataset (the newest run).
+
+    \b
+    Example: tunedrop show cars
+    """
+    match = deployment.find(run)
+    if as_json:
+        documents = {
+            "receipt": deployment.read_json(match, "validation.json"),
+            "result": deployment.read_json(match, "result.json"),
+        }
+        print_raw(json.dumps(msgspec.to_builtins(match) | documents, indent=1))
+        return
+    results = facts_of_end(deployment, match) if match.state in FINAL else []
+    print_facts(dict.fromkeys([*facts_of_run(match), *results]))
+
+
+@click.command()
+@click.argument("run", type=RUN_NAME)
+@with_deployment
+def watch(deployment: Deployment, run: str) -> None:
+    """Follow a run to its end.
+
+    Prints the run's stages, steps, reward, time left, cost, and the alerts of its training.
+
+    \b
+    Example: tunedrop watch cars
+    """
+    _follow_to_end(deployment, deployment.find(run))
+
+
+@click.command()
+@click.argument("run", type=RUN_NAME)
+@click.argument("other", type=RUN_NAME)
+@with_deployment
+def compare(deployment: Deployment, run: str, other: str) -> None:
+    """Compare two published runs.
+
+    Prints the figures of both runs, and the differences of their configs.
+
+    \b
+    Example: tunedrop compare cars-1f0c cars-88ab
+    """
+    pair = [deployment.find(name) for name in (run, other)]
+    results = [deployment.read_json(each, "result.json") for each in pair]
+    for each, result in zip(pair, results, strict=True):
+        if result is None:
+            raise StackError(
+                f"{each.run_id} has no results: it is {in_words(each.state)}. Follow it with `tunedrop watch {each.run_id}`."
+            )
+    rows = list(differences(*results))
+    header = ["", *(each.run_id for each in pair)]
+    print_table(rows, header, ["" if one == two else "bold" for _, one, two in rows])
+
+
+@click.command(name="open")
+@click.argument("run", type=RUN_NAME, required=False)
+@with_deployment
+def open_(deployment: Deployment, run: str | None) -> None:
+    """Open a run's report, or the page of all runs.
+
+    Downloads the page, prints its path, and opens the page in the browser.
+
+    \b
+    Example: tunedrop open cars
+    """
+    match = deployment.find(run) if run else None
+    if match and match.state != RunState.PUBLISHED:
+        raise StackError(
+            f"{match.run_id} has no report: it is {in_words(match.state)}. Follow it with `tunedrop watch {match.run_id}`."
+        )
+    path = deployment.save_report(match) if match else deployment.save_index()
+    print_raw(path)
+    if sys.stdout.isatty():
+        click.launch(str(path))
+
+
+@click.command()
+@click.argument("run", type=RUN_NAME)
+@click.option("--follow", "-f", "to_the_end", is_flag=True, help="Continue until the run has ended.")
+@with_deployment
+def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
+    """Print the logs of a run's jobs.
+
+    \b
+    Example: tunedrop logs cars --follow
+    """
+    positions: dict[str, str] = {}
+    while True:
+        match = deployment.find(run)
+        for job in filter(None, (match.train_job, match.test_job)):
+            for line in deployment.log_lines(job, positions):
+                print_raw(line)
+        if not to_the_end or match.open is None:
+            return
+        time.sleep(1)
+
+
+@click.command()
+@click.argument("run", type=RUN_NAME)
+@with_deployment
+def stop(deployment: Deployment, run: str) -> None:
+    """Stop a run: it is cancelled, and its job is stopped.
+
+    \b
+    Example: tunedrop stop cars
+    """
+    ended = deployment.stop(deployment.find(run))
+    console.print(f"{ended.run_id}: {in_words(ended.state)}", markup=False)
+    if ended.state != RunState.CANCELLED:
+        sys.exit(1)

@@ -1,0 +1,59 @@
+"""Options and arguments that several commands share."""
+
+from collections.abc import Callable
+from functools import update_wrapper
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
+from tunedrop_cli.deployment import Deployment
+
+DEFAULT_FOLDER = PROJECT / ".tunedrop"
+
+
+class RunName(click.ParamType[str]):
+    """A run's id, the beginning of its id, or its dataset. The shell completes it from the runs of the local app."""
+
+    name = "run"
+
+    def shell_complete(self, context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the matching ids and datasets; an empty list when the local app does not run."""
+        try:
+            runs = Deployment.local(Stack(context.find_root().params.get("state") or DEFAULT_FOLDER)).all_runs()
+        except StackError:
+            return []
+        names = dict.fromkeys([run.dataset for run in runs] + [run.run_id for run in runs])
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+RUN_NAME = RunName()
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def stack_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name a stack on AWS."""
+    for option in (
+        click.option("--stack", help=f"Name of the stack on AWS.  [default with --region or --profile: {STACK_NAME}]"),
+        click.option("--region", help="AWS region of a stack on AWS."),
+        click.option("--profile", help="AWS profile for a stack on AWS."),
+    ):
+        command = option(command)
+    return command
+
+
+def with_deployment(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Pass a deployment as the first argument: the local one, or one on AWS with a profile, region or stack."""
+
+    @stack_options
+    @click.pass_obj
+    def wrapped(state: Path, /, profile: str | None, region: str | None, stack: str | None, **options: Any) -> Any:
+        on_aws = profile or region or stack
+        name = stack or STACK_NAME
+        deployment = Deployment.on_aws(state, profile, region, name) if on_aws else Deployment.local(Stack(state))
+        return command(deployment, **options)
+
+    return update_wrapper(wrapped, command)
