@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import folders
 from trainer.job import JobError
-from tunedrop.config.model import RunConfig, prompt_limit
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.dataset.rows import Row, read_rows
 from tunedrop.problems import Problem, RejectedError

@@ -12,7 +12,7 @@ from fake_stack import ARTIFACTS, DATA
 from pipeline.validation.model_files import READ_FILES
 from pipeline.validation.receipt import Receipt
 from tunedrop import object_keys
-from tunedrop_cli.check import parameter
+from tunedrop_cli.check import template_defaults
 from tunedrop_cli.main import cli
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -70,5 +70,5 @@ def test_a_laptop_and_the_lambda_give_the_same_receipt(world, model, tmp_path, s
 
 
 def test_the_commands_deployment_is_the_templates():
-    assert parameter("BaseModel") == "SmolLM2-135M-Instruct"
-    assert parameter("InstanceTypes").startswith("ml.")
+    assert template_defaults()["BaseModel"] == "SmolLM2-135M-Instruct"
+    assert template_defaults()["InstanceTypes"].startswith("ml.")

@@ -87,7 +87,7 @@ def test_a_python_reward_without_its_file_or_leave_is_refused_and_not_run(world)
     run, receipt = drop(world, PYTHON)
     assert run.state == RunState.REJECTED
     assert receipt["errors"][0]["code"] == "REWARD_FILE"
-    assert "s3://data-bucket/training_data/own.py, is not there" in receipt["errors"][0]["message"]
+    assert "s3://data-bucket/training_data/own.py, is missing" in receipt["errors"][0]["message"]
     release(world)
     _, receipt = drop(world, PYTHON, own=b"raise SystemExit('it was run')\n")
     assert receipt["error_counts"] == {"REWARD_NOT_ALLOWED": 1}

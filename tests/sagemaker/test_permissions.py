@@ -10,7 +10,7 @@ from fake_stack import ARTIFACTS, BUS, DATA, PLAN, PREFIX, TRAINED_RUN, plan_req
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_request, policies
 
 from pipeline.jobs.plan import job_request
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import ResolvedConfig
 
 ROLE = "SageMakerRole"
 FOLDER = "runs/cars-0123456789ab"
@@ -85,7 +85,8 @@ def request(kind: str) -> dict[str, Any]:
     plan["AlgorithmSpecification"] |= {"ContainerArguments": ["-c", SCRIPT]}
     names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
     instances = {"InstanceType": "ml.g5.4xlarge"}
-    return job_request({kind: plan}, kind, TRAINED_RUN, RunConfig(model="base"), **names, instances=instances, spot=True)
+    config = ResolvedConfig(model="base", compute={"instance_type": ["ml.g5.4xlarge"], "spot": True})
+    return job_request({kind: plan}, kind, TRAINED_RUN, config, **names, instances=instances)
 
 
 def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(

@@ -7,7 +7,7 @@ import msgspec
 
 from pipeline.publish.report import IndexedRun, render_index, render_report
 from pipeline.publish.statistics import evaluate
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import Answer, Outcome
 
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'

@@ -4,7 +4,8 @@ import pytest
 
 from trainer import dataset
 from trainer.job import JobError
-from tunedrop.config.model import RunConfig, prompt_limit
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import prompt_limit
 from tunedrop.problems import RejectedError
 
 

@@ -6,17 +6,18 @@ from botocore.validate import validate_parameters
 from fake_stack import ARTIFACTS, DATA, PREFIX, TRAINED_RUN, plan_request
 
 from pipeline.jobs.plan import instance_choices, instance_type_of, job_request
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import ResolvedCompute, ResolvedConfig
 
 LIST = [{"InstanceType": "ml.g6e.xlarge"}, {"InstanceType": "ml.g5.xlarge"}]
+ONE, OTHER = {"InstanceType": "ml.a.xl"}, {"InstanceType": "ml.b.xl"}
 KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
 
 
 def request(kind: str, instance: str = "ml.g5.4xlarge", model: str = "base", spot: bool = True, compute=None, **changes):
     plan = {kind: plan_request(kind) | changes}
-    config = RunConfig(model=model, compute=compute or {})
+    config = ResolvedConfig(model=model, compute={"instance_type": [instance], "spot": spot} | (compute or {}))
     names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
-    return job_request(plan, kind, TRAINED_RUN, config, **names, instances={"InstanceType": instance}, spot=spot)
+    return job_request(plan, kind, TRAINED_RUN, config, **names, instances={"InstanceType": instance})
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,13 @@ def test_a_job_is_paid_for_by_the_type_that_was_selected(resources, name):
 @pytest.mark.parametrize(
     ("spot", "types", "expected"),
     [
-        (True, ["a", "b"], [[{"InstanceType": "a"}], [{"InstanceType": "b"}]]),
-        (False, ["a"], [[{"InstanceType": "a"}]]),
-        (False, ["a", "b", "a"], [[{"InstancePreferences": [{"InstanceType": "a"}, {"InstanceType": "b"}]},
-                                   {"InstanceType": "a"}, {"InstanceType": "b"}]]),
+        (True, ["ml.a.xl", "ml.b.xl"], [[ONE], [OTHER]]),
+        (False, ["ml.a.xl"], [[ONE]]),
+        (False, ["ml.a.xl", "ml.b.xl", "ml.a.xl"], [[{"InstancePreferences": [ONE, OTHER]}, ONE, OTHER]]),
     ],
-)  # fmt: skip
+)
 def test_what_an_attempt_tries(spot, types, expected):
-    assert instance_choices(RunConfig(model="m").compute, types, spot) == expected
+    assert instance_choices(ResolvedCompute(instance_type=types, spot=spot)) == expected
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
@@ -128,8 +128,8 @@ def test_a_job_is_pointed_at_its_own_run_and_the_named_model_only(kind):
 def test_a_budget_in_dollars_becomes_a_time_limit(compute, instances, seconds):
     prices = {"dated": "2026-01-01", "region": "us-east-1", "on_demand": {"ml.g5.xlarge": 1.0, "ml.p4d.24xlarge": 20.0}}
     plan = {kind: plan_request(kind) for kind in ("train", "test")} | {"prices": prices}
-    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS, "spot": True}
-    config = RunConfig(model="base", compute=compute)
+    names = {"prefix": PREFIX, "data_bucket": DATA, "artifact_bucket": ARTIFACTS}
+    config = ResolvedConfig(model="base", compute=compute | {"instance_type": instances, "spot": True})
     chosen = {"InstancePreferences": [{"InstanceType": name} for name in instances]}
     train, test = (job_request(plan, kind, TRAINED_RUN, config, **names, instances=chosen) for kind in ("train", "test"))
     assert train["StoppingCondition"] == {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": 2 * seconds}

@@ -9,22 +9,13 @@ import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from tunedrop.config import model
+from tunedrop.config import rules
+from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
 from tunedrop.config.instances import gpu, gpus, has_bf16, has_local_disk
-from tunedrop.config.model import (
-    GRPO_DEFAULTS,
-    MANAGED_GRPO,
-    MANAGED_LORA,
-    check_instances,
-    check_lengths,
-    check_steps,
-    config_fields,
-    config_warnings,
-    load_run_config,
-    optimizer_steps,
-    parse_run_config,
-)
+from tunedrop.config.parse import load_run_config, parse_run_config
 from tunedrop.config.reference import config_defaults, config_schema
+from tunedrop.config.rules import check_instances, config_warnings
+from tunedrop.config.schedule import check_lengths, check_steps, fit_batches, generation_batch, optimizer_steps
 from tunedrop.problems import RejectedError
 from tunedrop.rewards import REWARDS
 from tunedrop_cli.main import cli
@@ -195,7 +186,7 @@ def test_contradictions_are_refused_with_the_reason(text, key, words, fine):
 
 
 def test_every_rule_has_a_case():
-    assert {".".join(key) for key, *_ in model._RULES} <= {key for _, key, *_ in RULES}
+    assert {key for key, *_ in rules.RULES} <= {key for _, key, *_ in RULES}
 
 
 FIXES = [
@@ -224,13 +215,13 @@ FIXES = [
 
 @pytest.mark.parametrize(("text", "fixes"), FIXES)
 def test_what_can_be_fixed_is_fixed_and_said(text, fixes):
-    config = load(text)
-    assert len(config.fixes) == len(fixes)
-    assert all(fix.startswith(begin) for fix, begin in zip(config.fixes, fixes, strict=True))
-    trained = parse_run_config(json.loads(config.model_dump_json()))
-    assert (trained.grpo, trained.fixes) == (config.grpo, [])  # the trainer has nothing left to fix
+    config, corrections = fit_batches(load(text))
+    assert len(corrections) == len(fixes)
+    assert all(fix.startswith(begin) for fix, begin in zip(corrections, fixes, strict=True))
+    trained, corrections = fit_batches(parse_run_config(json.loads(config.model_dump_json())))
+    assert (trained.grpo, corrections) == (config.grpo, [])  # the trainer has nothing left to fix
     for name in config.compute.instance_type or ["ml.g5.xlarge"]:
-        assert config.generation_batch(config.compute.instance_count * gpus(name)) % config.grpo["num_generations"] == 0
+        assert generation_batch(config, config.compute.instance_count * gpus(name)) % config.grpo["num_generations"] == 0
         assert check_instances(config, [name]) == []
 
 
@@ -289,7 +280,7 @@ def test_an_instance_type_that_cannot_run_the_image_is_refused_with_the_reason(n
     else:
         (problem,) = problems
         assert (problem.code, problem.key) == ("CONFIG_INSTANCE", "compute.instance_type")
-        assert problem.message.startswith(f"{name} runs no job: {reason}")
+        assert problem.message.startswith(f"{name} cannot run the job: {reason}")
         assert problem.hint.startswith("choose another, such as ml.g5.xlarge")
         assert problem.hint.endswith("InstanceTypes") == (by == "stack")
 

@@ -9,7 +9,7 @@ from tiny_tokenizer import tokenizer_files
 
 from pipeline.validation import tokens
 from pipeline.validation.tokens import PromptTokens, TokenCounter, TokenizerError
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
 PROMPTS = [

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 from msgspec import structs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.aws import Aws, InstanceTypes, error_code
+from pipeline.aws import Aws, error_code
 from pipeline.jobs.plan import instance_choices, job_request, load_plan
 from pipeline.notify import events
 from pipeline.notify.announcements import AnnounceSettings, announce_failure, announce_waiting, notify
@@ -17,7 +17,7 @@ from pipeline.notify.events import RunEvent
 from pipeline.observability import logger
 from pipeline.runs.table import Run, RunState, ago, backoff
 from tunedrop import object_keys
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import ResolvedConfig
 from tunedrop.object_keys import JobName
 
 # How SageMaker says that there is no machine to be had: at once as an error's code, or late as a failed job's reason
@@ -37,8 +37,6 @@ LONGEST_INVOCATION = timedelta(minutes=15)
 class JobSettings(AnnounceSettings):
     """The environment of the functions that create SageMaker jobs."""
 
-    instance_types: InstanceTypes
-    use_spot: bool
     max_concurrent_jobs: int
 
 
@@ -133,12 +131,11 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str
     raw = aws.read(settings.artifact_bucket, object_keys.run_key(run.run_id, "input/config.json"))
     assert raw is not None  # written before the run existed
     try:
-        config = RunConfig.model_validate_json(raw)
+        config = ResolvedConfig.model_validate_json(raw)
     except ValidationError as error:  # it was valid for the version that validated it
         raise JobRefusedError(f"this version of Tunedrop does not take the run's config: {error}") from None
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
-    spot = settings.use_spot if config.compute.spot is None else config.compute.spot
-    choices = instance_choices(config.compute, settings.instance_types, spot)
+    choices = instance_choices(config.compute)
     first = (run.attempt - 1) % len(choices)
     name = str(JobName(settings.job_prefix, kind, run.run_id, run.attempt))
     refused: list[str] = []
@@ -153,7 +150,6 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> dict[str
             data_bucket=settings.data_bucket,
             artifact_bucket=settings.artifact_bucket,
             instances=instances,
-            spot=spot,
         )
         try:
             aws.sagemaker.create_training_job(**request)

@@ -13,7 +13,7 @@ from pipeline.aws import Aws
 from pipeline.runs.table import Run
 from tunedrop import object_keys
 from tunedrop.config.instances import has_local_disk
-from tunedrop.config.model import Compute, RunConfig
+from tunedrop.config.model import Compute, ResolvedCompute, ResolvedConfig
 from tunedrop.object_keys import JobName
 
 MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
@@ -50,7 +50,7 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "CompressionType": "None"}
 
 
-def instance_choices(compute: Compute, instance_types: list[str], spot: bool) -> list[list[dict[str, Any]]]:
+def instance_choices(compute: ResolvedCompute) -> list[list[dict[str, Any]]]:
     """Return what a job may run on: choices for the attempts of a run to walk, each the parts of ResourceConfig to try.
 
     With spot, SageMaker takes one type, and each type is a choice. On demand there is one choice: a list of which
@@ -58,9 +58,9 @@ def instance_choices(compute: Compute, instance_types: list[str], spot: bool) ->
     of it would have succeeded": after a refusal each type is tried alone
     (https://docs.aws.amazon.com/sagemaker/latest/dg/train-instance-preferences.html).
     """
-    types = list(dict.fromkeys(compute.instance_type or instance_types))
+    types = list(dict.fromkeys(compute.instance_type))
     alone: list[dict[str, Any]] = [{"InstanceType": name} for name in types]
-    if spot or len(types) == 1:
+    if compute.spot or len(types) == 1:
         return [[each] for each in alone]
     return [[{"InstancePreferences": alone[:MOST_PREFERENCES]}, *alone]]
 
@@ -92,13 +92,12 @@ def job_request(
     plan: dict[str, Any],
     kind: str,
     run: Run,
-    config: RunConfig,
+    config: ResolvedConfig,
     *,
     prefix: str,
     data_bucket: str,
     artifact_bucket: str,
     instances: dict[str, Any],
-    spot: bool,
 ) -> dict[str, Any]:
     """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, a part of ResourceConfig.
 
@@ -119,10 +118,10 @@ def job_request(
     else:
         assert run.artifacts is not None  # set with the move to TRAINED
         channels.append(_channel("tuned", run.artifacts.rstrip("/") + "/"))
-    compute: Compute = config.compute
+    compute = config.compute
     seconds = time_limit(compute, instances, plan) if kind == "train" else compute.max_runtime
     limits = {"MaxRuntimeInSeconds": seconds}
-    if spot:
+    if compute.spot:
         limits["MaxWaitTimeInSeconds"] = min(2 * seconds, MOST_SECONDS)
     request: dict[str, Any] = plan[kind]
     filled = request | {
@@ -138,7 +137,7 @@ def job_request(
             "VolumeSizeInGB": compute.volume_size_gb,
         },
         "StoppingCondition": limits,
-        "EnableManagedSpotTraining": spot,
+        "EnableManagedSpotTraining": compute.spot,
         "RetryStrategy": RETRIES,
         "Tags": [
             {"Key": "tunedrop:run-id", "Value": run.run_id},
@@ -148,7 +147,7 @@ def job_request(
     key = request["OutputDataConfig"].get("KmsKeyId")
     if key and not any(map(has_local_disk, _types(instances))):
         filled["ResourceConfig"]["VolumeKmsKeyId"] = key
-    if compute.keep_alive and not spot:  # a spot instance cannot stay
+    if compute.keep_alive and not compute.spot:  # a spot instance cannot stay
         filled["ResourceConfig"]["KeepAlivePeriodInSeconds"] = compute.keep_alive
     if kind == "train":
         filled["CheckpointConfig"] = {"LocalPath": "/opt/ml/checkpoints", "S3Uri": f"{folder}checkpoints/"}

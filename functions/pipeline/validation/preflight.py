@@ -12,7 +12,8 @@ from math import ceil, isclose
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
-from tunedrop.config.model import RunConfig, generated_answers
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import generated_answers, generation_batch
 from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
@@ -406,7 +407,7 @@ def _latency(reward: Reward, tried: _Tried, config: RunConfig, trained_rows: int
     parameters = reward.parameters
     if reward.spec.waits:
         at_once = parameters["concurrency"] * parameters.get("batch_size", 1)
-        batch = config.generation_batch()
+        batch = generation_batch(config)
         share, times = 1.0, answers / batch * ceil(batch / at_once)
     else:
         share, times = len(calls) / len(tried.answers), answers

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from pipeline.validation.lengths import summary
-from tunedrop.config.model import RunConfig, prompt_limit
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.rows import Row
 from tunedrop.problems import Problem
 from tunedrop.sandboxed_process import Worker

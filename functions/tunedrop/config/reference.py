@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tunedrop.config.model import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, Lora, RunConfig, config_fields
+from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
+from tunedrop.config.model import Lora, RunConfig
 from tunedrop.rewards import PARAMETERS, REWARDS, RewardSpec
 
 _JSON_TYPES = {
