@@ -89,7 +89,7 @@ CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
         {"ROW_TOO_LARGE"},
     ),
     "a Parquet bomb of many values": (".parquet", lambda: iter([parquet_bomb(300_000)]), {"REWARD_PAYS_WRONG"}),
-    "a Parquet bomb of one value": (".parquet", lambda: iter([large_value()]), {"TOO_LARGE"}),
+    "a Parquet bomb of one value": (".parquet", lambda: iter([large_value()]), {"BAD_PARQUET"}),
     "a Parquet bomb of large values": (
         ".parquet",
         lambda: iter([parquet_bomb(1000, 50 * MB)]),

@@ -148,4 +148,4 @@ def test_instances_that_cannot_run_the_plans_image_reject_the_run_before_a_job_s
     assert run.state == RunState.REJECTED
     (error,) = receipt["errors"]
     assert (error["code"], error["key"]) == ("CONFIG_INSTANCE", "compute.instance_type")
-    assert error["message"].startswith("ml.p3.2xlarge runs no job: its GPUs are too old for CUDA 13")
+    assert error["message"].startswith("ml.p3.2xlarge cannot run the job: its GPUs are too old for CUDA 13")

@@ -186,16 +186,16 @@ def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
         ("cars.txt", "call it .jsonl"),
         ("cars.yml", "a run config ends with .yaml"),
         ("cars.jsonl.zip", "pack it with gzip alone"),
-        ("cars.parquet.gz", "gzip is taken of JSON Lines, JSON and CSV"),
+        ("cars.parquet.gz", "JSON Lines, JSON and CSV can be gzipped"),
         ("cars.pkl", "never opened"),
-        ("cars.what", "name it by its format"),
-        ("cars", "name it by its format"),
+        ("cars.what", "give the file the suffix"),
+        ("cars", "give the file the suffix"),
     ],
 )
 def test_a_file_of_another_format_hears_what_is_taken_and_how_to_convert_it(name, hint):
     problem = refuse(name, 1)
     assert problem.code == "UNKNOWN_FORMAT"
-    assert problem.message == "the file is none of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
+    assert problem.message == "the file's format is not one of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
     assert hint in problem.hint
 
 

@@ -87,7 +87,7 @@ class Survey:
     def finish(
         self, sample: Sequence[Row], roles: Collection[tuple[str, ...]], variants: Sequence[dict[str, str]]
     ) -> Section:
-        """Return the section. `roles` are the orders of roles in the rows, `variants` the columns that rows were read from."""
+        """Return the section. `roles` are the orders of roles in the rows, `variants` the columns that they come from."""
         stats: dict[str, Any] = {}
         tokens: dict[str, Any] = {}
         warnings: list[str] = []
