@@ -83,16 +83,22 @@ WASTE = [
     ("a row that a loader would drop", [*GOOD, {"question": "?"}], "", None, "NO_ANSWER"),
     ("a row with an empty answer", [*GOOD, {"question": "?", "answer": " \n"}], "", None, "EMPTY_ANSWER"),
     ("a prompt that ends with the wrong role", [*GOOD, {"prompt": [SYSTEM], "answer": "x"}], "", None, "ROLE_ORDER"),
-    ("a prompt that is too long", [*GOOD, LONG], "", None, "1 prompts have more than 512 tokens and will be left out"),
-    ("a prompt that is cut", [*GOOD, LONG], "prompt_overflow: truncate", None, "512 tokens and will be cut"),
+    (
+        "a prompt that is too long",
+        [*GOOD, LONG],
+        "",
+        None,
+        "more than 512 tokens, which will be dropped (prompt_overflow: drop): 1;",
+    ),
+    ("a prompt that is cut", [*GOOD, LONG], "prompt_overflow: truncate", None, "512 tokens, which will be cut"),
     ("a prompt that may not be cut", [*GOOD, LONG], "prompt_overflow: reject", None, "PROMPT_TOO_LONG"),
     ("an answer that the model cannot give", GOOD, "grpo: {max_completion_length: 1}", None, "do not fit into"),
     ("a typo in a hyperparameter", GOOD, "grpo: {lerning_rate: 1}", None, "CONFIG_KEY"),
     ("a batch size that does not divide", GOOD, "grpo: {generation_batch_size: 12}", None, "12 → 16"),
     ("too few rows for a step", GOOD[:4], "grpo: {per_device_train_batch_size: 64}", None, "CONFIG_STEPS"),
     ("all prompts too long for a step", [LONG | {"id": n} for n in range(9)], "", None, "CONFIG_STEPS"),
-    ("a row twice", [*GOOD, GOOD[3]], "", None, "1 rows repeat an earlier row (row 31 repeats row 4"),
-    ("a prompt with two answers", [*GOOD, GOOD[3] | {"answer": "7"}], "", None, "rows 4 and 31 for example"),
+    ("a row twice", [*GOOD, GOOD[3]], "", None, "duplicate rows: 1 (row 31 repeats row 4"),
+    ("a prompt with two answers", [*GOOD, GOOD[3] | {"answer": "7"}], "", None, "(rows 4 and 31, for example)"),
     ("a test that is trained on", GOOD, "", [{"prompt": GOOD[5]["question"], "description": "10"}], "measure memory"),
     ("no tests at all", GOOD, "heldout_fraction: 0", None, "NO_TESTS"),
     ("columns that change", [*GOOD, {"prompt": "?", "answer": "!"}], "", None, "in different columns"),
@@ -146,7 +152,7 @@ def test_bad_rows_up_to_a_share_are_set_aside(check, tmp_path, share, ok):
             (19, "BAD_JSON", '{"question": oops}'),
             (20, "EMPTY_ANSWER", {"question": "?", "answer": ""}),
         ]
-        assert "2 of 20 rows are broken and set aside" in found.warnings[-1]
+        assert "broken rows set aside in rejected.jsonl: 2 of 20" in found.warnings[-1]
 
 
 def test_a_file_that_is_cut_off_is_refused_whatever_share_may_be_bad(check):

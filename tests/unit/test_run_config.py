@@ -257,16 +257,16 @@ OWN = "111122223333.dkr.ecr.us-east-1.amazonaws.com/tunedrop:1"
 @pytest.mark.parametrize(
     ("name", "image", "reason"),
     [
-        ("ml.p2.xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image is made for"),
-        ("ml.p3.2xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image is made for"),
+        ("ml.p2.xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image uses"),
+        ("ml.p3.2xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image uses"),
         ("ml.p3dn.24xlarge", f"{DEFAULT}@sha256:{64 * 'a'}", "its GPUs are too old for CUDA 13"),
         ("ml.p3.2xlarge", OLDER, None),
         ("ml.p3.2xlarge", OWN, None),  # nothing is known of it; the job says it
         ("ml.g4dn.xlarge", DEFAULT, None),
         ("ml.g7e.2xlarge", DEFAULT, None),
-        ("ml.trn1.2xlarge", DEFAULT, "it has AWS's Trainium chips, and the jobs' image is made for NVIDIA's GPUs"),
+        ("ml.trn1.2xlarge", DEFAULT, "it has AWS's Trainium chips, and the jobs' image needs NVIDIA's GPUs"),
         ("ml.trn1.2xlarge", OWN, None),
-        ("ml.p6e-gb200.36xlarge", DEFAULT, "its CPUs are ARM, and the jobs' image is made for x86_64"),
+        ("ml.p6e-gb200.36xlarge", DEFAULT, "its CPUs are ARM, and the jobs' image needs x86_64"),
         ("ml.p6e-gb200.36xlarge", DEFAULT.replace(":2.13", "-arm64:2.13"), None),
         ("ml.m5.xlarge", DEFAULT, None),
     ],

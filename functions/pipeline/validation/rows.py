@@ -106,7 +106,7 @@ def _read(records: Records, split: Split, survey: Survey, allowed: float, aside:
             ),
         },
         errors.listed,
-        [f"{count} of {rows} rows are broken and set aside in rejected.jsonl"] if rejected.counts else [],
+        [f"broken rows set aside in rejected.jsonl: {count} of {rows}"] if rejected.counts else [],
     )
 
 

@@ -118,12 +118,12 @@ class Survey:
 def _duplicates(duplicates: dict[str, Any]) -> Iterator[str]:
     if duplicates["exact"]:
         row, first = duplicates["exact_rows"][0]
-        yield f"{duplicates['exact']} rows repeat an earlier row (row {row} repeats row {first}, for example)"
+        yield f"duplicate rows: {duplicates['exact']} (row {row} repeats row {first}, for example)"
     if duplicates["same_prompt"]:
         row, first = duplicates["same_prompt_rows"][0]
         yield (
-            f"{duplicates['same_prompt']} rows have the prompt of an earlier row and another answer, rows {first} and {row} "
-            "for example: a reward can pay only one of the answers"
+            f"rows with an earlier row's prompt and another answer: {duplicates['same_prompt']} (rows {first} and {row}, "
+            "for example); a reward can pay only one of the answers"
         )
 
 
@@ -131,7 +131,7 @@ def _overlap(tests: Sequence[str]) -> Iterator[str]:
     if tests:
         shown = ", ".join(tests[:SHOWN]) + (", …" if len(tests) > SHOWN else "")
         yield (
-            f"{len(tests)} inference tests have the prompt of a training row: {shown}; "
+            f"inference tests with the prompt of a training row: {len(tests)} ({shown}); "
             "such tests measure memory, not learning"
         )
 
