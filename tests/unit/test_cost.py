@@ -125,6 +125,19 @@ def test_the_low_end_is_never_above_the_high_one(rows, tests, prompt, answer, pa
     assert problems == []
 
 
+def test_a_config_is_resolved_with_the_stacks_values_and_keeps_its_own():
+    terms = Terms(G5, spot=True, max_run_cost_usd=50)
+    compute = resolve(config(), terms).compute
+    assert (compute.instance_type, compute.spot, compute.max_cost_usd) == (G5, True, 50)
+    own = {"instance_type": ["ml.g6.xlarge"], "spot": False, "max_cost_usd": 9}
+    resolved = resolve(config(compute=own), terms)
+    assert own.items() <= resolved.compute.model_dump().items()
+    assert resolve(config(compute={"max_cost_usd": 60}), terms).compute.max_cost_usd == 50
+    assert resolve(resolved, Terms(["ml.p5.48xlarge"])) == resolved
+    # The trainer reads the same values from input/config.json.
+    assert parse_run_config(json.loads(resolved.model_dump_json())).model_dump() == resolved.model_dump()
+
+
 LIMITS = [
     # compute.max_cost_usd, the deployment's limit, words of the refusal
     (0.5, None, "more than compute.max_cost_usd of $0.50"),

@@ -109,7 +109,7 @@ class PromptTokens:
         return self._counter.count(self._counter.render(prompts))
 
     def add(self, rows: Sequence[Row], sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """Count prompts that could be too long by their texts' bytes; return index and tokens of each prompt over the limit."""
+        """Count the prompts whose texts' bytes exceed the limit; return index and tokens of each prompt that is too long."""
         room = self.limit - SLACK
         long = [n for n, size in enumerate(sizes) if size + len(rows[n]["prompt"]) * self._per_message > room]
         if not long:
