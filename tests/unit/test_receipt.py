@@ -266,7 +266,7 @@ def test_repetitions_are_those_that_comparing_all_rows_finds(rows):
         batch = rows[start : start + 7]
         numbers = range(start + 1, start + 1 + len(batch))
         duplicates.add(numbers, [prompt for prompt, _ in batch], [answer for _, answer in batch])
-    found = duplicates.found()
+    found = duplicates.result()
     exact = [[n, rows.index(row) + 1] for n, row in enumerate(rows, 1) if row in rows[: n - 1]]
     prompts = [prompt for prompt, _ in rows]
     same = [

@@ -139,7 +139,7 @@ RULES = [
         "grpo: {auto_find_batch_size: false}",
     ),
     ("grpo: {sync_ref_model: true, beta: 0.1}", "grpo.sync_ref_model", "no reference model", "grpo: {beta: 0.1}"),
-    ("grpo: {lr_scheduler_type: greedy}", "grpo.lr_scheduler_type", "none of", "grpo: {lr_scheduler_type: cosine}"),
+    ("grpo: {lr_scheduler_type: greedy}", "grpo.lr_scheduler_type", "has none", "grpo: {lr_scheduler_type: cosine}"),
     (
         "grpo: {max_completion_length: null}",
         "grpo.max_completion_length",

@@ -45,7 +45,10 @@ class ValidateSettings(AnnounceSettings):
 
 
 class Fetched(NamedTuple):
-    """A submission from S3: the stack's terms, the download of the dataset, and what else the run id hashes."""
+    """A submission from S3: with the stack's terms, the dataset's download, and the launch plan's digest.
+
+    `identity` are the parts of the run id that are not the dataset: config, tests, model, launch plan, files of rewards.
+    """
 
     submission: Submission
     terms: Terms
@@ -57,8 +60,8 @@ class Fetched(NamedTuple):
 def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
     """Validate an uploaded dataset and return its run.
 
-    Return None if the object is not a dataset, is gone or is older than one seen before; and if it is to begin the next
-    attempt of a run whose last attempt has not ended (`announce_failure` requests the validation again then).
+    None if the object is not a dataset, is gone, or is older than another upload of its key. None, too, if the run's last
+    attempt has not ended: `announce_failure` requests the validation again after the end.
     """
     if not object_keys.is_dataset(upload.key):
         logger.info("ignored an object that is not a dataset")
@@ -81,7 +84,7 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
     plan_digest = current_digest(aws, settings.artifact_bucket)
     plan = load_plan(aws, settings.artifact_bucket, plan_digest)
     dataset = object_keys.dataset_of(upload.key)
-    # Of a file that is larger than its parser accepts, `read` returns one byte more than that.
+    # `read` cuts a file one byte above its parser's limit, and the parser rejects it.
     raw = aws.read(settings.data_bucket, object_keys.config_key(dataset), MAX_CONFIG_BYTES) or b""
     candidates = (aws.read(settings.data_bucket, key, MAX_TESTS_BYTES) for key in object_keys.tests_keys(dataset))
     tests = next((content for content in candidates if content is not None), None)
@@ -114,7 +117,7 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
         spot=settings.use_spot,
         max_run_cost_usd=settings.max_run_cost_usd or None,
         image=plan["train"]["AlgorithmSpecification"]["TrainingImage"],
-        # The environment of the jobs: rewards may do here what they may do there.
+        # The jobs' environment: rewards have the same permissions here as in a job.
         permissions=reward_permissions(plan["train"].get("Environment", {}), aws.client, rewards),
         prices=Prices(**plan["prices"]) if plan.get("prices") else None,
     )
@@ -158,8 +161,8 @@ def _fetch_rewards(config: RunConfig, beside: str, folder: Path, settings: Valid
 def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
     """Store the run's input files and receipt, then create the run, then announce it. Return the run as it is stored.
 
-    In this order a second delivery of the event completes whatever the first one left undone. None if the run's last attempt
-    has not ended.
+    Because of this order, a second delivery of the event completes what the first delivery left undone. None if the run's
+    last attempt has not ended.
     """
     dataset = object_keys.dataset_of(upload.key)
     run = Run(

@@ -11,7 +11,7 @@ _BUCKETS = 256
 
 
 class Duplicates:
-    """Keeps two hashes of each row, of its prompt and of its prompt and answer. `found` compares the hashes of all rows.
+    """Keeps two hashes of each row, of its prompt and of its prompt and answer. `result` compares the hashes of all rows.
 
     The hashes have 64 bits: the chance that two of ten million different prompts share one is 1 in 370,000.
     """
@@ -27,7 +27,7 @@ class Duplicates:
         self._prompts.extend(prompts)
         self._rows.extend(map(xxh3_64_intdigest, map(str.encode, answers), prompts))  # the prompt's hash is the seed
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Return how many rows repeat an earlier row, how many repeat only its prompt, and the first pairs of both.
 
         `{"exact": 2, "same_prompt": 1, "exact_rows": [[row, the row it repeats], …], "same_prompt_rows": [[…], …]}`

@@ -18,7 +18,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 
 
 class ModelFiles(NamedTuple):
-    """A base model's files: sizes in bytes by name, a folder with READ_FILES, and where the user keeps them."""
+    """A base model's files: sizes in bytes by name, a folder with READ_FILES, and the user's location of them."""
 
     sizes: dict[str, int]
     folder: Path

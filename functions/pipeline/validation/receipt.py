@@ -1,4 +1,4 @@
-"""The receipt of a validation: its schema, and how the steps' sections become one receipt. docs/receipt.md explains it."""
+"""The receipt of a validation: its schema, and its assembly from the steps' sections. docs/receipt.md explains the keys."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -96,7 +96,7 @@ class Survey:
             stats = {
                 "prompt_characters": summary(self._prompts),
                 "answer_characters": summary(self._answers),
-                "duplicates": self._duplicates.found(),
+                "duplicates": self._duplicates.result(),
                 "tests_in_training": tests,
             }
             warnings += [*_duplicates(stats["duplicates"]), *_overlap(tests), *_variants(variants)]

@@ -1,4 +1,4 @@
-"""What a stack decides for every run, and the config that it completes."""
+"""A stack's decisions for every run, and the config that these decisions complete."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Terms(NamedTuple):
 
 
 def resolve(config: RunConfig, terms: Terms) -> ResolvedConfig:
-    """Return the config with the stack's values for what it leaves open; of two cost limits, the lower one holds."""
+    """Return the config, completed with the stack's instance types, spot and cost limit. The lower cost limit applies."""
     limits = [limit for limit in (config.compute.max_cost_usd, terms.max_run_cost_usd) if limit is not None]
     compute = {
         "instance_type": config.compute.instance_type or list(terms.instance_types),

@@ -25,7 +25,7 @@ TOKENIZER_FILES = {"tokenizer.json": 64 * 1024**2, "tokenizer_config.json": 8 * 
 WORKER = Path(__file__).with_name("token_worker.py")
 COUNTING_SECONDS = 240.0  # prompts that come later are not counted
 LIMIT_SECONDS = 300.0
-SLACK = 8  # tokens that the template can add where it joins texts
+SLACK = 8  # the template can add tokens between texts
 MESSAGE = "the chat template of '{model}' refuses a prompt with the roles {roles}: {reason}"
 
 

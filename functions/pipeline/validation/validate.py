@@ -40,7 +40,7 @@ class Submission(NamedTuple):
     config, about_config: the result of `read_config`.
     tests: the bytes of the test file; None: the held-out rows are the tests.
     model: the base model's files; None: only the job has them.
-    rewards, beside: a folder with the files of `python` rewards, and where the user keeps them, for messages.
+    rewards, beside: a folder with the files of `python` rewards, and the user's location of these files, for messages.
     folder: receives the run's input files.
     """
 
@@ -121,7 +121,7 @@ def _build_rewards(config: RunConfig, permissions: RewardPermissions) -> tuple[l
     try:
         return build_rewards(config.rewards, permissions), Section({}, [], [])
     except RewardError as error:
-        problem = Problem("REWARD_NOT_ALLOWED", str(error), "use a reward that this deployment allows", key="rewards")
+        problem = Problem("REWARD_NOT_ALLOWED", str(error), "use a reward that this stack allows", key="rewards")
         return [], Section({}, [problem], [])
 
 
@@ -156,7 +156,7 @@ def _estimate(
 def _complete(
     receipt: Receipt, config: ResolvedConfig, rows: RowsRead, tests: Sequence[InferenceTest], folder: Path
 ) -> Section:
-    """Check what the whole dataset must have, and write the input files that are left."""
+    """Check the dataset as a whole, and write `inference_tests.json` and `config.json`."""
     if receipt.ok and receipt.rows < MIN_ROWS:
         message = f"the dataset has {receipt.rows} usable rows; a run needs at least {MIN_ROWS}"
         return Section({}, [Problem("NO_ROWS", message, "add rows")], [])

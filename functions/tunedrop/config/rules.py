@@ -50,7 +50,7 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
     (
         "grpo.lr_scheduler_type",
         lambda config: config.grpo_value("lr_scheduler_type") in {"reduce_lr_on_plateau", "greedy"},
-        "this scheduler needs evaluations during training, and a run has none of them: use linear, cosine or constant",
+        "this scheduler needs evaluations during training, and a run has none: use linear, cosine or constant",
     ),
     (
         "grpo.max_completion_length",

@@ -10,14 +10,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from tunedrop.dataset.parquet_worker import MEMORY_BYTES
+from tunedrop.dataset.parquet import ParquetError, read_parquet
 from tunedrop.problems import Problem
-from tunedrop.sandboxed_process import Worker
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
@@ -28,8 +26,6 @@ MAX_ROW_BYTES = 16 * 1024**2
 MAX_BROKEN = 500_000
 # The search for duplicates keeps about 24 bytes of each row.
 MAX_ROWS = 10_000_000
-PARQUET_WORKER = Path(__file__).with_name("parquet_worker.py")
-PARQUET_SECONDS = 300.0
 # The limit for one line of CSV. Each comma takes at least eight bytes of memory.
 MAX_COMMAS = 1_000_000
 SAMPLE_HINT = "GRPO needs thousands of rows, not millions: upload a sample of them"
@@ -215,22 +211,22 @@ class _JsonReader:
 
     def _objects(self, text: bytes, final: bool) -> tuple[list[Any], list[int], bytes]:
         """Return the records that end in `text`, the lines that they begin in, and the rest of the text."""
-        found: list[bytes | Broken] = []
+        records: list[bytes | Broken] = []
         lines: list[int] = []
         at = 0
         while True:
             start = _GAP.match(text, at).end()  # type: ignore[union-attr]
             self._line += text.count(b"\n", at, start)
             if start == len(text):
-                return _decode_all(found), lines, b""
+                return _decode_all(records), lines, b""
             if self._array and text[start] == _CLOSE_ARRAY:
                 self._closed, at = True, start + 1
                 continue
             end, why = _end_of_object(text, start) if text[start] == _OPEN else self._end_of_junk(text, start)
             if why and end == len(text) and not final:
-                return _decode_all(found), lines, text[start:]
+                return _decode_all(records), lines, text[start:]
             raw = text[start:end]
-            found.append(Broken(why, raw) if why else raw)
+            records.append(Broken(why, raw) if why else raw)
             lines.append(self._line)
             self._line += raw.count(b"\n")
             at = end
@@ -268,15 +264,15 @@ def _end_of_object(text: bytes, start: int) -> tuple[int, Problem | None]:
     return end, Problem("BAD_JSON", "this object is never closed", hint)
 
 
-def _decode_all(found: list[bytes | Broken]) -> list[Any]:
-    if not any(isinstance(item, Broken) for item in found):
+def _decode_all(records: list[bytes | Broken]) -> list[Any]:
+    if not any(isinstance(item, Broken) for item in records):
         try:
-            values = _decoder.decode_lines(b"\n".join(found))  # type: ignore[arg-type]
+            values = _decoder.decode_lines(b"\n".join(records))  # type: ignore[arg-type]
         except _DECODE_ERRORS:
             values = []
-        if len(values) == len(found):
+        if len(values) == len(records):
             return values
-    return [item if isinstance(item, Broken) else _decoded(item) for item in found]
+    return [item if isinstance(item, Broken) else _decoded(item) for item in records]
 
 
 def _decoded(raw: bytes) -> Any:
@@ -362,40 +358,23 @@ def _csv_record(header: list[str], fields: list[str]) -> Any:
 
 
 def _read_parquet(file: io.BufferedReader) -> Iterator[Batch]:
-    """Read a Parquet file in a process of its own, whose limits bound what a hostile file can take."""
-    worker = Worker(PARQUET_WORKER, PARQUET_SECONDS, stdin=file)
     values: list[Any] = []
     size, row = 0, 1
+    problem: Problem | None = None
     try:
-        while isinstance((sent := _message(worker))[0], list):
-            values += sent[0]
-            size += sent[1]
+        for rows, length in read_parquet(file):
+            values += rows
+            size += length
             if len(values) >= BATCH_ROWS or size >= MAX_ROW_BYTES:
                 yield Batch(values, row, None)
                 row, size, values = row + len(values), 0, []
-    finally:
-        worker.close()
+    except ParquetError as error:
+        message, hint = (
+            f"not a readable Parquet file: {error}",
+            "write it again; if it has large pages or values, write smaller ones",
+        )
+        problem = Problem("BAD_PARQUET", message, hint, row=row + len(values))
     if values:
         yield Batch(values, row, None)
-    if reason := sent[0]:
-        message = f"not a readable Parquet file: {reason}"
-        yield _failure(
-            Problem(
-                "BAD_PARQUET",
-                message,
-                "write it again; if it has large pages or values, write smaller ones",
-                row=row + len(values),
-            )
-        )
-
-
-def _message(worker: Worker) -> tuple[list[Any] | str, int]:
-    """Return the next message of parquet_worker.py and its bytes: rows, or at the end the reason of an early end."""
-    output = worker.process.stdout
-    assert output is not None
-    length = int.from_bytes(output.read(8), "little")
-    message = output.read(length)
-    if not length or len(message) < length:
-        limits = f"{MEMORY_BYTES // 1024**2} MiB of memory or {PARQUET_SECONDS:.0f} s"
-        return f"the reader needed more than {limits}, or crashed", 0
-    return msgspec.msgpack.decode(message), length
+    if problem:
+        yield _failure(problem)
