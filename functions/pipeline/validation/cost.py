@@ -29,7 +29,6 @@ BANDWIDTH = (0.8, 0.3)
 TOKEN_SECONDS = {False: (0.012, 0.06), True: (0.002, 0.015)}
 # AWS names savings of "up to 90 %" for managed spot training, and publishes no price list.
 SPOT_PRICE = (0.1, 1.0)
-CHARACTERS_PER_TOKEN = 4
 # The default quota "Longest run time for a training job" (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
 LONGEST_RUNTIME = 5 * 86400
 # The batch of prompts that the test job answers at once.

@@ -21,15 +21,20 @@ from tunedrop.problems import Problem
 
 # The limit of bytes in train.jsonl. A Parquet file can unpack to any size, and the function's /tmp has 10 GiB.
 MAX_WRITTEN_BYTES = 5 * 1024**3
+CHARACTERS_PER_TOKEN = 4
 
 
 class RowsRead(NamedTuple):
-    """The sections of the pass, a sample of the rows, the held-out rows, and the number of rows to train on."""
+    """The sections of the pass, a sample of the rows, the held-out rows, and the number of rows to train on.
+
+    `mean_tokens` of a prompt and of an answer are those of the sample, or estimates from characters without a tokenizer.
+    """
 
     sections: list[Section]
     sample: list[Row]
     heldout: list[Row]
     trained: int
+    mean_tokens: tuple[float, float]
 
 
 def read_rows(
@@ -54,7 +59,15 @@ def read_rows(
         surveyed = survey.finish(sample, records.roles, records.variants)
     counts = {"rows": split.rows, "heldout": len(heldout), "columns": next(iter(records.variants), {})}
     sections = [tokenizer, broken, Section(counts, [], []), surveyed]
-    return RowsRead(sections, sample, heldout, split.rows - len(heldout) - survey.dropped)
+    trained = split.rows - len(heldout) - survey.dropped
+    return RowsRead(sections, sample, heldout, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
+
+
+def _mean_tokens(surveyed: Section, part: str) -> float:
+    tokens, stats = surveyed.receipt["tokens"], surveyed.receipt["stats"]
+    if tokens:
+        return float(tokens[part]["mean"])
+    return float(stats[f"{part}_characters"]["mean"]) / CHARACTERS_PER_TOKEN if stats else 0.0
 
 
 @contextmanager

@@ -7,9 +7,9 @@ the receipt is the sections put together. docs/receipt.md explains it.
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pipeline.validation.cost import CHARACTERS_PER_TOKEN, Work, estimate
+from pipeline.validation.cost import Work, estimate
 from pipeline.validation.model_files import ModelFiles, check_model, parameters_of
 from pipeline.validation.preflight import check_rewards
 from pipeline.validation.receipt import Receipt, accepts, assemble
@@ -76,15 +76,13 @@ def validate(submission: Submission, terms: Terms) -> Receipt:
     completed. `rejected.jsonl` has the rows that were set aside.
     """
     config = resolve(submission.config, terms)
-    sections = [submission.about_config, _check_files(submission)]
+    sections = [submission.about_config, _problems(*_check_files(submission))]
     if refused := refuse(submission.name, submission.size):
-        return assemble([*sections, Section({}, [refused], [])])
-    instance_types = config.compute.instance_type
-    sections.append(Section({}, check_instances(submission.config, instance_types, terms.image), []))
-    rewards, section = _build_rewards(config, terms.permissions) if accepts(sections) else ([], Section({}, [], []))
-    sections.append(section)
-    tests, section = _read_tests(submission.tests, config, terms.permissions)
-    sections.append(section)
+        return assemble([*sections, _problems(refused)])
+    sections.append(_problems(*check_instances(submission.config, config.compute.instance_type, terms.image)))
+    rewards, problems = _build_rewards(config, terms.permissions) if accepts(sections) else ([], [])
+    tests, more = _read_tests(submission.tests, config, terms.permissions)
+    sections.append(_problems(*problems, *more))
     model = submission.model.folder if submission.model else None
     rows = read_rows(submission.open(), suffix_of(submission.name), config, tests, model, submission.folder)
     sections += rows.sections
@@ -92,9 +90,16 @@ def validate(submission: Submission, terms: Terms) -> Receipt:
         tried = check_rewards(rewards, rows.sample, config, tests, trained_rows=rows.trained)
         sections.append(Section({"rewards": tried.receipt}, tried.problems, tried.warnings))
     if rows.trained > 0:
-        sections.append(_estimate(submission, config, rows, tests, terms))
-    receipt = assemble(sections)
-    return assemble([*sections, _complete(receipt, config, rows, tests, submission.folder)])
+        parameters = parameters_of(config.model, submission.model)
+        work = Work(rows.trained, len(tests) or len(rows.heldout), *rows.mean_tokens, parameters)
+        cost = estimate(config, work, terms)
+        sections.append(Section({"cost": cost.receipt}, cost.problems, cost.warnings))
+    draft = assemble(sections)
+    return assemble([*sections, _complete(draft, config, rows, tests, submission.folder)])
+
+
+def _problems(*problems: Problem) -> Section:
+    return Section({}, list(problems), [])
 
 
 def reward_files(config: RunConfig) -> list[str]:
@@ -102,10 +107,9 @@ def reward_files(config: RunConfig) -> list[str]:
     return sorted({spec.model_extra["file"] for spec in config.rewards if spec.type == "python" and spec.model_extra})
 
 
-def _check_files(submission: Submission) -> Section:
-    """Check the files of the base model and of the rewards."""
-    model = submission.model
-    problems = check_model(submission.config, model) if model else []
+def _check_files(submission: Submission) -> list[Problem]:
+    """Return what is wrong with the files of the base model and of the rewards."""
+    problems = check_model(submission.config, submission.model) if submission.model else []
     for name in reward_files(submission.config):
         file = submission.rewards / name
         if file.is_file() and file.stat().st_size <= MAX_REWARD_FILE_BYTES:
@@ -113,55 +117,36 @@ def _check_files(submission: Submission) -> Section:
         reason = f"is larger than {MAX_REWARD_FILE_BYTES // 1024**2} MiB" if file.is_file() else "is missing"
         message = f"the file of a python reward, {submission.beside}{name}, {reason}"
         problems.append(Problem("REWARD_FILE", message, "put it beside the dataset, before the dataset", key="rewards"))
-    return Section({}, problems, [])
+    return problems
 
 
-def _build_rewards(config: RunConfig, permissions: RewardPermissions) -> tuple[list[Reward], Section]:
-    """Return the config's rewards; none if the stack does not allow one of them."""
+def _build_rewards(config: RunConfig, permissions: RewardPermissions) -> tuple[list[Reward], list[Problem]]:
+    """Return the config's rewards; none, and the problem, if the stack does not allow one of them."""
     try:
-        return build_rewards(config.rewards, permissions), Section({}, [], [])
+        return build_rewards(config.rewards, permissions), []
     except RewardError as error:
-        problem = Problem("REWARD_NOT_ALLOWED", str(error), "use a reward that this stack allows", key="rewards")
-        return [], Section({}, [problem], [])
+        return [], [Problem("REWARD_NOT_ALLOWED", str(error), "use a reward that this stack allows", key="rewards")]
 
 
-def _read_tests(raw: bytes | None, config: RunConfig, permissions: RewardPermissions) -> tuple[list[InferenceTest], Section]:
-    if raw is None:
-        return [], Section({}, [], [])
+def _read_tests(
+    raw: bytes | None, config: RunConfig, permissions: RewardPermissions
+) -> tuple[list[InferenceTest], list[Problem]]:
+    """Return the inference tests of a file; none, and the problems, if it has mistakes."""
     try:
-        return parse_tests(raw, config, permissions), Section({}, [], [])
+        return ([], []) if raw is None else (parse_tests(raw, config, permissions), [])
     except RejectedError as error:
-        return [], Section({}, error.problems, [])
-
-
-def _estimate(
-    submission: Submission, config: ResolvedConfig, rows: RowsRead, tests: Sequence[InferenceTest], terms: Terms
-) -> Section:
-    """Estimate the run's cost, by the tokens of a sample if they were counted, else by characters."""
-    measured: dict[str, Any] = {}
-    for section in rows.sections:
-        measured |= section.receipt
-    prompt, answer = (
-        measured["tokens"][name]["mean"]
-        if measured["tokens"]
-        else measured["stats"][f"{name}_characters"]["mean"] / CHARACTERS_PER_TOKEN
-        for name in ("prompt", "answer")
-    )
-    parameters = parameters_of(config.model, submission.model)
-    work = Work(rows.trained, len(tests) or len(rows.heldout), prompt, answer, parameters)
-    cost = estimate(config, work, terms)
-    return cost._replace(receipt={"cost": cost.receipt})
+        return [], error.problems
 
 
 def _complete(
-    receipt: Receipt, config: ResolvedConfig, rows: RowsRead, tests: Sequence[InferenceTest], folder: Path
+    draft: Receipt, config: ResolvedConfig, rows: RowsRead, tests: Sequence[InferenceTest], folder: Path
 ) -> Section:
     """Check the dataset as a whole, and write `inference_tests.json` and `config.json`."""
-    if receipt.ok and receipt.rows < MIN_ROWS:
-        message = f"the dataset has {receipt.rows} usable rows; a run needs at least {MIN_ROWS}"
-        return Section({}, [Problem("NO_ROWS", message, "add rows")], [])
-    if not receipt.ok:
-        return Section({}, [], [])
+    if not draft.ok:
+        return _problems()
+    if draft.rows < MIN_ROWS:
+        message = f"the dataset has {draft.rows} usable rows; a run needs at least {MIN_ROWS}"
+        return _problems(Problem("NO_ROWS", message, "add rows"))
     problems = check_steps(config, rows.trained)
     tests = tests or tests_from_rows(rows.heldout)
     if not tests:
