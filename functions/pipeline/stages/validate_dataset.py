@@ -228,8 +228,8 @@ def _document(run: Run, receipt: Receipt, fetched: Fetched, settings: ValidateSe
         "version_id": run.version_id,
         "bytes": fetched.download.size,
     }
-    if fetched.download.sha256:
-        source["sha256"] = fetched.download.sha256
+    if digest := fetched.download.sha256:
+        source["sha256"] = digest
     return {"run_id": run.run_id, "dataset": run.dataset, "source": source, **msgspec.to_builtins(receipt)}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tunedrop.config.model import ResolvedConfig, RunConfig
+from tunedrop.config.model import ResolvedCompute, ResolvedConfig, RunConfig
 from tunedrop.rewards import NO_PERMISSIONS, RewardPermissions
 
 
@@ -34,5 +34,5 @@ def resolve(config: RunConfig, terms: Terms) -> ResolvedConfig:
         "spot": terms.spot if config.compute.spot is None else config.compute.spot,
         "max_cost_usd": min(limits, default=None),
     }
-    values = config.model_dump()
-    return ResolvedConfig.model_validate(values | {"compute": values["compute"] | compute})
+    resolved = ResolvedCompute.model_validate(dict(config.compute) | compute)
+    return ResolvedConfig.model_validate(dict(config) | {"compute": resolved})
