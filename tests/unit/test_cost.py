@@ -1,4 +1,4 @@
-"""What a run is estimated to cost, and when it is refused for it."""
+"""The estimate of a run's cost, and the rejection of a run that costs too much."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_more_work_costs_more(more):
     assert low_high(receipt)[0] > low_high(usual)[0]
 
 
-def test_vllm_is_faster_and_four_gpus_too_but_they_cost_what_they_cost():
+def test_vllm_and_four_gpus_are_faster_and_four_gpus_cost_more():
     grpo = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     slow, _, _ = estimate(config(grpo=grpo), WORK, [*G5, "ml.g5.12xlarge"], stack(PRICES))
     fast, _, _ = estimate(config(grpo=grpo | {"use_vllm": True}), WORK, G5, stack(PRICES))
@@ -139,7 +139,7 @@ def test_a_config_is_resolved_with_the_stacks_values_and_keeps_its_own():
 
 
 LIMITS = [
-    # compute.max_cost_usd, the deployment's limit, words of the refusal
+    # compute.max_cost_usd, the stack's limit, words of the message
     (0.5, None, "more than compute.max_cost_usd of $0.50"),
     (None, 0.5, "more than the stack's limit MaxRunCostUsd of $0.50"),
     (100, 0.5, "the stack's limit"),
@@ -177,7 +177,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("work", "types", "terms", "words"), UNKNOWN)
-def test_what_is_not_known_is_said_and_refuses_nothing(work, types, terms, words):
+def test_unknown_prices_or_sizes_warn_and_do_not_reject(work, types, terms, words):
     receipt, problems, warnings = estimate(config(compute={"max_cost_usd": 0.01}), work, types, terms)
     assert receipt["instances"][0]["usd"] is None
     assert problems == []
@@ -208,7 +208,7 @@ def test_more_than_an_accounts_longest_runtime_is_said(hours, said):
         ("mine", None),
     ],
 )
-def test_a_models_name_says_its_size(model, expected):
+def test_the_size_in_a_models_name(model, expected):
     assert parameters_of(model, None) == expected
 
 
@@ -216,7 +216,7 @@ def test_a_models_name_says_its_size(model, expected):
     ("config", "expected"),
     [({"torch_dtype": "bfloat16"}, 135e6), ({"dtype": "float32"}, 67.5e6), ({}, 135e6), ({"dtype": "auto"}, 135e6)],
 )
-def test_the_weights_and_their_type_say_it_better(tmp_path, config, expected):
+def test_the_size_from_the_weights_and_their_type(tmp_path, config, expected):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelFiles({"config.json": 1, "a.safetensors": 200_000_000, "b.safetensors": 70_000_000}, tmp_path, "")
     assert parameters_of("mine-2B", model) == expected

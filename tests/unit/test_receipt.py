@@ -65,7 +65,7 @@ def rows_of(file: Path):
     return [json.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def test_a_good_run_has_nothing_to_complain_about(check, tmp_path):
+def test_a_good_dataset_has_no_errors_and_no_warnings(check, tmp_path):
     found = check(model=True)
     assert found.ok
     assert (found.errors, found.warnings, found.rejected.counts) == ([], [], {})
@@ -79,7 +79,7 @@ def test_a_good_run_has_nothing_to_complain_about(check, tmp_path):
 SYSTEM = {"role": "system", "content": "Be brief."}
 LONG = {"question": "long " * 200, "answer": "x"}
 WASTE = [
-    # what would be wasted without the check: rows, config, tests, how it is caught (a code or words of a warning or fix)
+    # the waste that the check prevents, rows, config, tests, and the code or words that report it
     ("a row that a loader would drop", [*GOOD, {"question": "?"}], "", None, "NO_ANSWER"),
     ("a row with an empty answer", [*GOOD, {"question": "?", "answer": " \n"}], "", None, "EMPTY_ANSWER"),
     ("a prompt that ends with the wrong role", [*GOOD, {"prompt": [SYSTEM], "answer": "x"}], "", None, "ROLE_ORDER"),
@@ -128,7 +128,7 @@ FINE = [
 
 
 @pytest.mark.parametrize(("rows", "config", "tests"), FINE)
-def test_what_is_as_near_to_it_but_fine_is_not_complained_about(check, rows, config, tests):
+def test_similar_datasets_without_a_mistake_give_no_warning(check, rows, config, tests):
     found = check(rows, config, tests, model=True)
     assert (found.ok, found.errors, found.fixes) == (True, [], [])
     assert [warning for warning in found.warnings if "is short" not in warning] == []
@@ -159,7 +159,7 @@ def test_a_file_that_is_cut_off_is_refused_whatever_share_may_be_bad(check):
     assert check(gzip.compress(lines(GOOD))[:-4], "max_bad_rows: 0.9", suffix=".jsonl.gz").error_counts["BAD_GZIP"] == 1
 
 
-def test_the_system_prompt_is_no_part_of_what_is_compared(check):
+def test_the_search_for_duplicates_ignores_the_system_prompt(check):
     tests = [{"prompt": GOOD[5]["question"], "description": "10"}]
     plain = check(GOOD, "", tests).stats
     assert check(GOOD, "system_prompt: Be brief.", tests).stats == plain
@@ -167,7 +167,7 @@ def test_the_system_prompt_is_no_part_of_what_is_compared(check):
     assert check(own, "", tests).stats["tests_in_training"] == ["test-1"]
 
 
-def test_more_than_fits_on_the_disk_is_refused(check, monkeypatch):
+def test_rows_that_exceed_the_disk_are_rejected(check, monkeypatch):
     monkeypatch.setattr(rows, "MAX_WRITTEN_BYTES", 100)
     assert check(GOOD * 10).error_counts == {"TOO_LARGE": 1}
 
@@ -175,7 +175,7 @@ def test_more_than_fits_on_the_disk_is_refused(check, monkeypatch):
 # --- size and time ---
 
 
-def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
+def test_a_file_above_the_size_limit_is_rejected():
     for suffix in readers.DATA_SUFFIXES:
         limit = MAX_BYTES[suffix.removesuffix(".gz")]
         assert refuse(f"cars{suffix}", limit) is None
@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
         ("cars", "give the file the suffix"),
     ],
 )
-def test_a_file_of_another_format_hears_what_is_taken_and_how_to_convert_it(name, hint):
+def test_an_unknown_format_gets_the_known_ones_and_a_conversion(name, hint):
     problem = refuse(name, 1)
     assert problem.code == "UNKNOWN_FORMAT"
     assert problem.message == "the file's format is not one of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
@@ -260,7 +260,7 @@ def test_a_small_dataset_keeps_its_order(check, tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("ab")), max_size=60))
-def test_repetitions_are_those_that_comparing_all_rows_finds(rows):
+def test_duplicates_are_those_of_a_comparison_of_all_rows(rows):
     duplicates = Duplicates()
     for start in range(0, len(rows), 7):
         batch = rows[start : start + 7]

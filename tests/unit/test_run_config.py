@@ -116,7 +116,7 @@ def test_all_mistakes_are_reported_at_once():
 
 
 RULES = [
-    # what contradicts itself, the key to change, words of the reason, and what is as near to it but fine
+    # a contradiction, the key to change, words of the reason, and a similar config without the contradiction
     ("grpo: {num_generations: 1}", "grpo.num_generations", "at least 2", "grpo: {num_generations: 2}"),
     ("grpo: {num_generations: null}", "grpo.num_generations", "compares answers within a group", "grpo: {}"),
     (
@@ -214,7 +214,7 @@ FIXES = [
 
 
 @pytest.mark.parametrize(("text", "fixes"), FIXES)
-def test_what_can_be_fixed_is_fixed_and_said(text, fixes):
+def test_batches_are_corrected_and_the_corrections_reported(text, fixes):
     config, corrections = fit_batches(load(text))
     assert len(corrections) == len(fixes)
     assert all(fix.startswith(begin) for fix, begin in zip(corrections, fixes, strict=True))
@@ -380,7 +380,7 @@ WARNINGS = [
 
 
 @pytest.mark.parametrize(("text", "words"), WARNINGS)
-def test_what_is_unlikely_to_be_meant_warns(text, words):
+def test_unusual_values_warn(text, words):
     warnings = config_warnings(load(text))
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]
@@ -414,7 +414,7 @@ def test_the_schema_accepts_what_the_model_accepts():
     "text", [text for text, code, key, _ in MISTAKES if code != "CONFIG_SYNTAX" and key and "nan" not in text]
 )
 def test_the_schema_marks_what_the_model_refuses(text):
-    # Rules in code rather than in a range or a pattern are not an editor's to know.
+    # An editor knows ranges and patterns, not rules in code.
     assert "clip: [1, 0]" in text or not SCHEMA.is_valid(yaml.safe_load(text))
 
 
