@@ -94,7 +94,7 @@ def test_the_text_has_a_line_for_each_fact_and_is_plain_in_a_pipe(tmp_path):
             "a reward can pay only one of the answers"
         ),
         "Automatic corrections:",
-        "  grpo.generation_batch_size 12 → 16: a multiple of num_generations (8) and of per_device_train_batch_size (8) on all GPUs",
+        "  grpo.generation_batch_size 12 → 16: a multiple of num_generations (8) and of 8 completions per GPU",
         "valid: 14 rows, 1 held out, 1 inference test, 0 errors, 3 warnings",
     ]
 

@@ -28,9 +28,7 @@ def fit_batches(config: RunConfig) -> tuple[RunConfig, list[str]]:
     value = config.grpo_value("generation_batch_size")
     if value is not None:
         key, unit = "generation_batch_size", math.lcm(group, *(per_gpu * count for count in counts))
-        reason = (
-            f"a multiple of num_generations ({group}) and of the completions that the GPUs take at once ({per_gpu} each)"
-        )
+        reason = f"a multiple of num_generations ({group}) and of {per_gpu} completions per GPU"
     else:
         key = "steps_per_generation" if config.grpo_value("steps_per_generation") else "gradient_accumulation_steps"
         value = config.grpo_value(key)
