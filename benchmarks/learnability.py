@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from trainer import checkpoints, dataset, learnability, models, sampling, train
 from trainer.progress import history
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from local_app import base_model
 from local_app.stack import PROJECT
 from trainer import models
 from trainer.test_model import Decoding, answer, load
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import InferenceTest
 from tunedrop_cli.sample import DATA
 

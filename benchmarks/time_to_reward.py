@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trainer import dataset, models
 from trainer.grpo import SharedPrefixGRPOTrainer
 from trainer.row_rewards import RowReward
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]

@@ -27,8 +27,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.validation.receipt import check_config, check_dataset
-from tunedrop.dataset.readers import BLOCK_BYTES, suffix_of
+from pipeline.validation.terms import Terms
+from pipeline.validation.validate import Submission, read_config, validate
+from tunedrop.dataset.readers import BLOCK_BYTES
 
 REPEATS = 3
 HELD_OUT = 256
@@ -54,11 +55,23 @@ def write_rows(path: Path, megabytes: int) -> int:
 
 def tunedrop(path: Path, folder: Path) -> int:
     """Check with what `validate_dataset` runs."""
-    check = check_config(b"", "model")
+    config, about_config = read_config(b"", "model")
     with io.BufferedReader(io.FileIO(path), BLOCK_BYTES) as file:
-        check_dataset(check, file, suffix_of(path.name), None, folder, instance_types=["ml.g5.xlarge"], model=None)
-    assert check.ok, check.reason
-    return check.rows
+        submission = Submission(
+            name=path.name,
+            size=path.stat().st_size,
+            open=lambda: file,
+            config=config,
+            about_config=about_config,
+            tests=None,
+            model=None,
+            rewards=folder,
+            beside="",
+            folder=folder,
+        )
+        receipt = validate(submission, Terms(["ml.g5.xlarge"]))
+    assert receipt.ok, receipt.errors[0]
+    return receipt.rows
 
 
 # --- the same checks, as they are written around a loader ---

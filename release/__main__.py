@@ -27,7 +27,7 @@ from sagemaker.core.training.configs import (
 
 from release.plan import INSTANCE_TYPE, MAX_RUNTIME, ArtifactSession, model_trainer, release, stage
 from release.target import Target, comma_separated, target_of_outputs
-from tunedrop.config.model import load_run_config
+from tunedrop.config.parse import load_run_config
 
 # What may travel as a hyperparameter: ModelTrainer's driver writes them into a shell file without quoting.
 SAFE_VALUE = re.compile(r"[A-Za-z0-9._:/+-]*")

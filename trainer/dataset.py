@@ -1,11 +1,12 @@
-"""The rows of a training job: which file they are in, and which of them fit into the model's prompt."""
+"""The rows of a training job: the file that they are in, and the rows whose prompts fit."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import folders
 from trainer.job import JobError
-from tunedrop.config.model import RunConfig, prompt_limit
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.dataset.rows import Row, read_rows
 from tunedrop.problems import Problem, RejectedError
@@ -18,23 +19,23 @@ SHOWN_PROBLEMS = 20
 
 
 def dataset_file(filename: str | None) -> Path:
-    """Return the file to train on. Raises JobError when it is not there."""
+    """Return the file to train on. Raises JobError if it is missing."""
     folder = folders.channel("training")
     if folder is None and filename is None:
-        raise JobError("Which data? Give --dataset-filename, or the folder with the data in SM_CHANNEL_TRAINING.")
+        raise JobError("No dataset. Pass --dataset-filename, or set SM_CHANNEL_TRAINING to the folder of the dataset.")
     folder = folder or Path()
-    here = sorted(path for path in folder.glob("*") if suffix_of(path.name))
+    files = sorted(path for path in folder.glob("*") if suffix_of(path.name))
     wanted = folder / (filename or "train.jsonl")
     if wanted.is_file():
         return wanted
-    if filename or not here:
-        names = ", ".join(path.name for path in here[:10]) or "no data files"
+    if filename or not files:
+        names = ", ".join(path.name for path in files[:10]) or "no data files"
         raise JobError(f"No data file '{filename or '*' + ' *'.join(DATA_SUFFIXES)}' in {folder.resolve()}: found {names}.")
-    return here[0]
+    return files[0]
 
 
 def heldout_rows(tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> list[Row]:
-    """Return the rows that evaluations ask: the first held-out ones whose prompt fits, none where nothing is held out."""
+    """Return the rows for evaluations during training: the first held-out rows whose prompt fits."""
     path = (folders.channel("training") or Path()) / "heldout.jsonl"
     if not path.is_file() or not path.stat().st_size:
         return []
@@ -43,7 +44,7 @@ def heldout_rows(tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> lis
 
 
 class Dataset(NamedTuple):
-    """The rows to train on, how many were left out or cut for the length of their prompt, and the lengths in tokens."""
+    """The rows to train on, the numbers of rows that were dropped or cut for their length, and the prompts' tokens."""
 
     rows: list[Row]
     dropped: int
@@ -52,7 +53,7 @@ class Dataset(NamedTuple):
 
 
 def load_rows(path: Path, config: RunConfig, max_samples: int | None) -> list[Row]:
-    """Read the rows. Raises RejectedError with the first problems when the file has any, JobError when it has no rows."""
+    """Read at most `max_samples` rows. Raises RejectedError with the first problems, JobError for a file without rows."""
     rows: list[Row] = []
     problems: list[Problem] = []
     for item in read_rows(path, config):
@@ -70,15 +71,16 @@ def load_rows(path: Path, config: RunConfig, max_samples: int | None) -> list[Ro
 
 
 def prompt_tokens(prompt: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> int:
-    """Return how many tokens a prompt has, chat template included."""
+    """Return a prompt's tokens, chat template included."""
     kwargs = config.grpo.get("chat_template_kwargs") or {}
     return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
 
 
 def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> Dataset:
-    """Apply `prompt_overflow` to prompts longer than the limit in tokens, chat template included.
+    """Apply `prompt_overflow` to prompts above the limit in tokens, chat template included.
 
-    `truncate` cuts the beginning of the last user message; a row whose other messages alone are too long is dropped.
+    `truncate` cuts the beginning of the last user message. It drops a row if its other messages alone exceed the limit.
+    Raises JobError if no row is left, or for a long prompt with `reject`.
     """
     limit, policy = prompt_limit(config), config.prompt_overflow
 
@@ -92,7 +94,7 @@ def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: R
             if len(text) <= over:
                 return None
             last = last | {"content": tokenizer.decode(text[over:])}
-            over = excess([*before, last])  # cutting can change how the rest is split into tokens
+            over = excess([*before, last])  # a cut can change the tokens of the rest
         return [*before, last]
 
     kept: list[Row] = []
@@ -110,5 +112,5 @@ def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: R
             lengths.append(limit)
             truncated += 1
     if not kept:
-        raise JobError(f"All {len(rows)} prompts are longer than the limit of {limit} tokens: raise max_prompt_length.")
+        raise JobError(f"All {len(rows)} prompts exceed the limit of {limit} tokens: raise max_prompt_length.")
     return Dataset(kept, len(rows) - len(kept), truncated, lengths)

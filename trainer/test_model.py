@@ -26,7 +26,8 @@ import msgspec
 from trainer import container, folders, models
 from trainer.job import JobError, failure_reported, set_up_logging
 from trainer.permissions import job_permissions
-from tunedrop.config.model import RunConfig, parse_run_config
+from tunedrop.config.model import RunConfig
+from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import Check, InferenceTest, Latency, ModelResult, Outcome, build_checks, parse_tests
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards, score
 from tunedrop.rewards.wire import write_result

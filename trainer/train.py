@@ -28,7 +28,9 @@ from trainer import container, folders, models
 from trainer.dataset import Dataset, dataset_file, fit_prompts, heldout_rows, load_rows
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
-from tunedrop.config.model import RunConfig, generated_answers, optimizer_steps, parse_run_config
+from tunedrop.config.model import RunConfig
+from tunedrop.config.parse import parse_run_config
+from tunedrop.config.schedule import fit_batches, generated_answers, optimizer_steps
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 
@@ -103,7 +105,7 @@ def read_config(flags: argparse.Namespace) -> RunConfig:
             target[name] = value
     if "model" not in given:
         raise JobError("Which model? Give --model-name, or a run config with 'model' in the 'run' channel.")
-    return parse_run_config(given)
+    return fit_batches(parse_run_config(given))[0]
 
 
 def trackers() -> list[str]:

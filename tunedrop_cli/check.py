@@ -1,117 +1,143 @@
-"""`tunedrop check`: what validate_dataset would say of a dataset, without AWS."""
+"""`tunedrop check`: validates a dataset locally, as validate_dataset does; no running stack needed."""
 
 import os
-import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import boto3
+import click
 import msgspec
+import yaml
 
-from local_app.stack import PROJECT
-from pipeline.validation.candidates import GOLD, WRONG
-from pipeline.validation.cost import Terms
-from pipeline.validation.model_files import check_model
-from pipeline.validation.receipt import Receipt, check_config, check_dataset
-from tunedrop.dataset.readers import refuse, suffix_of
+from pipeline.validation.candidates import GOLD
+from pipeline.validation.model_files import ModelFiles
+from pipeline.validation.receipt import Receipt
+from pipeline.validation.terms import Terms
+from pipeline.validation.validate import Submission, read_config, validate
 from tunedrop.problems import Problem
 from tunedrop.rewards import reward_permissions
 from tunedrop_cli.deployment import with_model
 
+TEMPLATE = Path(__file__).parents[1] / "template.yaml"
 SHOWN = 20
+NOT_CHECKED = "base model and token counts not checked; pass --model DIR"
 
 
-def parameter(name: str) -> str:
-    """Return the default of one of the template's parameters: what a deployment has that says nothing else."""
-    template = (PROJECT / "template.yaml").read_text()
-    found = re.search(rf"^  {name}:\n(?:    .*\n)*?    Default: (.*)$", template, re.MULTILINE)
-    assert found is not None, name
-    return found[1].strip('"')
+class _TemplateLoader(yaml.SafeLoader):
+    """Reads a CloudFormation template without its functions (`!Ref`, `!Sub`, …)."""
+
+
+_TemplateLoader.add_multi_constructor("!", lambda _loader, _tag, _node: None)
+
+
+@cache
+def template_defaults() -> dict[str, Any]:
+    """Return the defaults of the template's parameters: what a stack decides unless its deployment sets a parameter."""
+    template = yaml.load(TEMPLATE.read_text(), Loader=_TemplateLoader)  # noqa: S506 - a SafeLoader
+    return {name: parameter.get("Default") for name, parameter in template["Parameters"].items()}
 
 
 def check_file(data: Path, config: Path | None, tests: Path | None, model: Path | None) -> Receipt:
-    """Check a dataset as `tunedrop drop` would upload it, to a deployment with the template's own defaults.
+    """Validate a dataset as `tunedrop drop` would upload it, under the template's default parameters.
 
-    Without `model`, the base model's folder, what depends on it is not checked. Raises StackError when the config names
-    another model.
+    `model` is the base model's folder. Raises StackError if the config names another model.
     """
+    defaults = template_defaults()
     raw = with_model(config.read_bytes() if config else b"", model.name if model else None)
-    check = check_config(raw, parameter("BaseModel"))
-    weights = 0
-    if model:
-        sizes = {path.relative_to(model).as_posix(): path.stat().st_size for path in model.rglob("*") if path.is_file()}
-        weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-        check.add(*check_model(check.config, sizes, model, str(model)))
-    else:
-        check.warnings.append("the base model was not looked at, nor tokens counted: give its folder with --model")
-    suffix = suffix_of(data.name)
-    if refused := refuse(data.name, data.stat().st_size):
-        check.add(refused)
-        return check.receipt()
+    parsed, about_config = read_config(raw, defaults["BaseModel"])
+    if model is None:
+        about_config.warnings.append(NOT_CHECKED)
+    terms = Terms(
+        instance_types=defaults["InstanceTypes"].split(","),
+        spot=defaults["UseSpot"] == "true",
+        # As in `python -m trainer.train`: the shell's environment allows rewards, and their files lie beside the dataset.
+        permissions=reward_permissions(os.environ, cache(boto3.client), data.parent),
+    )
     with tempfile.TemporaryDirectory() as folder, data.open("rb") as file:
-        check_dataset(
-            check,
-            file,
-            suffix,
-            tests.read_bytes() if tests else None,
-            Path(folder),
-            instance_types=parameter("InstanceTypes").split(","),
-            model=model,
-            weights=weights,
-            # As `python -m trainer.train` in a shell: what is exported is allowed, and files lie beside the dataset.
-            permissions=reward_permissions(os.environ, cache(boto3.client), data.parent),
-            terms=Terms(spot=parameter("UseSpot") == "true"),
+        submission = Submission(
+            name=data.name,
+            size=data.stat().st_size,
+            open=lambda: file,
+            config=parsed,
+            about_config=about_config,
+            tests=tests.read_bytes() if tests else None,
+            model=_model_files(model) if model else None,
+            rewards=data.parent,
+            beside=f"{data.parent}/",
+            folder=Path(folder),
         )
-    return check.receipt()
+        return validate(submission, terms)
+
+
+def _model_files(folder: Path) -> ModelFiles:
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return ModelFiles(sizes, folder, str(folder))
 
 
 def receipt_json(receipt: Receipt) -> str:
-    """Return the receipt as `validation.json` has it, but for what tells one run from another."""
+    """Return the receipt as `validation.json` has it, without `run_id`, `dataset` and `source`."""
     return msgspec.json.format(msgspec.json.encode(receipt)).decode()
 
 
 def receipt_text(receipt: Receipt, data: Path, config: Path | None, tests: Path | None) -> list[str]:
-    """Return the receipt's lines for people; problems begin with the file and line that they are about."""
-    lines = [_line(problem, data, config, tests) for problem in receipt.errors[:SHOWN]]
-    if (more := sum(receipt.error_counts.values()) - len(lines)) > 0:
-        counts = ", ".join(f"{code} {count}" for code, count in receipt.error_counts.items())
-        lines.append(f"and {more} more; all by code: {counts}")
-    lines += [f"fixed: {fix}" for fix in receipt.fixes]
-    lines += [f"warning: {warning}" for warning in receipt.warnings]
+    """Return the receipt's lines for people: facts in columns, errors, warnings, corrections, and whether it is valid."""
+    facts = list(_facts(receipt))
+    width = max(len(name) for name, _ in facts) + 2
+    lines = [f"{name + ':':{width}}{value}" for name, value in facts]
+    lines += [_colour(_error(problem, data, config, tests), "red") for problem in receipt.errors[:SHOWN]]
+    total = sum(receipt.error_counts.values())
+    if total > SHOWN:
+        by_code = ", ".join(f"{code} {count}" for code, count in receipt.error_counts.items())
+        lines.append(_colour(f"{total - SHOWN} more errors; all errors by code: {by_code}", "red"))
+    lines += [_colour(f"warning: {warning}", "yellow") for warning in receipt.warnings]
+    if receipt.fixes:
+        lines += ["Automatic corrections:", *(f"  {fix}" for fix in receipt.fixes)]
+    counts = [
+        f"{receipt.rows} rows",
+        f"{receipt.heldout} held out",
+        _count(receipt.inference_tests, "inference test"),
+        _count(total, "error"),
+        _count(len(receipt.warnings), "warning"),
+    ]
+    valid = _colour("valid", "green") if receipt.ok else _colour("rejected", "red")
+    return [*lines, f"{valid}: {', '.join(counts)}"]
+
+
+def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
     if receipt.columns:
-        lines.append("columns: " + ", ".join(f"{part} from '{column}'" for part, column in receipt.columns.items()))
-    for name, unit in (("prompt_characters", "characters"), ("answer_characters", "characters")):
-        if length := receipt.stats.get(name):
-            part = name.partition("_")[0]
-            lines.append(
-                f"{part}s: {length['min']:.0f} to {length['max']:.0f} {unit}, half of them up to {length['p50']:.0f}"
-            )
-    lines += [*_rewards(receipt), *_cost(receipt)]
-    verdict = "valid" if receipt.ok else "rejected"
-    return [*lines, f"{verdict}: {receipt.rows} rows, {receipt.heldout} held out, {receipt.inference_tests} inference tests"]
-
-
-def _rewards(receipt: Receipt) -> Iterator[str]:
+        yield "columns", ", ".join(f"{part} from '{column}'" for part, column in receipt.columns.items())
+    aside = f", {receipt.rejected.rows} set aside" if receipt.rejected.rows else ""
+    yield "rows", f"{receipt.rows} usable, {receipt.heldout} held out{aside}"
+    for name in ("prompt", "answer"):
+        if length := receipt.stats.get(f"{name}_characters"):
+            yield f"{name}s", f"{length['min']:.0f} to {length['max']:.0f} characters, median {length['p50']:.0f}"
     if receipt.rewards:
-        (gold,) = (each["mean"] for each in receipt.rewards["answers"] if each["kind"] == GOLD)
+        (mean,) = (each["mean"] for each in receipt.rewards["answers"] if each["kind"] == GOLD)
         best = receipt.rewards["best_wrong"]
-        yield (
-            f"rewards: the dataset's answers score {gold:.2f} on average; {WRONG[best['kind']]} comes closest to one, "
-            f"with {best['score']:.2f} for the {best['gold_score']:.2f} of {best['row']}"
-        )
-
-
-def _cost(receipt: Receipt) -> Iterator[str]:
+        yield "rewards", f"the dataset's answers score {mean:.2f} on average"
+        kind = best["kind"].replace("_", " ")
+        yield "best wrong answer", f"{kind}, {best['score']:.2f} vs {best['gold_score']:.2f} ({best['row']})"
     for each in receipt.cost.get("instances", []):
         if each["hours"]:
             dollars = "" if each["usd"] is None else ", ${:.2f} to ${:.2f}".format(*each["usd"])
-            yield "{}: {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars
+            yield "cost", "{}, {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars
 
 
-def _line(problem: Problem, data: Path, config: Path | None, tests: Path | None) -> str:
-    """Return a problem with its place first, as compilers write it."""
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _colour(text: str, colour: str) -> str:
+    """Return the text in a colour for a terminal, plain for a pipe."""
+    return click.style(text, fg=colour) if sys.stdout.isatty() else text
+
+
+def _error(problem: Problem, data: Path, config: Path | None, tests: Path | None) -> str:
+    """Return a problem as compilers print it: file, line, code, message."""
     if problem.code.startswith("CONFIG_"):
         file = config or Path("config")
     elif "TEST" in problem.code and tests:

@@ -36,8 +36,6 @@ class ValidateSettings(Settings):
 class JobSettings(Settings):
     """The environment of the functions that create SageMaker jobs: start_training and test_model."""
 
-    instance_types: InstanceTypes
-    use_spot: bool
     max_concurrent_jobs: int
 
 

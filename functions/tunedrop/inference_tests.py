@@ -21,7 +21,8 @@ import msgspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunedrop.config.model import RunConfig, YamlLoader
+from tunedrop.config.model import RunConfig
+from tunedrop.config.parse import YamlLoader
 from tunedrop.dataset.rows import ROLES, Row
 from tunedrop.problems import Problem, RejectedError, nearest
 from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, RewardSpec, build_rewards

@@ -1,4 +1,4 @@
-"""An object was created under `training_data/`, or its validation was lost on the way: validate the dataset."""
+"""Handles a new object under `training_data/`, and `reconcile`'s request to validate an upload: validates the dataset."""
 
 from typing import Any
 

@@ -6,10 +6,20 @@ from pathlib import Path
 import pytest
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
+from pydantic import ValidationError
 
 from local_app.aws.hooks import matches_pattern
 from pipeline.jobs.training_job import TrainingJob
-from pipeline.notify.events import DatasetValidated, JobStateChange, RunEvent, StopRequested, Upload, ValidationRequested
+from pipeline.notify.events import (
+    START_TRAINING_EVENT,
+    DatasetValidated,
+    JobStateChange,
+    RunEvent,
+    SlotMayBeFree,
+    StopRequested,
+    Upload,
+    ValidationRequested,
+)
 from pipeline.runs.states import Run, RunState
 
 EVENTS = Path(__file__).parents[2] / "events"
@@ -38,8 +48,26 @@ def test_events_parse_in_their_consumers(name, load_event):
     elif event["detail-type"] == "Validation Requested":
         assert parse(event, model=ValidationRequested).detail.model_dump() == event["detail"]
     elif event["source"] == "tunedrop":
-        model = StopRequested if event["detail-type"] == "Stop Requested" else DatasetValidated
-        assert parse(event, model=model).detail.run_id == event["detail"]["run_id"]
+        request = START_TRAINING_EVENT.validate_python(event)
+        if event["detail-type"] == "Training Waiting":
+            assert isinstance(request, SlotMayBeFree)
+        else:
+            assert isinstance(request, StopRequested if event["detail-type"] == "Stop Requested" else DatasetValidated)
+            assert request.detail.run_id == event["detail"]["run_id"]
+
+
+def test_start_training_refuses_an_event_that_no_rule_delivers(load_event):
+    event = load_event("start_training.dataset_validated") | {"detail-type": "Dataset Rejected"}
+    with pytest.raises(ValidationError, match="Dataset Rejected"):
+        START_TRAINING_EVENT.validate_python(event)
+
+
+def test_start_training_takes_every_event_of_its_rules(rules, load_event):
+    """A detail type that the template's rules deliver and the union lacks would end in the dead-letter queue."""
+    delivered = {kind for rule in rules if rule.function == "start_training" for kind in rule.pattern["detail-type"]}
+    event = load_event("start_training.dataset_validated")
+    for kind in delivered:
+        assert START_TRAINING_EVENT.validate_python(event | {"detail-type": kind}).detail_type == kind
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - OUTSIDE_RULES - {"start_training.job_ended"}))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.notify.events import JobStateChange
 from tunedrop import object_keys
-from tunedrop.config.model import RunConfig, load_run_config
+from tunedrop.config.model import RunConfig
+from tunedrop.config.parse import load_run_config
 from tunedrop.dataset.readers import DATA_SUFFIXES
 from tunedrop.dataset.rows import read_rows
 from tunedrop.inference_tests import parse_tests

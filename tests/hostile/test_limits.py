@@ -19,8 +19,8 @@ CHECK = """
 import json, resource, sys, tempfile
 from pathlib import Path
 import arro3.io, yaml
-from tunedrop.dataset.readers import suffix_of
-from pipeline.validation.receipt import check_config, check_dataset
+from pipeline.validation.terms import Terms
+from pipeline.validation.validate import Submission, read_config, validate
 
 def peak():  # unlike ru_maxrss, which begins with that of the process that started this one
     status = Path("/proc/self/status").read_text()
@@ -28,13 +28,13 @@ def peak():  # unlike ru_maxrss, which begins with that of the process that star
 
 before = peak()
 path = Path(sys.argv[1])
+config, about_config = read_config(b"", "base")
 with tempfile.TemporaryDirectory(dir=path.parent) as folder, path.open("rb") as data:
-    check = check_config(b"", "base")
-    check_dataset(
-        check, data, suffix_of(path.name), None, Path(folder), instance_types=["ml.g5.4xlarge"], model=None
-    )
+    folder = Path(folder)
+    files = {"tests": None, "model": None, "rewards": folder, "beside": "", "folder": folder}
+    submission = Submission(path.name, path.stat().st_size, lambda: data, config, about_config, **files)
+    receipt = validate(submission, Terms(["ml.g5.4xlarge"]))
 grown = peak() - before + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000  # and of Parquet
-receipt = check.receipt()
 print(json.dumps({"codes": sorted(receipt.error_counts), "rows": receipt.rows, "grown": grown}))
 """
 
@@ -89,7 +89,7 @@ CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
         {"ROW_TOO_LARGE"},
     ),
     "a Parquet bomb of many values": (".parquet", lambda: iter([parquet_bomb(300_000)]), {"REWARD_PAYS_WRONG"}),
-    "a Parquet bomb of one value": (".parquet", lambda: iter([large_value()]), {"TOO_LARGE"}),
+    "a Parquet bomb of one value": (".parquet", lambda: iter([large_value()]), {"BAD_PARQUET"}),
     "a Parquet bomb of large values": (
         ".parquet",
         lambda: iter([parquet_bomb(1000, 50 * MB)]),

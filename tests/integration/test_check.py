@@ -1,4 +1,4 @@
-"""`tunedrop check` and validate_dataset say the same about the same files."""
+"""`tunedrop check` and validate_dataset give the same receipt for the same files."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from fake_stack import ARTIFACTS, DATA
 from pipeline.validation.model_files import READ_FILES
 from pipeline.validation.receipt import Receipt
 from tunedrop import object_keys
-from tunedrop_cli.check import parameter
+from tunedrop_cli.check import template_defaults
 from tunedrop_cli.main import cli
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -69,6 +69,42 @@ def test_a_laptop_and_the_lambda_give_the_same_receipt(world, model, tmp_path, s
     assert (rejected is not None) == (sample == "broken.jsonl")
 
 
-def test_the_commands_deployment_is_the_templates():
-    assert parameter("BaseModel") == "SmolLM2-135M-Instruct"
-    assert parameter("InstanceTypes").startswith("ml.")
+def test_the_command_takes_the_templates_defaults():
+    assert template_defaults()["BaseModel"] == "SmolLM2-135M-Instruct"
+    assert template_defaults()["InstanceTypes"].startswith("ml.")
+
+
+def test_the_text_has_a_line_for_each_fact_and_is_plain_in_a_pipe(tmp_path):
+    config = tmp_path / "cars.yaml"
+    config.write_text("grpo: {generation_batch_size: 12}")
+    said = CliRunner().invoke(cli, ["check", str(SAMPLES / "repeated.jsonl"), "--config", str(config)])
+    assert said.output.splitlines() == [
+        "columns:           prompt from 'question', answer from 'answer'",
+        "rows:              14 usable, 1 held out",
+        "prompts:           27 to 48 characters, median 30",
+        "answers:           1 to 13 characters, median 4",
+        "rewards:           the dataset's answers score 1.00 on average",
+        "best wrong answer: empty, 0.00 vs 1.00 (row-1)",
+        "cost:              ml.g6e.4xlarge, 0.1 to 0.4 hours",
+        "cost:              ml.g5.4xlarge, 0.1 to 0.4 hours",
+        "warning: base model and token counts not checked; pass --model DIR",
+        "warning: duplicate rows: 1 (row 13 repeats row 1, for example)",
+        (
+            "warning: rows with an earlier row's prompt and another answer: 1 (rows 2 and 14, for example); "
+            "a reward can pay only one of the answers"
+        ),
+        "Automatic corrections:",
+        "  grpo.generation_batch_size 12 → 16: a multiple of num_generations (8) and of 8 completions per GPU",
+        "valid: 14 rows, 1 held out, 1 inference test, 0 errors, 3 warnings",
+    ]
+
+
+def test_many_errors_are_counted_by_code_after_the_first_twenty(tmp_path):
+    data = tmp_path / "cars.jsonl"
+    data.write_text('{"question": "?"}\n' * 25 + '{"answer": "!"}\n' * 5)
+    said = CliRunner().invoke(cli, ["check", str(data)])
+    assert said.exit_code == 1
+    lines = said.output.splitlines()
+    assert [line for line in lines if ": NO_ANSWER: " in line][19].startswith(f"{data}:20: NO_ANSWER: ")
+    assert "10 more errors; all errors by code: NO_ANSWER 25, NO_PROMPT 5" in lines
+    assert lines[-1] == "rejected: 0 rows, 0 held out, 0 inference tests, 30 errors, 1 warning"

@@ -87,7 +87,7 @@ def test_a_python_reward_without_its_file_or_leave_is_refused_and_not_run(world)
     run, receipt = drop(world, PYTHON)
     assert run.state == RunState.REJECTED
     assert receipt["errors"][0]["code"] == "REWARD_FILE"
-    assert "s3://data-bucket/training_data/own.py, is not there" in receipt["errors"][0]["message"]
+    assert "s3://data-bucket/training_data/own.py, is missing" in receipt["errors"][0]["message"]
     release(world)
     _, receipt = drop(world, PYTHON, own=b"raise SystemExit('it was run')\n")
     assert receipt["error_counts"] == {"REWARD_NOT_ALLOWED": 1}
@@ -148,4 +148,4 @@ def test_instances_that_cannot_run_the_plans_image_reject_the_run_before_a_job_s
     assert run.state == RunState.REJECTED
     (error,) = receipt["errors"]
     assert (error["code"], error["key"]) == ("CONFIG_INSTANCE", "compute.instance_type")
-    assert error["message"].startswith("ml.p3.2xlarge runs no job: its GPUs are too old for CUDA 13")
+    assert error["message"].startswith("ml.p3.2xlarge cannot run the job: its GPUs are too old for CUDA 13")

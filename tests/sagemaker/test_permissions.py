@@ -10,7 +10,7 @@ from fake_stack import ARTIFACTS, BUS, DATA, PLAN, SETTINGS, TRAINED_RUN, plan_r
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_request, policies
 
 from pipeline.jobs.plan import job_request
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import ResolvedConfig
 
 ROLE = "SageMakerRole"
 FOLDER = "runs/cars-0123456789ab"
@@ -84,7 +84,8 @@ def request(kind: str) -> dict[str, Any]:
     plan["InputDataConfig"] = [{"ChannelName": "code", "DataSource": {"S3DataSource": code}}]
     plan["AlgorithmSpecification"] |= {"ContainerArguments": ["-c", SCRIPT]}
     instances = {"InstanceType": "ml.g5.4xlarge"}
-    return job_request({kind: plan}, kind, TRAINED_RUN, RunConfig(model="base"), SETTINGS, instances=instances, spot=True)
+    config = ResolvedConfig(model="base", compute={"instance_type": ["ml.g5.4xlarge"], "spot": True})
+    return job_request({kind: plan}, kind, TRAINED_RUN, config, SETTINGS, instances=instances)
 
 
 def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(

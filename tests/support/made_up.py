@@ -8,7 +8,7 @@ import msgspec
 from pipeline.publish.index import IndexedRun, render_index
 from pipeline.publish.report import render_report
 from pipeline.publish.statistics import evaluate
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
 
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'

@@ -92,7 +92,7 @@ def test_the_rewards_of_a_config_find_what_they_need(built: Build) -> None:
         "from tunedrop.rewards import RewardPermissions\n"
         "from pipeline.validation.preflight import check_rewards\n"
         "from tunedrop.rewards import build_rewards\n"
-        "from tunedrop.config.model import parse_run_config\n"
+        "from tunedrop.config.parse import parse_run_config\n"
         f"config = parse_run_config({{'model': 'm', 'rewards': {REWARDS!r}}})\n"
         "rows = [{'id': str(n), 'prompt': [{'role': 'user', 'content': 'Which?'}], 'answer': str(n)} for n in range(9)]\n"
         "rewards = build_rewards(config.rewards, RewardPermissions(allow_code=True))\n"

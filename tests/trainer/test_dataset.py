@@ -4,7 +4,8 @@ import pytest
 
 from trainer import dataset
 from trainer.job import JobError
-from tunedrop.config.model import RunConfig, prompt_limit
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import prompt_limit
 from tunedrop.problems import RejectedError
 
 
@@ -65,7 +66,7 @@ def test_long_prompts_are_dropped_cut_or_rejected(tokenizer):
     assert len(ROWS[1]["prompt"][0]["content"]) == 30
     with pytest.raises(JobError, match="prompt of row 'long' has 33 tokens, more than the limit of 32"):
         fit(max_prompt_length=32, prompt_overflow="reject")
-    with pytest.raises(JobError, match="All 2 prompts are longer"):
+    with pytest.raises(JobError, match="All 2 prompts exceed"):
         fit(max_prompt_length=2)
 
 

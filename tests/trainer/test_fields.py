@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from release import fields
-from tunedrop.config.model import MANAGED_GRPO, MANAGED_LORA, config_fields, load_run_config
+from tunedrop.config.fields import MANAGED_GRPO, MANAGED_LORA, config_fields
+from tunedrop.config.parse import load_run_config
 from tunedrop.problems import RejectedError
 
 GIVEN = [(section, name) for section in ("grpo", "lora") for name in config_fields()[section]]

@@ -6,7 +6,9 @@ import pytest
 
 from release import sizing
 from tunedrop.config.instances import gpus
-from tunedrop.config.model import check_instances, config_warnings, load_run_config
+from tunedrop.config.parse import load_run_config
+from tunedrop.config.rules import check_instances, config_warnings
+from tunedrop.config.schedule import fit_batches
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 RANKS = {"one_gpu": 1, "one_gpu_4bit": 1, "four_gpus": 4, "eight_gpus": 8, "two_nodes": 16}
@@ -15,7 +17,7 @@ RANKS = {"one_gpu": 1, "one_gpu_4bit": 1, "four_gpus": 4, "eight_gpus": 8, "two_
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_accepted_without_a_fix_or_a_warning(path):
     config = load_run_config(path.read_bytes(), default_model="none")
-    assert config.fixes == []
+    assert fit_batches(config) == (config, [])
     assert config_warnings(config) == []
     assert check_instances(config, config.compute.instance_type) == []
     assert {config.compute.instance_count * gpus(name) for name in config.compute.instance_type} == {RANKS[path.stem]}

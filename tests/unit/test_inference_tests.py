@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tunedrop import inference_tests
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import dump_tests, parse_tests
 from tunedrop.problems import RejectedError
 

@@ -6,16 +6,17 @@ from botocore.validate import validate_parameters
 from fake_stack import ARTIFACTS, DATA, SETTINGS, TRAINED_RUN, plan_request
 
 from pipeline.jobs.plan import instance_choices, instance_type_of, job_request
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import ResolvedCompute, ResolvedConfig
 
 LIST = [{"InstanceType": "ml.g6e.xlarge"}, {"InstanceType": "ml.g5.xlarge"}]
+ONE, OTHER = {"InstanceType": "ml.a.xl"}, {"InstanceType": "ml.b.xl"}
 KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
 
 
 def request(kind: str, instance: str = "ml.g5.4xlarge", model: str = "base", spot: bool = True, compute=None, **changes):
     plan = {kind: plan_request(kind) | changes}
-    config = RunConfig(model=model, compute=compute or {})
-    return job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances={"InstanceType": instance}, spot=spot)
+    config = ResolvedConfig(model=model, compute={"instance_type": [instance], "spot": spot} | (compute or {}))
+    return job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances={"InstanceType": instance})
 
 
 @pytest.mark.parametrize(
@@ -51,14 +52,13 @@ def test_a_job_is_paid_for_by_the_type_that_was_selected(resources, name):
 @pytest.mark.parametrize(
     ("spot", "types", "expected"),
     [
-        (True, ["a", "b"], [[{"InstanceType": "a"}], [{"InstanceType": "b"}]]),
-        (False, ["a"], [[{"InstanceType": "a"}]]),
-        (False, ["a", "b", "a"], [[{"InstancePreferences": [{"InstanceType": "a"}, {"InstanceType": "b"}]},
-                                   {"InstanceType": "a"}, {"InstanceType": "b"}]]),
+        (True, ["ml.a.xl", "ml.b.xl"], [[ONE], [OTHER]]),
+        (False, ["ml.a.xl"], [[ONE]]),
+        (False, ["ml.a.xl", "ml.b.xl", "ml.a.xl"], [[{"InstancePreferences": [ONE, OTHER]}, ONE, OTHER]]),
     ],
-)  # fmt: skip
+)
 def test_what_an_attempt_tries(spot, types, expected):
-    assert instance_choices(RunConfig(model="m").compute, types, spot) == expected
+    assert instance_choices(ResolvedCompute(instance_type=types, spot=spot)) == expected
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
@@ -127,13 +127,11 @@ def test_a_job_is_pointed_at_its_own_run_and_the_named_model_only(kind):
 def test_a_budget_in_dollars_becomes_a_time_limit(compute, instances, seconds):
     prices = {"dated": "2026-01-01", "region": "us-east-1", "on_demand": {"ml.g5.xlarge": 1.0, "ml.p4d.24xlarge": 20.0}}
     plan = {kind: plan_request(kind) for kind in ("train", "test")} | {"prices": prices}
-    config = RunConfig(model="base", compute=compute)
+    config = ResolvedConfig(model="base", compute=compute | {"instance_type": instances, "spot": True})
     chosen = {"InstancePreferences": [{"InstanceType": name} for name in instances]}
-    train, test = (
-        job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances=chosen, spot=True) for kind in ("train", "test")
-    )
+    train, test = (job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances=chosen) for kind in ("train", "test"))
     assert train["StoppingCondition"] == {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": 2 * seconds}
     assert train["HyperParameters"]["max-runtime"] == str(seconds)  # by which the trainer ends in time
     assert test["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600
-    without = job_request(plan | {"prices": None}, "train", TRAINED_RUN, config, SETTINGS, instances=chosen, spot=True)
+    without = job_request(plan | {"prices": None}, "train", TRAINED_RUN, config, SETTINGS, instances=chosen)
     assert without["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600

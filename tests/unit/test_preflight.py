@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tunedrop_cli.sample
 from pipeline.validation.candidates import WRONG
 from pipeline.validation.preflight import FEW_ROWS, check_rewards
-from tunedrop.config.model import load_run_config, parse_run_config
+from tunedrop.config.parse import load_run_config, parse_run_config
 from tunedrop.dataset.rows import read_rows
 from tunedrop.inference_tests import InferenceTest, parse_tests
 from tunedrop.rewards import RewardPermissions, build_rewards

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tokenizer_files
 
 from local_app.stack import PROJECT
-from pipeline.validation import receipt
+from pipeline.validation import receipt, rows
 from pipeline.validation.duplicates import Duplicates
 from pipeline.validation.lengths import summary
-from pipeline.validation.receipt import check_config, check_dataset
+from pipeline.validation.model_files import ModelFiles
 from pipeline.validation.s3_stream import S3Stream
 from pipeline.validation.split import MAX_HELDOUT, Split
+from pipeline.validation.terms import Terms
+from pipeline.validation.validate import Submission, read_config, validate
 from tunedrop.dataset import readers
 from tunedrop.dataset.readers import MAX_BYTES, refuse
-from tunedrop_cli.check import parameter
+from tunedrop_cli.check import template_defaults
 
 GOOD = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(30)]
 
@@ -31,20 +33,30 @@ def lines(rows) -> bytes:
 
 @pytest.fixture
 def check(tmp_path):
-    """Check rows or bytes; return the Check, whose files are in `tmp_path`."""
+    """Validate rows or bytes; return the receipt. The run's input files are in `tmp_path`."""
 
     def check(data=GOOD, config="", tests=None, suffix=".jsonl", model=False, instances=("ml.g5.4xlarge",)):
         folder = tmp_path / "model"
         if model:
             folder.mkdir(exist_ok=True)
-            for name, raw in tokenizer_files().items():
-                (folder / name).write_bytes(raw)
+            for name, content in (tokenizer_files() | {"config.json": b"{}"}).items():
+                (folder / name).write_bytes(content)
         raw = data if isinstance(data, bytes) else lines(data)
-        found = check_config(config.encode(), "base")
-        tests_raw = None if tests is None else json.dumps({"evaluations": tests}).encode()
-        file = io.BufferedReader(io.BytesIO(raw))
-        check_dataset(found, file, suffix, tests_raw, tmp_path, instance_types=instances, model=folder if model else None)
-        return found
+        parsed, about_config = read_config(config.encode(), "base")
+        sizes = dict.fromkeys(["config.json", "model.safetensors"], 0) | {file.name: 0 for file in folder.glob("*")}
+        submission = Submission(
+            name=f"data{suffix}",
+            size=len(raw),
+            open=lambda: io.BufferedReader(io.BytesIO(raw)),
+            config=parsed,
+            about_config=about_config,
+            tests=None if tests is None else json.dumps({"evaluations": tests}).encode(),
+            model=ModelFiles(sizes, folder, "models/base/") if model else None,
+            rewards=tmp_path,
+            beside="",
+            folder=tmp_path,
+        )
+        return validate(submission, Terms(instances))
 
     return check
 
@@ -53,12 +65,11 @@ def rows_of(file: Path):
     return [json.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def test_a_good_run_has_nothing_to_complain_about(check, tmp_path):
+def test_a_good_dataset_has_no_errors_and_no_warnings(check, tmp_path):
     found = check(model=True)
     assert found.ok
-    assert found.reason is None
-    assert (found.errors.listed, found.warnings, found.rejected.counts) == ([], [], {})
-    assert (found.rows, found.heldout, found.tests) == (30, 3, 3)
+    assert (found.errors, found.warnings, found.rejected.counts) == ([], [], {})
+    assert (found.rows, found.heldout, found.inference_tests) == (30, 3, 3)
     assert len(rows_of(tmp_path / "train.jsonl")) == 27
     assert len(rows_of(tmp_path / "heldout.jsonl")) == 3
     assert found.stats["prompt_characters"] == {"min": 14, "p50": 16, "p95": 16, "p99": 16, "max": 16, "mean": 15.3}
@@ -68,21 +79,27 @@ def test_a_good_run_has_nothing_to_complain_about(check, tmp_path):
 SYSTEM = {"role": "system", "content": "Be brief."}
 LONG = {"question": "long " * 200, "answer": "x"}
 WASTE = [
-    # what would be wasted without the check: rows, config, tests, how it is caught (a code or words of a warning or fix)
+    # the waste that the check prevents, rows, config, tests, and the code or words that report it
     ("a row that a loader would drop", [*GOOD, {"question": "?"}], "", None, "NO_ANSWER"),
     ("a row with an empty answer", [*GOOD, {"question": "?", "answer": " \n"}], "", None, "EMPTY_ANSWER"),
     ("a prompt that ends with the wrong role", [*GOOD, {"prompt": [SYSTEM], "answer": "x"}], "", None, "ROLE_ORDER"),
-    ("a prompt that is too long", [*GOOD, LONG], "", None, "1 prompts have more than 512 tokens and will be left out"),
-    ("a prompt that is cut", [*GOOD, LONG], "prompt_overflow: truncate", None, "512 tokens and will be cut"),
+    (
+        "a prompt that is too long",
+        [*GOOD, LONG],
+        "",
+        None,
+        "more than 512 tokens, which will be dropped (prompt_overflow: drop): 1;",
+    ),
+    ("a prompt that is cut", [*GOOD, LONG], "prompt_overflow: truncate", None, "512 tokens, which will be cut"),
     ("a prompt that may not be cut", [*GOOD, LONG], "prompt_overflow: reject", None, "PROMPT_TOO_LONG"),
     ("an answer that the model cannot give", GOOD, "grpo: {max_completion_length: 1}", None, "do not fit into"),
     ("a typo in a hyperparameter", GOOD, "grpo: {lerning_rate: 1}", None, "CONFIG_KEY"),
     ("a batch size that does not divide", GOOD, "grpo: {generation_batch_size: 12}", None, "12 → 16"),
     ("too few rows for a step", GOOD[:4], "grpo: {per_device_train_batch_size: 64}", None, "CONFIG_STEPS"),
     ("all prompts too long for a step", [LONG | {"id": n} for n in range(9)], "", None, "CONFIG_STEPS"),
-    ("a row twice", [*GOOD, GOOD[3]], "", None, "1 rows repeat another one, row 31 row 4"),
-    ("a prompt with two answers", [*GOOD, GOOD[3] | {"answer": "7"}], "", None, "rows 4 and 31 for example"),
-    ("a test that is trained on", GOOD, "", [{"prompt": GOOD[5]["question"], "description": "10"}], "what was memorised"),
+    ("a row twice", [*GOOD, GOOD[3]], "", None, "duplicate rows: 1 (row 31 repeats row 4"),
+    ("a prompt with two answers", [*GOOD, GOOD[3] | {"answer": "7"}], "", None, "(rows 4 and 31, for example)"),
+    ("a test that is trained on", GOOD, "", [{"prompt": GOOD[5]["question"], "description": "10"}], "measure memory"),
     ("no tests at all", GOOD, "heldout_fraction: 0", None, "NO_TESTS"),
     ("columns that change", [*GOOD, {"prompt": "?", "answer": "!"}], "", None, "in different columns"),
     ("a learning rate that breaks it", GOOD, "grpo: {learning_rate: 1.0e-2}", None, "learning_rate 0.01 is high"),
@@ -94,7 +111,7 @@ WASTE = [
     ("rows", "config", "tests", "caught"), [case[1:] for case in WASTE], ids=[case[0] for case in WASTE]
 )
 def test_waste_is_caught(check, rows, config, tests, caught):
-    found = check(rows, config, tests, model=True).receipt()
+    found = check(rows, config, tests, model=True)
     said = [*found.error_counts, *found.warnings, *found.fixes]
     assert [words for words in said if caught in words], said
     assert found.ok == (not caught.isupper())
@@ -111,14 +128,14 @@ FINE = [
 
 
 @pytest.mark.parametrize(("rows", "config", "tests"), FINE)
-def test_what_is_as_near_to_it_but_fine_is_not_complained_about(check, rows, config, tests):
-    found = check(rows, config, tests, model=True).receipt()
+def test_similar_datasets_without_a_mistake_give_no_warning(check, rows, config, tests):
+    found = check(rows, config, tests, model=True)
     assert (found.ok, found.errors, found.fixes) == (True, [], [])
     assert [warning for warning in found.warnings if "is short" not in warning] == []
 
 
 def test_the_first_hundred_errors_are_listed_and_all_are_counted(check):
-    found = check([{"question": "?"}] * 150 + [{"answer": "!"}] * 50).receipt()
+    found = check([{"question": "?"}] * 150 + [{"answer": "!"}] * 50)
     assert [error.line for error in found.errors] == list(range(1, 101))
     assert found.error_counts == {"NO_ANSWER": 150, "NO_PROMPT": 50}
 
@@ -128,21 +145,21 @@ def test_bad_rows_up_to_a_share_are_set_aside(check, tmp_path, share, ok):
     data = lines(GOOD[:18]) + b'{"question": oops}\n{"question": "?", "answer": ""}\n'
     found = check(data, f"max_bad_rows: {share}")
     assert found.ok == ok
-    assert (found.errors.counts if not ok else found.rejected.counts) == {"BAD_JSON": 1, "EMPTY_ANSWER": 1}
+    assert (found.error_counts if not ok else found.rejected.counts) == {"BAD_JSON": 1, "EMPTY_ANSWER": 1}
     if ok:
         assert found.rows == 18
         assert [(row["line"], row["code"], row["record"]) for row in rows_of(tmp_path / "rejected.jsonl")] == [
             (19, "BAD_JSON", '{"question": oops}'),
             (20, "EMPTY_ANSWER", {"question": "?", "answer": ""}),
         ]
-        assert "2 of 20 rows are broken and set aside" in found.warnings[-1]
+        assert "broken rows set aside in rejected.jsonl: 2 of 20" in found.warnings[-1]
 
 
 def test_a_file_that_is_cut_off_is_refused_whatever_share_may_be_bad(check):
-    assert check(gzip.compress(lines(GOOD))[:-4], "max_bad_rows: 0.9", suffix=".jsonl.gz").errors.counts["BAD_GZIP"] == 1
+    assert check(gzip.compress(lines(GOOD))[:-4], "max_bad_rows: 0.9", suffix=".jsonl.gz").error_counts["BAD_GZIP"] == 1
 
 
-def test_the_system_prompt_is_no_part_of_what_is_compared(check):
+def test_the_search_for_duplicates_ignores_the_system_prompt(check):
     tests = [{"prompt": GOOD[5]["question"], "description": "10"}]
     plain = check(GOOD, "", tests).stats
     assert check(GOOD, "system_prompt: Be brief.", tests).stats == plain
@@ -150,15 +167,15 @@ def test_the_system_prompt_is_no_part_of_what_is_compared(check):
     assert check(own, "", tests).stats["tests_in_training"] == ["test-1"]
 
 
-def test_more_than_fits_on_the_disk_is_refused(check, monkeypatch):
-    monkeypatch.setattr(receipt, "MAX_WRITTEN_BYTES", 100)
-    assert check(GOOD * 10).errors.counts == {"TOO_LARGE": 1}
+def test_rows_that_exceed_the_disk_are_rejected(check, monkeypatch):
+    monkeypatch.setattr(rows, "MAX_WRITTEN_BYTES", 100)
+    assert check(GOOD * 10).error_counts == {"TOO_LARGE": 1}
 
 
 # --- size and time ---
 
 
-def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
+def test_a_file_above_the_size_limit_is_rejected():
     for suffix in readers.DATA_SUFFIXES:
         limit = MAX_BYTES[suffix.removesuffix(".gz")]
         assert refuse(f"cars{suffix}", limit) is None
@@ -175,16 +192,16 @@ def test_a_file_that_cannot_be_checked_in_time_is_refused_by_its_size():
         ("cars.txt", "call it .jsonl"),
         ("cars.yml", "a run config ends with .yaml"),
         ("cars.jsonl.zip", "pack it with gzip alone"),
-        ("cars.parquet.gz", "gzip is taken of JSON Lines, JSON and CSV"),
+        ("cars.parquet.gz", "JSON Lines, JSON and CSV can be gzipped"),
         ("cars.pkl", "never opened"),
-        ("cars.what", "name it by its format"),
-        ("cars", "name it by its format"),
+        ("cars.what", "give the file the suffix"),
+        ("cars", "give the file the suffix"),
     ],
 )
-def test_a_file_of_another_format_hears_what_is_taken_and_how_to_convert_it(name, hint):
+def test_an_unknown_format_gets_the_known_ones_and_a_conversion(name, hint):
     problem = refuse(name, 1)
     assert problem.code == "UNKNOWN_FORMAT"
-    assert problem.message == "the file is none of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
+    assert problem.message == "the file's format is not one of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
     assert hint in problem.hint
 
 
@@ -197,8 +214,8 @@ def test_the_function_has_the_disk_that_the_largest_dataset_needs():
     function = template["Resources"]["ValidateDatasetFunction"]["Properties"]
     assert function["Timeout"] == 900
     disk = function["EphemeralStorage"]["Size"] * 1024**2
-    assert disk > receipt.MAX_WRITTEN_BYTES + MAX_BYTES[".parquet"] + 512 * 1024**2
-    assert MAX_BYTES[".jsonl"] < receipt.MAX_WRITTEN_BYTES
+    assert disk > rows.MAX_WRITTEN_BYTES + MAX_BYTES[".parquet"] + 512 * 1024**2
+    assert MAX_BYTES[".jsonl"] < rows.MAX_WRITTEN_BYTES
 
 
 # --- parts ---
@@ -243,13 +260,13 @@ def test_a_small_dataset_keeps_its_order(check, tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("ab")), max_size=60))
-def test_repetitions_are_those_that_comparing_all_rows_finds(rows):
+def test_duplicates_are_those_of_a_comparison_of_all_rows(rows):
     duplicates = Duplicates()
     for start in range(0, len(rows), 7):
         batch = rows[start : start + 7]
         numbers = range(start + 1, start + 1 + len(batch))
         duplicates.add(numbers, [prompt for prompt, _ in batch], [answer for _, answer in batch])
-    found = duplicates.found()
+    found = duplicates.result()
     exact = [[n, rows.index(row) + 1] for n, row in enumerate(rows, 1) if row in rows[: n - 1]]
     prompts = [prompt for prompt, _ in rows]
     same = [
@@ -308,5 +325,5 @@ def test_a_broken_download_is_the_readers_error():
 
 
 def test_the_receipt_says_how_it_is_versioned(check):
-    assert msgspec.to_builtins(check().receipt())["version"] == receipt.VERSION == 1
-    assert parameter("UseSpot") in {"true", "false"}
+    assert msgspec.to_builtins(check())["version"] == receipt.VERSION == 1
+    assert template_defaults()["UseSpot"] in {"true", "false"}

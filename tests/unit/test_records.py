@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.dataset import readers
 from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.dataset.rows import read_rows

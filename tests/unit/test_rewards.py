@@ -397,7 +397,7 @@ def test_the_package_imports_without_the_libraries_of_its_rewards():
     heavy = ["math_verify", "rapidfuzz", "jsonschema", "boto3", "botocore", "sympy"]
     program = (
         f"import sys\nfor name in {heavy}: sys.modules[name] = None\n"
-        "from tunedrop.config.model import parse_run_config\n"
+        "from tunedrop.config.parse import parse_run_config\n"
         "import tunedrop.rewards.serve\n"
         "parse_run_config({'model': 'm', 'rewards': [{'type': 'math'}, {'type': 'json_schema', 'schema': {}}]})"
     )

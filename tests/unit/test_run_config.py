@@ -9,22 +9,13 @@ import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from tunedrop.config import model
+from tunedrop.config import rules
+from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
 from tunedrop.config.instances import gpu, gpus, has_bf16, has_local_disk
-from tunedrop.config.model import (
-    GRPO_DEFAULTS,
-    MANAGED_GRPO,
-    MANAGED_LORA,
-    check_instances,
-    check_lengths,
-    check_steps,
-    config_fields,
-    config_warnings,
-    load_run_config,
-    optimizer_steps,
-    parse_run_config,
-)
+from tunedrop.config.parse import load_run_config, parse_run_config
 from tunedrop.config.reference import config_defaults, config_schema
+from tunedrop.config.rules import check_instances, config_warnings
+from tunedrop.config.schedule import check_lengths, check_steps, fit_batches, generation_batch, optimizer_steps
 from tunedrop.problems import RejectedError
 from tunedrop.rewards import REWARDS
 from tunedrop_cli.main import cli
@@ -125,7 +116,7 @@ def test_all_mistakes_are_reported_at_once():
 
 
 RULES = [
-    # what contradicts itself, the key to change, words of the reason, and what is as near to it but fine
+    # a contradiction, the key to change, words of the reason, and a similar config without the contradiction
     ("grpo: {num_generations: 1}", "grpo.num_generations", "at least 2", "grpo: {num_generations: 2}"),
     ("grpo: {num_generations: null}", "grpo.num_generations", "compares answers within a group", "grpo: {}"),
     (
@@ -148,7 +139,7 @@ RULES = [
         "grpo: {auto_find_batch_size: false}",
     ),
     ("grpo: {sync_ref_model: true, beta: 0.1}", "grpo.sync_ref_model", "no reference model", "grpo: {beta: 0.1}"),
-    ("grpo: {lr_scheduler_type: greedy}", "grpo.lr_scheduler_type", "none of", "grpo: {lr_scheduler_type: cosine}"),
+    ("grpo: {lr_scheduler_type: greedy}", "grpo.lr_scheduler_type", "has none", "grpo: {lr_scheduler_type: cosine}"),
     (
         "grpo: {max_completion_length: null}",
         "grpo.max_completion_length",
@@ -195,7 +186,7 @@ def test_contradictions_are_refused_with_the_reason(text, key, words, fine):
 
 
 def test_every_rule_has_a_case():
-    assert {".".join(key) for key, *_ in model._RULES} <= {key for _, key, *_ in RULES}
+    assert {key for key, *_ in rules.RULES} <= {key for _, key, *_ in RULES}
 
 
 FIXES = [
@@ -223,14 +214,14 @@ FIXES = [
 
 
 @pytest.mark.parametrize(("text", "fixes"), FIXES)
-def test_what_can_be_fixed_is_fixed_and_said(text, fixes):
-    config = load(text)
-    assert len(config.fixes) == len(fixes)
-    assert all(fix.startswith(begin) for fix, begin in zip(config.fixes, fixes, strict=True))
-    trained = parse_run_config(json.loads(config.model_dump_json()))
-    assert (trained.grpo, trained.fixes) == (config.grpo, [])  # the trainer has nothing left to fix
+def test_batches_are_corrected_and_the_corrections_reported(text, fixes):
+    config, corrections = fit_batches(load(text))
+    assert len(corrections) == len(fixes)
+    assert all(fix.startswith(begin) for fix, begin in zip(corrections, fixes, strict=True))
+    trained, corrections = fit_batches(parse_run_config(json.loads(config.model_dump_json())))
+    assert (trained.grpo, corrections) == (config.grpo, [])  # the trainer has nothing left to fix
     for name in config.compute.instance_type or ["ml.g5.xlarge"]:
-        assert config.generation_batch(config.compute.instance_count * gpus(name)) % config.grpo["num_generations"] == 0
+        assert generation_batch(config, config.compute.instance_count * gpus(name)) % config.grpo["num_generations"] == 0
         assert check_instances(config, [name]) == []
 
 
@@ -266,16 +257,16 @@ OWN = "111122223333.dkr.ecr.us-east-1.amazonaws.com/tunedrop:1"
 @pytest.mark.parametrize(
     ("name", "image", "reason"),
     [
-        ("ml.p2.xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image is made for"),
-        ("ml.p3.2xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image is made for"),
+        ("ml.p2.xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image uses"),
+        ("ml.p3.2xlarge", DEFAULT, "its GPUs are too old for CUDA 13, which the jobs' image uses"),
         ("ml.p3dn.24xlarge", f"{DEFAULT}@sha256:{64 * 'a'}", "its GPUs are too old for CUDA 13"),
         ("ml.p3.2xlarge", OLDER, None),
         ("ml.p3.2xlarge", OWN, None),  # nothing is known of it; the job says it
         ("ml.g4dn.xlarge", DEFAULT, None),
         ("ml.g7e.2xlarge", DEFAULT, None),
-        ("ml.trn1.2xlarge", DEFAULT, "it has AWS's Trainium chips, and the jobs' image is made for NVIDIA's GPUs"),
+        ("ml.trn1.2xlarge", DEFAULT, "it has AWS's Trainium chips, and the jobs' image needs NVIDIA's GPUs"),
         ("ml.trn1.2xlarge", OWN, None),
-        ("ml.p6e-gb200.36xlarge", DEFAULT, "its CPUs are ARM, and the jobs' image is made for x86_64"),
+        ("ml.p6e-gb200.36xlarge", DEFAULT, "its CPUs are ARM, and the jobs' image needs x86_64"),
         ("ml.p6e-gb200.36xlarge", DEFAULT.replace(":2.13", "-arm64:2.13"), None),
         ("ml.m5.xlarge", DEFAULT, None),
     ],
@@ -289,7 +280,7 @@ def test_an_instance_type_that_cannot_run_the_image_is_refused_with_the_reason(n
     else:
         (problem,) = problems
         assert (problem.code, problem.key) == ("CONFIG_INSTANCE", "compute.instance_type")
-        assert problem.message.startswith(f"{name} runs no job: {reason}")
+        assert problem.message.startswith(f"{name} cannot run the job: {reason}")
         assert problem.hint.startswith("choose another, such as ml.g5.xlarge")
         assert problem.hint.endswith("InstanceTypes") == (by == "stack")
 
@@ -389,7 +380,7 @@ WARNINGS = [
 
 
 @pytest.mark.parametrize(("text", "words"), WARNINGS)
-def test_what_is_unlikely_to_be_meant_warns(text, words):
+def test_unusual_values_warn(text, words):
     warnings = config_warnings(load(text))
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]
@@ -423,7 +414,7 @@ def test_the_schema_accepts_what_the_model_accepts():
     "text", [text for text, code, key, _ in MISTAKES if code != "CONFIG_SYNTAX" and key and "nan" not in text]
 )
 def test_the_schema_marks_what_the_model_refuses(text):
-    # Rules in code rather than in a range or a pattern are not an editor's to know.
+    # An editor knows ranges and patterns, not rules in code.
     assert "clip: [1, 0]" in text or not SCHEMA.is_valid(yaml.safe_load(text))
 
 

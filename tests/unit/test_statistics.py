@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.publish import statistics
 from pipeline.publish.statistics import Pair, compare, evaluate, interval, needed, sign_test
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
 
 

@@ -9,7 +9,7 @@ from tiny_tokenizer import tokenizer_files
 
 from pipeline.validation import tokens
 from pipeline.validation.tokens import PromptTokens, TokenCounter, TokenizerError
-from tunedrop.config.model import parse_run_config
+from tunedrop.config.parse import parse_run_config
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
 PROMPTS = [
@@ -165,7 +165,7 @@ def test_short_prompts_are_not_counted_and_long_ones_all_are(counter):
     assert found["longest_prompt"] == max(exact)
     assert found["counted"] < 250
     assert found["suggested"] == {"max_prompt_length": -(-max(exact) // 32) * 32}
-    assert f"{len(over)} prompts have more than 200 tokens" in warnings[0]
+    assert f"prompts of more than 200 tokens, which will be dropped (prompt_overflow: drop): {len(over)};" in warnings[0]
 
 
 def test_when_time_is_up_long_prompts_are_no_longer_counted(counter, monkeypatch):
@@ -175,7 +175,7 @@ def test_when_time_is_up_long_prompts_are_no_longer_counted(counter, monkeypatch
     assert counting.add(rows, [14]) == []
     found, warnings = counting.result(rows)
     assert found["not_counted"] == 1
-    assert "were not counted, for want of time" in warnings[0]
+    assert "were not counted for lack of time: 1" in warnings[0]
 
 
 def test_roles_that_the_template_refuses_are_found_without_a_row_that_has_them_in_the_sample(count):

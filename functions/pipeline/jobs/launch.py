@@ -19,7 +19,7 @@ from pipeline.observability import logger
 from pipeline.runs.states import Run, RunState, StaleMoveError, backoff
 from pipeline.settings import JobSettings, Settings
 from tunedrop import object_keys
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import ResolvedConfig
 from tunedrop.object_keys import JobName
 
 # A quota in the message of ResourceLimitExceeded. The API reference does not list the message; AWS's words are:
@@ -114,18 +114,17 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> CreatedJ
     raw = aws.read(settings.artifact_bucket, object_keys.run_key(run.run_id, "input/config.json"))
     assert raw is not None  # written before the run
     try:
-        config = RunConfig.model_validate_json(raw)
+        config = ResolvedConfig.model_validate_json(raw)
     except ValidationError as error:  # another version of Tunedrop validated the config
         raise JobRefusedError(f"this version of Tunedrop does not accept the run's config: {error}") from None
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
-    spot = settings.use_spot if config.compute.spot is None else config.compute.spot
-    choices = instance_choices(config.compute, settings.instance_types, spot)
+    choices = instance_choices(config.compute)
     first = (run.attempt - 1) % len(choices)
     name = str(JobName(settings.job_prefix, kind, run.run_id, run.attempt))
     refused: list[str] = []
     without_instance: list[str] = []
     for instances in chain.from_iterable(choices[first:] + choices[:first]):
-        request = job_request(plan, kind, run, config, settings, instances=instances, spot=spot)
+        request = job_request(plan, kind, run, config, settings, instances=instances)
         try:
             aws.sagemaker.create_training_job(**request)
         except ClientError as error:

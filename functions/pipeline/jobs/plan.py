@@ -14,7 +14,7 @@ from pipeline.runs.states import Run
 from pipeline.settings import Settings
 from tunedrop import object_keys
 from tunedrop.config.instances import has_local_disk
-from tunedrop.config.model import Compute, RunConfig
+from tunedrop.config.model import Compute, ResolvedCompute, ResolvedConfig
 from tunedrop.object_keys import JobName
 
 MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
@@ -51,7 +51,7 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "CompressionType": "None"}
 
 
-def instance_choices(compute: Compute, instance_types: list[str], spot: bool) -> list[list[dict[str, Any]]]:
+def instance_choices(compute: ResolvedCompute) -> list[list[dict[str, Any]]]:
     """Return the instance choices of a run's attempts; each choice lists parts of ResourceConfig to try in order.
 
     A spot job has one instance type: each type is a choice. An on-demand job has one choice: a preference list, from which
@@ -59,9 +59,9 @@ def instance_choices(compute: Compute, instance_types: list[str], spot: bool) ->
     types ahead of it would have succeeded": each type alone follows the list
     (https://docs.aws.amazon.com/sagemaker/latest/dg/train-instance-preferences.html).
     """
-    types = list(dict.fromkeys(compute.instance_type or instance_types))
+    types = list(dict.fromkeys(compute.instance_type))
     alone: list[dict[str, Any]] = [{"InstanceType": name} for name in types]
-    if spot or len(types) == 1:
+    if compute.spot or len(types) == 1:
         return [[each] for each in alone]
     return [[{"InstancePreferences": alone[:MOST_PREFERENCES]}, *alone]]
 
@@ -94,11 +94,10 @@ def job_request(
     plan: dict[str, Any],
     kind: str,
     run: Run,
-    config: RunConfig,
+    config: ResolvedConfig,
     settings: Settings,
     *,
     instances: dict[str, Any],
-    spot: bool,
 ) -> dict[str, Any]:
     """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, a part of ResourceConfig.
 
@@ -120,10 +119,10 @@ def job_request(
     else:
         assert run.artifacts is not None  # set with the move to TRAINED
         channels.append(_channel("tuned", run.artifacts.rstrip("/") + "/"))
-    compute: Compute = config.compute
+    compute = config.compute
     seconds = time_limit(compute, instances, plan) if kind == "train" else compute.max_runtime
     limits = {"MaxRuntimeInSeconds": seconds}
-    if spot:
+    if compute.spot:
         limits["MaxWaitTimeInSeconds"] = min(2 * seconds, MOST_SECONDS)
     request: dict[str, Any] = plan[kind]
     filled_request = request | {
@@ -139,7 +138,7 @@ def job_request(
             "VolumeSizeInGB": compute.volume_size_gb,
         },
         "StoppingCondition": limits,
-        "EnableManagedSpotTraining": spot,
+        "EnableManagedSpotTraining": compute.spot,
         "RetryStrategy": RETRIES,
         "Tags": [
             {"Key": "tunedrop:run-id", "Value": run.run_id},
@@ -149,7 +148,7 @@ def job_request(
     key = request["OutputDataConfig"].get("KmsKeyId")
     if key and not any(map(has_local_disk, _types(instances))):
         filled_request["ResourceConfig"]["VolumeKmsKeyId"] = key
-    if compute.keep_alive and not spot:  # warm pools have no spot instances
+    if compute.keep_alive and not compute.spot:  # warm pools have no spot instances
         filled_request["ResourceConfig"]["KeepAlivePeriodInSeconds"] = compute.keep_alive
     if kind == "train":
         filled_request["CheckpointConfig"] = {"LocalPath": "/opt/ml/checkpoints", "S3Uri": f"{folder}checkpoints/"}

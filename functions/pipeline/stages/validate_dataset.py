@@ -1,11 +1,9 @@
-"""An upload arrived: check it, write the receipt and the run's input, and announce the run."""
+"""A dataset was uploaded: fetch it and its companion files, validate them, and record the run."""
 
-import io
-import shutil
 import tempfile
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from botocore.exceptions import ClientError
@@ -19,146 +17,232 @@ from pipeline.observability import logger
 from pipeline.runs import clock
 from pipeline.runs.states import RETRYABLE, Run, RunState, run_id
 from pipeline.settings import Settings, ValidateSettings
-from pipeline.validation.cost import Prices, Terms
-from pipeline.validation.model_files import READ_FILES, check_model
-from pipeline.validation.receipt import Check, check_config, check_dataset
-from pipeline.validation.s3_stream import CHUNK_BYTES, S3Stream
+from pipeline.validation.model_files import READ_FILES, ModelFiles
+from pipeline.validation.receipt import Receipt
+from pipeline.validation.s3_stream import Download
+from pipeline.validation.terms import Prices, Terms
+from pipeline.validation.validate import (
+    INPUT_FILES,
+    MAX_REWARD_FILE_BYTES,
+    Submission,
+    read_config,
+    reward_files,
+    validate,
+)
 from tunedrop import object_keys
-from tunedrop.config.model import MAX_CONFIG_BYTES
-from tunedrop.dataset.readers import BLOCK_BYTES, refuse, suffix_of
+from tunedrop.config.model import RunConfig
+from tunedrop.config.parse import MAX_CONFIG_BYTES
+from tunedrop.dataset.readers import suffix_of
 from tunedrop.inference_tests import MAX_TESTS_BYTES
-from tunedrop.problems import Problem
 from tunedrop.rewards import reward_permissions
 
-INPUT_FILES = ("config.json", "train.jsonl", "heldout.jsonl", "inference_tests.json")
-MAX_REWARD_FILE_BYTES = 1024**2
+
+class Fetched(NamedTuple):
+    """A submission from S3: with the stack's terms, the dataset's download, and the launch plan's digest.
+
+    `identity` are the parts of the run id that are not the dataset: config, tests, model, launch plan, files of rewards.
+    """
+
+    submission: Submission
+    terms: Terms
+    download: Download
+    plan: str
+    identity: Sequence[str | bytes]
 
 
 def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
-    """Validate an uploaded dataset; return its run, or None if the upload is not a dataset or a newer one was seen.
+    """Validate an uploaded dataset and return its run.
 
-    None as well if it is to begin the next attempt of a run whose last one has not ended yet: `announce_failure` has it
-    validated again then.
-
-    The run's input folder and its receipt are written before the run exists, and the run before it is announced, so that
-    a second delivery of the event completes whatever the first one left undone.
+    None if the object is not a dataset, is gone, or is older than another upload of its key. None, too, if the run's last
+    attempt has not ended: `announce_failure` requests the validation again after the end.
     """
-    dataset = object_keys.dataset_of(upload.key)
     if not object_keys.is_dataset(upload.key):
-        logger.info("ignored an object that is no dataset")
+        logger.info("ignored an object that is not a dataset")
         return None
     if not aws.runs.claim_upload(upload.key, upload.version_id, upload.sequencer):
         return _announced_again(upload, settings, aws)
-    digest_of_plan = current_digest(aws, settings.artifact_bucket)
-    plan = load_plan(aws, settings.artifact_bucket, digest_of_plan)
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        try:
-            stored = _get(upload, settings, aws)
-        except ClientError as error:
-            if error_code(error) not in {"NoSuchKey", "NoSuchVersion"}:
-                raise
+    with tempfile.TemporaryDirectory() as folder:
+        fetched = fetch(upload, Path(folder), settings, aws)
+        if fetched is None:
             logger.info("ignored an upload that is gone")
             aws.runs.finish_upload(upload.key, upload.sequencer, RunState.CANCELLED, run_id="")
             return None
-        body = stack.enter_context(closing(stored["Body"]))
-        # What is larger than its parser takes is not read to its end.
-        config_raw = aws.read(settings.data_bucket, object_keys.config_key(dataset), MAX_CONFIG_BYTES) or b""
-        tests_raw = next(
-            (
-                raw
-                for key in object_keys.tests_keys(dataset)
-                if (raw := aws.read(settings.data_bucket, key, MAX_TESTS_BYTES)) is not None
-            ),
-            None,
-        )
-        check = check_config(config_raw, settings.default_model)
-        model, identity, weights = _fetch_model(check, folder / "model", settings, aws)
-        reward_files = _fetch_reward_files(check, upload.key, folder / "rewards", settings, aws)
-        prices = Prices(**plan["prices"]) if plan.get("prices") else None
-        source = {
-            "bucket": settings.data_bucket,
-            "key": upload.key,
-            "version_id": upload.version_id,
-            "bytes": stored["ContentLength"],
-        }
-        suffix = suffix_of(upload.key)
-        if refused := refuse(upload.key, stored["ContentLength"]):
-            check.add(refused)
-            digest = f"not read: {stored['ETag']}"
-        else:
-            stream = stack.enter_context(S3Stream(body))
-            data: io.BufferedReader = (
-                _seekable(stream, folder) if suffix == ".parquet" else io.BufferedReader(stream, BLOCK_BYTES)
-            )
-            check_dataset(
-                check,
-                data,
-                suffix,
-                tests_raw,
-                folder,
-                instance_types=settings.instance_types,
-                image=plan["train"]["AlgorithmSpecification"]["TrainingImage"],
-                model=model,
-                weights=weights,
-                # The environment that the jobs will have: what is accepted here is what they may do.
-                permissions=reward_permissions(plan["train"].get("Environment", {}), aws.client, folder / "rewards"),
-                terms=Terms(prices, settings.use_spot, settings.max_run_cost_usd or None),
-            )
-            stream.drain()
-            digest = source["sha256"] = stream.sha256
-        this = run_id(dataset, [suffix, digest, config_raw, tests_raw or b"", identity, digest_of_plan, *reward_files])
-        run = Run(
-            run_id=this,
-            dataset=dataset,
-            state=RunState.VALIDATED if check.ok else RunState.REJECTED,
-            attempt=1,
-            trigger=f"{upload.key}@{upload.sequencer}",
-            key=upload.key,
-            version_id=upload.version_id,
-            arrived=clock.now(),
-            updated=clock.now(),
-            model=check.config.model,
-            plan=digest_of_plan,
-            rows=check.rows,
-            reason=None if check.ok else _reason(check),
-        )
-        _write(run, check, source, folder, settings, aws)
-    there = aws.runs.create(run, upload.sequencer)
-    if there.state == RunState.REJECTED and there.open is not None and there.trigger != run.trigger:
-        announce(there, settings, aws)  # nobody has yet, and only then can it begin the next attempt
-        there = aws.runs.create(run, upload.sequencer)
-    if there.state in RETRYABLE and there.open is not None and there.trigger != run.trigger:
+        with fetched.download:
+            receipt = validate(fetched.submission, fetched.terms)
+            return record(receipt, fetched, upload, settings, aws)
+
+
+def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) -> Fetched | None:
+    """Fetch a dataset's companion files into a folder, and begin to fetch the dataset; None if the dataset is gone."""
+    plan_digest = current_digest(aws, settings.artifact_bucket)
+    plan = load_plan(aws, settings.artifact_bucket, plan_digest)
+    dataset = object_keys.dataset_of(upload.key)
+    # `read` cuts a file one byte above its parser's limit, and the parser rejects it.
+    raw = aws.read(settings.data_bucket, object_keys.config_key(dataset), MAX_CONFIG_BYTES) or b""
+    candidates = (aws.read(settings.data_bucket, key, MAX_TESTS_BYTES) for key in object_keys.tests_keys(dataset))
+    tests = next((content for content in candidates if content is not None), None)
+    config, about_config = read_config(raw, settings.default_model)
+    model, model_identity = _fetch_model(config, folder / "model", settings, aws)
+    rewards, beside = folder / "rewards", f"{upload.key.rpartition('/')[0]}/"
+    reward_contents = _fetch_rewards(config, beside, rewards, settings, aws)
+    version = {} if upload.version_id == "null" else {"VersionId": upload.version_id}
+    try:
+        answer = aws.s3.get_object(Bucket=settings.data_bucket, Key=upload.key, **version)
+    except ClientError as error:
+        if error_code(error) not in {"NoSuchKey", "NoSuchVersion"}:
+            raise
+        return None
+    download = Download(upload.key, answer, folder)
+    submission = Submission(
+        name=upload.key,
+        size=download.size,
+        open=download.open,
+        config=config,
+        about_config=about_config,
+        tests=tests,
+        model=model,
+        rewards=rewards,
+        beside=f"s3://{settings.data_bucket}/{beside}",
+        folder=folder,
+    )
+    terms = Terms(
+        instance_types=settings.instance_types,
+        spot=settings.use_spot,
+        max_run_cost_usd=settings.max_run_cost_usd or None,
+        image=plan["train"]["AlgorithmSpecification"]["TrainingImage"],
+        # The jobs' environment: rewards have the same permissions here as in a job.
+        permissions=reward_permissions(plan["train"].get("Environment", {}), aws.client, rewards),
+        prices=Prices(**plan["prices"]) if plan.get("prices") else None,
+    )
+    return Fetched(
+        submission, terms, download, plan_digest, [raw, tests or b"", model_identity, plan_digest, *reward_contents]
+    )
+
+
+def _fetch_model(config: RunConfig, folder: Path, settings: ValidateSettings, aws: Aws) -> tuple[ModelFiles | None, str]:
+    """Fetch the base model's small files; return its files, and the text that pins the model: its files' ETags.
+
+    A hub id pins itself, and its files are not here.
+    """
+    if "/" in config.model:
+        return None, config.model
+    prefix = object_keys.model_prefix(config.model)
+    pages = aws.s3.get_paginator("list_objects_v2").paginate(Bucket=settings.data_bucket, Prefix=prefix)
+    items = {item["Key"].removeprefix(prefix): item for page in pages for item in page.get("Contents", [])}
+    folder.mkdir()
+    for name, limit in READ_FILES.items():
+        if name in items:
+            (folder / name).write_bytes(aws.read(settings.data_bucket, f"{prefix}{name}", limit) or b"")
+    sizes = {name: item["Size"] for name, item in items.items()}
+    tags = {name: item["ETag"] for name, item in items.items()}
+    model = ModelFiles(sizes, folder, f"s3://{settings.data_bucket}/{prefix}")
+    return model, msgspec.json.encode(tags, order="deterministic").decode()
+
+
+def _fetch_rewards(config: RunConfig, beside: str, folder: Path, settings: ValidateSettings, aws: Aws) -> list[bytes]:
+    """Fetch the files of `python` rewards, which lie beside the dataset; return the contents of those that can be used."""
+    folder.mkdir()
+    contents = []
+    for name in reward_files(config):
+        raw = aws.read(settings.data_bucket, f"{beside}{name}", MAX_REWARD_FILE_BYTES)
+        if raw is not None:
+            (folder / name).write_bytes(raw)
+            contents.append(raw)
+    return [raw for raw in contents if len(raw) <= MAX_REWARD_FILE_BYTES]
+
+
+def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
+    """Store the run's input files and receipt, then create the run, then announce it. Return the run as it is stored.
+
+    Because of this order, a second delivery of the event completes what the first delivery left undone. None if the run's
+    last attempt has not ended.
+    """
+    dataset = object_keys.dataset_of(upload.key)
+    run = Run(
+        run_id=run_id(dataset, [suffix_of(upload.key), fetched.download.identity, *fetched.identity]),
+        dataset=dataset,
+        state=RunState.VALIDATED if receipt.ok else RunState.REJECTED,
+        attempt=1,
+        trigger=f"{upload.key}@{upload.sequencer}",
+        key=upload.key,
+        version_id=upload.version_id,
+        arrived=clock.now(),
+        updated=clock.now(),
+        model=fetched.submission.config.model,
+        plan=fetched.plan,
+        rows=receipt.rows,
+        reason=None if receipt.ok else _reason(receipt),
+    )
+    _store(run, receipt, fetched, settings, aws)
+    stored = aws.runs.create(run, upload.sequencer)
+    if stored.state == RunState.REJECTED and stored.open is not None and stored.trigger != run.trigger:
+        announce(stored, settings, aws)  # only an announced run can begin its next attempt
+        stored = aws.runs.create(run, upload.sequencer)
+    if stored.state in RETRYABLE and stored.open is not None and stored.trigger != run.trigger:
         logger.info("the run's last attempt has not ended yet", run_id=run.run_id)
         return None
     aws.runs.finish_upload(upload.key, upload.sequencer, run.state, run.run_id)
-    announce(there, settings, aws)
-    return there
+    announce(stored, settings, aws)
+    return stored
 
 
-def _reason(check: Check) -> str:
-    """Say why a dataset was rejected, for events and notifications: code and place, no word of the user's files."""
-    first, more = check.errors.listed[0], check.errors.counts.total() - 1
+def _reason(receipt: Receipt) -> str:
+    """Return why a dataset was rejected, for events and notifications: code and place, no text of the user's files."""
+    first, more = receipt.errors[0], sum(receipt.error_counts.values()) - 1
     place = f" in line {first.line}" if first.line else f" in row {first.row}" if first.row else ""
     return f"{first.code}{place}" + (f", and {more} more" if more else "") + ": see the receipt"
 
 
-def _announced_again(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
-    """Announce the run of an upload that was validated before, if that is still to be done, and return it.
+def _store(run: Run, receipt: Receipt, fetched: Fetched, settings: ValidateSettings, aws: Aws) -> None:
+    """Store the input files of a valid run, the rows that were set aside and, last, the receipt."""
+    bucket, folder = settings.artifact_bucket, fetched.submission.folder
+    if receipt.ok:
+        for name in INPUT_FILES:
+            aws.s3.upload_file(str(folder / name), bucket, object_keys.run_key(run.run_id, f"input/{name}"))
+        names = msgspec.json.encode({"run_id": run.run_id, "dataset": run.dataset})  # for the job's own events
+        aws.s3.put_object(Bucket=bucket, Key=object_keys.run_key(run.run_id, "input/run.json"), Body=names)
+        for file in fetched.submission.rewards.iterdir():
+            aws.s3.upload_file(str(file), bucket, object_keys.run_key(run.run_id, f"input/rewards/{file.name}"))
+        if receipt.rejected.rows:
+            aws.s3.upload_file(str(folder / "rejected.jsonl"), bucket, object_keys.run_key(run.run_id, "rejected.jsonl"))
+    aws.s3.put_object(
+        Bucket=bucket,
+        Key=object_keys.run_key(run.run_id, "validation.json"),
+        Body=msgspec.json.format(msgspec.json.encode(_document(run, receipt, fetched, settings))),
+        ContentType="application/json",
+    )
 
-    Another validation might read another config by now, and make another run. None for an upload older than the newest.
+
+def _document(run: Run, receipt: Receipt, fetched: Fetched, settings: ValidateSettings) -> dict[str, Any]:
+    """Return the content of `validation.json`: the receipt, and whose it is."""
+    source = {
+        "bucket": settings.data_bucket,
+        "key": run.key,
+        "version_id": run.version_id,
+        "bytes": fetched.download.size,
+    }
+    if digest := fetched.download.sha256:
+        source["sha256"] = digest
+    return {"run_id": run.run_id, "dataset": run.dataset, "source": source, **msgspec.to_builtins(receipt)}
+
+
+def _announced_again(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
+    """Return the run of an upload that was validated before; announce the run if it is not announced yet.
+
+    The upload is not validated again: its config may have changed since, and would give another run. None for an upload that
+    is older than the newest of its key.
     """
     item = aws.runs.upload(upload.key)
     run = aws.runs.get(item["run_id"]) if item and item["sequencer"] == upload.sequencer and item["run_id"] else None
     if run is None:
-        logger.info("ignored an upload older than the one seen last")
+        logger.info("ignored an upload that is older than the newest one")
     elif run.open is not None:
         announce(run, settings, aws)
     return run
 
 
 def announce(run: Run, settings: Settings, aws: Aws) -> None:
-    """Say that a run was validated or rejected; nothing if it is further on."""
+    """Announce that a run was validated or rejected. A run in a later state needs no announcement. Idempotent."""
     if run.state == RunState.VALIDATED:
         events.put_event(aws.events, settings.event_bus, events.validated(run, settings.artifact_bucket))
     elif run.state == RunState.REJECTED:
@@ -167,76 +251,3 @@ def announce(run: Run, settings: Settings, aws: Aws) -> None:
         events.put_event(aws.events, settings.event_bus, event)
         notify(aws, settings.topic_arn, event)
         aws.runs.close(run)
-
-
-def _get(upload: Upload, settings: Settings, aws: Aws) -> dict[str, Any]:
-    """Begin to read the version that the event names."""
-    version = {} if upload.version_id == "null" else {"VersionId": upload.version_id}
-    answer: dict[str, Any] = aws.s3.get_object(Bucket=settings.data_bucket, Key=upload.key, **version)
-    return answer
-
-
-def _seekable(stream: S3Stream, folder: Path) -> io.BufferedReader:
-    """Return a file with all that a stream has: a Parquet file is read from its end."""
-    with (folder / "data").open("wb") as out:
-        shutil.copyfileobj(stream, out, CHUNK_BYTES)
-    return (folder / "data").open("rb")
-
-
-def _fetch_model(check: Check, folder: Path, settings: ValidateSettings, aws: Aws) -> tuple[Path | None, str, int]:
-    """Check the base model; return a folder with its small files, what pins it, and the bytes of its weights.
-
-    Its files' keys and ETags pin it. A hub id pins itself, and has no files here.
-    """
-    model = check.config.model
-    if "/" in model:
-        return None, model, 0
-    prefix = object_keys.model_prefix(model)
-    pages = aws.s3.get_paginator("list_objects_v2").paginate(Bucket=settings.data_bucket, Prefix=prefix)
-    items = {item["Key"].removeprefix(prefix): item for page in pages for item in page.get("Contents", [])}
-    files = {name: item["ETag"] for name, item in items.items()}
-    folder.mkdir()
-    for name, limit in READ_FILES.items():
-        if name in files:
-            (folder / name).write_bytes(aws.read(settings.data_bucket, f"{prefix}{name}", limit) or b"")
-    check.add(*check_model(check.config, files, folder, f"s3://{settings.data_bucket}/{prefix}"))
-    weights = sum(item["Size"] for name, item in items.items() if name.endswith(".safetensors"))
-    return folder, msgspec.json.encode(files, order="deterministic").decode(), weights
-
-
-def _fetch_reward_files(check: Check, key: str, folder: Path, settings: ValidateSettings, aws: Aws) -> list[bytes]:
-    """Fetch the files of `python` rewards, which lie beside the dataset, into a folder; return what is in them."""
-    folder.mkdir()
-    contents = []
-    for name in sorted({spec.reward_file for spec in check.config.rewards if spec.reward_file}):
-        place = f"{key.rpartition('/')[0]}/{name}"
-        raw = aws.read(settings.data_bucket, place, MAX_REWARD_FILE_BYTES)
-        if raw is None or len(raw) > MAX_REWARD_FILE_BYTES:
-            size = f"is larger than {MAX_REWARD_FILE_BYTES // 1024**2} MiB" if raw else "is not there"
-            message = f"the file of a python reward, s3://{settings.data_bucket}/{place}, {size}"
-            check.add(Problem("REWARD_FILE", message, "put it beside the dataset, before it", key="rewards"))
-        else:
-            (folder / name).write_bytes(raw)
-            contents.append(raw)
-    return contents
-
-
-def _write(run: Run, check: Check, source: dict[str, Any], folder: Path, settings: ValidateSettings, aws: Aws) -> None:
-    """Write the run's input files, the rows that were set aside and, last, the receipt."""
-    bucket = settings.artifact_bucket
-    if check.ok:
-        for name in INPUT_FILES:
-            aws.s3.upload_file(str(folder / name), bucket, object_keys.run_key(run.run_id, f"input/{name}"))
-        about = msgspec.json.encode({"run_id": run.run_id, "dataset": run.dataset})  # for the job's own events
-        aws.s3.put_object(Bucket=bucket, Key=object_keys.run_key(run.run_id, "input/run.json"), Body=about)
-        for file in (folder / "rewards").iterdir():
-            aws.s3.upload_file(str(file), bucket, object_keys.run_key(run.run_id, f"input/rewards/{file.name}"))
-        if check.rejected.counts:
-            aws.s3.upload_file(str(folder / "rejected.jsonl"), bucket, object_keys.run_key(run.run_id, "rejected.jsonl"))
-    receipt = {"run_id": run.run_id, "dataset": run.dataset, "source": source} | msgspec.to_builtins(check.receipt())
-    aws.s3.put_object(
-        Bucket=bucket,
-        Key=object_keys.run_key(run.run_id, "validation.json"),
-        Body=msgspec.json.format(msgspec.json.encode(receipt)),
-        ContentType="application/json",
-    )

@@ -1,71 +1,84 @@
-"""What can be known of a base model from the names of its files and from the small ones among them."""
+"""Checks of a base model by the names of its files and the content of its small files."""
 
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from pipeline.validation.tokens import TOKENIZER_FILES
-from tunedrop.config.model import RunConfig, check_lengths
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import check_lengths
 from tunedrop.problems import Problem
 
-# Those that are read, and the bytes that each may have: more than any known model's.
+# The files that a check reads, and the most bytes of each: more than any known model's file has.
 READ_FILES = {"config.json": 8 * 1024**2, **TOKENIZER_FILES}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 
 
-def check_model(config: RunConfig, names: Collection[str], folder: Path, place: str) -> list[Problem]:
-    """Return what is wrong with the base model whose files have these names, READ_FILES of them in `folder`.
+class ModelFiles(NamedTuple):
+    """A base model's files: sizes in bytes by name, a folder with READ_FILES, and the user's location of them."""
 
-    `place` is where the user keeps them, for messages.
-    """
-    if missing := missing_files(names):
-        message = f"the base model '{config.model}' lacks {', '.join(missing)} in {place}"
-        return [Problem("MODEL_MISSING", message, "upload its files there, or name another model", key="model")]
-    contents = {name: _object(folder / name) for name in ("config.json", "tokenizer_config.json") if name in names}
+    sizes: dict[str, int]
+    folder: Path
+    location: str
+
+    @property
+    def weights(self) -> int:
+        """The bytes of the weights."""
+        return sum(size for name, size in self.sizes.items() if name.endswith(".safetensors"))
+
+
+def check_model(config: RunConfig, model: ModelFiles) -> list[Problem]:
+    """Return what is wrong with the config's base model."""
+    if missing := missing_files(model.sizes):
+        message = f"the base model '{config.model}' lacks {', '.join(missing)} in {model.location}"
+        return [Problem("MODEL_MISSING", message, "upload these files, or name another model", key="model")]
+    names = model.sizes.keys() & {"config.json", "tokenizer_config.json"}
+    contents = {name: _object(model.folder / name) for name in sorted(names)}
     context = (contents["config.json"] or {}).get("max_position_embeddings")
     lengths = check_lengths(config, context) if isinstance(context, int) else []
-    return [*_what_runs(config.model, names, contents), *lengths]
+    return [*_unsafe(config.model, model.sizes, contents), *lengths]
 
 
 def missing_files(names: Collection[str]) -> list[str]:
-    """Return which files a base model lacks whose files have these names."""
+    """Return the files that a base model with these file names lacks."""
     missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
     return missing if any(name.endswith(".safetensors") for name in names) else [*missing, "*.safetensors"]
 
 
-def _what_runs(model: str, names: Collection[str], contents: dict[str, dict[str, Any] | None]) -> Iterator[Problem]:
-    """Yield what in a model's folder runs code when the model is loaded, or cannot be read."""
+def _unsafe(model: str, names: Collection[str], contents: dict[str, dict[str, Any] | None]) -> Iterator[Problem]:
+    """Yield files that run code when the model is loaded, and JSON files that cannot be read."""
     for name in sorted(names):
         if name.lower().endswith(PICKLES):
-            message = f"'{name}' of the base model '{model}' is a pickle, which runs code when it is loaded"
+            message = f"'{name}' of the base model '{model}' is a pickle, and a pickle can run code when it is loaded"
             yield Problem("MODEL_RUNS_CODE", message, "delete it: *.safetensors hold the weights", key="model")
     for name, content in contents.items():
         if content is None:
-            message = f"'{name}' of the base model '{model}' is no JSON object of at most {READ_FILES[name]} bytes"
+            message = f"'{name}' of the base model '{model}' is not a JSON object of at most {READ_FILES[name]} bytes"
             yield Problem("MODEL_CONFIG", message, "upload the model's own file again", key="model")
         elif "auto_map" in content:
-            message = f"'{name}' of the base model '{model}' has an auto_map: the model needs Python code of its own"
-            yield Problem("MODEL_RUNS_CODE", message, "use a model that transformers has the code of", key="model")
+            message = f"'{name}' of the base model '{model}' has an auto_map: the model runs Python code of its own"
+            yield Problem("MODEL_RUNS_CODE", message, "use a model whose code is part of transformers", key="model")
 
 
-def parameters_of(model: str, folder: Path | None, weights: int) -> float | None:
-    """Return how many parameters a model has.
+def parameters_of(name: str, model: ModelFiles | None) -> float | None:
+    """Return the number of a model's parameters, None if unknown.
 
-    By the bytes of its weights and their type, which is in the `config.json` of its `folder`, else by its name ("…-0.6B",
-    "…-135M"), which is all that a hub id says.
+    It is the bytes of the weights by their type in `config.json`; without weights, the number in the model's name
+    ("…-0.6B", "…-135M").
     """
-    if weights and folder is not None and (folder / "config.json").exists():
-        config = _object(folder / "config.json") or {}
-        return weights / {"float32": 4, "float8_e4m3fn": 1}.get(str(config.get("dtype", config.get("torch_dtype"))), 2)
-    named = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])", model)
-    return max((float(number) * {"b": 1e9, "m": 1e6}[unit.lower()] for number, unit in named), default=None)
+    if model and model.weights and (model.folder / "config.json").exists():
+        config = _object(model.folder / "config.json") or {}
+        dtype = str(config.get("dtype", config.get("torch_dtype")))
+        return model.weights / {"float32": 4, "float8_e4m3fn": 1}.get(dtype, 2)
+    sizes = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])", name)
+    return max((float(number) * {"b": 1e9, "m": 1e6}[unit.lower()] for number, unit in sizes), default=None)
 
 
 def _object(file: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file that is not too large; None for anything else."""
+    """Return the JSON object in a file; None for other content or a file above its limit."""
     try:
         content = msgspec.json.decode(file.read_bytes()) if file.stat().st_size <= READ_FILES[file.name] else None
     except (msgspec.DecodeError, RecursionError):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.validation.candidates import GOLD, WRONG, Candidate, asked_form, candidates, in_form
 from pipeline.validation.section import Section
-from tunedrop.config.model import RunConfig, generated_answers
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import generated_answers, generation_batch
 from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
@@ -314,7 +315,7 @@ def _latency(reward: Reward, trial: Trial, config: RunConfig, trained_rows: int)
     completions = generated_answers(config, trained_rows)
     if reward.spec.reward_type.waits:
         at_once = reward.parameters.get("concurrency", 1) * reward.parameters.get("batch_size", 1)
-        batch = config.generation_batch()
+        batch = generation_batch(config)
         share, times = 1.0, completions / batch * ceil(batch / at_once)
     else:
         share, times = len(calls) / len(trial.candidates), completions

@@ -1,4 +1,4 @@
-"""Write the rows to train on, and keep a few out: those whose prompt's hash is lowest, whatever order rows come in."""
+"""Splits rows into training and held-out rows. The prompts with the lowest hashes are held out, in any order of rows."""
 
 import heapq
 import tempfile
@@ -11,15 +11,15 @@ import msgspec
 from tunedrop.dataset.rows import Row
 
 MAX_HELDOUT = 256
-_POOL = MAX_HELDOUT + 1  # one more tells where the held-out ones end
+_POOL = MAX_HELDOUT + 1  # one more than can be held out: its rank is the limit
 _ABOVE_ALL = 2**64
 
 
 class Split:
-    """Writes `train.jsonl` and `heldout.jsonl` as rows come in, holding no more than a few of them back.
+    """Writes `train.jsonl` and `heldout.jsonl` while rows come in, and keeps back at most MAX_HELDOUT + 1 rows.
 
-    All rows of one prompt have one rank, so no held-out prompt is trained on. Rows that were held back for a while come
-    later in `train.jsonl` than in the dataset. A context manager: the files are whole when it ends after `finish`.
+    All rows of one prompt have the same rank: no held-out prompt is among the training rows. A row that was kept back comes
+    later in `train.jsonl` than in the dataset. A context manager: the files are complete when it ends after `finish`.
     """
 
     def __init__(self, folder: Path, fraction: float):
@@ -33,11 +33,11 @@ class Split:
 
     @property
     def written(self) -> int:
-        """How many bytes of rows to train on have been written."""
+        """The bytes of training rows written so far."""
         return self._train.tell()
 
     def add(self, rows: Sequence[Row], ranks: Sequence[int], numbers: Sequence[int]) -> None:
-        """Add rows with the hashes of their prompts and their numbers in the file."""
+        """Add rows. Their ranks are the hashes of their prompts; numbers are those in the file."""
         self.rows += len(rows)
         bound = -self._pool[0][0] if len(self._pool) == _POOL else _ABOVE_ALL
         low = {index for index, rank in enumerate(ranks) if rank < bound}
@@ -59,19 +59,19 @@ class Split:
         return self._pooled.read(entry[3])
 
     def finish(self) -> tuple[list[Row], list[Row]]:
-        """Write the rest; return the held-out rows, and as a sample of all rows those that were held back last."""
+        """Write the rest. Return the held-out rows, and a sample of all rows: those kept back at the end."""
         ranks = sorted(-rank for rank, *_ in self._pool)
-        wanted = min(MAX_HELDOUT, round(self.rows * self._fraction))
-        limit = ranks[wanted] if wanted else 0
+        count = min(MAX_HELDOUT, round(self.rows * self._fraction))
+        limit = ranks[count] if count else 0
         sample, heldout = [], []
-        with self._heldout.open("wb") as held:
+        with self._heldout.open("wb") as file:
             for entry in sorted(self._pool, key=lambda entry: -entry[1]):
                 raw = self._get(entry)
                 row = msgspec.json.decode(raw)
                 sample.append(row)
                 if -entry[0] < limit:
                     heldout.append(row)
-                    held.write(raw)
+                    file.write(raw)
                 else:
                     self._train.write(raw)
         return heldout, sample

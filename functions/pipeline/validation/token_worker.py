@@ -1,8 +1,7 @@
 """Renders and counts prompts with a model's own tokenizer and chat template, in a process of its own with limits.
 
-Both come from whoever made the model: a template can loop for ever or fill the memory, and so can a tokenizer's patterns.
-tokens.py starts this file, talks to it in lines of JSON, and ends it when it takes too long. It imports nothing of
-Tunedrop.
+A model's author wrote both: a template, or a tokenizer's pattern, can loop for ever or fill the memory. tokens.py starts
+this file, exchanges lines of JSON with it, and ends it if it takes too long. This file imports nothing of Tunedrop.
 """
 
 import json
@@ -18,7 +17,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one where there is no such file."""
+    """Return the object in a JSON file, an empty one if the file is missing."""
     value = json.loads(path.read_bytes()) if path.exists() else {}
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is not an object")
@@ -26,28 +25,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def template_source(folder: Path, settings: dict[str, Any]) -> str:
-    """Return the chat template: `chat_template.jinja`, else tokenizer_config.json's (its `default`, if it has several)."""
+    """Return the chat template: `chat_template.jinja`, else that of tokenizer_config.json (`default`, if it has several)."""
     file = folder / "chat_template.jinja"
     source = file.read_text() if file.exists() else settings.get("chat_template")
     if isinstance(source, list):
         source = next((item.get("template") for item in source if item.get("name") == "default"), None)
     if not isinstance(source, str):
-        raise ValueError("the model has no chat template, so it cannot read a conversation: use an instruct model")
+        raise ValueError("the model has no chat template, and cannot read a conversation without one: use an instruct model")
     return source
 
 
 def compile_template(source: str) -> Any:
-    """Compile a chat template in the environment that Transformers gives it: the same sandbox, filters and globals."""
+    """Compile a chat template in Transformers' environment: the same sandbox, filters and globals."""
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant said; here it is just rendered."""
+        """`{% generation %}` marks the assistant's text. This extension renders it unmarked."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
 
         def parse(self, parser: Any) -> Any:
-            """Return what the block holds."""
+            """Return the block's content."""
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -84,14 +83,14 @@ class ChatTokenizer:
         self._tokenizer.no_padding()
 
     def render(self, prompts: list[Any]) -> list[str]:
-        """Return prompts as the model reads them, up to where its answer begins."""
+        """Return prompts as the model reads them, up to the beginning of its answer."""
         return [
             self._template.render(messages=prompt, add_generation_prompt=True, **self._names, **self._kwargs)
             for prompt in prompts
         ]
 
     def count(self, texts: list[str]) -> list[int]:
-        """Return how many tokens each text has."""
+        """Return each text's tokens."""
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -112,7 +111,7 @@ def main() -> None:
                 answer = tokenizer.render(request["render"])
             else:
                 answer = tokenizer.count(request["count"])
-        except BaseException as error:  # noqa: BLE001 - whatever a template or tokenizer does
+        except BaseException as error:  # noqa: BLE001 - a template or tokenizer can raise anything
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(answer), flush=True)  # noqa: T201 - the answer
 

@@ -1,7 +1,7 @@
-"""How many tokens prompts and answers have, with the model's own tokenizer and chat template and no GPU stack.
+"""Counts the tokens of prompts and answers with the model's own tokenizer and chat template, without a GPU stack.
 
-Prompts that could be longer than the limit are counted exactly: a text never has more tokens than UTF-8 bytes, so the
-others need no counting. Of those a sample is counted, for the distribution.
+A text never has more tokens than UTF-8 bytes. Only prompts whose bytes exceed the limit are counted, each exactly. A sample
+of all rows gives the distribution.
 """
 
 import time
@@ -13,32 +13,34 @@ from typing import Any
 import msgspec
 
 from pipeline.validation.lengths import summary
-from tunedrop.config.model import RunConfig, prompt_limit
+from pipeline.validation.token_worker import MEMORY_BYTES
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.rows import Row
 from tunedrop.problems import Problem
 from tunedrop.sandboxed_process import Worker
 
-# Of a model's files, those that are read here. Larger ones than any known model has are not.
+# The files of a tokenizer, and the most bytes of each: more than any known model's file has.
 TOKENIZER_FILES = {"tokenizer.json": 64 * 1024**2, "tokenizer_config.json": 8 * 1024**2, "chat_template.jinja": 1024**2}
 WORKER = Path(__file__).with_name("token_worker.py")
-COUNTING_SECONDS = 240.0  # after that, prompts are no longer counted one by one
+COUNTING_SECONDS = 240.0  # prompts that come later are not counted
 LIMIT_SECONDS = 300.0
-SLACK = 8  # tokens that joining texts can add
+SLACK = 8  # the template can add tokens between texts
 MESSAGE = "the chat template of '{model}' refuses a prompt with the roles {roles}: {reason}"
 
 
 class TokenizerError(Exception):
-    """A model's tokenizer or chat template cannot be used, or takes too long."""
+    """A model's tokenizer or chat template is broken, or takes too long."""
 
 
 def unusable_tokenizer(config: RunConfig, error: TokenizerError) -> Problem:
-    """Return the problem that a model's tokenizer or chat template is."""
+    """Return the problem with a model's tokenizer or chat template."""
     message = f"the tokenizer of '{config.model}' cannot be used: {error}"
-    return Problem("TOKENIZER", message, "upload the model's own tokenizer files, or take another model", key="model")
+    return Problem("TOKENIZER", message, "upload the model's own tokenizer files, or use another model", key="model")
 
 
 class TokenCounter:
-    """The worker process with a model's tokenizer. Close it."""
+    """A process with a model's tokenizer (token_worker.py). Call `close` at the end."""
 
     def __init__(self, folder: Path, kwargs: dict[str, Any] | None = None):
         for name, limit in TOKENIZER_FILES.items():
@@ -54,16 +56,16 @@ class TokenCounter:
 
     @property
     def seconds(self) -> float:
-        """How long it has been at work."""
+        """Seconds since the process started."""
         return time.monotonic() - self._started
 
     def render(self, prompts: Sequence[list[dict[str, str]]]) -> list[str]:
-        """Return prompts as the model reads them. Raises TokenizerError."""
+        """Return prompts as the model reads them, chat template included. Raises TokenizerError."""
         texts: list[str] = self._ask({"render": prompts})
         return texts
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each text has, without any that a tokenizer adds by itself. Raises TokenizerError."""
+        """Return each text's tokens, without special tokens that the tokenizer would add. Raises TokenizerError."""
         counts: list[int] = self._ask({"count": texts})
         return counts
 
@@ -78,7 +80,7 @@ class TokenCounter:
         except BrokenPipeError:
             answer = b""
         if not answer:
-            raise TokenizerError(f"it took more than {LIMIT_SECONDS:.0f} s or more memory than a tokenizer needs")
+            raise TokenizerError(f"it took more than {LIMIT_SECONDS:.0f} s or {MEMORY_BYTES // 1024**2} MiB of memory")
         decoded = msgspec.json.decode(answer)
         if isinstance(decoded, dict):
             raise TokenizerError(decoded["error"])
@@ -90,7 +92,7 @@ class TokenCounter:
 
 
 class PromptTokens:
-    """Counts the tokens of a dataset's prompts against the config's limit while its rows come in."""
+    """Compares the tokens of a dataset's prompts with the config's limit, batch by batch."""
 
     def __init__(self, counter: TokenCounter, config: RunConfig):
         self._counter = counter
@@ -107,7 +109,7 @@ class PromptTokens:
         return self._counter.count(self._counter.render(prompts))
 
     def add(self, rows: Sequence[Row], sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """Count the prompts that could be too long, given their texts' bytes; return index and tokens of those that are."""
+        """Count the prompts whose texts' bytes exceed the limit; return index and tokens of each prompt that is too long."""
         room = self.limit - SLACK
         long = [n for n, size in enumerate(sizes) if size + len(rows[n]["prompt"]) * self._per_message > room]
         if not long:
@@ -123,23 +125,23 @@ class PromptTokens:
         return over
 
     def refused(self, roles: Collection[tuple[str, ...]]) -> list[Problem]:
-        """Return which orders of roles, of those that the dataset has, the chat template does not take."""
+        """Return a problem for each of the dataset's orders of roles that the chat template refuses."""
         problems = []
         for order in sorted(roles):
             try:
                 self._counter.render([[{"role": role, "content": "x"} for role in order]])
             except TokenizerError as error:
                 message = MESSAGE.format(model=self._config.model, roles=", ".join(order), reason=error)
-                problems.append(Problem("CHAT_TEMPLATE", message, "change these rows, or take another model", key="model"))
+                problems.append(Problem("CHAT_TEMPLATE", message, "change these rows, or use another model", key="model"))
         return problems
 
     def result(self, sample: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
-        """Return the receipt's `tokens`, with the distribution of a sample, and what is worth a warning."""
+        """Return the receipt's `tokens`, with the distribution over a sample of the rows, and the warnings."""
         prompts = self._tokens([row["prompt"] for row in sample])
         answers = self._counter.count([row["answer"] for row in sample])
         longest, completion = max(self._longest, *prompts), self._config.grpo_value("max_completion_length")
-        long_answers = sum(count >= completion for count in answers)  # the end of the answer is a token, too
-        found: dict[str, Any] = {
+        long_answers = sum(count >= completion for count in answers)  # the end of an answer is a token, too
+        tokens: dict[str, Any] = {
             "limit": self.limit,
             "over_limit": self._over,
             "counted": self._counted,
@@ -154,22 +156,22 @@ class PromptTokens:
         warnings = []
         if self._over:
             fits = _rounded(longest)
-            found["suggested"]["max_prompt_length"] = fits
-            fate = {"drop": "left out", "truncate": "cut", "reject": "refused"}[self._config.prompt_overflow]
+            tokens["suggested"]["max_prompt_length"] = fits
+            fate = {"drop": "dropped", "truncate": "cut", "reject": "rejected"}[self._config.prompt_overflow]
             warnings.append(
-                f"{self._over} prompts have more than {self.limit} tokens and will be {fate} (prompt_overflow: "
-                f"{self._config.prompt_overflow}); max_prompt_length: {fits} fits all that were counted"
+                f"prompts of more than {self.limit} tokens, which will be {fate} (prompt_overflow: "
+                f"{self._config.prompt_overflow}): {self._over}; max_prompt_length {fits} fits all counted prompts"
             )
         if self._skipped:
-            warnings.append(f"{self._skipped} prompts that may be too long were not counted, for want of time")
+            warnings.append(f"prompts that may be too long and were not counted for lack of time: {self._skipped}")
         if long_answers:
             fits = _rounded(max(answers) + 1)
-            found["suggested"]["max_completion_length"] = fits
+            tokens["suggested"]["max_completion_length"] = fits
             warnings.append(
-                f"{long_answers} of {len(sample)} sampled answers do not fit into grpo.max_completion_length {completion}: "
-                f"the model cannot give them; {fits} fits all of the sample"
+                f"answers that do not fit into grpo.max_completion_length {completion}, which the model cannot give: "
+                f"{long_answers} of {len(sample)} sampled; {fits} fits all sampled answers"
             )
-        return found, warnings
+        return tokens, warnings
 
 
 def _rounded(tokens: int) -> int:

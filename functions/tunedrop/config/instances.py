@@ -1,10 +1,10 @@
-"""What must be known about SageMaker's instance types: their GPUs, what these can do, which images they run, their disks."""
+"""Facts about SageMaker's instance types: their GPUs, the speed of these, the images that they run, and local disks."""
 
 import re
 from typing import NamedTuple
 
-# GPUs by family and size, where a size has more than one: EC2's DescribeInstanceTypes, and "Accelerated computing" in
-# https://docs.aws.amazon.com/ec2/latest/instancetypes/ac.html. A test compares them, and finds the next unknown family.
+# GPUs by family and size; a size that is not listed has one. From EC2's DescribeInstanceTypes and "Accelerated computing"
+# (https://docs.aws.amazon.com/ec2/latest/instancetypes/ac.html). A test compares the numbers and detects new families.
 _ONE_FOUR_EIGHT = {"12xlarge": 4, "24xlarge": 4, "48xlarge": 8}
 _ONE_TWO_FOUR_EIGHT = {"12xlarge": 2, "24xlarge": 4, "48xlarge": 8}
 _GPUS: dict[str, dict[str, int]] = {
@@ -26,13 +26,13 @@ _GPUS: dict[str, dict[str, int]] = {
     "g7": _ONE_TWO_FOUR_EIGHT,
     "g7e": _ONE_TWO_FOUR_EIGHT,
 }
-# CUDA 13 is for NVIDIA's Turing (T4) and newer: K80 and V100 went with Maxwell, Pascal and Volta, see "Deprecated
+# CUDA 13 needs NVIDIA's Turing (T4) or newer. It dropped Maxwell, Pascal and Volta, and with them K80 and V100: "Deprecated
 # Architectures" in https://docs.nvidia.com/cuda/archive/13.0.0/cuda-toolkit-release-notes/index.html
 _WITHOUT_CUDA_13 = frozenset({"p2", "p3", "p3dn"})
 _ARM = frozenset({"p6e-gb200"})  # NVIDIA's Grace
-# Before NVIDIA's Ampere: K80, V100 and T4.
+# Older than NVIDIA's Ampere: K80, V100 and T4.
 _WITHOUT_BF16 = frozenset({"p2", "p3", "p3dn", "g4dn"})
-# With NVMe disks in the machine, which it encrypts itself: SageMaker refuses a VolumeKmsKeyId for them
+# These machines encrypt their local NVMe disks themselves, and SageMaker refuses a VolumeKmsKeyId for them
 # (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_ResourceConfig.html).
 _WITH_LOCAL_DISK = frozenset(
     "c5d g4dn g5 g6 g6e g7 g7e m5d p3dn p4d p4de p5 p5e p5en p6-b200 p6-b300 p6e-gb200 r5d trn1 trn1n trn2".split(),
@@ -40,9 +40,9 @@ _WITH_LOCAL_DISK = frozenset(
 
 
 class Gpu(NamedTuple):
-    """One GPU: its name, dense 16-bit tensor TFLOPS, and memory bandwidth in GB/s, by NVIDIA's data sheets.
+    """One GPU: its name, dense 16-bit tensor TFLOPS, and memory bandwidth in GB/s, from NVIDIA's data sheets.
 
-    Those of the RTX PRO GPUs give no 16-bit figure; it is an eighth of the one for FP4 with sparsity.
+    The data sheets of the RTX PRO GPUs have no 16-bit figure; here it is an eighth of their figure for FP4 with sparsity.
     """
 
     name: str
@@ -68,11 +68,11 @@ _GPU: dict[str, Gpu] = {
     "g7": Gpu("RTX PRO 4500", 200, 800),
     "g7e": Gpu("RTX PRO 6000", 500, 1597),
 }
-_CPU = re.compile(r"^([cmrt]\d|trn\d)")  # Trainium's chips are no GPUs
+_CPU = re.compile(r"^([cmrt]\d|trn\d)")  # Trainium's chips are not GPUs
 
 
 def gpus(instance_type: str) -> int | None:
-    """Return how many NVIDIA GPUs an `ml.<family>.<size>` has: 0 for a CPU instance, None for a family not known here."""
+    """Return the number of NVIDIA GPUs of `ml.<family>.<size>`: 0 for a CPU instance, None for an unknown family."""
     _, family, size = instance_type.split(".")
     if family in _GPUS:
         return _GPUS[family].get(size, 1)
@@ -80,33 +80,32 @@ def gpus(instance_type: str) -> int | None:
 
 
 def gpu(instance_type: str) -> Gpu | None:
-    """Return what each of the instance's GPUs can do; None where it has none, or none known here."""
+    """Return the figures of the instance's GPUs; None without a GPU, or if the GPU is unknown."""
     return _GPU.get(instance_type.split(".")[1])
 
 
 def has_local_disk(instance_type: str) -> bool:
-    """Return whether the instance keeps a job's data on disks of its own, which no customer key can encrypt."""
+    """Return whether the instance keeps a job's data on local disks, which a customer key cannot encrypt."""
     return instance_type.split(".")[1] in _WITH_LOCAL_DISK
 
 
 def has_bf16(instance_type: str) -> bool:
-    """Return whether the instance's GPUs compute in bf16; taken as given for families not known here."""
+    """Return whether the instance's GPUs compute in bf16; True for an unknown family."""
     return instance_type.split(".")[1] not in _WITHOUT_BF16
 
 
 def why_not(instance_type: str, image: str) -> str | None:
-    """Return why jobs in an image cannot run on an instance type, as far as the image's name says what it is made for.
+    """Return why an instance type cannot run an image, by the image's name; None if it can, or if the name does not tell.
 
-    AWS's images have the version of CUDA in their tags, `-cu133-` for 13.3; of an image without one, nothing is known, and a
-    job says it.
+    AWS's images have the version of CUDA in their tags: `-cu133-` is 13.3.
     """
     family, cuda = instance_type.split(".")[1], re.search(r"-cu(\d\d)\d\b", image)
     if cuda is None:
         return None
     if family.startswith("trn"):
-        return "it has AWS's Trainium chips, and the jobs' image is made for NVIDIA's GPUs"
+        return "it has AWS's Trainium chips, and the jobs' image needs NVIDIA's GPUs"
     if family in _WITHOUT_CUDA_13 and int(cuda[1]) >= 13:
-        return f"its GPUs are too old for CUDA {cuda[1]}, which the jobs' image is made for"
+        return f"its GPUs are too old for CUDA {cuda[1]}, which the jobs' image uses"
     if family in _ARM and "arm64" not in image:
-        return "its CPUs are ARM, and the jobs' image is made for x86_64"
+        return "its CPUs are ARM, and the jobs' image needs x86_64"
     return None

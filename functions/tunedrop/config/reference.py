@@ -1,4 +1,4 @@
-"""What a run config may say, for those who write one: a JSON Schema for editors, and all defaults as commented YAML."""
+"""The reference of the run config: a JSON Schema for editors, and all defaults as commented YAML."""
 
 import inspect
 import json
@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tunedrop.config.model import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, Lora, RunConfig, config_fields
+from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
+from tunedrop.config.model import Lora, RunConfig
 from tunedrop.rewards import REWARDS, RewardSpec
 
 _JSON_TYPES = {
@@ -40,7 +41,7 @@ def config_schema() -> dict[str, Any]:
         name: _described("lora", name) | field for name, field in lora["properties"].items()
     }
     lora["additionalProperties"] = False
-    # What YAML may say in a shorter way than the model holds it.
+    # Short forms that YAML accepts and the model expands.
     only_if = definitions["RewardSpec"]["properties"]["only_if"]
     only_if["anyOf"].append({"type": "string"})
     compute = definitions["Compute"]["properties"]
@@ -86,15 +87,13 @@ def _reward(name: str, common: dict[str, Any], definitions: dict[str, Any]) -> d
 
 
 def config_defaults() -> str:
-    """Return a YAML config that says every default, with what each key means; it is valid as it is.
+    """Return a valid YAML config with every key, its default and its meaning.
 
-    Of TRL's and PEFT's many fields, those that Tunedrop has a default of its own for are live; the others, and the rewards
-    beside the default one, are commented out (`#key: value`).
+    TRL's and PEFT's fields are commented out (`#key: value`) unless Tunedrop has a default of its own. Rewards are commented
+    out, too, except for the default one.
     """
     config = RunConfig(model="SmolLM2-135M-Instruct")
-    lines = [
-        "# Every key is optional; these are the defaults. A line that begins with # and no space is a key commented out."
-    ]
+    lines = ["# Every key is optional. These are the defaults. A # without a space after it comments out a key."]
     for name, field in RunConfig.model_fields.items():
         value = getattr(config, name)
         help_text = field.description or inspect.cleandoc(type(value).__doc__ or "" if isinstance(value, BaseModel) else "")
@@ -103,7 +102,8 @@ def config_defaults() -> str:
             case "rewards":
                 lines += ["rewards:", f"  - {{type: {config.rewards[0].type}, weight: {config.rewards[0].weight}}}"]
                 lines += _comment(
-                    f"Each may have: {', '.join(list(RewardSpec.model_fields)[1:])}. Types, with their own:", 2
+                    f"All types take {', '.join(list(RewardSpec.model_fields)[1:])}. The types and their own parameters:",
+                    2,
                 )
                 lines += [line for kind in REWARDS for line in _reward_line(kind)]
             case "lora":
@@ -124,8 +124,10 @@ def config_defaults() -> str:
 def _section(fields: dict[str, Any], section: BaseModel) -> list[str]:
     lines = []
     for key, field in fields.items():
-        theirs = _described("lora", key).get("description", "") if isinstance(section, Lora) else ""
-        lines += [*_comment(field.description or theirs, 2), f"  {key}: {_yaml(getattr(section, key))}"]
+        help_text = field.description or (
+            _described("lora", key).get("description", "") if isinstance(section, Lora) else ""
+        )
+        lines += [*_comment(help_text, 2), f"  {key}: {_yaml(getattr(section, key))}"]
     return lines
 
 
@@ -156,5 +158,5 @@ def _comment(text: str, indent: int = 0) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    """A value in YAML's flow style, of which JSON is a part."""
+    """Return a value in YAML's flow style, which includes JSON."""
     return "null" if value is None else json.dumps(value, ensure_ascii=False)

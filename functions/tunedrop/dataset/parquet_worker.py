@@ -1,8 +1,10 @@
-"""Reads a Parquet file in a process of its own with limits: on a file that is broken, Arrow's readers can abort the process.
+"""Reads a Parquet file in a process of its own with limits.
 
-readers.py starts this file with the Parquet file as its input, and gets messages: each the length of what follows, in eight
-bytes, and MessagePack. They are lists of rows, and at the end an error's text or an empty one. It imports nothing of
-Tunedrop.
+A broken file can make Arrow's readers abort the process, and a page of a few kilobytes can unpack to gigabytes.
+
+readers.py starts this file with the Parquet file as its input, and receives messages: a length in eight bytes, then
+MessagePack of that length. A message is a list of rows; the last one is an error's text, empty without an error. This file
+imports nothing of Tunedrop.
 """
 
 import resource
@@ -10,8 +12,8 @@ import sys
 from typing import Any
 
 MEMORY_BYTES = 256 * 1024**2
-NO_MEMORY = "PyObject pointer is null"  # arro3's panic when Python has no memory for a value
-BATCH_ROWS = 32  # a value that a page has once and rows repeat is unpacked for each of them
+NO_MEMORY = "PyObject pointer is null"  # arro3's panic if Python has no memory for a value
+BATCH_ROWS = 32  # small, because a value that a page holds once is unpacked for every row that repeats it
 
 
 def send(value: Any) -> None:
@@ -35,7 +37,7 @@ def main() -> None:
             send(batch.to_struct_array().to_pylist())
     except BaseException as raised:  # arro3 panics outside Exception
         if isinstance(raised, MemoryError) or str(raised) == NO_MEMORY:
-            raise  # like a crash: who reads the messages finds no end of them
+            raise  # as in a crash, readers.py receives no last message
         error = str(raised)[:300] or type(raised).__name__
     send(error)
     sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""The records of a file, whatever its format, in batches of decoded values: JSON in its three shapes, CSV and Parquet.
+"""Reads the records of a file in batches of decoded values: JSON in three shapes, CSV and Parquet.
 
-Everything is read in pieces, so that memory does not grow with the file. Text formats may be gzipped.
+Files are read in pieces: memory does not grow with the file. Text formats may be gzipped.
 """
 
 import csv
@@ -10,63 +10,57 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from tunedrop.dataset.parquet_pages import largest_page
+from tunedrop.dataset.parquet import ParquetError, read_parquet
 from tunedrop.problems import Problem
-from tunedrop.sandboxed_process import Worker
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
-BLOCK_BYTES = 64 * 1024  # what stays in a core's cache while it is looked at several times
+BLOCK_BYTES = 64 * 1024  # fits a core's cache, because several passes read a block
 BATCH_ROWS = 1024
 MAX_ROW_BYTES = 16 * 1024**2
-# A few bytes can be a broken record, so that a large file could hold more of them than can be looked at in time.
+# A broken record can have a few bytes: a large file could hold more of them than the function can process in time.
 MAX_BROKEN = 500_000
-# Of each row some 24 bytes are remembered, to find those that say the same.
+# The search for duplicates keeps about 24 bytes of each row.
 MAX_ROWS = 10_000_000
-# Of Parquet, where a page is unpacked as a whole. DuckDB's, the largest that common writers make, have 100 MB.
-MAX_PAGE_BYTES = 100_000_000
-PARQUET_WORKER = Path(__file__).with_name("parquet_worker.py")
-PARQUET_SECONDS = 300.0
-# Of one line of CSV, where each is at least eight bytes of memory.
+# The limit for one line of CSV. Each comma takes at least eight bytes of memory.
 MAX_COMMAS = 1_000_000
-SAMPLE_HINT = "GRPO takes thousands of rows, not millions: drop a sample of them"
+SAMPLE_HINT = "GRPO needs thousands of rows, not millions: upload a sample of them"
 _GIB = 1024**3
-# What validate_dataset finishes in half of its time, on a third of a core and at the rates of docs/benchmarks.md; gzipped
-# files count unpacked. Its /tmp has room for twice as much.
+# validate_dataset reads these sizes in half of its time, on a third of a core, at the rates of docs/benchmarks.md. A gzipped
+# file's size is its unpacked size. The function's /tmp holds twice as much.
 MAX_BYTES = {".jsonl": 4 * _GIB, ".json": 4 * _GIB, ".csv": 2 * _GIB, ".parquet": 1 * _GIB}
 
 
 class Broken(NamedTuple):
-    """A record that cannot be decoded: why, and its text."""
+    """A record that cannot be decoded: the problem, and the record's bytes."""
 
     problem: Problem
     text: bytes = b""
 
 
-# How to make a dataset of a file that is none, by what its name ends with.
+# How to convert files of other formats, by the suffixes of their names.
 CONVERSIONS = {
     "xlsx xls ods numbers": "save the sheet as CSV",
     "tsv tab": "write it as CSV, with commas",
-    "txt md": "write a JSON object a line, with prompt and answer, and call it .jsonl",
+    "txt md": "write one JSON object per line, with prompt and answer, and call it .jsonl",
     "ndjson jsonlines jl": "it is JSON Lines: call it .jsonl",
     "yml": "a run config ends with .yaml; a dataset is JSON Lines, JSON, CSV or Parquet",
     "zip tar tgz bz2 xz zst 7z": "unpack it, or pack it with gzip alone: .jsonl.gz",
-    "gz": "gzip is taken of JSON Lines, JSON and CSV: name the format before it, such as .jsonl.gz",
+    "gz": "JSON Lines, JSON and CSV can be gzipped: name the format before .gz, such as .jsonl.gz",
     "arrow feather orc avro": "write it as Parquet",
-    "pkl pickle npz npy pt": "write it as JSON Lines or Parquet: a pickle can run code and is never opened",
+    "pkl pickle npz npy pt": "write it as JSON Lines or Parquet: a pickle can run code, and is never opened",
     "db sqlite sqlite3": "export the table as CSV",
 }
 
 
 class Batch(NamedTuple):
-    """Records one after another: decoded values or Broken ones, the row of the first (from 1), and each one's line.
+    """Consecutive records: decoded values or Broken records, the row number of the first one (from 1), and their lines.
 
-    `lines` is None where a format has no lines. Row 0 is what ends a file: a Broken one that is no record.
+    `lines` is None if the format has no lines. Row 0 marks the end of a broken file: one Broken value about no record.
     """
 
     values: list[Any]
@@ -75,31 +69,34 @@ class Batch(NamedTuple):
 
 
 def suffix_of(name: str) -> str:
-    """Return the format's suffix of a file name (`.jsonl`, `.csv.gz`, …) in lower case, or an empty one if it is none."""
+    """Return the suffix of a file name's format in lower case (`.jsonl`, `.csv.gz`, …), empty for other formats."""
     return next((suffix for suffix in DATA_SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def refuse(name: str, size: int) -> Problem | None:
-    """Return a problem when a file's name has no known format's suffix, or when it cannot be checked in time."""
+    """Return a problem if the file's format is unknown by its name, or if its bytes are too many to check in time."""
     suffix = suffix_of(name)
     if not suffix:
         last = name.lower().rpartition(".")[2]
-        hint = next((hint for endings, hint in CONVERSIONS.items() if last in endings.split()), "name it by its format")
-        return Problem("UNKNOWN_FORMAT", f"the file is none of {', '.join(DATA_SUFFIXES)}", hint)
+        hint = next(
+            (hint for endings, hint in CONVERSIONS.items() if last in endings.split()),
+            "give the file the suffix of its format",
+        )
+        return Problem("UNKNOWN_FORMAT", f"the file's format is not one of {', '.join(DATA_SUFFIXES)}", hint)
     plain = suffix.removesuffix(".gz")
     limit = MAX_BYTES[plain]
     if size <= limit:
         return None
-    message = f"the dataset has {size:,} bytes; at most {limit:,} bytes of {plain} can be checked in time"
+    message = f"the dataset has {size:,} bytes; the limit for {plain} is {limit:,} bytes"
     return Problem("TOO_LARGE", message, SAMPLE_HINT)
 
 
 def read_batches(file: io.BufferedReader, suffix: str) -> Iterator[Batch]:
-    """Read the records of an open file (binary; seekable for Parquet) by the suffix of its format."""
+    """Read the records of an open binary file of a format (`suffix`). A Parquet file must be seekable."""
     for batch in _read_parquet(file) if suffix == ".parquet" else _read_text(file, suffix):
         yield batch
         if batch.row + len(batch.values) - 1 > MAX_ROWS:
-            message = f"it has more than {MAX_ROWS:,} rows; what follows was not read"
+            message = f"the file has more than {MAX_ROWS:,} rows; the rest was not read"
             yield _failure(Problem("TOO_LARGE", message, SAMPLE_HINT))
             return
 
@@ -118,17 +115,17 @@ def _read_text(file: io.BufferedReader, suffix: str) -> Iterator[Batch]:
             yield batch
             broken += sum(type(value) is Broken for value in batch.values)
             if broken > MAX_BROKEN:
-                message = f"more than {MAX_BROKEN:,} records cannot be read; what follows was not read"
-                yield _failure(Problem("TOO_MANY_BROKEN", message, "is this file what its name says?"))
+                message = f"more than {MAX_BROKEN:,} records cannot be read; the rest was not read"
+                yield _failure(Problem("TOO_MANY_BROKEN", message, "check that the file has the format of its name"))
                 return
     except _TooLargeError as error:
         yield _failure(refuse(suffix, error.size))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        yield _failure(Problem("BAD_GZIP", f"the file is not whole gzip: {error}", "it may have been cut off"))
+        yield _failure(Problem("BAD_GZIP", f"the gzip data is broken: {error}", "the file may be cut off"))
 
 
 def _failure(problem: Problem | None) -> Batch:
-    """Return what ends a file: a problem that is about no row."""
+    """Return the batch that ends a broken file."""
     assert problem is not None
     return Batch([Broken(problem)], 0, None)
 
@@ -139,7 +136,7 @@ class _TooLargeError(Exception):
 
 
 class _Limited(io.RawIOBase):
-    """What a file unpacks to, up to a limit: a few gzipped megabytes can hold terabytes."""
+    """A gzipped file's unpacked bytes, up to a limit: a few gzipped megabytes can hold terabytes."""
 
     def __init__(self, file: gzip.GzipFile, limit: int):
         self._file = file
@@ -157,8 +154,8 @@ class _Limited(io.RawIOBase):
 
 # --- JSON: one object per line, objects one after another over many lines, or one array ---
 
-# Everything up to the next brace outside a string. A string ends with its line at the latest. An object that begins at
-# the margin is not skipped into: the one before it was never closed.
+# Everything up to the next brace outside a string. A string ends with its line at the latest. An object at the margin ends
+# the match: the object before it was never closed.
 _SKIPPED = rb'(?:[^{}"\n]++|"(?:[^"\\\n]++|\\[^\n])*+(?:"|\\?(?=\n)|\\?\Z)|\n(?!\{))*+'
 _SKIP = re.compile(_SKIPPED)
 _BRACE = re.compile(_SKIPPED + rb"[{}]")
@@ -171,7 +168,7 @@ _DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _JsonReader:
-    """Reads lines with one object each a block at a time, and anything else object by object, as their braces balance."""
+    """Reads JSON Lines a block at a time, and other shapes object by object, by the balance of their braces."""
 
     def __init__(self, file: io.BufferedReader):
         self._file = file
@@ -189,7 +186,7 @@ class _JsonReader:
             rest = rest[begin + 1 :]
         final = False
         while not final:
-            # A row that goes on is looked through again from its start: each time with twice as much of it.
+            # A row longer than the block is searched again from its start, each time with twice as many bytes.
             block = self._file.read(max(BLOCK_BYTES, min(len(rest), MAX_ROW_BYTES + 1 - len(rest))))
             final = not block
             text, rest = rest + block, b""
@@ -205,31 +202,31 @@ class _JsonReader:
                 yield Batch(values, self._row, lines)
                 self._row += len(values)
             if len(rest) > MAX_ROW_BYTES:
-                message = f"the row has more than {MAX_ROW_BYTES // 1024**2} MiB; it and what follows was not read"
-                yield _failure(Problem("ROW_TOO_LARGE", message, "take it out", line=self._line, row=self._row))
+                message = f"the row has more than {MAX_ROW_BYTES // 1024**2} MiB; this row and the rest were not read"
+                yield _failure(Problem("ROW_TOO_LARGE", message, "remove the row", line=self._line, row=self._row))
                 return
         if self._array and not self._closed:
-            problem = Problem("BAD_JSON", "the array is never closed", "the file may have been cut off", line=self._line)
+            problem = Problem("BAD_JSON", "the array is never closed", "the file may be cut off", line=self._line)
             yield _failure(problem)
 
     def _objects(self, text: bytes, final: bool) -> tuple[list[Any], list[int], bytes]:
-        """Return the records that end in `text`, the line each begins in, and the rest."""
-        found: list[bytes | Broken] = []
+        """Return the records that end in `text`, the lines that they begin in, and the rest of the text."""
+        records: list[bytes | Broken] = []
         lines: list[int] = []
         at = 0
         while True:
             start = _GAP.match(text, at).end()  # type: ignore[union-attr]
             self._line += text.count(b"\n", at, start)
             if start == len(text):
-                return _decode_all(found), lines, b""
+                return _decode_all(records), lines, b""
             if self._array and text[start] == _CLOSE_ARRAY:
                 self._closed, at = True, start + 1
                 continue
             end, why = _end_of_object(text, start) if text[start] == _OPEN else self._end_of_junk(text, start)
             if why and end == len(text) and not final:
-                return _decode_all(found), lines, text[start:]
+                return _decode_all(records), lines, text[start:]
             raw = text[start:end]
-            found.append(Broken(why, raw) if why else raw)
+            records.append(Broken(why, raw) if why else raw)
             lines.append(self._line)
             self._line += raw.count(b"\n")
             at = end
@@ -237,15 +234,15 @@ class _JsonReader:
     def _end_of_junk(self, text: bytes, start: int) -> tuple[int, Problem]:
         match = (_JUNK_IN_ARRAY if self._array else _JUNK_IN_LINE).match(text, start)
         end = match.end() if match else start + 1
-        found = text[start : min(end, start + 40)].decode(errors="replace")
+        shown = text[start : min(end, start + 40)].decode(errors="replace")
         hint = 'each row is an object such as {"prompt": "…", "answer": "…"}'
-        return end, Problem("NOT_AN_OBJECT", f"expected an object in braces, found: {found}", hint)
+        return end, Problem("NOT_AN_OBJECT", f"expected an object in braces, got: {shown}", hint)
 
 
 def _one_per_line(text: bytes) -> list[Any] | None:
-    """Decode lines with one object each; None where they are anything else.
+    """Decode lines with one object each; None for other shapes.
 
-    Where two objects in a line make up for a line without one, it only seems so: rows are right then, lines shifted.
+    A line with two objects and an empty line pass as two lines: the rows are right, and line numbers are off by one.
     """
     try:
         values = _decoder.decode_lines(text)
@@ -255,7 +252,7 @@ def _one_per_line(text: bytes) -> list[Any] | None:
 
 
 def _end_of_object(text: bytes, start: int) -> tuple[int, Problem | None]:
-    """Return where the object that begins at `start` ends, or how far it goes and why that is not its end."""
+    """Return the end of the object that begins at `start`. If it is never closed: how far it goes, and the problem."""
     depth, at = 0, start
     while match := _BRACE.match(text, at):
         at = match.end()
@@ -263,23 +260,23 @@ def _end_of_object(text: bytes, start: int) -> tuple[int, Problem | None]:
         if depth == 0:
             return at, None
     end: int = _SKIP.match(text, at).end()  # type: ignore[union-attr]
-    hint = "the file may have been cut off" if end == len(text) else "check its braces and quotes"
+    hint = "the file may be cut off" if end == len(text) else "check its braces and quotes"
     return end, Problem("BAD_JSON", "this object is never closed", hint)
 
 
-def _decode_all(found: list[bytes | Broken]) -> list[Any]:
-    if not any(isinstance(item, Broken) for item in found):
+def _decode_all(records: list[bytes | Broken]) -> list[Any]:
+    if not any(isinstance(item, Broken) for item in records):
         try:
-            values = _decoder.decode_lines(b"\n".join(found))  # type: ignore[arg-type]
+            values = _decoder.decode_lines(b"\n".join(records))  # type: ignore[arg-type]
         except _DECODE_ERRORS:
             values = []
-        if len(values) == len(found):
+        if len(values) == len(records):
             return values
-    return [item if isinstance(item, Broken) else _decoded(item) for item in found]
+    return [item if isinstance(item, Broken) else _decoded(item) for item in records]
 
 
 def _decoded(raw: bytes) -> Any:
-    """Decode one record, or say what is wrong with it."""
+    """Decode one record; Broken if that fails."""
     try:
         return _decoder.decode(raw)
     except UnicodeDecodeError as error:
@@ -294,12 +291,12 @@ def _decoded(raw: bytes) -> Any:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> Problem:
-    found = error.object[error.start : error.start + 1]
-    return Problem("ENCODING", f"not UTF-8: byte {found!r}", "save the file as UTF-8")
+    byte = error.object[error.start : error.start + 1]
+    return Problem("ENCODING", f"not UTF-8: byte {byte!r}", "save the file as UTF-8")
 
 
 def _straighten(raw: bytes) -> bytes:
-    """Turn curly quotes that stand where JSON needs straight ones (text editors put them there); others stay."""
+    """Replace curly quotes by straight ones where JSON needs quotes. (Text editors curl them.) Quotes in texts stay."""
     text = re.sub(r"([{\[,:]\s*)[“”]", r'\1"', raw.decode(errors="surrogateescape"))
     return re.sub(r"[“”](?=\s*[,:}\]])", '"', text).encode(errors="surrogateescape")
 
@@ -308,7 +305,7 @@ def _straighten(raw: bytes) -> bytes:
 
 
 def _csv_lines(file: io.BufferedReader) -> Iterator[str]:
-    """Decode a file's lines. Raises csv.Error for one that would become more fields than memory should hold."""
+    """Decode a file's lines. Raises csv.Error for more than MAX_COMMAS commas: the fields would fill the memory."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b"")):
         if line.count(b",") > MAX_COMMAS:
             raise csv.Error(f"a line has more than {MAX_COMMAS:,} commas")
@@ -330,17 +327,10 @@ def _read_csv(file: io.BufferedReader) -> Iterator[Batch]:
                 continue
             if not header:
                 header = fields
-                twice = next((name for name, times in Counter(header).items() if times > 1), None)
-                if twice is not None:
-                    yield _failure(Problem("BAD_CSV", f"two columns are called '{twice}'", "rename one of them", line=1))
-                    return
+                if problem := _repeated_column(header):
+                    break
                 continue
-            if len(fields) == len(header):
-                values.append(dict(zip(header, fields, strict=True)))
-            else:
-                message = f"{len(fields)} fields, the header has {len(header)}"
-                hint = "quote fields that contain commas"
-                values.append(Broken(Problem("BAD_CSV", message, hint), ",".join(fields).encode()))
+            values.append(_csv_record(header, fields))
             lines.append(begin)
             if len(values) == BATCH_ROWS:
                 yield Batch(values, row, lines)
@@ -355,45 +345,36 @@ def _read_csv(file: io.BufferedReader) -> Iterator[Batch]:
         yield _failure(problem)
 
 
+def _repeated_column(header: list[str]) -> Problem | None:
+    name, times = Counter(header).most_common(1)[0]
+    return Problem("BAD_CSV", f"two columns are called '{name}'", "rename one of them", line=1) if times > 1 else None
+
+
+def _csv_record(header: list[str], fields: list[str]) -> Any:
+    if len(fields) == len(header):
+        return dict(zip(header, fields, strict=True))
+    message = f"the row has {len(fields)} fields, and the header has {len(header)}"
+    return Broken(Problem("BAD_CSV", message, "quote fields that contain commas"), ",".join(fields).encode())
+
+
 def _read_parquet(file: io.BufferedReader) -> Iterator[Batch]:
-    row = 1
-    try:
-        largest = largest_page(file)
-    except ValueError as error:
-        yield _bad_parquet(str(error), row)
-        return
-    if largest > MAX_PAGE_BYTES:
-        message = f"it has a page of {largest:,} bytes; at most {MAX_PAGE_BYTES:,} bytes in a page can be checked"
-        yield _failure(Problem("TOO_LARGE", message, "write it with smaller pages"))
-        return
-    worker = Worker(PARQUET_WORKER, PARQUET_SECONDS, stdin=file)
     values: list[Any] = []
-    size = 0
+    size, row = 0, 1
+    problem: Problem | None = None
     try:
-        while isinstance((sent := _message(worker))[0], list):
-            values += sent[0]
-            size += sent[1]
+        for rows, length in read_parquet(file):
+            values += rows
+            size += length
             if len(values) >= BATCH_ROWS or size >= MAX_ROW_BYTES:
                 yield Batch(values, row, None)
                 row, size, values = row + len(values), 0, []
-    finally:
-        worker.close()
+    except ParquetError as error:
+        message, hint = (
+            f"not a readable Parquet file: {error}",
+            "write it again; if it has large pages or values, write smaller ones",
+        )
+        problem = Problem("BAD_PARQUET", message, hint, row=row + len(values))
     if values:
         yield Batch(values, row, None)
-    if why := sent[0]:
-        yield _bad_parquet(why, row + len(values))
-
-
-def _message(worker: Worker) -> tuple[list[Any] | str, int]:
-    """Return what parquet_worker.py sends next, and its bytes: rows, or at the end why it ended early, if it did."""
-    output = worker.process.stdout
-    assert output is not None
-    length = int.from_bytes(output.read(8), "little")
-    message = output.read(length)
-    if not length or len(message) < length:
-        return "it makes its reader crash, or needs more memory or time than a file of its size", 0
-    return msgspec.msgpack.decode(message), length
-
-
-def _bad_parquet(why: str, row: int) -> Batch:
-    return _failure(Problem("BAD_PARQUET", f"not a readable Parquet file: {why}", "write it again", row=row))
+    if problem:
+        yield _failure(problem)

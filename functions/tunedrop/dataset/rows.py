@@ -1,7 +1,7 @@
-"""Read a dataset in any accepted shape and give back one canonical row shape.
+"""Reads a dataset of any accepted shape as canonical rows.
 
-A canonical row is `{"id": str, "prompt": [{"role", "content"}, …], "answer": str, …extra columns}`; a file of canonical
-rows reads back unchanged, so the trainer reads with the same code whether a Lambda prepared the file or not.
+A canonical row is `{"id": str, "prompt": [{"role", "content"}, …], "answer": str, …extra columns}`. Canonical rows read back
+unchanged: the trainer reads a user's file and the file that the Lambda prepared with the same code.
 """
 
 import io
@@ -20,7 +20,7 @@ from tunedrop.problems import Problem, nearest
 
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-# Names that hold the prompt and the answer, the likeliest first, compared without case, spaces and underscores.
+# Column names of the prompt and the answer, best first, compared without case, spaces, `_` and `-`.
 PROMPT_NAMES = ("prompt", "question", "query", "instruction", "problem", "messages", "input", "text")
 ANSWER_NAMES = (
     "answer referenceanswer groundtruth rewardmodel expectedanswer expectedoutput output response completion solution "
@@ -32,31 +32,32 @@ SHOWN = 60
 
 
 class Shape(NamedTuple):
-    """Where rows with the same columns keep what: names of columns, None where there is none."""
+    """The roles of a row's columns: the names of the columns of prompt, answer and input, None without such a column."""
 
     prompt: str | None
     answer: str | None
-    input: str | None  # of instruction tables
+    input: str | None  # only in instruction tables
     extra: tuple[str, ...]
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns that a canonical row is made of."""
+        """The columns that a canonical row is made from, by part."""
         named = {"prompt": self.prompt, "answer": self.answer, "input": self.input}
         return {name: column for name, column in named.items() if column}
 
 
 class RejectedRow(NamedTuple):
-    """A record that cannot be used: why, and what it held (its text where it could not be decoded)."""
+    """A record that cannot be used: the problem, and the record, or its text if it cannot be decoded."""
 
     problem: Problem
     record: Any
 
 
 class Rows(NamedTuple):
-    """A batch of canonical rows; for each its number in the file, its line, and the text of its prompt alone.
+    """A batch of canonical rows, and for each row its number in the file, its line, and its prompt's text.
 
-    The parts of a text that are separate messages are separated by NUL. `failed` is what ended the reading.
+    NUL separates the messages in a text. The config's system prompt is not part of it. `failed` has the problems that ended
+    the reading.
     """
 
     rows: list[Row]
@@ -68,7 +69,7 @@ class Rows(NamedTuple):
 
 
 class Records:
-    """The rows of one open file, and what the reader found out about its columns."""
+    """The rows of one open file, and the columns that they come from."""
 
     def __init__(self, file: io.BufferedReader, suffix: str, config: RunConfig):
         self._taken: dict[tuple[str | None, ...], dict[str, str]] = {}
@@ -77,10 +78,10 @@ class Records:
         self._config = config
         self._system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
         self._shapes: dict[tuple[str, ...], Shape] = {}
-        self._orders: set[tuple[str, ...]] = set()  # of roles, known to be good
+        self._orders: set[tuple[str, ...]] = set()  # valid orders of roles
 
     def batches(self) -> Iterator[Rows]:
-        """Read the file in batches; every record is in one, as a row or as a rejected one."""
+        """Read the file in batches. A batch has every one of its records as a row or as a rejected record."""
         for values, number, lines in read_batches(self._file, self._suffix):
             if not number:
                 yield Rows([], [], [], [], [], [value.problem for value in values])
@@ -107,19 +108,19 @@ class Records:
 
     @property
     def roles(self) -> list[tuple[str, ...]]:
-        """The orders of roles that the prompts have, system prompt included."""
+        """The orders of roles in the prompts, system prompt included."""
         orders = self._orders | {("user",)}
         return sorted({("system", *order) if self._system and order[0] != "system" else order for order in orders})
 
     @property
     def variants(self) -> list[dict[str, str]]:
-        """Which columns the parts of rows that can be used were taken from: one mapping or more, the first row's first."""
+        """The columns that the usable rows come from, by part: one mapping or several, the first row's first."""
         return list(self._taken.values())
 
     def _regular(self, values: list[Any], number: int) -> tuple[list[Row], list[str]] | None:
-        """Do what `_canonical` does for a batch whose rows all have one shape and nothing wrong; None if it is none.
+        """Return a batch's rows and texts as `_canonical` does, if all rows have one shape and no mistake; else None.
 
-        Whole columns go through loops in C here, which is what makes files of millions of rows quick.
+        Whole columns go through loops in C: files of millions of rows are quick.
         """
         if set(map(type, values)) != {dict} or len(names := set(map(tuple, values))) != 1:
             return None
@@ -157,7 +158,7 @@ class Records:
     def _conversations(
         self, prompts: list[list[Any]], answers: list[Any] | None
     ) -> tuple[list[list[Any]], list[tuple[str, ...]], list[Any]] | None:
-        """Do what `_conversation` does for prompts that are plain messages in a good order; None if they are not."""
+        """Return what `_conversation` returns, if all prompts are plain messages in a valid order; else None."""
         messages = list(chain.from_iterable(prompts))
         try:
             roles = list(map(itemgetter("role"), messages))
@@ -214,7 +215,7 @@ class Records:
         return row, "\0".join(texts)
 
     def _conversation(self, value: list[Any], answer: Any) -> tuple[list[dict[str, str]], list[str], Any]:
-        """Return a list of messages as a prompt, their texts, and the answer: the last one's where no column holds it."""
+        """Return messages as a prompt, their texts, and the answer: without an answer column, the last message is it."""
         prompt, roles, texts = _messages(value)
         if answer is None and roles[-1] == "assistant":  # OpenAI chat rows
             answer, prompt, roles = texts.pop(), prompt[:-1], roles[:-1]
@@ -235,7 +236,7 @@ class Records:
     def _shape(self, names: tuple[str, ...]) -> Shape:
         """Return the shape of rows with these columns."""
         if names not in self._shapes:
-            if len(self._shapes) >= KNOWN_SHAPES:  # columns that are data: nothing to remember
+            if len(self._shapes) >= KNOWN_SHAPES:  # the column names are data: none will come again
                 self._shapes.clear()
             self._shapes[names] = guess_shape(names, self._config)
         return self._shapes[names]
@@ -245,11 +246,15 @@ class Records:
         column = shape.columns.get(part)
         if column in record:
             kind = "null" if record[column] is None else type(record[column]).__name__
-            expected = "a text or messages" if part == "prompt" else "a text"
-            return Problem(code, f"the {part} in '{column}' is {kind}, expected {expected}", f"give every row its {part}")
+            expected = "a string or messages" if part == "prompt" else "a string"
+            return Problem(code, f"the {part} in '{column}' is {kind}, not {expected}", f"give every row its {part}")
         if column:
-            return Problem(code, f"no column '{column}', which the config names, among: {names}", nearest(column, record))
-        return Problem(code, f"no {part} among the columns: {names}", f"name it in the config: columns: {{{part}: …}}")
+            return Problem(
+                code, f"the config names the column '{column}', and the row has only: {names}", nearest(column, record)
+            )
+        return Problem(
+            code, f"no column for the {part} among: {names}", f"name the column in the config: columns: {{{part}: …}}"
+        )
 
 
 class _BadRowError(Exception):
@@ -258,9 +263,9 @@ class _BadRowError(Exception):
 
 
 def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
-    """Read the rows of a file by its suffix (`.jsonl`, `.json`, `.csv`, these gzipped, `.parquet`), with its problems."""
+    """Read the rows and problems of a file. Its suffix is its format: one of DATA_SUFFIXES."""
     suffix = suffix_of(path.name)
-    if problem := refuse(path.name, size=0):  # any size: only a Lambda is short of time
+    if problem := refuse(path.name, size=0):  # the limit of size is for the Lambda, which has little time
         yield problem
         return
     with path.open("rb") as file:
@@ -271,7 +276,7 @@ def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
 
 
 def guess_shape(names: tuple[str, ...], config: RunConfig) -> Shape:
-    """Return which columns hold prompt, answer and, for instruction tables, input; what the config names wins."""
+    """Return the columns of prompt, answer and, in instruction tables, input. The config's names win."""
     by_name = {re.sub(r"[\s_-]", "", str(name)).casefold(): name for name in names}
     prompt = config.columns.prompt or next((by_name[name] for name in PROMPT_NAMES if name in by_name), None)
     answer = config.columns.answer or next(
@@ -283,11 +288,11 @@ def guess_shape(names: tuple[str, ...], config: RunConfig) -> Shape:
 
 
 def _messages(value: list[Any]) -> tuple[list[dict[str, str]], tuple[str, ...], list[str]]:
-    """Return a list of messages with nothing but role and content, and the roles and contents alone."""
+    """Return messages with only role and content, their roles, and their contents."""
     try:
         roles = tuple([message["role"] for message in value])
         texts = [message["content"] for message in value]
-        hash(roles)  # raises TypeError where a role is no text
+        hash(roles)  # raises TypeError if a role is a list or an object
         plain = sum(map(len, value)) == 2 * len(value) and set(map(type, texts)) == {str}
     except (TypeError, KeyError):
         plain = False
@@ -301,12 +306,9 @@ def _messages(value: list[Any]) -> tuple[list[dict[str, str]], tuple[str, ...], 
 
 def _message(message: Any, number: int) -> dict[str, str]:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        found = ", ".join(map(str, message))[:SHOWN] if isinstance(message, dict) else f"a {type(message).__name__}"
-        raise _BadRowError(
-            Problem(
-                "BAD_MESSAGES", f"message {number} is no {{role, content}}: found {found}", "give it a role and a content"
-            )
-        )
+        shown = ", ".join(map(str, message))[:SHOWN] if isinstance(message, dict) else f"a {type(message).__name__}"
+        text = f"message {number} needs a role and a content, and has: {shown}"
+        raise _BadRowError(Problem("BAD_MESSAGES", text, 'a message is {"role": "user", "content": "…"}'))
     role, content = message["role"], message["content"]
     if isinstance(content, list):  # content parts, as in OpenAI's and Nova's rows
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -314,27 +316,29 @@ def _message(message: Any, number: int) -> dict[str, str]:
     if not isinstance(content, str) or not isinstance(role, str):
         part = "role" if isinstance(content, str) else "content"
         raise _BadRowError(
-            Problem("BAD_MESSAGES", f"the {part} of message {number} is not a text", "only texts can be trained on")
+            Problem("BAD_MESSAGES", f"the {part} of message {number} is not a string", "Tunedrop trains on text only")
         )
-    # What OpenAI's newer models call the system message.
+    # OpenAI's newer models call the system message "developer".
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def _wrong_order(roles: tuple[str, ...]) -> Problem | None:
-    """Return what is wrong with the order of a prompt's roles."""
+    """Return the problem with the order of a prompt's roles, or None."""
     unknown = next((role for role in roles if role not in ROLES), None)
     if unknown is not None:
-        message = f"the role '{unknown[:SHOWN]}' is none of {', '.join(ROLES)}"
+        message = f"the role '{unknown[:SHOWN]}' is not one of {', '.join(ROLES)}"
         return Problem("BAD_MESSAGES", message, nearest(unknown, ROLES))
-    found = ", ".join(roles[:8]) + (", …" if len(roles) > 8 else "")
+    order = ", ".join(roles[:8]) + (", …" if len(roles) > 8 else "")
     turns = roles[1:] if roles[:1] == ("system",) else roles
     if "system" in turns:
-        return Problem("ROLE_ORDER", f"a system message may only come first, found: {found}", "move it to the beginning")
+        return Problem("ROLE_ORDER", f"a system message must come first; the roles are: {order}", "move it to the beginning")
     if not turns or turns[-1] != "user":
         hint = "the model answers the last user message"
-        return Problem("ROLE_ORDER", f"the prompt must end with a user message, found: {found or 'none'}", hint)
+        return Problem("ROLE_ORDER", f"the prompt must end with a user message; the roles are: {order or 'none'}", hint)
     if turns[0] != "user":
-        return Problem("ROLE_ORDER", f"the first turn must be the user's, found: {found}", "take out what comes before it")
+        return Problem(
+            "ROLE_ORDER", f"the first turn must be the user's; the roles are: {order}", "remove the turns before it"
+        )
     return None
 
 
@@ -360,4 +364,4 @@ def _answer(value: Any) -> str | None:
 
 def _not_an_object(value: Any) -> Problem:
     hint = 'each row is an object such as {"prompt": "…", "answer": "…"}'
-    return Problem("NOT_AN_OBJECT", f"expected an object with columns, found a {type(value).__name__}", hint)
+    return Problem("NOT_AN_OBJECT", f"expected an object with columns, got a {type(value).__name__}", hint)

@@ -1,0 +1,130 @@
+"""The pass over a dataset's rows: every row is split off, surveyed, or set aside. Memory does not grow with the file."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from pipeline.validation.receipt import RejectedRows, Tally
+from pipeline.validation.section import Section
+from pipeline.validation.split import Split
+from pipeline.validation.survey import Survey
+from pipeline.validation.tokens import TokenCounter, TokenizerError, unusable_tokenizer
+from tunedrop.config.model import RunConfig
+from tunedrop.dataset.rows import Records, Row, Rows
+from tunedrop.inference_tests import InferenceTest
+from tunedrop.problems import Problem
+
+# The limit of bytes in train.jsonl. A Parquet file can unpack to any size, and the function's /tmp has 10 GiB.
+MAX_WRITTEN_BYTES = 5 * 1024**3
+CHARACTERS_PER_TOKEN = 4
+
+
+class RowsRead(NamedTuple):
+    """The sections of the pass, a sample of the rows, the held-out rows, and the number of rows to train on.
+
+    `mean_tokens` of a prompt and of an answer are those of the sample, or estimates from characters without a tokenizer.
+    """
+
+    sections: list[Section]
+    sample: list[Row]
+    heldout: list[Row]
+    trained: int
+    mean_tokens: tuple[float, float]
+
+
+def read_rows(
+    data: io.BufferedReader,
+    suffix: str,
+    config: RunConfig,
+    tests: Sequence[InferenceTest],
+    model: Path | None,
+    folder: Path,
+) -> RowsRead:
+    """Read a dataset of a format (`suffix`), and write `train.jsonl`, `heldout.jsonl` and `rejected.jsonl` into `folder`.
+
+    `model` is a folder with the base model's tokenizer, None if only the job has it.
+    """
+    with ExitStack() as stack:
+        counter, tokenizer = stack.enter_context(_tokenizer(model, config))
+        split = stack.enter_context(Split(folder, config.heldout_fraction))
+        survey = Survey(config, tests, counter)
+        records = Records(data, suffix, config)
+        broken = _read(records, split, survey, config.max_bad_rows, folder / "rejected.jsonl")
+        heldout, sample = split.finish()
+        surveyed = survey.finish(sample, records.roles, records.variants)
+    counts = {"rows": split.rows, "heldout": len(heldout), "columns": next(iter(records.variants), {})}
+    sections = [tokenizer, broken, Section(counts, [], []), surveyed]
+    trained = split.rows - len(heldout) - survey.dropped
+    return RowsRead(sections, sample, heldout, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
+
+
+def _mean_tokens(surveyed: Section, part: str) -> float:
+    tokens, stats = surveyed.receipt["tokens"], surveyed.receipt["stats"]
+    if tokens:
+        return float(tokens[part]["mean"])
+    return float(stats[f"{part}_characters"]["mean"]) / CHARACTERS_PER_TOKEN if stats else 0.0
+
+
+@contextmanager
+def _tokenizer(model: Path | None, config: RunConfig) -> Iterator[tuple[TokenCounter | None, Section]]:
+    """Start the model's tokenizer, if there is one, and end it afterwards."""
+    counter, section = None, Section({}, [], [])
+    if model is not None and (model / "tokenizer.json").exists():
+        try:
+            counter = TokenCounter(model, config.grpo_value("chat_template_kwargs"))
+        except TokenizerError as error:
+            section.problems.append(unusable_tokenizer(config, error))
+    try:
+        yield counter, section
+    finally:
+        if counter:
+            counter.close()
+
+
+def _read(records: Records, split: Split, survey: Survey, allowed: float, aside: Path) -> Section:
+    """Take every row to the split and the survey; return the section about broken rows.
+
+    Up to the share `allowed`, broken rows go into the file `aside`. A larger share of them rejects the dataset.
+    """
+    errors, rejected, rows = Tally(), Tally(), 0
+    encode = msgspec.json.Encoder().encode
+    with aside.open("wb") as file:
+        for batch in records.batches():
+            errors.add(*batch.failed)
+            rejected.add(*(bad.problem for bad in batch.rejected))
+            rows += len(batch.rows) + len(batch.rejected)
+            if allowed:
+                file.writelines(
+                    encode(msgspec.to_builtins(bad.problem) | {"record": bad.record}) + b"\n" for bad in batch.rejected
+                )
+            if batch.rows:
+                _take(batch, split, survey)
+            if split.written > MAX_WRITTEN_BYTES:
+                message = f"the unpacked rows exceed {MAX_WRITTEN_BYTES:,} bytes"
+                errors.add(Problem("TOO_LARGE", message, "upload a sample of them"))
+                break
+    count = rejected.counts.total()
+    if count > allowed * rows:
+        errors, rejected = errors + rejected, Tally()
+    return Section(
+        {
+            "error_counts": errors.counts,
+            "rejected": RejectedRows(
+                rows=rejected.counts.total(), problems=rejected.listed, counts=dict(sorted(rejected.counts.items()))
+            ),
+        },
+        errors.listed,
+        [f"broken rows set aside in rejected.jsonl: {count} of {rows}"] if rejected.counts else [],
+    )
+
+
+def _take(batch: Rows, split: Split, survey: Survey) -> None:
+    encoded = list(map(str.encode, batch.texts))
+    hashes = list(map(xxh3_64_intdigest, encoded))
+    survey.add(batch, encoded, hashes)
+    split.add(batch.rows, hashes, batch.numbers)

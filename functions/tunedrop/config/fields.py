@@ -1,0 +1,98 @@
+"""The fields of TRL's `GRPOConfig` and PEFT's `LoraConfig`, and the check of a config's values against them.
+
+`trl_fields.json` describes the fields of the pinned versions. release/fields.py writes that file, so that a Lambda without
+TRL and PEFT rejects a misspelt key or a wrong type.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from tunedrop.problems import nearest
+
+# Tunedrop sets these fields: they say where a job reads and writes, which a run config cannot know.
+MANAGED_GRPO = frozenset(
+    "output_dir resume_from_checkpoint trust_remote_code push_to_hub hub_token hub_model_id "
+    "hub_strategy hub_private_repo hub_always_push hub_revision local_rank do_train do_eval do_predict run_name "
+    "project log_completions_hub_repo trackio_space_id trackio_bucket_id trackio_static_space_id report_to "
+    "model_init_kwargs remove_unused_columns reward_weights use_cpu parallelism_config ddp_backend "
+    # Training has no evaluation set: the inference tests run after it.
+    "eval_strategy eval_on_start load_best_model_at_end".split()
+)
+MANAGED_LORA = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config".split()
+)
+# TRL's defaults suit full fine-tuning. These suit LoRA on a small dataset.
+GRPO_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-5,
+    "num_train_epochs": 1,
+    "max_completion_length": 256,
+    "num_generations": 8,
+    "logging_steps": 1,
+}
+# JSON Schema's words for a range, the comparison, and its name in a message.
+_RANGES: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "minimum": (lambda value, bound: value >= bound, "at least"),
+    "exclusiveMinimum": (lambda value, bound: value > bound, "above"),
+    "maximum": (lambda value, bound: value <= bound, "at most"),
+    "exclusiveMaximum": (lambda value, bound: value < bound, "below"),
+}
+
+
+@cache
+def config_fields() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the fields by section: `{"grpo": {name: {"types", "choices"?, "default"?, "help", …}}, "lora": {…}}`.
+
+    The keys `minimum`, `exclusiveMinimum`, `maximum` and `exclusiveMaximum` of a field are those of JSON Schema.
+    """
+    fields: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("trl_fields.json").read_bytes())
+    return fields
+
+
+def check_fields(section: str, values: dict[str, Any], managed: frozenset[str]) -> None:
+    """Check names, types, choices and ranges of a section's values. Raises ValidationError that lists every mistake."""
+    fields = config_fields()[section]
+    mistakes = []
+    for key, value in values.items():
+        if key not in fields:
+            hint = nearest(str(key), set(fields) - managed)
+            mistakes.append(_mistake("config_key", str(key), hint))
+            continue
+        reason = "is set by Tunedrop; remove it" if key in managed else _wrong(value, fields[key])
+        if reason:
+            mistakes.append(_mistake("config_value", key, reason, value))
+    if mistakes:
+        raise ValidationError.from_exception_data(section, mistakes)
+
+
+def _mistake(kind: str, key: str, message: str, value: Any = None) -> InitErrorDetails:
+    # pydantic formats the template, not the message: a user's braces stay as they are.
+    return InitErrorDetails(type=PydanticCustomError(kind, "{message}", {"message": message}), loc=(key,), input=value)
+
+
+def _wrong(value: Any, field: dict[str, Any]) -> str | None:
+    """Return what is wrong with a field's value, or None."""
+    kinds, kind = field["types"], "null" if value is None else type(value).__name__
+    if kind not in kinds and not (kind == "int" and "float" in kinds):
+        return f"must be {' or '.join(kinds)}, not {kind}"
+    if isinstance(value, str) and value not in field.get("choices", [value]):
+        close = nearest(value, field["choices"])
+        return f"must be one of {', '.join(field['choices'])}" + (f" ({close})" if close.startswith("did") else "")
+    if kind in {"int", "float"}:
+        return _out_of_range(value, field)
+    return None
+
+
+def _out_of_range(value: float, field: dict[str, Any]) -> str | None:
+    if not math.isfinite(value):
+        return "must be a finite number"
+    for name, (holds, words) in _RANGES.items():
+        if name in field and not holds(value, field[name]):
+            return f"must be {words} {field[name]}"
+    return None

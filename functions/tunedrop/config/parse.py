@@ -1,0 +1,109 @@
+"""A config file's bytes to a `RunConfig`, and its mistakes in a user's words."""
+
+import re
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tunedrop.config.model import RunConfig
+from tunedrop.config.rules import check_rules
+from tunedrop.problems import Problem, RejectedError, nearest
+
+MAX_CONFIG_BYTES = 256 * 1024
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-5 as a number, and refuses aliases (they can expand without bound) and duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse aliases."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                "anchors and aliases are not accepted",
+                self.peek_event().start_mark,  # type: ignore[no-untyped-call]
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse duplicate keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key_node, _), key in zip(node.value, keys, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, which reads "1e-5" as text because it has no dot. A config means the number.
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_run_config(raw: bytes, *, default_model: str) -> RunConfig:
+    """Parse the bytes of a config file: YAML, or JSON, which is a part of YAML. Empty bytes give the defaults.
+
+    Raises RejectedError with a Problem for every mistake: `CONFIG_SYNTAX` with its line, or `CONFIG_KEY` or `CONFIG_VALUE`
+    with the dotted key.
+    """
+    return parse_run_config({"model": default_model} | _mapping(raw))
+
+
+def parse_run_config(values: dict[Any, Any]) -> RunConfig:
+    """Check a config that is a mapping already. Raises RejectedError, as `load_run_config` does."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise RejectedError([_problem(detail) for detail in error.errors(include_url=False)]) from None
+    if problems := check_rules(config):
+        raise RejectedError(problems)
+    return config
+
+
+def _mapping(raw: bytes) -> dict[Any, Any]:
+    """Return the mapping in a YAML file. Raises RejectedError with `CONFIG_SYNTAX`."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise _syntax(f"the config has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are accepted")
+    try:
+        values = yaml.load(raw.decode("utf-8-sig"), Loader=YamlLoader)  # noqa: S506 - a SafeLoader, made stricter
+    except UnicodeDecodeError as error:
+        raise _syntax(f"the config is not UTF-8: {error.reason} at byte {error.start}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        message = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        raise _syntax(f"the config is not valid YAML: {message}", mark.line + 1 if mark else None) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise _syntax(f"the config must be a mapping of keys to values, not a {type(values).__name__}")
+    return values
+
+
+def _syntax(message: str, line: int | None = None) -> RejectedError:
+    return RejectedError([Problem("CONFIG_SYNTAX", message, line=line)])
+
+
+def _valid_keys(path: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of a config's section."""
+    model: type[BaseModel] = RunConfig
+    for part in path:
+        section = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            model = section
+    return list(model.model_fields)
+
+
+def _problem(detail: Any) -> Problem:
+    """Return a pydantic error in a user's words."""
+    path: tuple[int | str, ...] = detail["loc"]
+    key = ".".join(map(str, path)) or None
+    if detail["type"] == "extra_forbidden":
+        return Problem("CONFIG_KEY", f"unknown key '{key}'", nearest(str(path[-1]), _valid_keys(path[:-1])), key=key)
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "config_key":
+        return Problem("CONFIG_KEY", f"unknown key '{key}'", message, key=key)
+    if "input" in detail and not isinstance(detail["input"], dict | list | RunConfig):
+        message += f", got {detail['input']!r}"[:200]
+    return Problem("CONFIG_VALUE", f"{key}: {message}" if key else message, key=key)

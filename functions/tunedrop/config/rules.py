@@ -1,0 +1,184 @@
+"""Rules between a config's values: contradictions, instance types that cannot run the config, and unusual values."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tunedrop.config.instances import gpus, has_bf16, why_not
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import generation_batch
+from tunedrop.problems import Problem
+from tunedrop.rewards import check_names
+
+
+def _targets(config: RunConfig) -> list[str]:
+    return [config.lora.target_modules] if isinstance(config.lora.target_modules, str) else config.lora.target_modules
+
+
+# What TRL, Transformers and PEFT refuse only once a GPU runs: the key to change, the condition, and the reason.
+RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
+    (
+        "grpo.num_generations",
+        lambda config: config.grpo_value("num_generations") is None,
+        "must be a number of at least 2: an advantage compares answers within a group",
+    ),
+    (
+        "lora.load_in_4bit",
+        lambda config: config.lora.load_in_4bit and config.grpo_value("use_vllm"),
+        "load_in_4bit and grpo.use_vllm do not work together in TRL: turn one of them off",
+    ),
+    (
+        "grpo.fp16",
+        lambda config: config.grpo_value("fp16") and config.grpo_value("bf16"),
+        "fp16 and bf16 exclude each other: turn one of them off",
+    ),
+    (
+        "grpo.generation_batch_size",
+        lambda config: config.grpo_value("generation_batch_size") and config.grpo_value("steps_per_generation"),
+        "generation_batch_size and steps_per_generation set the same size: give one of them",
+    ),
+    (
+        "grpo.auto_find_batch_size",
+        lambda config: config.grpo_value("auto_find_batch_size"),
+        "GRPO needs whole groups in a batch, and an automatic batch size breaks them: lower per_device_train_batch_size",
+    ),
+    (
+        "grpo.sync_ref_model",
+        lambda config: config.grpo_value("sync_ref_model"),
+        "a LoRA run has no reference model to synchronise: its reference is the base model without the adapter",
+    ),
+    (
+        "grpo.lr_scheduler_type",
+        lambda config: config.grpo_value("lr_scheduler_type") in {"reduce_lr_on_plateau", "greedy"},
+        "this scheduler needs evaluations during training, and a run has none: use linear, cosine or constant",
+    ),
+    (
+        "grpo.max_completion_length",
+        lambda config: config.grpo_value("max_completion_length") is None,
+        "must be a number of tokens: without a limit an answer may never end",
+    ),
+    (
+        "max_seq_length",
+        lambda config: config.max_seq_length and config.max_seq_length <= (config.grpo_value("max_completion_length") or 0),
+        "leaves no room for a prompt beside grpo.max_completion_length: raise max_seq_length or lower max_completion_length",
+    ),
+    (
+        "grpo.dataloader_prefetch_factor",
+        lambda config: config.grpo_value("dataloader_prefetch_factor") and not config.grpo_value("dataloader_num_workers"),
+        "only workers prefetch: set dataloader_num_workers too",
+    ),
+    (
+        "grpo.vllm_importance_sampling_clip_min",
+        lambda config: (
+            (low := config.grpo_value("vllm_importance_sampling_clip_min")) is not None
+            and (high := config.grpo_value("vllm_importance_sampling_clip_max")) is not None
+            and low >= high
+        ),
+        "must be below vllm_importance_sampling_clip_max",
+    ),
+    (
+        "lora.target_modules",
+        lambda config: any(name.endswith("lm_head") for name in _targets(config)),
+        "an adapter on lm_head would never be trained: TRL computes log-probabilities from lm_head's own weights",
+    ),
+    (
+        "lora.target_modules",
+        lambda config: (
+            isinstance(config.lora.target_modules, str)
+            and (config.lora.peft_kwargs().get("layers_to_transform") or config.lora.peft_kwargs().get("layers_pattern"))
+        ),
+        "must be a list of module names if layers_to_transform or layers_pattern selects layers",
+    ),
+    (
+        "lora.lora_bias",
+        lambda config: config.lora.peft_kwargs().get("lora_bias") and config.lora.peft_kwargs().get("use_dora"),
+        "PEFT has no bias for DoRA: turn lora_bias or use_dora off",
+    ),
+]
+
+
+def check_rules(config: RunConfig) -> list[Problem]:
+    """Return the contradictions between a config's values."""
+    try:
+        check_names(config.rewards)
+    except ValueError as error:
+        return [Problem("CONFIG_VALUE", str(error))]
+    if not any(spec.weight > 0 for spec in config.rewards):
+        return [Problem("CONFIG_VALUE", "no reward has a weight above 0: there is nothing to learn")]
+    return [Problem("CONFIG_VALUE", f"{key}: {reason}", key=key) for key, broken, reason in RULES if broken(config)]
+
+
+def check_instances(config: RunConfig, instance_types: Sequence[str], image: str = "") -> list[Problem]:
+    """Return what these instance types cannot run.
+
+    `instance_types` are the config's, or the stack's if the config names none. `image` is the jobs' container image, empty
+    if unknown. No instance types (jobs on this machine): no problem.
+    """
+    problems = []
+    for name in instance_types:
+        if reason := why_not(name, image):
+            hint = "choose another, such as ml.g5.xlarge"
+            if config.compute.instance_type is None:
+                hint += ": it is one of the stack's InstanceTypes"
+            problems.append(_instance_problem("compute.instance_type", f"{name} cannot run the job: {reason}", hint))
+        else:
+            problems += _check_gpus(config, name)
+    return problems
+
+
+def _check_gpus(config: RunConfig, name: str) -> Iterator[Problem]:
+    """Yield what the GPUs of an instance type cannot do for this config."""
+    count = gpus(name)
+    for key, wanted in (
+        ("lora.load_in_4bit", config.lora.load_in_4bit),
+        ("grpo.use_vllm", config.grpo_value("use_vllm")),
+    ):
+        if wanted and count == 0:
+            hint = "choose an instance type with a GPU, such as ml.g5.xlarge, or turn it off"
+            yield _instance_problem(key, f"{key} needs a GPU and {name} has none", hint)
+    if config.grpo_value("bf16") and not has_bf16(name):
+        hint = "set fp16 instead, or choose ml.g5 or newer"
+        yield _instance_problem("grpo.bf16", f"the GPUs of {name} do not compute in bf16", hint)
+    processes = config.compute.instance_count * (count or 1)
+    batch, group = generation_batch(config, processes), config.grpo_value("num_generations")
+    once = config.grpo_value("per_device_train_batch_size") * processes
+    if batch % group or batch % once:
+        message = (
+            f"a generation batch of {batch} is not a multiple of num_generations ({group}) and of the {once} completions "
+            f"that the {processes} GPUs of {name} take at once"
+        )
+        hint = f"set generation_batch_size to a multiple of {math.lcm(group, once)}"
+        yield _instance_problem("grpo.generation_batch_size", message, hint)
+
+
+def _instance_problem(key: str, message: str, hint: str) -> Problem:
+    return Problem("CONFIG_INSTANCE", message, hint, key=key)
+
+
+def config_warnings(config: RunConfig) -> list[str]:
+    """Return a warning for each value that TRL accepts and that is probably a mistake."""
+    return [warning for unusual, warning in _warnings(config) if unusual]
+
+
+def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
+    rate, temperature = config.grpo_value("learning_rate"), config.grpo_value("temperature")
+    group, beta, completion = (config.grpo_value(key) for key in ("num_generations", "beta", "max_completion_length"))
+    yield (
+        rate > 5e-4,
+        f"grpo.learning_rate {rate:g} is high: GRPO with LoRA usually diverges above 5e-4; 1e-5 to 1e-4 is common",
+    )
+    yield rate < 1e-7, f"grpo.learning_rate {rate:g} is low: below 1e-7 an adapter hardly changes; 1e-5 to 1e-4 is common"
+    yield (
+        temperature < 0.3,
+        f"grpo.temperature {temperature:g} is low: answers to one prompt will be alike and teach nothing",
+    )
+    yield temperature > 1.5, f"grpo.temperature {temperature:g} is high: most answers will be noise"
+    yield group < 4, f"grpo.num_generations {group} is small: a small group gives a noisy advantage"
+    yield beta > 0.5, f"grpo.beta {beta:g} is high: the tuned model will stay close to its base"
+    yield completion < 16, f"grpo.max_completion_length {completion} is short: answers will be cut off"
+    room = (config.max_seq_length or math.inf) - completion
+    yield config.max_prompt_length > room, f"max_seq_length leaves prompts {room} tokens, fewer than max_prompt_length"
+    yield config.lora.r > 256, f"lora.r {config.lora.r} is large: it costs memory and seldom helps above 64"
+    form = sum(spec.weight for spec in config.rewards if spec.reward_type.measures == "form")
+    other = sum(spec.weight for spec in config.rewards if spec.reward_type.measures != "form")
+    yield form > other, "the rewards pay more for the format than for the answer"

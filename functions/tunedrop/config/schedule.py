@@ -1,0 +1,99 @@
+"""How a run's steps follow from its config: batches, optimizer steps, completions, and the lengths of prompts.
+
+`processes` is the number of GPUs of all instances, 1 without a GPU: one training process runs on each GPU.
+"""
+
+import math
+
+from tunedrop.config.instances import gpus
+from tunedrop.config.model import RunConfig
+from tunedrop.problems import Problem
+
+
+def generation_batch(config: RunConfig, processes: int = 1) -> int:
+    """Return how many completions TRL generates at once: whole groups of `num_generations`."""
+    steps = config.grpo_value("steps_per_generation") or config.grpo_value("gradient_accumulation_steps")
+    size = config.grpo_value("generation_batch_size") or config.grpo_value("per_device_train_batch_size") * processes * steps
+    return int(size)
+
+
+def fit_batches(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Return the config with a generation batch that holds whole groups, and the corrections in words for the receipt.
+
+    The batch fits every number of GPUs that the config's instance types have. `generation_batch_size` is raised to the next
+    size that fits. If the config has none, `gradient_accumulation_steps` (or `steps_per_generation`) is raised instead.
+    """
+    group, per_gpu = config.grpo_value("num_generations"), config.grpo_value("per_device_train_batch_size")
+    counts = {config.compute.instance_count * (gpus(name) or 1) for name in config.compute.instance_type or ["ml.any.one"]}
+    value = config.grpo_value("generation_batch_size")
+    if value is not None:
+        key, unit = "generation_batch_size", math.lcm(group, *(per_gpu * count for count in counts))
+        reason = f"a multiple of num_generations ({group}) and of {per_gpu} completions per GPU"
+    else:
+        key = "steps_per_generation" if config.grpo_value("steps_per_generation") else "gradient_accumulation_steps"
+        value = config.grpo_value(key)
+        unit = math.lcm(*(group // math.gcd(group, per_gpu * count) for count in counts))
+        reason = f"a generation batch must hold whole groups of num_generations ({group}) completions"
+    fitted = -(-value // unit) * unit
+    if fitted == value:
+        return config, []
+    return config.model_copy(update={"grpo": config.grpo | {key: fitted}}), [f"grpo.{key} {value} → {fitted}: {reason}"]
+
+
+def optimizer_steps(config: RunConfig, rows: int, processes: int = 1) -> int:
+    """Return the number of optimizer steps over `rows` training rows. TRL drops an incomplete last batch."""
+    if config.grpo_value("max_steps") > 0:
+        return int(config.grpo_value("max_steps"))
+    batch = generation_batch(config, processes)
+    batches = rows * config.grpo_value("num_generations") // batch
+    per_epoch = batches * batch * config.grpo_value("num_iterations") // _per_step(config, processes)
+    return math.ceil(config.grpo_value("num_train_epochs") * max(per_epoch, 1)) if batches else 0
+
+
+def generated_answers(config: RunConfig, rows: int, processes: int = 1) -> int:
+    """Return how many completions a run over `rows` rows samples. Training uses each `num_iterations` times."""
+    completions = optimizer_steps(config, rows, processes) * _per_step(config, processes)
+    return int(completions // config.grpo_value("num_iterations"))
+
+
+def _per_step(config: RunConfig, processes: int) -> int:
+    """Return how many completions one optimizer step trains on."""
+    per_gpu, accumulated = (config.grpo_value(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    return int(per_gpu * processes * accumulated)
+
+
+def check_steps(config: RunConfig, rows: int, processes: int = 1) -> list[Problem]:
+    """Return a problem if `rows` training rows are too few for one optimizer step."""
+    prompts = generation_batch(config, processes) // config.grpo_value("num_generations")
+    if rows >= prompts:
+        return []
+    message = f"{rows} training rows are too few: one optimizer step takes {prompts} prompts"
+    hint = "add rows, or lower per_device_train_batch_size, gradient_accumulation_steps or generation_batch_size"
+    return [Problem("CONFIG_STEPS", message, hint, key="grpo.per_device_train_batch_size")]
+
+
+def prompt_limit(config: RunConfig) -> int:
+    """Return how many tokens a prompt may have: `max_prompt_length`, or less if `max_seq_length` leaves less."""
+    if config.max_seq_length is None:
+        return config.max_prompt_length
+    return min(config.max_prompt_length, config.max_seq_length - int(config.grpo_value("max_completion_length")))
+
+
+def check_lengths(config: RunConfig, context: int) -> list[Problem]:
+    """Return a problem if the config's lengths exceed the model's context (`max_position_embeddings`, in tokens)."""
+    completion = config.grpo_value("max_completion_length")
+    if config.max_seq_length is not None:
+        if config.max_seq_length <= context:
+            return []
+        message = f"max_seq_length {config.max_seq_length} exceeds the model's context of {context} tokens"
+        return [Problem("CONFIG_LENGTH", message, f"lower it to {context}", key="max_seq_length")]
+    if config.max_prompt_length + completion <= context:
+        return []
+    message = (
+        f"max_prompt_length {config.max_prompt_length} plus grpo.max_completion_length {completion} exceeds the model's "
+        f"context of {context} tokens"
+    )
+    room = context - completion
+    hint = f"lower max_prompt_length to {room}" if room > 0 else f"lower max_completion_length below {context}"
+    key = "max_prompt_length" if room > 0 else "grpo.max_completion_length"
+    return [Problem("CONFIG_LENGTH", message, hint, key=key)]
