@@ -11,23 +11,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from accelerate.utils import gather_object
-from torch.utils.data import Sampler
+from typing import Any, NamedTuple
 
 from trainer.job import JobError
 from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Row
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
 
 log = logging.getLogger("trainer")
 
@@ -146,7 +137,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     """Sync every file of a folder to the disk and return its hash by its name."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
@@ -154,7 +145,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: _digest(folder / name) for name in names}
 
 
-def _publish(folder: Path, target: Path, manifest: dict[str, Any]) -> None:
+def publish(folder: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Seal a folder with its manifest, the last file written, and rename it."""
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(folder / MANIFEST)
@@ -163,80 +154,3 @@ def _publish(folder: Path, target: Path, manifest: dict[str, Any]) -> None:
     folder.rename(target)
     folder.parent.rmdir()
     _sync(target.parent)
-
-
-class _ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
-    """TRL's sampler, seeded anew for each epoch.
-
-    TRL's goes on from where the epoch before has left its generator, which a process that resumes has not seen.
-    """
-
-    def __init__(self, sampler: Any, seed: Callable[[], int]):
-        self._sampler = sampler
-        self._seed = seed
-
-    def __iter__(self) -> Iterator[int]:
-        if self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._seed())
-        yield from self._sampler
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
-class Durable(_Base):  # type: ignore[misc] # TRL is untyped here
-    """Makes a GRPO trainer's checkpoints whole or absent, and its resumed runs equal to uninterrupted ones.
-
-    To be put before a `GRPOTrainer` in a class's bases. `run` and `record` go into the manifests.
-    """
-
-    run: dict[str, Any]
-    record: Record
-    _saving = False
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write none: TRL would put one beside the checkpoints at every save."""
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return _ByEpoch(super()._get_train_sampler(dataset), lambda: self.args.seed + int(self.state.epoch or 0))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return str(Path(folder, SAVING)) if self._saving else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the base class, but into `saving/` and with the rollout in use; sealed and renamed when every rank is done."""
-        accelerator, place, name = self.accelerator, Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        folder = place / SAVING / name
-        if accelerator.is_local_main_process:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        torch.save(self._rollout(), folder / f"rollout_{accelerator.process_index}.pt")
-        accelerator.wait_for_everyone()
-        # Each machine has a folder of its own, which SageMaker copies to one place in S3.
-        hashes = gather_object([_hashes(folder) if accelerator.is_local_main_process else {}])
-        if accelerator.is_local_main_process:
-            files = {file: digest for each in hashes for file, digest in each.items()}
-            manifest = {"step": self.state.global_step, "run": self.run, "record": asdict(self.record), "files": files}
-            _publish(folder, place / name, manifest)
-            clean(place, self.args.save_total_limit, verify=False)
-        accelerator.wait_for_everyone()
-
-    def _rollout(self) -> dict[str, Any]:
-        """Return where the trainer is in its rollout: one is used for several steps with `num_iterations`, among others."""
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        inputs = self._buffered_inputs if in_use else None
-        return {"step": self._step, "inputs": inputs, "metrics": dict(self._metrics["train"])}
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint or "", f"rollout_{self.accelerator.process_index}.pt")
-        if checkpoint and path.exists():  # a run that goes on with more ranks than it had samples anew
-            rollout = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._step, self._buffered_inputs = rollout["step"], rollout["inputs"]
-            self._metrics["train"].update(rollout["metrics"])

@@ -13,7 +13,7 @@ from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, score
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer
+    from trainer.run_trainer import RunTrainer
 
 
 class Answer(NamedTuple):
@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
 
 def answers(
-    trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
+    trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
 ) -> list[list[Answer]]:
     """Return so many answers to each row, sampled as training samples them, or greedily.
 
@@ -43,9 +43,9 @@ def answers(
     return [given for _, given in sorted(everyone, key=lambda each: each[0])]
 
 
-def _batch(trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[Answer]:
+def _batch(trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[Answer]:
     prompts = [row["prompt"] for row in rows]
-    ids, _ = trainer._generate_single_turn(trainer._tokenize_prompts(prompts)[0], None, {}, samples)
+    ids = trainer.complete(prompts, samples)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
@@ -67,7 +67,7 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding(trainer: "GRPOTrainer", greedy: bool) -> Iterator[None]:
+def _decoding(trainer: "RunTrainer", greedy: bool) -> Iterator[None]:
     """Let the trainer's generation take the likeliest token for a while."""
     holder, name = (trainer.vllm_generation, "temperature") if trainer.use_vllm else (trainer, "generation_config")
     kept = getattr(holder, name)

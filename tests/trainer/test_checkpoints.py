@@ -116,7 +116,7 @@ def test_killed_at_many_random_moments_a_run_ends_as_if_nothing_had_happened(dur
 # Where a run may be killed while it saves, by the function that is being called then.
 MOMENTS = {
     "before anything is written": ("trainer.checkpoints.shutil.rmtree", 1),
-    "before the files are hashed": ("trainer.checkpoints._hashes", 4),
+    "before the files are hashed": ("trainer.checkpoints.hashes", 4),
     "between manifest and rename": ("pathlib.Path.rename", 4),
     "before the old ones are removed": ("trainer.checkpoints.clean", 4),
     "in an evaluation": ("trainer.sampling._batch", 2),

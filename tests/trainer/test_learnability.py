@@ -23,7 +23,7 @@ from tunedrop.rewards import RewardSpec
     ],
 )
 def test_prompts_are_dead_learnable_or_solved(rewards, dead, learnable, solved):
-    found = learnability.judge(rewards, 8)
+    found = learnability.estimate(rewards, 8)
     assert (found.dead, found.learnable, found.solved) == (dead, learnable, solved)
     assert found.flat == [index for index, each in enumerate(rewards) if abs(each[0] - each[1]) < 1e-6]
 
@@ -36,14 +36,14 @@ def test_four_answers_to_a_prompt_say_how_many_groups_have_a_gradient(a, b, grou
     chances = [generator.betavariate(a, b) for _ in range(1000)]
     rewards = [[float(generator.random() < chance) for _ in range(4)] for chance in chances]
     groups = [{generator.random() < chance for _ in range(group)} for chance in chances]
-    expected = learnability.judge(rewards, group).expected_nonzero_groups
+    expected = learnability.estimate(rewards, group).expected_nonzero_groups
     assert expected == pytest.approx(fmean(len(each) > 1 for each in groups), abs=0.05)
 
 
 def test_rewards_of_many_values_are_expected_to_differ():
     generator = random.Random(0)
     rewards = [[generator.random() for _ in range(4)] for _ in range(24)]
-    assert learnability.judge(rewards, 8).expected_nonzero_groups > 0.99
+    assert learnability.estimate(rewards, 8).expected_nonzero_groups > 0.99
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_rows_that_teach_nothing_can_be_dropped(job, monkeypatch):
 def test_a_run_that_would_learn_nothing_can_be_stopped_before_it_starts(job, monkeypatch, policy):
     prepare(job, monkeypatch, ["never"] * 12, policy=policy)
     reason = {
-        "stop": "Only 0% of the groups .* of 12 prompts it never gets 100% right and always gets 0%",
+        "stop": "learn from only 0% of the groups.* Of 12 prompts it never solved 100% and always solved 0%",
         "drop": "0 rows are too few for one step, .*: set learnability.policy to go_on",
     }
     with pytest.raises(JobError, match=reason[policy]):

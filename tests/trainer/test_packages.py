@@ -17,8 +17,6 @@ ROOT = Path(__file__).parents[2]
 OURS = {"trainer": ROOT / "trainer", "tunedrop": ROOT / "functions/tunedrop"}
 # Not in the image: only where somebody adds it.
 OPTIONAL = {"vllm"}
-# A test job takes one function of trainer.grpo, which does without them; importing them takes seconds.
-NOT_IN_A_TEST = {"peft", "trl"}
 
 
 def source(module: str) -> Path | None:
@@ -59,7 +57,7 @@ def foreign(start: str) -> set[str]:
     ("stage", "module", "without"),
     [
         ("train", "trainer.train", OPTIONAL),
-        ("test", "trainer.test_model", OPTIONAL | NOT_IN_A_TEST),
+        ("test", "trainer.test_model", OPTIONAL),
         ("proofs", "trainer.proofs", set()),
     ],
 )

@@ -93,8 +93,8 @@ def damaged(trained: Job, folder: Path, how: str) -> Path:
         ("one tensor is another layer's", "1 tensors differ, the first is model.layers.1.mlp.down_proj"),
         ("a single number is wrong", "is not base .* adapter: 1 tensors differ"),
         ("a number is none", "is not base .* adapter: 1 tensors differ"),
-        ("the adapter is zeros", r"does not change what the base model says \(largest difference .*: 0.0\)"),
-        ("the adapter is no numbers", r"does not change what the base model says .*nan"),
+        ("the adapter is zeros", r"does not change the base model's output \(largest difference .*: 0.0\)"),
+        ("the adapter is no numbers", r"does not change the base model's output .*nan"),
         ("the adapter counts twice", "14 tensors differ"),
     ],
 )
@@ -112,8 +112,8 @@ def test_files_that_do_not_load_fail_with_the_last_words_of_the_process(trained,
 @pytest.mark.parametrize(
     ("parity", "message"),
     [
-        ({"mean": 0.3, "agreeing": 3}, r"differ by 0.300 on average \(at most 0.1 is rounding\) and 3 of 3"),
-        ({"mean": 0.01, "agreeing": 2}, "2 of 3 greedy answers agree"),
+        ({"mean": 0.3, "agreeing": 3}, r"differ by 0.300 on average \(rounding explains at most 0.1\), and 3 of 3"),
+        ({"mean": 0.01, "agreeing": 2}, "2 of 3 greedy completions agree"),
         ({"mean": float("nan"), "agreeing": 3}, "nan"),
         ({"mean": 0.01, "agreeing": 3}, None),
     ],
@@ -125,10 +125,10 @@ def test_answers_that_differ_fail_although_the_weights_agree(parity, message):
         "versions": {},
     }
     if message is None:
-        proofs.judge(measured)
+        proofs.check(measured)
     else:
         with pytest.raises(JobError, match=message):
-            proofs.judge(measured)
+            proofs.check(measured)
 
 
 def test_a_corrupted_merge_fails_the_run(job, monkeypatch):

@@ -19,9 +19,11 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from local_app.base_model import fetch
-from trainer import grpo
+from trainer import run_trainer, shared_prefix_sampling
 from trainer import train as training_job
-from trainer.grpo import Packed, SharedPrefixGRPOTrainer, attention, why_not
+from trainer.run_trainer import SharedPrefixGRPOTrainer
+from trainer.shared_prefix import Packed, attention
+from trainer.shared_prefix_models import unsupported
 
 MODELS = Path(__file__).parents[2] / ".tunedrop/models"
 GENERATIONS = 4
@@ -176,13 +178,13 @@ def test_so_with_other_models(tiny, tmp_path, monkeypatch, config):
 
 def test_groups_without_advantage_are_computed_without_a_backward(tiny, tmp_path, monkeypatch):
     tokens = {True: 0, False: 0}
-    backbone = grpo.backbone
+    backbone = run_trainer.backbone
 
     def counted(model, packed, *rest):
         tokens[torch.is_grad_enabled()] += packed.input_ids.numel()
         return backbone(model, packed, *rest)
 
-    monkeypatch.setattr(grpo, "backbone", counted)
+    monkeypatch.setattr(run_trainer, "backbone", counted)
     assert_equal(tiny, tmp_path, monkeypatch, max_steps=1)
     last = AutoTokenizer.from_pretrained(tiny).apply_chat_template(
         [{"role": "user", "content": PROMPTS[-1]}], add_generation_prompt=True, return_dict=False
@@ -272,7 +274,7 @@ def test_training_leaves_the_base_weights_bit_for_bit(tiny, tmp_path):
 def test_an_error_in_a_rollout_leaves_the_weights_too(tiny, tmp_path, monkeypatch):
     trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, bf16=True)
     before = {name: each.clone() for name, each in trainer.model.named_parameters()}
-    monkeypatch.setattr(grpo, "backbone", lambda *_: 1 / 0)
+    monkeypatch.setattr(shared_prefix_sampling, "backbone", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer._generate_single_turn([[5, 6]], None, {}, 1)
     assert all(torch.equal(before[name], each) for name, each in trainer.model.named_parameters())
@@ -302,15 +304,17 @@ def test_sampling_follows_the_model(tiny, tmp_path):
 def test_a_model_it_cannot_take_is_named_with_the_reason(tmp_path, config, said):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    assert said in why_not(model, GRPOConfig(output_dir=str(tmp_path), use_cpu=True), LoraConfig(**LORA))
+    assert said in unsupported(model, GRPOConfig(output_dir=str(tmp_path), use_cpu=True), LoraConfig(**LORA))
 
 
 def test_it_refuses_to_train_more_than_lora(tiny, tmp_path):
-    with pytest.raises(ValueError, match="trained beside LoRA"):
+    with pytest.raises(ValueError, match="LoRA is not all that is trained"):
         build(SharedPrefixGRPOTrainer, tiny, tmp_path, lora={"modules_to_save": ["lm_head"]})
 
 
-@pytest.mark.parametrize(("lora", "said"), [({}, "shared prefix"), ({"modules_to_save": ["lm_head"]}, "stock TRL: more is")])
+@pytest.mark.parametrize(
+    ("lora", "said"), [({}, "shared prefix"), ({"modules_to_save": ["lm_head"]}, "stock TRL: LoRA is not all")]
+)
 def test_the_training_job_takes_it_where_it_can(job, monkeypatch, lora, said):
     said_lines = []
     monkeypatch.setattr(training_job.log, "info", lambda text, *args: said_lines.append(text % args if args else text))
