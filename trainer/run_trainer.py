@@ -75,10 +75,10 @@ def merged(model: PeftModel, dtype: torch.dtype | None) -> Iterator[bool]:
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
-    """`trl.GRPOTrainer`, same constructor and config, for LoRA on a model that `unsupported` accepts.
+    """A `trl.GRPOTrainer` with the same constructor and config, for LoRA on a model for which `unsupported` is None.
 
-    Raises ValueError for anything else, and for tools, environments and rollout functions. A reward function with a method
-    `begin`, called as the function itself, is told of completions that end while others are sampled.
+    Raises ValueError for other models, and for tools, environments and rollout functions. If a reward function has a method
+    `begin`, the trainer calls it with completions that end while others are sampled; the parameters are the function's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -86,15 +86,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         whole = self.accelerator.unwrap_model(self.model)
         adapters = list(whole.peft_config.values()) if isinstance(whole, PeftModel) else []
         if not adapters or any(each.peft_type != "LORA" for each in adapters):
-            raise ValueError("SharedPrefixGRPOTrainer trains LoRA adapters only: give a LoraConfig, or use trl.GRPOTrainer.")
+            raise ValueError("SharedPrefixGRPOTrainer trains LoRA adapters only: pass a LoraConfig, or use trl.GRPOTrainer.")
         self._base: PreTrainedModel = whole.get_base_model()
         reason = unsupported(self._base, self.args, adapters[0])
         if self.tools or self.environment_factories is not None or self.rollout_func is not None:
             reason = "tools, environments or a rollout function"
         if reason:
-            raise ValueError(f"SharedPrefixGRPOTrainer cannot train this, use trl.GRPOTrainer: {reason}.")
+            raise ValueError(f"SharedPrefixGRPOTrainer cannot train this model, use trl.GRPOTrainer: {reason}.")
         self._learns: Tensor | None = None
-        self._asked: list[dict[str, Any]] | None = None
+        self._generation_inputs: list[dict[str, Any]] | None = None
         self._buffered_inputs: list[dict[str, Tensor]] | None = None
         self._base.set_attn_implementation(ATTENTION)
         stock_forward = self._base.forward
@@ -115,7 +115,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         self._base.forward = forward
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """As TRL's, but groups are shuffled, not single sequences: a micro-batch holds whole groups."""
+        """As TRL's, but shuffles groups instead of sequences: a micro-batch holds whole groups."""
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
@@ -128,33 +128,33 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         return self._buffered_inputs[self._step % steps]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
-        """As TRL's. Rewards that can begin early do so with completions that end while others are sampled."""
-        self._asked = inputs if any(hasattr(reward, "begin") for reward in self.reward_funcs) else None
+        """As TRL's. Rewards with a method `begin` start on completions that end while others are sampled."""
+        self._generation_inputs = inputs if any(hasattr(reward, "begin") for reward in self.reward_funcs) else None
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
-            self._asked = None
+            self._generation_inputs = None
 
     def _begin_rewards(self, rows: list[int], completions: Tensor) -> None:
-        """Hand completions (rows, C), padded after their end, to the rewards that can begin early."""
-        assert self._asked is not None
+        """Pass completions (rows, C), padded after their end, to the rewards with a method `begin`."""
+        assert self._generation_inputs is not None
         ends = [next(at for at, token in enumerate(ids) if token in self.eos_token_ids) + 1 for ids in completions.tolist()]
         ids = [ids[:end] for ids, end in zip(completions.tolist(), ends, strict=True)]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        columns = {name: [self._asked[row][name] for row in rows] for name in self._asked[0]}
+        columns = {name: [self._generation_inputs[row][name] for row in rows] for name in self._generation_inputs[0]}
         prompts = columns.pop("prompt")
         conversational = is_conversational({"prompt": prompts[0]})
-        answers = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+        messages = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
         for reward in self.reward_funcs:
             if hasattr(reward, "begin"):
-                reward.begin(prompts=prompts, completions=answers, **columns)
+                reward.begin(prompts=prompts, completions=messages, **columns)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, but its call of `generate` samples with a `Rollout`, from merged weights."""
+        """As TRL's, but `generate` samples with the prompts' prefill shared, from merged weights."""
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        ended = {} if self._asked is None else {"ended": self._begin_rewards}
+        ended = {} if self._generation_inputs is None else {"ended": self._begin_rewards}
         generate = functools.partial(self._base.generate, custom_generate=functools.partial(sample, **ended))
         with merged(self.accelerator.unwrap_model(self.model), dtype) as whole:
             self._base.generate = generate
@@ -174,9 +174,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Return log-probabilities and entropies (B, C) of the completions in sequences (B, P + C), and no third thing.
+        """Return log-probabilities and entropies (B, C) of the completions in sequences (B, P + C), and None for TRL's third.
 
-        `batch_size` bounds how many sequences are computed at once, but whole groups stay together.
+        `batch_size` limits the sequences that are computed at once, but whole groups stay together.
         """
         mask = attention_mask.bool()
         split = input_ids.shape[1] - logits_to_keep
@@ -191,23 +191,23 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
                 scored = model(input_ids=packed.input_ids, position_ids=packed.position_ids, shared_prefix=packed)
             return [torch.cat([each, each.new_zeros(1)])[packed.index] for each in scored]
 
-        everything = list(range(len(prompts)))
+        every_row = list(range(len(prompts)))
         if self._learns is None:
             size = max(batch_size, self.num_generations) if batch_size else len(prompts)
-            parts = [everything[start : start + size] for start in range(0, len(prompts), size)]
+            parts = [every_row[start : start + size] for start in range(0, len(prompts), size)]
             scored = [score(rows) for rows in parts]
         else:
             learning = {tuple(prompts[row]) for row in self._learns.nonzero()[:, 0].tolist()}
-            parts = [[row for row in everything if (tuple(prompts[row]) in learning) == learns] for learns in (True, False)]
+            parts = [[row for row in every_row if (tuple(prompts[row]) in learning) == learns] for learns in (True, False)]
             with torch.no_grad():
-                still = score(parts[1]) if parts[1] else None
-            scored = ([score(parts[0])] if parts[0] else []) + ([still] if still else [])
+                without_gradient = score(parts[1]) if parts[1] else None
+            scored = ([score(parts[0])] if parts[0] else []) + ([without_gradient] if without_gradient else [])
         order = torch.tensor([row for rows in parts for row in rows], device=input_ids.device).argsort()
         logps, entropies = (torch.cat(each)[order] for each in zip(*scored, strict=True))
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """As TRL's. Groups whose advantages are all zero have no gradient without a KL or entropy term: no backward."""
+        """As TRL's, without a backward for groups whose advantages are all zero, if there is no KL and no entropy term."""
         if self.beta == 0.0 and not self._entropy_bonus_enabled and self.accelerator.num_processes == 1:
             self._learns = inputs["advantages"] != 0
         try:
@@ -215,7 +215,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         finally:
             self._learns = None
         if torch.is_grad_enabled() and not loss.requires_grad:
-            # Nothing to learn here; the gradients are zeros, as TRL's would be, not absent.
+            # No group has an advantage. The gradients must be zeros, as TRL's, not None.
             loss = loss + sum(0.0 * each.sum() for each in self.model.parameters() if each.requires_grad)
         return loss
 

@@ -1,4 +1,4 @@
-"""Attention over rows in which each prompt stands once, although a group has several completions of it.
+"""Attention over rows that contain each prompt once, although a group has several completions of it.
 
 A GRPO group is one prompt and G completions of it. `Packed` puts some groups into one row without padding, and
 `shared_prefix_attention` lets each completion see its prompt and itself. Everything else in a model works token by token,
@@ -21,9 +21,9 @@ ATTENTION = "shared_prefix"
 
 
 class Layout(NamedTuple):
-    """The places of the tokens in a packed row: `[prompt 1, its completions, prompt 2, its completions, …]`.
+    """The positions of a prompt and of its completions in a packed row `[prompt 1, its completions, prompt 2, …]`.
 
-    `prompt` is a slice of the row, and so is `completions`, which holds `lengths` tokens of each completion in turn.
+    `prompt` and `completions` are slices of the row. `lengths` are the tokens of each completion, in order.
     """
 
     prompt: slice
@@ -32,13 +32,13 @@ class Layout(NamedTuple):
 
 
 class Packed:
-    """Sequences of some prompts as one row without padding: each prompt once, and equal completions of it once.
+    """Prompts and completions as one row without padding, with each prompt once and equal completions of a prompt once.
 
-    A completion's tokens attend to its prompt and to themselves only, and have the positions they have in a sequence of
-    their own. The last token of a completion predicts nothing that is scored, so it is left out.
+    The tokens of a completion attend to its prompt and to each other. They have the same positions as in a separate
+    sequence. The last token of a completion is left out, because it predicts no scored token.
 
-    `input_ids`, `position_ids`: (1, N). `sources` (K,): the positions that predict a scored token; `targets` (K,): that
-    token; `index` (B, C): where in K a row's scored tokens are, with K itself for padding.
+    `input_ids`, `position_ids`: (1, N). `sources` (K,): the positions that predict a scored token. `targets` (K,): the scored
+    tokens. `index` (B, C): the index in K of each scored token of a sequence, K for padding.
     """
 
     def __init__(self, prompts: list[list[int]], completions: list[list[int]], width: int, device: torch.device):
@@ -86,7 +86,7 @@ class Packed:
             out.append(attention([each[None] for each in prompt], None, scaling, query.is_cuda)[0])
             if group.lengths:
                 own = [each[group.completions] for each in flat]
-                if gather is None:  # all of one length: they are a rectangle as they lie
+                if gather is None:  # all of one length: already a rectangle
                     rectangle = [each.unflatten(0, (len(group.lengths), -1)) for each in own]
                     out.append(attention(rectangle, prompt, scaling, query.is_cuda).flatten(0, 1))
                 else:
@@ -97,7 +97,7 @@ class Packed:
 
 
 def _gather(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Return the indices (G, L) that pad ragged completions to a rectangle and those that undo it, None if it is one."""
+    """Return the indices (G, L) that pad completions to a rectangle, and the indices that undo it. None for equal lengths."""
     if len(set(lengths)) <= 1:
         return None
     length = torch.tensor(lengths)[:, None]
@@ -108,16 +108,16 @@ def _gather(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor] |
 
 
 def attention(qkv: list[Tensor], prefix: list[Tensor] | None, scaling: float, fused: bool) -> Tensor:
-    """Return what G sequences (G, L, heads, D) see in themselves, causally, and in all of one prefix.
+    """Return the attention (G, L, heads, D) of G sequences to themselves, causally, and to a common prefix.
 
-    `qkv`: their queries, keys and values (G, L, heads, D), with fewer heads in the keys and values where the model has
-    fewer. `prefix`: the same of the prefix (P, heads, D), of which the queries are not needed. `fused`: with SDPA's kernels,
-    else in matrix products, because the backward of SDPA's CPU kernel takes two to three times as long in bf16.
+    `qkv`: the queries, keys and values (G, L, heads, D) of the sequences; keys and values may have fewer heads. `prefix`: the
+    same of the prefix (P, heads, D); its queries are not used. `fused`: with SDPA's kernels, for GPUs. Otherwise with matrix
+    products, because the backward of SDPA's CPU kernel takes two to three times as long in bf16.
     """
     q, k, v = qkv
     sequences, length, heads, size = q.shape
     shared = heads // k.shape[2]
-    # The query heads of a key head stand below each other, so that neither keys nor the prefix have to be repeated.
+    # The query heads of a key head are stacked. Neither the keys nor the prefix need to be repeated.
     q = q.unflatten(2, (-1, shared)).permute(2, 0, 3, 1, 4).flatten(2, 3)  # (H_kv, G, shared * L, D)
     k, v = (each.permute(2, 0, 1, 3) for each in (k, v))  # (H_kv, G, L, D)
     mask = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1).repeat(shared, 1)
@@ -159,7 +159,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: by `shared_prefix` where the model was called with one, else plain SDPA."""
+    """Compute attention for Transformers: by `shared_prefix` if the model was called with it, else by plain SDPA."""
     if shared_prefix is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -175,12 +175,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def backbone(model: PreTrainedModel, shared_prefix: SharedPrefix, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Return the last hidden states (B, L, hidden) of a causal language model under `shared_prefix`."""
-    # A mask of four dimensions is handed on as it is. This one fits nothing: any other attention would raise.
-    nothing = torch.empty(1, 1, 0, 0, device=input_ids.device)
+    # Transformers passes a 4-D mask on unchanged. No shape fits this mask: any other attention would raise.
+    no_mask = torch.empty(1, 1, 0, 0, device=input_ids.device)
     hidden: Tensor = model.base_model(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=nothing,
+        attention_mask=no_mask,
         use_cache=False,
         shared_prefix=shared_prefix,
     ).last_hidden_state

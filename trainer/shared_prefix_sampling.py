@@ -17,9 +17,9 @@ from trainer.shared_prefix import Packed, backbone
 
 
 class Rollout:
-    """The key-value cache of a rollout: each prompt's keys and values once, and those of its completions' tokens.
+    """The key-value cache of a rollout: the keys and values of each distinct prompt once, and of the completions' tokens.
 
-    It takes the prompts packed in one row first, then one token of each unfinished completion at a time.
+    The first call has the prompts, packed into one row. Each later call has one token of each unfinished completion.
     """
 
     def __init__(self, prompts: list[list[int]], layers: int, device: torch.device):
@@ -47,11 +47,11 @@ class Rollout:
 
     @property
     def last(self) -> Tensor:
-        """Positions of the prompts' last tokens in the packed row, one per distinct prompt."""
+        """The positions of the prompts' last tokens in the packed row, one per distinct prompt."""
         return torch.tensor([group.prompt.stop - 1 for group in self._packed.layout], device=self.lengths.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Return the attention output (B, L, H, D), and keep the keys and values."""
+        """Return the attention output (B, L, H, D), and store the keys and values."""
         if len(self._prefix) == layer:
             slices = [group.prompt for group in self._packed.layout]
             self._prefix.append(
@@ -85,7 +85,7 @@ class Rollout:
         return out.flatten(1, 2)[:, None]
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        """(rows, H_kv, shared, X) → (prompts, H_kv, slots * shared, X), with zeros where no row is."""
+        """(rows, H_kv, shared, X) → (prompts, H_kv, slots * shared, X), with zeros in empty slots."""
         prompts = self._padding.shape[0]
         if len(x) != prompts * self._per_prompt:
             x = x.new_zeros(prompts * self._per_prompt, *x.shape[1:]).index_copy_(0, self._slot, x)
@@ -96,16 +96,16 @@ class Rollout:
         return x if len(x) == len(self._slot) else x.index_select(0, self._slot)
 
     def keep(self, rows: Tensor) -> None:
-        """Let all but `rows` (indices) leave the batch."""
+        """Remove all rows from the batch except `rows` (indices)."""
         self._slot, self.lengths = self._slot[rows], self.lengths[rows]
         for own in self._suffix:
             own[:] = [each[:, :, : self.steps].index_select(0, rows) for each in own]
 
 
 def draw(scores: Tensor) -> Tensor:
-    """Draw a token (B,) from each row of scores (B, V), as softmax and `multinomial` do, with one random number per row."""
+    """Sample a token (B,) from each row of scores (B, V), as softmax and `multinomial` do, with one random number a row."""
     up_to = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    level = (1 - torch.rand_like(up_to[:, :1])) * up_to[:, -1:]  # in (0, 1]: no token without probability is met
+    level = (1 - torch.rand_like(up_to[:, :1])) * up_to[:, -1:]  # in (0, 1]: never a token of probability 0
     return torch.searchsorted(up_to, level)[:, 0]
 
 
@@ -118,9 +118,9 @@ def sample(
     ended: Callable[[list[int], Tensor], None] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
-    """Extend prompts (B, P), padded on the left, by what is sampled: (B, P + C). A `custom_generate` of `generate`.
+    """Extend prompts (B, P), padded on the left, by sampled completions: (B, P + C). A `custom_generate` of `generate`.
 
-    `ended` is told of rows that leave before the others: their indices, and their completions (rows, C so far).
+    `ended` is called when rows leave the batch before the others, with their indices and completions (rows, C so far).
     """
     rows, width = input_ids.shape
     mask = model_kwargs["attention_mask"]  # None where nothing is padded
@@ -136,16 +136,16 @@ def sample(
     finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
     for end in range(width, sequences.shape[1]):
         scores = logits.float()
-        if logits_processor:  # some keep something per row: they see the whole batch, also who has left it
-            everyone = scores.new_zeros(rows, scores.shape[1]).index_copy_(0, row, scores)
-            scores = logits_processor(sequences[:, :end], everyone)[row]
+        if logits_processor:  # some keep a state per row: pass the whole batch, with the rows that left
+            all_rows = scores.new_zeros(rows, scores.shape[1]).index_copy_(0, row, scores)
+            scores = logits_processor(sequences[:, :end], all_rows)[row]
         tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
         sequences[row, end] = tokens.where(~finished, generation_config.pad_token_id)
         finished |= stopping_criteria(sequences[row, : end + 1], None)
         left = int((~finished).sum())
         if left == 0:
             return sequences[:, : end + 1]
-        if left <= 0.9 * len(row):  # leaving copies the cache, so not for every single row
+        if left <= 0.9 * len(row):  # removing rows copies the cache: wait for a tenth of them
             if ended is not None:
                 gone = row[finished]
                 ended(gone.tolist(), sequences[gone, width : end + 1])

@@ -11,14 +11,14 @@ LOGITS_PER_CHUNK = 1 << 24
 
 
 class TokenLogProbs(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
-    """Log-probabilities of the targets (K,) and entropies (K,) from hidden states (K, hidden), logits made in chunks.
+    """Log-probabilities of the targets (K,) and entropies (K,) from hidden states (K, hidden), with logits in chunks.
 
-    A log-probability's gradient is a vector of hidden size times one incoming number, so the forward keeps that vector
-    and no logits, and the backward is a product per token.
+    The gradient of a log-probability is a vector of hidden size times one incoming number. The forward keeps this vector and
+    no logits, and the backward is one product per token.
     """
 
     @staticmethod
-    def forward(  # noqa: D102 # autograd's own names
+    def forward(  # noqa: D102 # autograd's names
         ctx: Any, hidden: Tensor, head: torch.nn.Linear, targets: Tensor, temperature: float, entropy_grad: bool
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type

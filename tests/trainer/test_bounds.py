@@ -134,7 +134,7 @@ def test_a_limit_too_low_for_anything_is_said(job, monkeypatch):
     bounded(job, max_runtime=60)
     Clock(monkeypatch)
     monkeypatch.setattr(train, "started", lambda: 900.0)  # the container took its time
-    with pytest.raises(JobError, match="max_runtime leaves 60 s, too few for a single step: raise it"):
+    with pytest.raises(JobError, match="max_runtime leaves 60 s, too few for a single step: raise max_runtime"):
         train.train(train.parse_flags([]))
 
 

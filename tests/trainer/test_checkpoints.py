@@ -216,10 +216,10 @@ def test_the_newest_and_the_best_checkpoint_are_kept(uninterrupted):
 @pytest.mark.parametrize(
     ("change", "rows", "message"),
     [
-        ({"grpo": {"max_steps": 11}}, 12, r"grpo.max_steps is 11 here and 10 there. Empty"),
-        ({"lora": {"r": 8}}, 12, "lora.r is 8 here and 4 there"),
-        ({"system_prompt": "hi"}, 12, "system_prompt is 'hi' here and None there"),
-        ({}, 11, "it was made from other rows"),
+        ({"grpo": {"max_steps": 11}}, 12, r"grpo.max_steps is 11 now and 10 in the checkpoint. Empty"),
+        ({"lora": {"r": 8}}, 12, "lora.r is 8 now and 4 in the checkpoint"),
+        ({"system_prompt": "hi"}, 12, "system_prompt is 'hi' now and None in the checkpoint"),
+        ({}, 11, "it has other rows"),
         ({"compute": {"max_runtime": 99}, "gate": {"min_lift": 0.5}}, 12, None),
     ],
 )
