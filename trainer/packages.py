@@ -52,7 +52,8 @@ def import_all(names: Iterable[str]) -> float:
             raise PackageError(
                 f"The container cannot import {name}: {reason}. It has Python {platform.python_version()}, "
                 f"{', '.join(map(_installed, EXPLAINING))}. The trainer runs on the stack's default image with the "
-                "packages of trainer/requirements.lock: leave TrainingImageUri empty, or build an image with trainer/Dockerfile."
+                "packages of trainer/requirements.lock: leave TrainingImageUri empty, or build an image with "
+                "trainer/Dockerfile."
             ) from error
     return time.monotonic() - began
 

@@ -174,7 +174,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Return log-probabilities and entropies (B, C) of the completions in sequences (B, P + C), and None for TRL's third.
+        """Return log-probabilities and entropies (B, C) of the completions in sequences (B, P + C), and None.
 
         `batch_size` limits the sequences that are computed at once, but whole groups stay together.
         """

@@ -37,8 +37,8 @@ class Packed:
     The tokens of a completion attend to its prompt and to each other. They have the same positions as in a separate
     sequence. The last token of a completion is left out, because it predicts no scored token.
 
-    `input_ids`, `position_ids`: (1, N). `sources` (K,): the positions that predict a scored token. `targets` (K,): the scored
-    tokens. `index` (B, C): the index in K of each scored token of a sequence, K for padding.
+    `input_ids`, `position_ids`: (1, N). `sources` (K,): the positions that predict a scored token. `targets` (K,): the
+    scored tokens. `index` (B, C): the index in K of each scored token of a sequence, K for padding.
     """
 
     def __init__(self, prompts: list[list[int]], completions: list[list[int]], width: int, device: torch.device):
@@ -97,7 +97,7 @@ class Packed:
 
 
 def _gather(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Return the indices (G, L) that pad completions to a rectangle, and the indices that undo it. None for equal lengths."""
+    """Return indices (G, L) that pad completions to a rectangle, and indices that undo it. None for equal lengths."""
     if len(set(lengths)) <= 1:
         return None
     length = torch.tensor(lengths)[:, None]
@@ -110,9 +110,9 @@ def _gather(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor] |
 def attention(qkv: list[Tensor], prefix: list[Tensor] | None, scaling: float, fused: bool) -> Tensor:
     """Return the attention (G, L, heads, D) of G sequences to themselves, causally, and to a common prefix.
 
-    `qkv`: the queries, keys and values (G, L, heads, D) of the sequences; keys and values may have fewer heads. `prefix`: the
-    same of the prefix (P, heads, D); its queries are not used. `fused`: with SDPA's kernels, for GPUs. Otherwise with matrix
-    products, because the backward of SDPA's CPU kernel takes two to three times as long in bf16.
+    `qkv`: the queries, keys and values (G, L, heads, D) of the sequences; keys and values may have fewer heads. `prefix`:
+    the same of the prefix (P, heads, D); its queries are not used. `fused`: with SDPA's kernels, for GPUs. Otherwise with
+    matrix products, because the backward of SDPA's CPU kernel takes two to three times as long in bf16.
     """
     q, k, v = qkv
     sequences, length, heads, size = q.shape
