@@ -248,7 +248,7 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
     expected = expected._replace(network_isolation=True, environment=environment)
     assert capsys.readouterr().out == f"{expected} {REGION}\n"
     monkeypatch.delenv("SAGEMAKER_ROLE_ARN", raising=False)
-    with pytest.raises(SystemExit, match="Give --stack, or --role, --image"):
+    with pytest.raises(SystemExit, match="Pass --stack, or --role, --image"):
         command.main(["--region", REGION, "--artifact-bucket", "artifacts"])
 
 
@@ -417,4 +417,4 @@ def test_hyperparameters_from_a_file(tmp_path):
 def test_a_variable_that_sagemaker_would_refuse_is_refused(given, capsys):
     with pytest.raises(SystemExit):
         command.main([*FLAGS, "--environment", given])
-    assert "is not NAME=VALUE, with a value of at most 512 characters" in capsys.readouterr().err
+    assert "is not NAME=VALUE with a value of at most 512 characters" in capsys.readouterr().err
