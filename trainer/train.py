@@ -29,12 +29,10 @@ from importlib.util import find_spec
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainer import checkpoints, container, folders, models
-from trainer.checkpoints import Record
+from trainer import container, folders, models
 from trainer.dataset import dataset_file, fit_prompts, heldout_rows, load_rows
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
-from trainer.results import prove, save, summary
 from tunedrop.config.model import RunConfig, generated_answers, optimizer_steps, parse_run_config
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import FORMAT_REWARDS, Reward, build_rewards
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
     from trainer.bounds import Limit
+    from trainer.checkpoints import Record
     from trainer.run_trainer import RunTrainer
 
 log = logging.getLogger("trainer")
@@ -160,7 +159,7 @@ def build_trainer(
     rows: list[Row],
     rewards: list[Reward],
     run: dict[str, Any],
-    record: Record,
+    record: "Record",
 ) -> "RunTrainer":
     """Make the trainer: the base model (in 4 bits if the config says so), a new LoRA adapter, the rewards and the rows.
 
@@ -290,6 +289,7 @@ def train(flags: argparse.Namespace) -> None:
     heldout = heldout_rows(tokenizer, config)
     rewards = build_rewards(config.rewards, job_permissions())
 
+    from trainer import checkpoints, results
     from trainer.announce import announcer
     from trainer.bounds import Bounds
     from trainer.memory_probe import MemoryProbe
@@ -298,7 +298,7 @@ def train(flags: argparse.Namespace) -> None:
     folder, target = folders.checkpoint_dir(), folders.model_dir()
     run = checkpoints.identity(config, data.rows)
     checkpoint = checkpoints.newest(folder, run)
-    record = checkpoint.record if checkpoint else Record()
+    record = checkpoint.record if checkpoint else checkpoints.Record()
     began = time.monotonic()
     trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record)
     # After the training, the job loads the model once to merge it, and a second process loads it twice for the proofs.
@@ -341,10 +341,10 @@ def train(flags: argparse.Namespace) -> None:
         if not saved:
             raise JobError(f"There is nothing to save: {record.alerts[-1]['message']}.")
         chosen = checkpoints.best(saved)
-        save(chosen, tokenizer, location, config)
-        result = summary(trainer, config, flags.run_id, data, chosen)
+        results.save(chosen, tokenizer, location, config)
+        result = results.summary(trainer, config, flags.run_id, data, chosen)
         if record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
-            result["proofs"] = prove(trainer, config, location, [row["prompt"] for row in heldout or data.rows])
+            result["proofs"] = results.prove(trainer, config, location, [row["prompt"] for row in heldout or data.rows])
         (target / "training.json").write_text(json.dumps(result, indent=1))
         log.info("saved %s with the adapter of step %d", target, chosen.step)
 

@@ -120,7 +120,7 @@ MOMENTS = {
     "between manifest and rename": ("pathlib.Path.rename", 4),
     "before the old ones are removed": ("trainer.checkpoints.clean", 4),
     "in an evaluation": ("trainer.sampling._batch", 2),
-    "when the model is saved": ("trainer.train.save", 1),
+    "when the model is saved": ("trainer.results.save", 1),
 }
 
 

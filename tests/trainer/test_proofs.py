@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import proofs, train
+from trainer import proofs, results, train
 from trainer.job import JobError
 
 from .conftest import Job
@@ -134,14 +134,14 @@ def test_answers_that_differ_fail_although_the_weights_agree(parity, message):
 def test_a_corrupted_merge_fails_the_run(job, monkeypatch):
     job.config(lora={"r": 4}, learnability={"samples": 0}, grpo={"max_steps": 1})
     job.rows()
-    save = train.save
+    save = results.save
 
     def save_and_corrupt(*args):
         save(*args)
         merged = job.model / "merged/model.safetensors"
         save_file({name: each.roll(1, 0) for name, each in load_file(merged).items()}, merged, metadata={"format": "pt"})
 
-    monkeypatch.setattr(train, "save", save_and_corrupt)
+    monkeypatch.setattr(results, "save", save_and_corrupt)
     with pytest.raises(SystemExit, match=r"The job failed: The merged model is not base \+ adapter"):
         train.main([])
     assert job.failure().startswith("The merged model is not base + adapter")
