@@ -171,8 +171,8 @@ def test_the_images_cuda_libraries_are_there_for_the_job_and_the_job_is_the_scri
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LD_LIBRARY_PATH": "/usr/lib"}
     program = f"set -e\ntrap 'echo TRAPPED; exit 7' ERR\necho $$\nset -x\n{command}"
     done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=False)
-    pid, *_, told = done.stdout.splitlines()
-    assert (done.returncode, told) == (0, f"{pid} {expected} -m trainer.job train")
+    pid, *_, result = done.stdout.splitlines()
+    assert (done.returncode, result) == (0, f"{pid} {expected} -m trainer.job train")
     assert "TRAPPED" not in done.stdout
 
 

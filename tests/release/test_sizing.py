@@ -1,4 +1,4 @@
-"""The sizing formula against what a small model really keeps for its backward, and the table in the docs."""
+"""The sizing formula compared with the tensors that a small model keeps for its backward, and the table in the docs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The container's entry: commands, hyperparameters, failure reasons, and signals with a real process."""
+"""The container's entry point: commands, hyperparameters, failure reasons, and signals to a real process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the gate makes of rewards, what it costs, and what a run does with it."""
+"""The learnability gate: its estimate, its cost, and its effect on a run."""
 
 import json
 import random
@@ -95,19 +95,19 @@ def prepare(job, monkeypatch, answers, **policy):
 def test_the_forecast_is_what_training_then_measures(job, monkeypatch):
     prepare(job, monkeypatch, ["never"] * 6 + ["sometimes"] * 12 + ["always"] * 6)
     train.train(train.parse_flags([]))
-    told = job.training()["learnability"]
-    assert (told["prompts"], told["samples"]) == (24, 8)
-    assert (told["dead"], told["solved"]) == (pytest.approx(0.25, abs=0.1), pytest.approx(0.25, abs=0.1))
-    assert told["expected_nonzero_groups"] == pytest.approx(0.5, abs=0.1)
+    result = job.training()["learnability"]
+    assert (result["prompts"], result["samples"]) == (24, 8)
+    assert (result["dead"], result["solved"]) == (pytest.approx(0.25, abs=0.1), pytest.approx(0.25, abs=0.1))
+    assert result["expected_nonzero_groups"] == pytest.approx(0.5, abs=0.1)
     shares = [1 - point["frac_reward_zero_std"] for point in job.metrics()]
-    assert told["measured_nonzero_groups"] == pytest.approx(fmean(shares), abs=1e-3)
+    assert result["measured_nonzero_groups"] == pytest.approx(fmean(shares), abs=1e-3)
 
 
 def test_rows_that_teach_nothing_can_be_dropped(job, monkeypatch):
     prepare(job, monkeypatch, ["never", "sometimes", "always"] * 4, policy="drop", samples=16)
     train.train(train.parse_flags([]))
-    told = job.training()
-    assert (told["rows"], told["rows_dropped"]) == (4, 8)
+    result = job.training()
+    assert (result["rows"], result["rows_dropped"]) == (4, 8)
     assert {point["frac_reward_zero_std"] for point in job.metrics()} == {0.0}
 
 

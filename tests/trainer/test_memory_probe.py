@@ -1,4 +1,4 @@
-"""The memory probe: out of memory before the first step, with advice that holds, and no trace where there is enough."""
+"""The memory probe: it fails before the first step with advice that works, and leaves no trace if the memory suffices."""
 
 import ctypes
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Where people see a run's numbers: TensorBoard's files, MLflow, a bar on a terminal, and JSON that any reader takes."""
+"""The outputs of a run's numbers: TensorBoard files, MLflow, a progress bar, and valid JSON."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The proofs at the end of a training job: what a healthy one says, and that a broken model fails its run."""
+"""The proofs at the end of a training job: their numbers for a good model, and damaged models that fail."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ def prove(tiny: Path, target: Path) -> dict:
 
 
 def test_a_run_ends_with_its_proofs(trained):
-    told = trained.training()["proofs"]
-    assert told["adapter_effect"]["mean"] > 0.1
-    parity = told["merge_parity"]
+    result = trained.training()["proofs"]
+    assert result["adapter_effect"]["mean"] > 0.1
+    parity = result["merge_parity"]
     assert (parity["agreeing"], parity["answers"], parity["tensors_off"]) == (3, 3, 0)
     assert 0 < parity["mean"] < parity["tolerance"]
     assert "from_4bit" not in parity
-    assert told["fresh_process"]["transformers"]
+    assert result["fresh_process"]["transformers"]
 
 
 def test_a_fresh_process_finds_the_same(trained, tiny):

@@ -1,4 +1,4 @@
-"""SharedPrefixGRPOTrainer against the TRL trainer that it stands in for: gradients, metrics and completions."""
+"""SharedPrefixGRPOTrainer compared with TRL's trainer: gradients, metrics and completions."""
 
 import logging
 from pathlib import Path
@@ -64,7 +64,7 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.requires_grad]))
 
 
-def build(cls, folder, output, load=None, lora=None, perturb=True, **given):
+def build(cls, folder, output, load=None, lora=None, perturb=True, **settings):
     gradients = Gradients()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **(load or {}))
     defaults = {
@@ -76,7 +76,7 @@ def build(cls, folder, output, load=None, lora=None, perturb=True, **given):
     trainer = cls(
         model=model,
         reward_funcs=reward,
-        args=GRPOConfig(**defaults | given),
+        args=GRPOConfig(**defaults | settings),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         peft_config=LoraConfig(**LORA | (lora or {})),
@@ -91,9 +91,9 @@ def build(cls, folder, output, load=None, lora=None, perturb=True, **given):
     return trainer, gradients.steps
 
 
-def train(cls, folder, output, monkeypatch, **given):
+def train(cls, folder, output, monkeypatch, **settings):
     """Train on the fixed completions, in the order of the data; returns the trainer, gradients and logged metrics."""
-    trainer, steps = build(cls, folder, output, **given)
+    trainer, steps = build(cls, folder, output, **settings)
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *_: (completions(), None))
     monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))  # micro-batches are the same
     trainer.train()
@@ -101,9 +101,9 @@ def train(cls, folder, output, monkeypatch, **given):
     return trainer, steps, logged
 
 
-def assert_equal(folder, output, monkeypatch, **given):
-    _, expected, expected_log = train(GRPOTrainer, folder, output, monkeypatch, **given)
-    trainer, found, found_log = train(SharedPrefixGRPOTrainer, folder, output, monkeypatch, **given)
+def assert_equal(folder, output, monkeypatch, **settings):
+    _, expected, expected_log = train(GRPOTrainer, folder, output, monkeypatch, **settings)
+    trainer, found, found_log = train(SharedPrefixGRPOTrainer, folder, output, monkeypatch, **settings)
     assert len(found) == len(expected) == trainer.state.max_steps
     for stock, ours in zip(expected, found, strict=True):
         assert torch.cosine_similarity(stock, ours, dim=0) >= 0.9999
@@ -125,7 +125,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tiny, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         {"mask_truncated_completions": True},
         {"mask_truncated_completions": True, "loss_type": "grpo", "beta": 0.1},
@@ -145,8 +145,8 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tiny, tmp_path, monkeypatch,
     ],
     ids=str,
 )
-def test_so_with_every_setting_that_touches_the_loss(tiny, tmp_path, monkeypatch, given):
-    assert_equal(tiny, tmp_path, monkeypatch, **given)
+def test_so_with_every_setting_that_touches_the_loss(tiny, tmp_path, monkeypatch, settings):
+    assert_equal(tiny, tmp_path, monkeypatch, **settings)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -239,8 +239,8 @@ def test_micro_batches_hold_whole_groups_in_random_order(tiny, tmp_path):
     assert len(orders) > 1
 
 
-def rollouts(cls, folder, output, **given):
-    trainer, _ = build(cls, folder, output, top_k=1, max_completion_length=40, **given)
+def rollouts(cls, folder, output, **settings):
+    trainer, _ = build(cls, folder, output, top_k=1, max_completion_length=40, **settings)
     # Many tokens end a completion, so that completions end at different times.
     trainer.generation_config.eos_token_id = trainer.eos_token_ids = [END, *range(20, 24)]
     tokenize = trainer.processing_class.apply_chat_template
@@ -252,10 +252,10 @@ def rollouts(cls, folder, output, **given):
     return found
 
 
-@pytest.mark.parametrize("given", [{}, {"repetition_penalty": 1.3}, {"lora": {"use_dora": True}}], ids=str)
-def test_greedy_rollouts_are_those_of_trl(tiny, tmp_path, given):
-    expected = rollouts(GRPOTrainer, tiny, tmp_path, **given)
-    assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path, **given) == expected
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"lora": {"use_dora": True}}], ids=str)
+def test_greedy_rollouts_are_those_of_trl(tiny, tmp_path, settings):
+    expected = rollouts(GRPOTrainer, tiny, tmp_path, **settings)
+    assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path, **settings) == expected
     assert len({len(ids) for ids in expected}) > 3  # rows did leave
 
 
