@@ -225,6 +225,8 @@ def of_trl(trainer: GRPOTrainer) -> set[str]:
 def test_no_other_module_uses_a_private_name(path):
     allowed = {"run_trainer": set(HOOKS) | METHODS | ATTRIBUTES, "shared_prefix_models": OF_MODELS}
     assert private(path) <= allowed.get(path.stem, set())
+    defined = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+    assert path.stem == "run_trainer" or not defined & (set(HOOKS) | METHODS)  # nor overrides a hook
 
 
 def test_the_contract_is_complete_and_our_own_names_are_none_of_trls(tiny, tmp_path):
