@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trainer import models
-from trainer.grpo import SharedPrefixGRPOTrainer
+from trainer.run_trainer import SharedPrefixGRPOTrainer
 
 MODEL = Path(__file__).parents[1] / ".tunedrop/models/SmolLM2-135M-Instruct"
 SHAPES = ["50,20,8", "200,20,8", "64,256,8"]

@@ -43,15 +43,15 @@ def run(seed: int, steps: int) -> tuple[list[float], float]:
     tokenizer = models.load_tokenizer(location)
     rewards = build_rewards(config.rewards)
     rows = dataset.fit_prompts(dataset.load_rows(SAMPLE / "additions.jsonl", config, None), tokenizer, config).rows
-    trainer = train.build_trainer(config, location, tokenizer, rows, rewards)
-    trainer.run, trainer.record = checkpoints.identity(config, rows), checkpoints.Record()
+    run_identity = checkpoints.identity(config, rows)
+    trainer = train.build_trainer(config, location, tokenizer, rows, rewards, run_identity, checkpoints.Record())
     most_prompts, most_samples = (max(each) for each in zip(*GATES, strict=True))
-    asked = [rows[index] for index in list(dict.fromkeys(trainer._get_train_sampler()))[:most_prompts]]
+    asked = [rows[index] for index in trainer.row_order()[:most_prompts]]
     scores = [
         [answer.score for answer in each] for each in sampling.sample_completions(trainer, rewards, asked, most_samples)
     ]
     expected = [
-        learnability.judge([each[:samples] for each in scores[:prompts]], trainer.num_generations).expected_nonzero_groups
+        learnability.estimate([each[:samples] for each in scores[:prompts]], trainer.num_generations).expected_nonzero_groups
         for prompts, samples in GATES
     ]
     trainer.train()

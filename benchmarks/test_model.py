@@ -16,7 +16,8 @@ from transformers import pipeline
 from local_app import base_model
 from local_app.stack import PROJECT
 from trainer import models
-from trainer.test_model import Decoding, answer, load
+from trainer.engines import Decoding, load
+from trainer.test_model import complete
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import InferenceTest
 from tunedrop_cli.sample import DATA
@@ -27,7 +28,7 @@ def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]
     config = parse_run_config({"model": "base", "grpo": {"max_completion_length": tokens}})
     tokenizer = models.load_tokenizer(location)
     engine = load(location, tokenizer, Decoding.of(config))
-    texts = [written[0].text for written in answer(engine, tokenizer, tests, config, "base")]
+    texts = [written[0].text for written in complete(engine, tokenizer, tests, config, "base")]
     engine.close()
     return texts
 

@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trainer import dataset, models
-from trainer.grpo import SharedPrefixGRPOTrainer
 from trainer.row_rewards import RowReward
+from trainer.run_trainer import SharedPrefixGRPOTrainer
 from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
 

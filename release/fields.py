@@ -1,10 +1,10 @@
-"""Write down which fields the pinned TRL and PEFT accept, so that a Lambda can check a run config without torch.
+"""Write the fields of the pinned TRL and PEFT as JSON. With this file a Lambda checks a run config without torch.
 
-For each field: its JSON types, choices, range, default and help text.
+Each field has its JSON types, choices, range, default and help text.
 
     python -m release.fields > functions/tunedrop/config/trl_fields.json
 
-A test fails when the committed file no longer says what the installed packages say.
+A test fails when the committed file differs from the installed packages.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import types
 import typing
 from typing import Any
 
-# TRL and Transformers type these as plain strings and check them only when training starts. The values are those that
-# trl/trainer/grpo_trainer.py, grpo_config.py and transformers' training_args.py compare with.
+# TRL and Transformers type these fields as plain strings and check them only when training starts. The values come from
+# the comparisons in trl/trainer/grpo_trainer.py, grpo_config.py and transformers' training_args.py.
 CHOICES = {
     "loss_type": ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"],
     "scale_rewards": ["group", "batch", "none"],
@@ -26,7 +26,7 @@ CHOICES = {
     "vllm_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
 }
 
-# Ranges that TRL, Transformers and PEFT state in their documentation or fail on later, in JSON Schema's words.
+# Ranges from the documentation of TRL, Transformers and PEFT, or from their later errors, in JSON Schema's keywords.
 _AT_LEAST_1 = """
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size
     steps_per_generation num_iterations max_completion_length save_total_limit vllm_max_model_length
@@ -54,7 +54,7 @@ RANGES = {name: bounds for names, bounds in _BOUNDS for name in names.split()}
 
 
 def _json_types(annotation: Any) -> tuple[set[str], list[Any]]:
-    """The JSON types and, for enums and literals, the values that an annotation admits."""
+    """Return the JSON types that an annotation admits, and the values of enums and literals."""
     origin = typing.get_origin(annotation)
     if origin in {typing.Union, types.UnionType}:
         parts = [_json_types(part) for part in typing.get_args(annotation)]
@@ -69,7 +69,7 @@ def _json_types(annotation: Any) -> tuple[set[str], list[Any]]:
         return {"null"}, []
     if kind in {bool, int, float, str, list, dict}:
         return {kind.__name__}, []
-    return ({"list"}, []) if kind is tuple else ({"dict"}, [])  # the rest are nested dataclasses, given as mappings
+    return ({"list"}, []) if kind is tuple else ({"dict"}, [])  # all others are nested dataclasses, written as mappings
 
 
 def _fields(cls: type) -> dict[str, dict[str, Any]]:
@@ -81,9 +81,9 @@ def _fields(cls: type) -> dict[str, dict[str, Any]]:
         kinds, choices = _json_types(hints[field.name])
         entry: dict[str, Any] = {"types": sorted(kinds)}
         choices = CHOICES.get(field.name) or list(field.metadata.get("choices") or choices)
-        # A literal beside a free-form type (LoRA's init_lora_weights: bool or a name) limits the strings only.
+        # A literal next to another type (LoRA's init_lora_weights: bool or a name) limits only the strings.
         names = [value for value in choices if isinstance(value, str)]
-        # "pissa_niter_[number of iters]" stands for a family of names: such a field is checked by PEFT alone.
+        # "pissa_niter_[number of iters]" is a family of names. Only PEFT can check such a field.
         if names and not any("[" in name for name in names):
             entry["choices"] = names
         if isinstance(field.default, bool | int | float | str) and not isinstance(field.default, enum.Enum):
@@ -91,7 +91,7 @@ def _fields(cls: type) -> dict[str, dict[str, Any]]:
         elif isinstance(field.default, enum.Enum):
             entry["default"] = field.default.value
         entry |= RANGES.get(field.name, {})
-        # argparse, for which these texts are written, needs "%%" for a percent sign.
+        # The texts are written for argparse, which needs "%%" for a percent sign.
         entry["help"] = " ".join(field.metadata["help"].replace("%%", "%").split())
         described[field.name] = entry
     return dict(sorted(described.items()))

@@ -1,8 +1,8 @@
-"""The launch plan: what the Lambdas start jobs with, made by SageMaker's own ModelTrainer.
+"""Makes the launch plan: the CreateTrainingJob requests with which the Lambdas start jobs, by SageMaker's ModelTrainer.
 
-The SageMaker SDK is too big for a Lambda. This module builds the CreateTrainingJob requests once per release, and
-captures them before the SDK sends them. A plan is content-addressed: code, drivers and requests hash to a digest, which
-is part of every key. A later release therefore does not change a run that an earlier one started.
+The SageMaker SDK is too big for a Lambda. This module builds the requests once per release, and captures them before the SDK
+sends them. A plan is content-addressed: code, drivers and requests hash to a digest, which is part of every key. A later
+release does not change the runs of an earlier release.
 """
 
 import hashlib
@@ -34,24 +34,24 @@ from release.target import Target
 from trainer.job import MODULES
 from tunedrop.object_keys import CURRENT_PLAN, LAUNCH_PLANS
 
-# One metric per figure that trainer/progress.py and trainer/test_model.py log; SageMaker takes 40 at most.
+# The metrics that trainer/progress.py and trainer/test_model.py log. SageMaker allows 40.
 METRIC_NAMES = (
     "reward reward_std reward_best reward_truncated reward_finished heldout_reward frac_reward_zero_std loss grad_norm kl "
     "entropy completion_length clipped_ratio learning_rate memory_gb step_seconds eta_seconds base_score tuned_score"
 ).split()
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
-# ModelTrainer's entry point is not the image's own, which would look whether the driver is too old for the image's CUDA and
-# load NVIDIA's libraries that make up for that. AWS's images have a script for it, written to be sourced:
+# The image's own entry point loads NVIDIA's compatibility libraries if the driver is too old for the image's CUDA.
+# ModelTrainer replaces that entry point. AWS's images have a script for the purpose, to be sourced:
 # https://github.com/aws/deep-learning-containers/blob/main/scripts/docker/pytorch/start_cuda_compat.sh
 CUDA_COMPAT = "/usr/local/bin/start_cuda_compat.sh"
-# ModelTrainer needs an instance type and a limit; the Lambda sets each run's own.
+# ModelTrainer needs an instance type and a limit. The Lambda replaces both with those of the run.
 INSTANCE_TYPE = "ml.g5.4xlarge"
 MAX_RUNTIME = 6 * 3600
 NO_TELEMETRY = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
 
 class ArtifactSession(Session):  # type: ignore[misc] # the SDK is untyped
-    """A session on the artifact bucket, which exists: the SDK would look whether it does, and create it if not."""
+    """A session whose default bucket is the artifact bucket. The SDK would look for a default bucket and create it."""
 
     def __init__(self, boto_session: boto3.Session, bucket: str):
         super().__init__(boto_session, sagemaker_config=NO_TELEMETRY, default_bucket_prefix="runs")
@@ -63,7 +63,7 @@ class ArtifactSession(Session):  # type: ignore[misc] # the SDK is untyped
 
 
 class _StagingSession(ArtifactSession):
-    """Keeps what ModelTrainer would upload in a local folder, under the channel's name."""
+    """Copies ModelTrainer's uploads to a local folder, under the channel's name, instead of S3."""
 
     def __init__(self, boto_session: boto3.Session, bucket: str, folder: Path):
         super().__init__(boto_session, bucket)
@@ -75,13 +75,13 @@ class _StagingSession(ArtifactSession):
 
 
 class _CapturedError(Exception):
-    """Ends ModelTrainer.train() at the moment it would send its request."""
+    """Ends ModelTrainer.train() before it sends its request."""
 
 
 def stage(folder: Path) -> None:
-    """Copy what a job's container needs into `folder`, in the import layout of the repository.
+    """Copy the code of a job into `folder`, in the import layout of the repository: `trainer` and `tunedrop` only.
 
-    What the container installs is the lock, see requirements/lock_jobs.py.
+    `requirements.txt`, which the container installs, is the lock (see requirements/lock_jobs.py).
     """
     for package in (trainer, tunedrop):
         source = Path(package.__path__[0])
@@ -92,20 +92,20 @@ def stage(folder: Path) -> None:
 
 
 def metric_definitions() -> dict[str, str]:
-    """Return the regular expression by which SageMaker finds each metric in the job's log."""
+    """Return for each metric the regular expression with which SageMaker finds it in the job's log."""
     return {name: rf"\b{name}=([-+0-9.e]+)" for name in METRIC_NAMES}
 
 
 def entry(kind: str) -> str:
-    """Return the shell command of a `train` or `test` job, one line: ModelTrainer's script has `set -e` and traps errors."""
+    """Return the command of a `train` or `test` job, in one line, because ModelTrainer's shell script traps errors."""
     return f"[ ! -f {CUDA_COMPAT} ] || source {CUDA_COMPAT} || true; exec python -m trainer.job {kind}"
 
 
 def model_trainer(session: Session, target: Target, kind: str, **kwargs: Any) -> ModelTrainer:
-    """Make the ModelTrainer of a `train` or `test` job over the tree staged in the folder `code`.
+    """Make the ModelTrainer of a `train` or `test` job, whose code is staged in the folder `code`.
 
-    With `command`, ModelTrainer's shell script ends in an `exec`, so that trainer.job gets SageMaker's signals; with an
-    entry script the shell and a driver stay in front of it and keep them.
+    With `command`, ModelTrainer's shell script ends in an `exec`, and trainer.job gets SageMaker's signals. With an entry
+    script, the shell and a driver would receive the signals and not pass them on.
     """
     networking = Networking(
         subnets=list(target.subnets) or None,
@@ -129,14 +129,14 @@ def model_trainer(session: Session, target: Target, kind: str, **kwargs: Any) ->
         networking=networking,
         environment=dict(target.environment),
         output_data_config=OutputDataConfig(**output, compression_type="NONE"),
-        # Without a URI ModelTrainer puts checkpoints beside the job's input.
+        # Without this argument ModelTrainer puts checkpoints beside the job's input.
         checkpoint_config=CheckpointConfig(),
         **defaults | kwargs,
     ).with_metric_definitions([MetricDefinition(name=name, regex=regex) for name, regex in metric_definitions().items()])
 
 
 def capture(session: _StagingSession, target: Target, kind: str) -> dict[str, Any]:
-    """Return the CreateTrainingJob request that ModelTrainer makes, without sending it."""
+    """Return ModelTrainer's CreateTrainingJob request without sending it."""
     captured: list[dict[str, Any]] = []
 
     def keep(params: dict[str, Any], model: Any, **_: Any) -> NoReturn:
@@ -144,7 +144,7 @@ def capture(session: _StagingSession, target: Target, kind: str) -> dict[str, An
             captured.append(params)
         raise _CapturedError
 
-    # Every call of every service ends here: ModelTrainer also asks IAM about the role, and does without an answer.
+    # This stops the calls of all services. ModelTrainer also asks IAM about the role, and continues without a response.
     session.boto_session.events.register("provide-client-params", keep)
     try:
         model_trainer(session, target, kind).train(wait=False, logs=False)
@@ -154,24 +154,24 @@ def capture(session: _StagingSession, target: Target, kind: str) -> dict[str, An
 
 
 def build_plan(target: Target, region: str, folder: Path) -> dict[str, Any]:
-    """Build the launch plan, and in `folder` the files it refers to, as they belong under `trainer/<digest>/`.
+    """Build the launch plan, and write its files to `folder`, with their keys below `trainer/<digest>/`.
 
-    The same source gives the same digest, wherever it is built: the requests' names and places that change from call to
-    call are replaced before they are hashed, and no path of this machine is in what ModelTrainer stages.
+    The same source gives the same digest on every machine: names and URIs that change from call to call are replaced before
+    hashing, and ModelTrainer's files contain no path of this machine.
     """
     requests: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
         stage(Path("code"))
         for kind in MODULES:
-            # A session of its own: the SDK caches clients by session, and with them the captured events.
+            # A new session for each kind: the SDK caches clients by session, with their registered event handlers.
             session = _StagingSession(boto3.Session(region_name=region), target.artifact_bucket, folder / kind)
             request = capture(session, target, kind)
             for name in ("TrainingJobName", "CheckpointConfig"):
                 del request[name]
             request["OutputDataConfig"]["S3OutputPath"] = f"s3://{target.artifact_bucket}/runs/"
             for channel in request["InputDataConfig"]:
-                place = f"s3://{target.artifact_bucket}/trainer/{{digest}}/{kind}/{channel['ChannelName']}/"
-                channel["DataSource"]["S3DataSource"]["S3Uri"] = place
+                uri = f"s3://{target.artifact_bucket}/trainer/{{digest}}/{kind}/{channel['ChannelName']}/"
+                channel["DataSource"]["S3DataSource"]["S3Uri"] = uri
             requests[kind] = request
     digest = hashlib.sha256(json.dumps(requests, sort_keys=True).encode())
     for path in _files(folder):
@@ -186,18 +186,18 @@ def _files(folder: Path) -> list[Path]:
 
 
 def release(target: Target, region: str) -> str:
-    """Upload code and launch plan to the artifact bucket and make it the current one; return its digest."""
+    """Upload code and launch plan to the artifact bucket, make the plan the current one, and return its digest."""
     s3 = boto3.client("s3", region_name=region)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         plan = build_plan(target, region, folder)
-        # Beside the digest: they change from day to day, and nothing of what runs.
+        # Not part of the digest: prices and images change from day to day, and do not change what a job runs.
         plan["prices"] = training_prices(region)
         plan["inference_image"] = inference_image(region)
         for path in _files(folder):
             key = f"trainer/{plan['digest']}/{path.relative_to(folder).as_posix()}"
             s3.upload_file(str(path), target.artifact_bucket, key)
     digest: str = plan["digest"]
-    for key, body in ((f"{LAUNCH_PLANS}{digest}.json", plan), (CURRENT_PLAN, {"digest": digest})):  # the pointer last
+    for key, body in ((f"{LAUNCH_PLANS}{digest}.json", plan), (CURRENT_PLAN, {"digest": digest})):  # the pointer is last
         s3.put_object(Bucket=target.artifact_bucket, Key=key, Body=json.dumps(body).encode())
     return digest

@@ -1,4 +1,4 @@
-"""Which GPU fits which model: the memory of a training, reckoned from what it keeps there.
+"""Computes the GPU memory of a training, and which models fit on which GPUs.
 
 python -m release.sizing        # prints the table of docs/sizing.md, which explains the formula
 """
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 GB = 1e9
-CHUNK = (1 << 24) * 4  # bytes of one chunk of logits in fp32: grpo.LOGITS_PER_CHUNK
-RESERVED = 1.5 * GB  # CUDA's context, cuBLAS's workspace, and what the allocator cannot use
+CHUNK = (1 << 24) * 4  # bytes of one chunk of logits in fp32: trainer.token_log_probs.LOGITS_PER_CHUNK
+RESERVED = 1.5 * GB  # CUDA's context, cuBLAS's workspace, and fragments that the allocator cannot use
 
 
 class Model(NamedTuple):
-    """What of a model's config.json decides about memory."""
+    """The values of a model's config.json on which memory depends."""
 
     name: str
     vocabulary: int
@@ -27,24 +27,24 @@ class Model(NamedTuple):
 
     @property
     def in_layers(self) -> int:
-        """Parameters of the layers' matrices, the ones that LoRA adapts and 4 bits shrink."""
+        """The parameters of the layers' matrices, which LoRA adapts and 4 bits shrink."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def beside(self) -> int:
-        """Parameters of embeddings and head."""
+        """The parameters of embeddings and head."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on all linear layers."""
+        """Return the parameters of LoRA on all linear layers."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sides = 2 * (self.hidden + q) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * sides
 
 
 class Settings(NamedTuple):
-    """What of a run config decides about memory."""
+    """The values of a run config on which memory depends."""
 
     sequences: int = 8  # grpo.per_device_train_batch_size
     group: int = 8  # grpo.num_generations
@@ -66,17 +66,17 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The most that is needed at once."""
+        """The peak memory."""
         return self.weights + self.adapter + max(self.rollout, self.loss) + RESERVED
 
 
 def memory(model: Model, settings: Settings, width: int = 2) -> Memory:
-    """Return what a training needs on each GPU under DDP; `width` is the bytes of a bf16 or fp32 number."""
+    """Return the memory of a training on each GPU under DDP. `width`: bytes of a number, 2 for bf16 and 4 for fp32."""
     groups = -(-settings.sequences // settings.group)
     tokens = groups * settings.prompt + settings.sequences * settings.completion
     scored = settings.sequences * settings.completion
     layers = model.in_layers * (0.52 if settings.load_in_4bit else width)  # nf4 with double quantisation: 4.13 bits
-    # Inputs of a layer's products, which its backward needs: norms, q k v, attention's output, gate, up, their product.
+    # The tensors of a layer that its backward needs: norms, q, k, v, attention's output, gate, up and their product.
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     of_layer = width * (6 * model.hidden + 3 * q + 4 * kv + 5 * model.intermediate)
     kept = width * model.hidden * model.layers + of_layer if settings.checkpointing else model.layers * of_layer
@@ -88,7 +88,7 @@ def memory(model: Model, settings: Settings, width: int = 2) -> Memory:
         adapter=16 * model.adapter(settings.rank),
         rollout=(0 if settings.load_in_4bit else layers)
         + cached * 2 * width * model.layers * kv
-        + rows * model.vocabulary * 12,  # logits of the last token in fp32, and two as large while they are sampled from
+        + rows * model.vocabulary * 12,  # logits of the last token in fp32, and two copies while sampling
         loss=tokens * kept + 3 * CHUNK + scored * model.hidden * 4,
     )
 
@@ -103,7 +103,7 @@ MODELS = [
     Model("Qwen3-32B", 151936, 5120, 25600, 64, 64, 8, 128, False),
     Model("Llama-3.3-70B", 128256, 8192, 28672, 80, 64, 8, 128, False),
 ]
-# One of each GPU that computes in bf16: what its driver shows as its memory, in GB, which is less than it is sold as.
+# The GPUs that compute in bf16, and the memory in GB that their driver shows, which is less than the nominal size.
 INSTANCES = {
     "ml.g5, ml.g6 (A10G, L4)": 24.1,
     "ml.p4d (A100)": 42.4,
@@ -114,22 +114,22 @@ INSTANCES = {
 BATCHES = (64, 32, 16, 8)
 
 
-def fit(model: Model, room: float) -> str:
-    """Return the largest micro-batch that fits into so many GB, in bf16 if it does at all, else in 4 bits."""
+def fit(model: Model, gigabytes: float) -> str:
+    """Return the largest micro-batch that fits into this memory, in bf16 if one fits, else in 4 bits."""
     for load_in_4bit in (False, True):
         for sequences in BATCHES:
             needed = memory(model, Settings(sequences=sequences, load_in_4bit=load_in_4bit)).total / GB
-            if needed <= room:
+            if needed <= gigabytes:
                 return f"{'4-bit, ' if load_in_4bit else ''}{sequences} at a time: {needed:.0f} GB"
     return "no"
 
 
 def table() -> Iterator[str]:
     """Yield the lines of the table in Markdown."""
-    yield f"| model | {' | '.join(f'{name}: {room:.0f} GB' for name, room in INSTANCES.items())} |"
+    yield f"| model | {' | '.join(f'{name}: {gigabytes:.0f} GB' for name, gigabytes in INSTANCES.items())} |"
     yield "|---" * (len(INSTANCES) + 1) + "|"
     for model in MODELS:
-        yield f"| {model.name} | {' | '.join(fit(model, room) for room in INSTANCES.values())} |"
+        yield f"| {model.name} | {' | '.join(fit(model, gigabytes) for gigabytes in INSTANCES.values())} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the jobs of a stack have in common: read from the stack's outputs, and found again in a launch plan's requests."""
+"""The settings that all jobs of a stack share, read from the stack's outputs or from the requests of a launch plan."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tunedrop.rewards import REWARD_ENVIRONMENT
 
-# The jobs' environment variables, by name, and the stack's output that each is made of.
+# The jobs' environment variables, and the stack's output that sets each of them.
 ENVIRONMENT = {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName"}
 
 
@@ -19,7 +19,7 @@ ECR_IMAGE = re.compile(
 
 
 class Target(NamedTuple):
-    """What the jobs of a stack have in common."""
+    """The settings that all jobs of a stack share."""
 
     artifact_bucket: str
     role: str
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     security_groups: Sequence[str] = ()
     network_isolation: bool = False
     encrypt_traffic: bool = False
-    environment: Mapping[str, str] = {}  # what rewards may do, see REWARD_ENVIRONMENT; the bus for alerts
+    environment: Mapping[str, str] = {}  # the reward permissions (REWARD_ENVIRONMENT) and the bus for alerts
 
 
 def target_of_outputs(outputs: Mapping[str, str]) -> Target:
@@ -59,10 +59,10 @@ def comma_separated(text: str) -> list[str]:
 
 
 def differences(target: Target, request: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield what a plan's captured CreateTrainingJob request has otherwise than the target of a stack.
+    """Yield the differences between the target of a stack and a launch plan's CreateTrainingJob request.
 
-    Each is the output's name, the stack's value and the plan's; what is not set is an empty text. Everything of a target
-    counts but its job prefix, which the functions fill in.
+    Each difference is the output's name, the stack's value and the plan's value, an empty text if it is not set. The job
+    prefix is not compared, because the functions set it.
     """
     network = request.get("VpcConfig", {})
     environment = request.get("Environment", {})
@@ -77,12 +77,12 @@ def differences(target: Target, request: Mapping[str, Any]) -> Iterator[tuple[st
         encrypt_traffic=request.get("EnableInterContainerTrafficEncryption", False),
         environment=environment,
     )
-    is_set, has = _outputs_of(target), _outputs_of(captured)
-    yield from ((name, is_set[name], has[name]) for name in is_set if is_set[name] != has[name])
+    stack, plan = _outputs_of(target), _outputs_of(captured)
+    yield from ((name, stack[name], plan[name]) for name in stack if stack[name] != plan[name])
 
 
 def _outputs_of(target: Target) -> dict[str, str]:
-    """Return the outputs that describe a target, but for its job prefix."""
+    """Return the outputs that describe a target, without its job prefix."""
     return {
         "ArtifactBucket": target.artifact_bucket,
         "SageMakerRoleArn": target.role,

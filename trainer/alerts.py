@@ -1,6 +1,6 @@
-"""Names what goes wrong while a model trains, with evidence: pure functions over the metrics so far.
+"""Detects problems of a training from its metrics so far. Each function is pure and returns an alert with its evidence.
 
-A point of the history is a line of metrics.jsonl. docs/alerts.md says where each threshold comes from.
+A point of the history is a line of metrics.jsonl. docs/alerts.md has the source of each threshold.
 """
 
 import math
@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 
 Point = dict[str, Any]
 
-FEWEST_POINTS = 8  # before these nothing but NON_FINITE and KL_BLOWUP is named
+FEWEST_POINTS = 8  # an earlier alert is NON_FINITE or KL_BLOWUP
 HACKING_POINTS, HACKING_SHARE = 12, 0.2
 PLATEAU_POINTS, PLATEAU_SHARE = 20, 0.3
 RECENT_SHARE = 0.1
-DEAD_SHARE = 0.99  # of groups whose answers all get the same reward
+DEAD_SHARE = 0.99  # of groups whose completions all get the same reward
 TRUNCATED_SHARE = 0.5
-FEWEST_FINISHED = 3  # points with finished answers that say what these get
+FEWEST_FINISHED = 3  # points with finished completions, to compare their reward
 FORMAT_RISE = 0.1
-COLLAPSED_ENTROPY = 0.1  # of what it was at the start
-REACHED = 0.9  # of the best reward any answer got
+COLLAPSED_ENTROPY = 0.1  # of the entropy at the start
+REACHED = 0.9  # of the best reward of any completion
 KL_LIMIT = 1.0  # nats per token
 STANDARD_ERRORS = 2.0
 
 
 class Alert(NamedTuple):
-    """What is wrong, since when it shows, in words, and the numbers that say so."""
+    """A problem: its code, the step at which it was detected, a message, and the numbers behind it."""
 
     code: str
     step: int
@@ -34,7 +34,7 @@ class Alert(NamedTuple):
 
 
 def find(history: Sequence[Point], formats: Collection[str] = ()) -> list[Alert]:
-    """Return what is wrong at the last point; `formats` are the rewards that pay for an answer's form alone."""
+    """Return the alerts of the last point. `formats` are the names of the rewards for a completion's format alone."""
     checks: list[Callable[[], Alert | None]] = [
         lambda: non_finite(history),
         lambda: kl_blowup(history),
@@ -48,7 +48,7 @@ def find(history: Sequence[Point], formats: Collection[str] = ()) -> list[Alert]
 
 
 def non_finite(history: Sequence[Point]) -> Alert | None:
-    """A number of the step is not a number any more."""
+    """Return an alert if a metric of the last step is NaN or infinite."""
     last = history[-1]
     broken = [
         name
@@ -57,11 +57,11 @@ def non_finite(history: Sequence[Point]) -> Alert | None:
     ]
     if not broken:
         return None
-    return _alert(history, "NON_FINITE", f"{', '.join(broken)} is not finite: lower learning_rate or max_grad_norm", {})
+    return _alert(history, "NON_FINITE", f"{', '.join(broken)} is NaN or infinite: lower learning_rate or max_grad_norm", {})
 
 
 def kl_blowup(history: Sequence[Point]) -> Alert | None:
-    """The model is far from its base on every token (needs `beta` above 0, else nobody measures it)."""
+    """Return an alert if the model is far from its base model on every token. TRL measures KL only with `beta` above 0."""
     kl = _values(history[-3:], "kl")
     if len(kl) < 3 or fmean(kl) <= KL_LIMIT:
         return None
@@ -70,22 +70,22 @@ def kl_blowup(history: Sequence[Point]) -> Alert | None:
 
 
 def dead_reward(history: Sequence[Point]) -> Alert | None:
-    """No group has answers of different reward, and it was not training that brought that about."""
+    """Return an alert if no group has different rewards, unless the training itself led there by raising the reward."""
     recent = _recent(history)
     same, reward = _values(recent, "frac_reward_zero_std"), _values(recent, "reward")
     if not same or min(same) < DEAD_SHARE or fmean(reward) > history[0]["reward"]:
         return None
     message = (
-        f"all answers to a prompt get the same reward ({fmean(reward):.3g} on average), so nothing is learned: "
-        "check the rewards, or give rows that the model sometimes gets right"
+        f"all completions of a prompt get the same reward ({fmean(reward):.3g} on average), and the model learns nothing: "
+        "check the rewards, or use rows that the model solves sometimes"
     )
     return _alert(history, "DEAD_REWARD", message, {"reward": fmean(reward), "zero_variance_share": fmean(same)})
 
 
 def truncation(history: Sequence[Point]) -> Alert | None:
-    """Most answers are cut off, that costs them their reward, and the reward does not rise all the same.
+    """Return an alert if most completions are cut off, lose reward by it, and the reward does not rise.
 
-    It costs them their reward if finished answers get more, or if none is finished and none is paid.
+    Cut completions lose reward if finished completions get more, or if none is finished and all get the same reward.
     """
     recent = _recent(history)
     clipped = _values(recent, "clipped_ratio")
@@ -98,7 +98,7 @@ def truncation(history: Sequence[Point]) -> Alert | None:
         costs = dead_reward(history) is not None
     if not costs:
         return None
-    message = f"{fmean(clipped):.0%} of the answers are cut off at max_completion_length: raise it, or ask for shorter ones"
+    message = f"{fmean(clipped):.0%} of the completions are cut off: raise max_completion_length, or ask for shorter answers"
     evidence = {"clipped_ratio": fmean(clipped)}
     evidence |= {"reward_truncated": fmean(cut)} if cut else {}
     evidence |= {"reward_finished": fmean(finished)} if finished else {}
@@ -106,7 +106,7 @@ def truncation(history: Sequence[Point]) -> Alert | None:
 
 
 def hacking_suspect(history: Sequence[Point], formats: Collection[str]) -> Alert | None:
-    """A reward for the form of answers has risen, and those for what they say have not."""
+    """Return an alert if a reward for the format has risen and no reward for the content has."""
     names = {name for point in history for name in point["rewards"]}
     forms, contents = sorted(names & set(formats)), sorted(names - set(formats))
     if not forms or not contents or len(history) < max(HACKING_POINTS, HACKING_SHARE * _planned(history)):
@@ -116,14 +116,14 @@ def hacking_suspect(history: Sequence[Point], formats: Collection[str]) -> Alert
     if not risen or any(changes[name][0] > changes[name][1] for name in contents):
         return None
     message = (
-        f"{', '.join(risen)} rises while {', '.join(contents)} does not: give it less weight, or pay it only_if the answer "
-        "is right"
+        f"{', '.join(risen)} rises while {', '.join(contents)} does not: lower the weight of {', '.join(risen)}, or pay it "
+        "only_if the answer is right"
     )
     return _alert(history, "HACKING_SUSPECT", message, {f"change_of_{name}": changes[name][0] for name in risen + contents})
 
 
 def entropy_collapse(history: Sequence[Point]) -> Alert | None:
-    """The model has stopped trying other answers though better ones exist."""
+    """Return an alert if the model has stopped exploring although better completions exist."""
     recent, entropy = _recent(history), _values(history, "entropy")
     reward, best = _values(recent, "reward"), _values(history, "reward_best")
     if not recent or not entropy or not best:
@@ -138,7 +138,7 @@ def entropy_collapse(history: Sequence[Point]) -> Alert | None:
 
 
 def plateau(history: Sequence[Point]) -> Alert | None:
-    """The reward has not risen for long."""
+    """Return an alert if the reward has not risen for a large part of the run."""
     points = math.ceil(max(PLATEAU_POINTS, PLATEAU_SHARE * _planned(history)))
     reward = _values(history[-points:], "reward")
     if len(history) <= points or len(reward) < PLATEAU_POINTS or dead_reward(history):
@@ -147,7 +147,7 @@ def plateau(history: Sequence[Point]) -> Alert | None:
     before, now = fmean(reward[:half]), fmean(reward[half:])
     if now - before > _error(reward[:half], reward[half:]):
         return None
-    message = f"the reward has stayed at {now:.3g} for {points} points: the rest of the run is unlikely to bring more"
+    message = f"the reward has stayed at {now:.3g} for {points} points: more steps are unlikely to raise it"
     return _alert(history, "PLATEAU", message, {"reward": now, "reward_before": before, "points": points})
 
 
@@ -156,28 +156,28 @@ def _alert(history: Sequence[Point], code: str, message: str, evidence: dict[str
 
 
 def _values(history: Sequence[Point], name: str) -> list[float]:
-    """The finite values of a metric; points may lack it (a reused rollout has no rewards of its own)."""
+    """Return the finite values of a metric. Points may lack a metric: a step on a reused rollout has no rewards."""
     return [point[name] for point in history if point.get(name) is not None and math.isfinite(point[name])]
 
 
 def _planned(history: Sequence[Point]) -> float:
-    """How many points the whole run will have."""
+    """Return the number of points that the whole run will have."""
     return float(history[-1]["max_steps"] * len(history) / history[-1]["step"])
 
 
 def _recent(history: Sequence[Point]) -> Sequence[Point]:
-    """The last points, none before there are enough."""
+    """Return the recent points, or no point while there are too few."""
     points = math.ceil(max(FEWEST_POINTS, RECENT_SHARE * _planned(history)))
     return history[-points:] if len(history) >= points else []
 
 
 def _error(some: Sequence[float], others: Sequence[float]) -> float:
-    """Standard error of the difference of two means."""
+    """Return the standard error of the difference of two means."""
     return math.sqrt(sum(variance(each) / len(each) for each in (some, others) if len(each) > 1))
 
 
 def _change(values: Sequence[float]) -> tuple[float, float]:
-    """By how much the last third is above the first on average, and the standard error of that."""
+    """Return the mean of the last third minus the mean of the first third, and its standard error."""
     third = len(values) // 3
     if third == 0:
         return 0.0, 0.0

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, and which of them a run goes on from or ends with.
+"""Whole checkpoints: how they are sealed and verified, and the choice of the newest and of the best one.
 
-A checkpoint holds the adapter, optimizer, scheduler, random numbers, the position in the data, the rollout that is in use
-and the metrics so far. It is written to `saving/`, synced to the disk, sealed with a manifest of hashes and renamed to
-`checkpoint-<step>`. SageMaker copies the folder to S3 file by file and in any order, so that the rename proves nothing
-after a restart: the manifest does. What it does not vouch for is torn, and removed.
+A checkpoint holds the adapter, the optimizer, the scheduler, the random numbers, the position in the data, the rollout in
+use and the metrics so far. trainer/run_trainer.py writes it to `saving/`. It is synced to the disk, sealed with a manifest
+of hashes and renamed to `checkpoint-<step>`. SageMaker copies the folder to S3 file by file, in any order: after a restart
+only the manifest proves that a checkpoint is whole. Every other checkpoint is torn, and is removed.
 """
 
 import hashlib
@@ -11,41 +11,32 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from accelerate.utils import gather_object
-from torch.utils.data import Sampler
+from typing import Any, NamedTuple
 
 from trainer.job import JobError
 from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Row
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
-
 log = logging.getLogger("trainer")
 
 MANIFEST = "manifest.json"
 SAVING = "saving"
-# Sections of a run config that change nothing about what is trained.
+# Sections of a run config that do not influence the trained weights.
 BESIDE_TRAINING = {"compute", "gate", "notify", "preflight"}
 SHOWN_DIFFERENCES = 3
 
 
 @dataclass
 class Record:
-    """What a run knows beyond its trainer's state; every checkpoint's manifest has it as it was then.
+    """The facts of a run that are not in its trainer's state. The manifest of each checkpoint has a copy.
 
-    `seconds`: how long the run's processes have lived so far; `costs`: what its parts take (`trainer.bounds.Costs`).
-    `ended`: why the training was over with this checkpoint (`complete`, `max_runtime`, `max_cost_usd` or an alert), None
-    if it goes on. `heldout_reward` is the checkpoint's, None if it was not evaluated; `evaluations` are all so far.
-    `dropped`: ids of rows that the learnability gate took out.
+    `seconds`: the time that the run's processes have taken. `costs`: the times of its parts (`trainer.bounds.Costs`).
+    `ended`: why the training ended with this checkpoint (`complete`, `max_runtime`, `max_cost_usd` or an alert's code), None
+    if it did not end. `heldout_reward`: of this checkpoint, None if it was not evaluated. `evaluations`: all so far.
+    `learnability`: the gate's numbers. `dropped`: ids of the rows that the gate dropped.
     """
 
     seconds: float = 0.0
@@ -59,7 +50,7 @@ class Record:
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint. `run` is what identifies the run that wrote it (see `identity`)."""
+    """A whole checkpoint. `run` identifies the run that wrote it (see `identity`)."""
 
     path: Path
     step: int
@@ -68,19 +59,19 @@ class Checkpoint(NamedTuple):
 
 
 def identity(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what makes a run the one that a checkpoint belongs to: the config that trains, and a digest of the rows."""
+    """Return the identity of a run: the sections of the config that influence the weights, and a digest of the rows."""
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
     return {"config": config.model_dump(mode="json", exclude=BESIDE_TRAINING), "rows": digest}
 
 
 def whole(folder: Path, *, verify: bool = True) -> list[Checkpoint]:
-    """Return the whole checkpoints in a folder, the newest first; without `verify` their hashes are believed."""
-    found = [_read(path, verify) for path in folder.glob("checkpoint-*")]
-    return sorted((each for each in found if each), key=lambda each: -each.step)
+    """Return the whole checkpoints in a folder, the newest first. Without `verify` the files' hashes are not checked."""
+    read = (_read(path, verify) for path in folder.glob("checkpoint-*"))
+    return sorted((checkpoint for checkpoint in read if checkpoint), key=lambda checkpoint: -checkpoint.step)
 
 
 def newest(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
-    """Return the newest whole checkpoint, None if there is none. Raises JobError if it is another run's."""
+    """Return the newest whole checkpoint of the run, or None. Raises JobError if another run wrote it."""
     checkpoints = whole(folder)
     if not checkpoints:
         return None
@@ -89,40 +80,40 @@ def newest(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
         more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise JobError(
             f"{checkpoints[0].path} is a checkpoint of another run: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}. "
-            f"Empty {folder} to start anew, or start the run that it belongs to."
+            f"Empty {folder} to start from step 0, or use the config and the rows of the checkpoint's run."
         )
     return checkpoints[0]
 
 
 def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """Return the checkpoint with the highest held-out reward, the later of equals; without any reward the newest."""
+    """Return the checkpoint with the highest held-out reward, the newer one of a tie; without evaluations the newest."""
     evaluated = [each for each in checkpoints if each.record.heldout_reward is not None]
     return max(evaluated or checkpoints, key=lambda each: (each.record.heldout_reward or 0.0, each.step))
 
 
 def clean(folder: Path, keep: int | None = None, *, verify: bool = True) -> None:
-    """Remove what is torn, and all but the `keep` newest checkpoints and the best one (None: keep them all)."""
+    """Remove torn checkpoints, and all others except the `keep` newest and the best one (None: keep all whole ones)."""
     checkpoints = whole(folder, verify=verify)
     kept = {each.path for each in checkpoints[:keep]} | ({best(checkpoints).path} if checkpoints else set())
     for path in [*folder.glob("checkpoint-*"), *folder.glob(SAVING)]:
         if path not in kept:
             torn = path.name == SAVING or path not in {each.path for each in checkpoints}
             if torn:
-                log.info("removing %s: it was not written to its end", path)
+                log.info("removing %s: its write did not finish", path)
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in sorted({*there, *here}):
-            yield from _differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
-    elif there != here:
+def _differences(saved: Any, current: Any, key: str = "") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for name in sorted({*saved, *current}):
+            yield from _differences(saved.get(name), current.get(name), f"{key}.{name}" if key else name)
+    elif saved != current:
         name = key.removeprefix("config.")
-        yield "it was made from other rows" if key == "rows" else f"{name} is {here!r} here and {there!r} there"
+        yield "it has other rows" if key == "rows" else f"{name} is {current!r} now and {saved!r} in the checkpoint"
 
 
 def _read(path: Path, verify: bool) -> Checkpoint | None:
-    """Return the checkpoint in a folder if it has a manifest and, to `verify`, every file of it with its hash."""
+    """Return the checkpoint in a folder, or None if it has no manifest or, with `verify`, a file has another hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if verify and any(_digest(path / name) != digest for name, digest in manifest["files"].items()):
@@ -138,7 +129,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Sync a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,16 +137,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Sync every file of a folder to the disk and return its hash by its name."""
+def hashes(folder: Path) -> dict[str, str]:
+    """Sync every file of a folder to the disk, and return the files' SHA-256 hashes by name."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
         _sync(folder / name)
     return {name: _digest(folder / name) for name in names}
 
 
-def _publish(folder: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Seal a folder with its manifest, the last file written, and rename it."""
+def publish(folder: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Seal a folder with its manifest, which is the last file written, and rename it to `target`."""
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -163,80 +154,3 @@ def _publish(folder: Path, target: Path, manifest: dict[str, Any]) -> None:
     folder.rename(target)
     folder.parent.rmdir()
     _sync(target.parent)
-
-
-class _ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
-    """TRL's sampler, seeded anew for each epoch.
-
-    TRL's goes on from where the epoch before has left its generator, which a process that resumes has not seen.
-    """
-
-    def __init__(self, sampler: Any, seed: Callable[[], int]):
-        self._sampler = sampler
-        self._seed = seed
-
-    def __iter__(self) -> Iterator[int]:
-        if self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._seed())
-        yield from self._sampler
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
-class Durable(_Base):  # type: ignore[misc] # TRL is untyped here
-    """Makes a GRPO trainer's checkpoints whole or absent, and its resumed runs equal to uninterrupted ones.
-
-    To be put before a `GRPOTrainer` in a class's bases. `run` and `record` go into the manifests.
-    """
-
-    run: dict[str, Any]
-    record: Record
-    _saving = False
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write none: TRL would put one beside the checkpoints at every save."""
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return _ByEpoch(super()._get_train_sampler(dataset), lambda: self.args.seed + int(self.state.epoch or 0))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return str(Path(folder, SAVING)) if self._saving else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the base class, but into `saving/` and with the rollout in use; sealed and renamed when every rank is done."""
-        accelerator, place, name = self.accelerator, Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        folder = place / SAVING / name
-        if accelerator.is_local_main_process:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        torch.save(self._rollout(), folder / f"rollout_{accelerator.process_index}.pt")
-        accelerator.wait_for_everyone()
-        # Each machine has a folder of its own, which SageMaker copies to one place in S3.
-        hashes = gather_object([_hashes(folder) if accelerator.is_local_main_process else {}])
-        if accelerator.is_local_main_process:
-            files = {file: digest for each in hashes for file, digest in each.items()}
-            manifest = {"step": self.state.global_step, "run": self.run, "record": asdict(self.record), "files": files}
-            _publish(folder, place / name, manifest)
-            clean(place, self.args.save_total_limit, verify=False)
-        accelerator.wait_for_everyone()
-
-    def _rollout(self) -> dict[str, Any]:
-        """Return where the trainer is in its rollout: one is used for several steps with `num_iterations`, among others."""
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        inputs = self._buffered_inputs if in_use else None
-        return {"step": self._step, "inputs": inputs, "metrics": dict(self._metrics["train"])}
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint or "", f"rollout_{self.accelerator.process_index}.pt")
-        if checkpoint and path.exists():  # a run that goes on with more ranks than it had samples anew
-            rollout = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._step, self._buffered_inputs = rollout["step"], rollout["inputs"]
-            self._metrics["train"].update(rollout["metrics"])

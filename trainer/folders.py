@@ -1,4 +1,4 @@
-"""Where a job reads and writes: SageMaker's folders inside its container, the current directory in a shell."""
+"""The folders of a job: SageMaker's folders inside its container, the current directory in a shell."""
 
 import os
 from pathlib import Path
@@ -13,21 +13,24 @@ def channel(name: str) -> Path | None:
 
 
 def channel_file(name: str) -> Path | None:
-    """Return the one file of a channel that names one object, or None when the job has no such channel."""
+    """Return the file of a channel that holds one object, or None when the job has no such channel.
+
+    Raises JobError when the channel does not hold exactly one file.
+    """
     folder = channel(name)
     if folder is None:
         return None
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if len(files) != 1:
-        raise JobError(f"Channel '{name}' should hold one file, found {[path.name for path in files] or 'none'}.")
+        raise JobError(f"The channel '{name}' must hold one file, but it holds {[path.name for path in files] or 'none'}.")
     return files[0]
 
 
 def model_dir() -> Path:
-    """Return where the job leaves its results (`/opt/ml/model`), which SageMaker uploads."""
+    """Return the folder of the job's results (`/opt/ml/model`), which SageMaker uploads."""
     return Path(os.environ.get("SM_MODEL_DIR", "output/model"))
 
 
 def checkpoint_dir() -> Path:
-    """Return where checkpoints go: SageMaker keeps `/opt/ml/checkpoints` in step with S3."""
+    """Return the folder of the checkpoints. SageMaker keeps `/opt/ml/checkpoints` in sync with S3."""
     return Path("/opt/ml/checkpoints" if "SM_MODEL_DIR" in os.environ else "output/checkpoints")

@@ -1,9 +1,9 @@
-"""What a job's container executes: `python -m trainer.job {train|test}`.
+"""The entry point of a job's container: `python -m trainer.job {train|test}`.
 
-It is PID 1 of the container (the launch plan starts it with `exec`), so SageMaker's SIGTERM for a stop or a spot
-interruption arrives here. It starts the work in child processes (torchrun when there is more than one GPU or host), hands
-signals on to every rank, and sees to it that a failed job leaves its reason in `/opt/ml/output/failure`, which becomes
-the job's `FailureReason`: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-output.html
+This process is PID 1 of the container, because the launch plan starts it with `exec`. It gets SageMaker's SIGTERM for a stop
+or a spot interruption, and forwards it to every rank. It does the work in child processes, with torchrun for more than one
+GPU or host. If the job fails, it writes the reason to `/opt/ml/output/failure`, which becomes the job's `FailureReason`:
+https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-output.html
 """
 
 import json
@@ -30,39 +30,39 @@ INPUT_CONFIG = Path("/opt/ml/input/config")
 # SageMaker shows the first 1,024 characters of the failure file.
 REASON_CHARACTERS = 1024
 TRACEBACK_FRAMES = 4
-STOPPED = 128 + signal.SIGTERM  # the shell's exit code for "ended by SIGTERM"
+STOPPED = 128 + signal.SIGTERM  # the shell's exit code of a process that SIGTERM ended
 STARTED = "TUNEDROP_STARTED"
 
 
 class JobError(Exception):
-    """Something the user can put right (files missing, a limit too low). Its message is shown without a traceback."""
+    """A mistake that the user can fix, such as a missing file or a limit that is too low. It is shown without traceback."""
 
 
-# Errors whose messages say all that there is to say.
+# Errors whose messages are complete without a traceback.
 MESSAGES = (JobError, RejectedError, PackageError)
 
 
 def started() -> float:
-    """Return when the job's container started, in seconds since 1970; in a shell, when this process did."""
+    """Return the start of the job's container in seconds since 1970; in a shell, the start of this process."""
     return float(os.environ.get(STARTED) or psutil.Process().create_time())
 
 
 def describe(error: BaseException) -> str:
-    """Say why a job failed, the reason first and within 1,024 characters: a user's error is its message only."""
+    """Return why a job failed, in at most 1,024 characters: the message, and for a bug the end of the traceback."""
     if isinstance(error, MESSAGES):
         return str(error)[:REASON_CHARACTERS]
     frames = traceback.extract_tb(error.__traceback__)[-TRACEBACK_FRAMES:]
-    where = "\n".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+    trace = "\n".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
     reason = f"{type(error).__name__}: {error}"
-    room = max(REASON_CHARACTERS - len(where) - len("\nTraceback, innermost last:\n"), REASON_CHARACTERS // 2)
-    return f"{reason[:room]}\nTraceback, innermost last:\n{where}"
+    length = max(REASON_CHARACTERS - len(trace) - len("\nTraceback, innermost last:\n"), REASON_CHARACTERS // 2)
+    return f"{reason[:length]}\nTraceback, innermost last:\n{trace}"
 
 
 @contextmanager
 def failure_reported() -> Iterator[None]:
-    """Write what ends the block to the failure file and exit 1; errors that are not the user's also print their traceback.
+    """Write the reason of an error in the block to the failure file, and exit with 1. A bug also prints its traceback.
 
-    The first rank that fails is the one that knows why, so a reason that is already there stays.
+    The first rank that fails knows the cause. An existing reason stays.
     """
     try:
         yield
@@ -74,36 +74,36 @@ def failure_reported() -> Iterator[None]:
 
 
 def report(reason: str) -> None:
-    """Leave the reason of a failure where SageMaker looks for it, unless there is one; a shell has no such place."""
-    place = os.environ.get("SM_OUTPUT_FAILURE")
-    if place and not Path(place).exists():
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_text(reason)
+    """Write the reason of a failure to SageMaker's failure file, unless the file exists. A shell has no such file."""
+    file = os.environ.get("SM_OUTPUT_FAILURE")
+    if file and not Path(file).exists():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(reason)
 
 
 def set_up_logging() -> None:
-    """Send plain lines to stdout: what people follow and SageMaker reads metrics from."""
+    """Log plain lines to stdout, which people read and from which SageMaker extracts metrics."""
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s", force=True)
-    # One rank says what all do.
+    # Only the first rank logs.
     logging.getLogger("trainer").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    # Not for the reader of a run: what the pinned versions will deprecate, and an optional CPU kernel for 4-bit weights.
+    # Warnings that do not help the reader of a run: deprecations in pinned packages, an optional CPU kernel for 4 bits.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads and forks do not mix
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 
 
 def read_hyperparameters() -> dict[str, Any]:
     """Return the job's hyperparameters: `SM_HPS`, which ModelTrainer's driver sets, else SageMaker's own file."""
     if "SM_HPS" in os.environ:
-        given: dict[str, Any] = json.loads(os.environ["SM_HPS"])
+        hyperparameters: dict[str, Any] = json.loads(os.environ["SM_HPS"])
     else:
         path = INPUT_CONFIG / "hyperparameters.json"
-        given = json.loads(path.read_text()) if path.exists() else {}
-    return given
+        hyperparameters = json.loads(path.read_text()) if path.exists() else {}
+    return hyperparameters
 
 
 def command(stage: str, hyperparameters: dict[str, Any], *, gpus: int, hosts: list[str], host: str) -> list[str]:
-    """Return the command that runs a stage; training on several GPUs or hosts goes through torchrun."""
+    """Return the command that runs a stage. Training on several GPUs or hosts uses torchrun."""
     flags = [part for key, value in hyperparameters.items() for part in (f"--{key}", str(value))]
     if stage == "test" or max(gpus, 1) * len(hosts) == 1:
         return [sys.executable, "-m", MODULES[stage], *flags]
@@ -115,8 +115,7 @@ def command(stage: str, hyperparameters: dict[str, Any], *, gpus: int, hosts: li
 def ranks(pid: int, distributed: bool) -> list[int]:
     """Return the ids of the processes that do the work: `pid`, or with torchrun its children.
 
-    Ranks get their signals from here and not through torchrun, which would kill them 30 seconds later, long before
-    SageMaker's 120 are over.
+    The ranks get signals from this process and not through torchrun, which kills them after 30 seconds. SageMaker waits 120.
     """
     if not distributed:
         return [pid]
@@ -124,11 +123,11 @@ def ranks(pid: int, distributed: bool) -> list[int]:
 
 
 def run(stage: str) -> int:
-    """Run a stage to its end and return the exit code: 0, 143 after a SIGTERM, else the failure's."""
+    """Run a stage to its end and return the exit code: 0, 143 after SIGTERM, else the code of the failed process."""
     gpus, hosts = int(os.environ.get("SM_NUM_GPUS", "0")), json.loads(os.environ.get("SM_HOSTS", '["localhost"]'))
     host = os.environ.get("SM_CURRENT_HOST", "localhost")
     arguments = command(stage, read_hyperparameters(), gpus=gpus, hosts=hosts, host=host)
-    os.environ[STARTED] = str(psutil.Process().create_time())  # PID 1 stays the same process through every exec
+    os.environ[STARTED] = str(psutil.Process().create_time())  # `exec` keeps the process and its start time
     process: subprocess.Popen[bytes] | None = None
     received: list[int] = []
 
@@ -140,23 +139,23 @@ def run(stage: str) -> int:
 
     signal.signal(signal.SIGTERM, forward)
     process = subprocess.Popen(arguments)  # noqa: S603 - our own command
-    if received:  # the signal came while the process was being made
+    if received:  # the signal arrived while the process was starting
         forward(received[0], None)
     code = process.wait()
     if received:
         return STOPPED
     if code < 0:
         name = signal.Signals(-code).name
-        hint = "; most often the machine ran out of memory" if -code == signal.SIGKILL else ""
+        hint = ": the machine probably ran out of memory" if -code == signal.SIGKILL else ""
         report(f"The {stage} process was killed by {name}{hint}.")
         return 128 - code
     if code:
-        report(f"The {stage} process ended with exit code {code}; its log says why.")
+        report(f"The {stage} process ended with exit code {code}. See the end of the job's log.")
     return code
 
 
 def main() -> None:
-    """Run the stage named on the command line."""
+    """Run the stage that the command line names."""
     if sys.argv[1:] not in [[stage] for stage in MODULES]:
         sys.exit("usage: python -m trainer.job {train|test}")
     with failure_reported():

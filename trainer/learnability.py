@@ -1,9 +1,10 @@
-"""The learnability gate: whether the base model can learn from these rows with these rewards, asked before the first step.
+"""The learnability gate: estimates before the first step whether the base model can learn from the rows and rewards.
 
-GRPO learns from differences within a group: one whose answers all get the same reward has no gradient. So the base model
-answers a sample of the rows a few times. What these rewards say about groups of `num_generations` answers is estimated with
-a Dirichlet-multinomial model: its prior is how often each reward was given to any prompt, as strong as makes what was seen
-most likely (empirical Bayes), and a prompt's own answers update it.
+GRPO learns from differences within a group. A group whose completions all get the same reward has no gradient. The gate
+has the base model complete a sample of the prompts a few times, and estimates from the rewards how many groups of
+`num_generations` completions will have a gradient. The model is Dirichlet-multinomial: its prior is the distribution of the
+rewards over all prompts, with the strength that makes the observed rewards most likely (empirical Bayes), and the rewards
+of each prompt update it.
 """
 
 import math
@@ -12,20 +13,21 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
-# The gate may cost this share of the run's answers; runs too short for it to say anything still ask so many prompts.
+# The gate may use this share of the run's completions. In a short run it uses FEWEST_PROMPTS, since fewer say nothing.
 SHARE, FEWEST_PROMPTS, MOST_PROMPTS = 0.03, 24, 128
-# Strengths of the prior that are tried, in pseudo-answers.
+# Candidate strengths of the prior, in pseudo-completions.
 STRENGTHS = [2.0 ** (power / 2) for power in range(-12, 17)]
-# Rewards closer than this are one value, as for TRL's frac_reward_zero_std.
+# Rewards that are equal to this many digits count as one value, as in TRL's frac_reward_zero_std.
 DIGITS = 6
 STANDARD_ERRORS = 2.0
 
 
 class Learnability(NamedTuple):
-    """What the gate found. Shares are of the prompts asked; `expected_nonzero_groups` of groups that have a gradient.
+    """The gate's estimate. `dead`, `learnable` and `solved` are shares of the prompts.
 
-    `dead`: all answers to a prompt got one reward, and not the best there is. `solved`: they all got the best one seen.
-    `reward` is the mean and `reward_error` its standard error. `flat` are the indices of the dead and solved prompts.
+    `dead`: all completions of a prompt got the same reward, and not the best one. `solved`: all got the best reward.
+    `reward` is the mean and `reward_error` its standard error. `expected_nonzero_groups` is the expected share of groups
+    with a gradient. `flat` are the indices of the dead and the solved prompts.
     """
 
     prompts: int
@@ -39,22 +41,22 @@ class Learnability(NamedTuple):
     flat: list[int]
 
     def summary(self) -> dict[str, Any]:
-        """Return what training.json says."""
+        """Return the numbers for training.json."""
         return {name: round(value, 4) for name, value in self._asdict().items() if name != "flat"}
 
 
-def prompts_to_ask(answers_of_run: int, samples: int) -> int:
-    """Return how many prompts to ask in a run that samples so many answers, each prompt for so many."""
-    return min(MOST_PROMPTS, max(FEWEST_PROMPTS, int(answers_of_run * SHARE / samples)))
+def prompts_to_ask(completions_of_run: int, samples: int) -> int:
+    """Return the number of prompts that the gate samples, for a run's completions and the gate's samples per prompt."""
+    return min(MOST_PROMPTS, max(FEWEST_PROMPTS, int(completions_of_run * SHARE / samples)))
 
 
-def judge(rewards: Sequence[Sequence[float]], group: int) -> Learnability:
-    """Say what the rewards of each prompt's answers mean for groups of so many answers."""
+def estimate(rewards: Sequence[Sequence[float]], group: int) -> Learnability:
+    """Return the estimate for groups of `group` completions, from the rewards of each prompt's sampled completions."""
     seen = [Counter(round(reward, DIGITS) for reward in each) for each in rewards]
     best = max(value for each in seen for value in each)
     means = [fmean(each) for each in rewards]
     flat = [index for index, each in enumerate(seen) if len(each) == 1]
-    # Where nothing was ever rewarded, the best is nothing to be proud of.
+    # If no completion was rewarded, the best reward does not mean "solved".
     solved = sum(best > 0 and best in seen[index] for index in flat)
     pooled = sum(seen, Counter())
     prior = {value: count / pooled.total() for value, count in pooled.items()}
@@ -74,7 +76,7 @@ def judge(rewards: Sequence[Sequence[float]], group: int) -> Learnability:
 
 
 def _log_likelihood(seen: Counter[float], prior: dict[float, float], strength: float) -> float:
-    """Log of the Dirichlet-multinomial probability of one prompt's rewards, in the order they came."""
+    """Return the log of the Dirichlet-multinomial probability of one prompt's rewards, as an ordered sequence."""
     total = math.lgamma(strength) - math.lgamma(strength + seen.total())
     return total + sum(
         math.lgamma(strength * prior[value] + count) - math.lgamma(strength * prior[value]) for value, count in seen.items()
@@ -82,7 +84,7 @@ def _log_likelihood(seen: Counter[float], prior: dict[float, float], strength: f
 
 
 def _all_equal(seen: Counter[float], prior: dict[float, float], strength: float, group: int) -> float:
-    """Return the probability that a prompt's next `group` answers all get the same reward."""
+    """Return the probability that the next `group` completions of a prompt all get the same reward."""
     total = strength + seen.total()
     all_draws = math.lgamma(total + group) - math.lgamma(total)
     weights = [strength * share + seen[value] for value, share in prior.items()]
@@ -90,10 +92,10 @@ def _all_equal(seen: Counter[float], prior: dict[float, float], strength: float,
 
 
 def measured(history: Sequence[dict[str, Any]], asked: dict[str, Any], group: int) -> dict[str, Any]:
-    """Return what the first steps showed: `measured_nonzero_groups`, the share with a gradient, of `measured_groups`.
+    """Return what the first steps measured: the share of groups with a gradient, and the number of groups.
 
-    As many groups as the gate asked prompts, at most, and only while the reward is what the gate saw: then the model is
-    another one. `asked` is the gate's summary. Without a step there is nothing to tell.
+    `asked` is the gate's summary. The measurement ends after as many groups as the gate sampled prompts, or when the reward
+    differs from the gate's: then the model has changed. It is empty for a run without steps.
     """
     first: list[dict[str, Any]] = []
     for point in history:

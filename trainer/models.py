@@ -1,4 +1,4 @@
-"""Find and load the models of a run."""
+"""Finds and loads the models of a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def locate(name: str) -> str:
-    """Return where the run's base model is: the `models` channel, a folder of that path, or else the hub id itself.
+    """Return the folder of the run's base model in the channel `models`, or `name`, a folder or a hub id, without channel.
 
-    The channel holds either the model's files or a folder `name` with them. Raises JobError when it holds neither.
+    The channel holds the model's files, or a folder `name` with them. Raises JobError when it holds neither.
     """
     channel = folders.channel("models")
     if channel is None:
@@ -24,15 +24,16 @@ def locate(name: str) -> str:
             if not any(folder.glob("*.safetensors")):
                 raise JobError(f"No weights for model '{name}': {folder} has a config.json but no *.safetensors file.")
             return str(folder)
-    found = ", ".join(sorted(path.name for path in channel.iterdir())[:10]) if channel.is_dir() else ""
+    names = ", ".join(sorted(path.name for path in channel.iterdir())[:10]) if channel.is_dir() else ""
     raise JobError(
         f"No model '{name}' in the models channel: expected config.json, the tokenizer and *.safetensors in {channel} "
-        f"or {channel / name}, found {found or 'nothing'}. Upload the files to models/{name}/ in the data bucket."
+        f"or {channel / name}, but the channel holds {names or 'nothing'}. Upload the files to models/{name}/ in the data "
+        "bucket."
     )
 
 
 def load_options(location: str) -> dict[str, Any]:
-    """Return how every model and tokenizer is read: safetensors only, no code from the model, no hub for a folder."""
+    """Return the arguments with which every model and tokenizer is loaded: no code of the model, no hub for a folder."""
     return {
         "pretrained_model_name_or_path": location,
         "trust_remote_code": False,
@@ -47,8 +48,8 @@ def load_tokenizer(location: str) -> "PreTrainedTokenizerBase":
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**load_options(location), padding_side="left")
     if not tokenizer.chat_template:
         raise JobError(
-            f"The tokenizer of '{location}' has no chat template, so it cannot read a conversation. Use an instruct "
-            "model, or add a chat_template.jinja to its files."
+            f"The tokenizer of '{location}' has no chat template and cannot encode a conversation. Use an instruct "
+            "model, or add a chat_template.jinja to the model's files."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -64,7 +65,7 @@ def load_model(location: str, **kwargs: Any) -> "PreTrainedModel":
 
 
 def four_bit() -> dict[str, Any]:
-    """Return the keyword arguments with which `load_model` reads weights in 4 bits, as QLoRA does (arXiv 2305.14314)."""
+    """Return the keyword arguments with which `load_model` loads weights in 4 bits, as QLoRA does (arXiv 2305.14314)."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -79,7 +80,7 @@ def four_bit() -> dict[str, Any]:
 
 
 def fast_bf16() -> bool:
-    """Say whether this machine multiplies bf16 in hardware: such GPUs, and CPUs with AVX512-BF16 or AMX-BF16."""
+    """Return whether this machine multiplies bf16 in hardware: its GPU, or its CPU with AVX512-BF16 or AMX-BF16."""
     import torch
 
     if torch.cuda.is_available():
@@ -90,10 +91,10 @@ def fast_bf16() -> bool:
 
 
 def weights_dtype() -> "torch.dtype":
-    """Return the type base weights are trained in: bf16 on GPUs that have it, fp32 elsewhere.
+    """Return the type of the base weights in training: bf16 on GPUs with bf16, else fp32.
 
-    On a CPU fp32 weights under bf16 autocast are faster than bf16 weights: with SmolLM2-135M on two AVX512-BF16 cores a
-    step of 64 short completions takes 17 to 19 s so, 22 s in plain fp32 and 22 s with bf16 weights.
+    On a CPU, fp32 weights under bf16 autocast are faster than bf16 weights. On two AVX512-BF16 cores, a step of 64 short
+    completions with SmolLM2-135M takes 17 to 19 s, against 22 s in plain fp32 and 22 s with bf16 weights.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""The packages that a job works with, imported before its work: what does not fit together ends it at once, with the reason.
+"""Imports the packages of a job before its work begins. Packages that do not fit together end the job with the reason.
 
-    python trainer/packages.py        # all of them, as the last step of trainer/Dockerfile does
+    python trainer/packages.py        # imports all packages; the last step of trainer/Dockerfile
 
-It needs nothing but Python, so that an image can be tried before anything of the trainer is in it. In a job it costs
-nothing: the process that works imports them first instead of later.
+This module needs only Python: it can test an image that does not have the trainer yet. In a job it costs no time, because
+the working process imports its packages early instead of later.
 """
 
 import importlib
@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-# What the heads of our modules import; these are light.
+# Imports at the heads of our modules; all of them are light.
 HEADS = ("msgspec", "psutil", "pydantic", "yaml")
 _REWARDS = ("boto3", "botocore", "jsonschema", "math_verify", "rapidfuzz")
 _MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
-# What each stage imports where it needs it: what others are built on first, so that the reason names what is wrong.
-# transformers and trl load their parts when they are asked for; so the parts are named.
+# The later imports of each stage. Packages that others build on come first: the reason then names the package at fault.
+# transformers and trl load their submodules lazily, which is why submodules are listed.
 STAGES: dict[str, tuple[str, ...]] = {
     "train": (
         *("numpy", "pyarrow", "datasets", *_MODELS),
@@ -28,31 +28,32 @@ STAGES: dict[str, tuple[str, ...]] = {
     "test": (*_MODELS, *_REWARDS),
     "proofs": (*_MODELS, "peft"),
 }
-# Whose versions say why an import failed: what is built against each other.
-TOLD = ("numpy", "pandas", "pyarrow", "torch", "transformers", "trl", "peft")
-# AWS's image has it, peft imports it where it is, and it does not load without NVIDIA's driver. No job of ours needs it.
+# Packages that are built against each other: their versions explain a failed import.
+EXPLAINING = ("numpy", "pandas", "pyarrow", "torch", "transformers", "trl", "peft")
+# AWS's image has this package, and peft imports it, which fails without NVIDIA's driver. No job needs the package.
 UNUSED = "transformer_engine"
-# Of an import's own message: the reason of a failed job has 1,024 characters in all.
+# Limit of an import error's message: the reason of a failed job has 1,024 characters in all.
 REASON_CHARACTERS = 500
 
 
 class PackageError(Exception):
-    """A package that the trainer needs cannot be imported. The message names it, versions, and what to do."""
+    """A package of the trainer cannot be imported. The message has the package, the versions, and the remedy."""
 
 
 def import_all(names: Iterable[str]) -> float:
-    """Import these modules and return the seconds that it took. Raises PackageError for the first that cannot be."""
+    """Import these modules and return the seconds that it took. Raises PackageError for the first that fails."""
     began = time.monotonic()
-    sys.modules.setdefault(UNUSED, None)  # type: ignore[arg-type] # importlib's way to say that there is none
+    sys.modules.setdefault(UNUSED, None)  # type: ignore[arg-type] # importlib's mark of a missing module
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a wheel built for another numpy or CUDA raises what it likes
+        except Exception as error:  # a wheel for another numpy or CUDA may raise any error
             reason = f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
             raise PackageError(
                 f"The container cannot import {name}: {reason}. It has Python {platform.python_version()}, "
-                f"{', '.join(map(_installed, TOLD))}. The trainer runs on the stack's own image, with what "
-                "trainer/requirements.lock adds: leave TrainingImageUri empty, or build an image with trainer/Dockerfile."
+                f"{', '.join(map(_installed, EXPLAINING))}. The trainer runs on the stack's default image with the "
+                "packages of trainer/requirements.lock: leave TrainingImageUri empty, or build an image with "
+                "trainer/Dockerfile."
             ) from error
     return time.monotonic() - began
 
@@ -65,12 +66,12 @@ def _installed(package: str) -> str:
 
 
 def main() -> None:
-    """Import what any job imports, and say so; exits 1 with the reason."""
+    """Import the packages of all jobs and print the versions. Exits with 1 and the reason if an import fails."""
     try:
         seconds = import_all(HEADS + sum(STAGES.values(), ()))
     except PackageError as error:
         sys.exit(str(error))
-    sys.stdout.write(f"{', '.join(map(_installed, TOLD))}: all that a job imports, in {seconds:.1f} s\n")
+    sys.stdout.write(f"{', '.join(map(_installed, EXPLAINING))}: imported all packages of a job in {seconds:.1f} s\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""What a training run says while it runs: metrics, alerts, and where people look at them."""
+"""Reports a training while it runs: metrics, alerts, TensorBoard files, log lines and a progress bar."""
 
 import json
 import logging
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -19,13 +20,11 @@ from trainer.alerts import Alert, find
 from trainer.checkpoints import Record
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
+    from tensorboardX import SummaryWriter
 
 log = logging.getLogger("trainer")
 
-# Our names for what TRL logs: one line of metrics.jsonl, one `name=value` on stdout, one SageMaker metric.
+# TRL's metrics and our names for them, in metrics.jsonl, in the log (`name=value`) and as SageMaker metrics.
 METRICS = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -46,7 +45,7 @@ METRICS = {
     "step_time": "seconds",
 }
 SAMPLES, SAMPLE_CHARACTERS = 3, 500
-# An adapter's weights are below 1. From here on their products overflow, and sampling fails on scores that are no numbers.
+# An adapter's weights are below 1. Products of weights above this limit overflow, and sampling fails on the scores.
 LARGEST_WEIGHT = 1e4
 
 
@@ -62,12 +61,12 @@ def metrics(entry: dict[str, Any], max_steps: int) -> dict[str, Any]:
 
 
 def history(state: TrainerState) -> list[dict[str, Any]]:
-    """Return the points logged so far that are about a fresh rollout."""
+    """Return the logged points of steps with a new rollout; only such steps have rewards."""
     return [metrics(entry, state.max_steps) for entry in state.log_history if "reward" in entry]
 
 
 def line(values: dict[str, Any], eta_seconds: float) -> str:
-    """Return the log line of a step: plain `name=value` pairs, which SageMaker's metric definitions look for."""
+    """Return the log line of a step: plain `name=value` pairs, as SageMaker's metric definitions expect."""
     shown = {name: value for name, value in values.items() if name not in {"rewards", "epoch", "seconds"}}
     shown |= {"step_seconds": values["seconds"], "eta_seconds": eta_seconds}
     return " ".join(
@@ -76,69 +75,41 @@ def line(values: dict[str, Any], eta_seconds: float) -> str:
 
 
 def as_json(values: Any) -> str:
-    """Return values as JSON, which has no number that is not finite: null stands for it."""
+    """Return values as JSON. JSON has no NaN and no infinity: both become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
     return json.dumps(finite)
 
 
-class Observed(_Base):  # type: ignore[misc] # TRL is untyped here
-    """Adds to a GRPO trainer's metrics what the alerts need: the rewards of cut and of finished answers, and the best.
-
-    To be put before a `GRPOTrainer` in a class's bases.
-    """
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]) -> Any:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        cut = torch.tensor([not ids or ids[-1] not in ends for ids in completion_ids_list], device=rewards.device)
-        cut = self.accelerator.gather(cut)
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        self._log_metric("answers", float(len(totals)))
-        self._log_metric("reward_best", float(totals.max()))
-        for name, chosen in (("reward_truncated", totals[cut]), ("reward_finished", totals[~cut])):
-            if len(chosen):
-                self._log_metric(name, float(chosen.mean()))
-        self._log_metric("memory_gb", memory_gb())
-        return rewards
-
-
 def memory_gb() -> float:
-    """Return the most memory that was in use so far: the GPU's, without one the process's."""
+    """Return the peak memory so far in GB: the GPU's, or the process's on a machine without a GPU."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated() / 1e9)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Board(Protocol):
-    """Where numbers are shown by step: TensorBoard's SummaryWriter."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Add a number."""
-
-    def close(self) -> None:
-        """Have the file hold what was added; nothing is added any more."""
-
-
 class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """Writes metrics.jsonl, the board, and a log line per logging step; on a terminal a bar instead of lines."""
+    """Writes `metrics.jsonl` and `tensorboard/` into a folder and logs each logging step, or shows a bar on a terminal."""
 
-    def __init__(self, path: Path, board: Callable[[], Board]):
-        self._path, self._make_board = path, board
-        self._board: Board | None = None
+    def __init__(self, folder: Path):
+        self._path, self._tensorboard = folder / "metrics.jsonl", folder / "tensorboard"
+        self._writer: SummaryWriter | None = None
         self._began = 0.0
         self._first = 0
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Write again what a resumed run had logged up to its checkpoint."""
+        """Write the points that a resumed run logged up to its checkpoint."""
+        from tensorboardX import SummaryWriter
+
         self._began, self._first = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("")
-            self._board = self._make_board()
+            shutil.rmtree(self._tensorboard, ignore_errors=True)  # a resumed run writes its points again
+            self._writer = SummaryWriter(str(self._tensorboard))
             for values in history(state):
                 self._write(values)
             log.info("training steps=%d from_step=%d", state.max_steps, state.global_step)
@@ -153,7 +124,7 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
         logs: dict[str, Any],
         **_: Any,
     ) -> None:
-        """Write a step's figures; the trainer has put them at the end of its log history."""
+        """Write the figures of a step, which are the last entry of the trainer's log history."""
         if not state.is_world_process_zero or "reward" not in logs:
             return
         values = metrics(state.log_history[-1], state.max_steps)
@@ -166,27 +137,27 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
             log.info(line(values, round(per_step * (state.max_steps - state.global_step))))
 
     def on_train_end(self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Finish the files, and leave the terminal to others."""
-        if self._board is not None:
-            self._board.close()
+        """Close the files and the bar."""
+        if self._writer is not None:
+            self._writer.close()
         if self._bar is not None:
             self._bar.close()
 
     def _write(self, values: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(as_json(values) + "\n")
-        assert self._board is not None  # made when the training began
+        assert self._writer is not None  # `on_train_begin` made it
         rewards = {f"rewards/{name}": value for name, value in values["rewards"].items()}
         for name, value in (values | rewards).items():
             if isinstance(value, float):
-                self._board.add_scalar(name, value, values["step"])
+                self._writer.add_scalar(name, value, values["step"])
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """Names what goes wrong, once each: in alerts.jsonl, in the log, and to whoever else is to be told.
+    """Raises each alert once: writes it to `alerts.jsonl` and to the log, and passes it to `announce`.
 
-    `stop_for` is the alert that the training should end for, if any. `broken` says that the adapter's weights are no
-    numbers any more: there is nothing to go on with, whatever the policy.
+    `samples` returns the latest completions, the lowest reward first. `stop_for` is the alert that should end the training,
+    None as long as there is none. `broken`: the adapter's weights are not finite, so the training must end.
     """
 
     def __init__(
@@ -197,15 +168,15 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         formats: Collection[str],
         stop_on: Collection[str],
         samples: Callable[[], Sequence[dict[str, Any]]],
-        tell: Callable[[dict[str, Any]], None],
+        announce: Callable[[dict[str, Any]], None],
     ):
         self._path, self._record, self._formats, self._stop_on = path, record, formats, stop_on
-        self._samples, self._tell = samples, tell
+        self._samples, self._announce = samples, announce
         self.stop_for: str | None = None
         self.broken = False
 
     def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Write again what a resumed run had named up to its checkpoint."""
+        """Write the alerts that a resumed run raised up to its checkpoint."""
         if state.is_world_process_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("".join(json.dumps(alert) + "\n" for alert in self._record.alerts))
@@ -213,11 +184,13 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, model: torch.nn.Module, **_: Any
     ) -> None:
-        """Look whether the weights are still numbers: a loss that is not, the trainer's log does not show."""
+        """Raise NON_FINITE if a weight is not finite. The trainer's log does not show it: it filters such losses out."""
         if not all(bool((each.abs() < LARGEST_WEIGHT).all()) for each in model.parameters() if each.requires_grad):
             self.broken, self.stop_for = True, "NON_FINITE"
-            message = "the adapter's weights are not finite, or as good as: lower learning_rate or max_grad_norm"
-            self._name(Alert("NON_FINITE", state.global_step, message, {}), state)
+            message = (
+                "the adapter's weights are not finite, or too large to compute with: lower learning_rate or max_grad_norm"
+            )
+            self._raise(Alert("NON_FINITE", state.global_step, message, {}), state)
 
     def on_log(
         self,
@@ -227,33 +200,21 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         logs: dict[str, Any],
         **_: Any,
     ) -> None:
-        """Name what the step's figures say."""
+        """Raise the alerts that the step's figures show."""
         if "reward" not in logs:
             return
         for alert in find(history(state), self._formats):
-            self._name(alert, state)
+            self._raise(alert, state)
             if alert.code in self._stop_on and self.stop_for is None:
                 self.stop_for = alert.code
 
-    def _name(self, alert: Alert, state: TrainerState) -> None:
-        if alert.code in {named["code"] for named in self._record.alerts}:
+    def _raise(self, alert: Alert, state: TrainerState) -> None:
+        if alert.code in {earlier["code"] for earlier in self._record.alerts}:
             return
-        named = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}
-        self._record.alerts.append(named)
+        raised = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}
+        self._record.alerts.append(raised)
         if state.is_world_process_zero:
             with self._path.open("a") as file:
-                file.write(json.dumps(named) + "\n")
+                file.write(json.dumps(raised) + "\n")
             log.warning("alert=%s step=%d %s", alert.code, alert.step, alert.message)
-            self._tell(named)
-
-
-def latest_samples(trainer: "_Base") -> list[dict[str, Any]]:
-    """Return the answers of the latest rollout, the worst first, each once: prompt, completion and rewards."""
-    logs = trainer._logs
-    rewards = [dict(zip(logs["rewards"], values, strict=True)) for values in zip(*logs["rewards"].values(), strict=True)]
-    found = {}
-    for prompt, completion, scores in zip(logs["prompt"], logs["completion"], rewards, strict=True):
-        texts = [str(messages[-1]["content"])[:SAMPLE_CHARACTERS] for messages in (prompt, completion)]
-        finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
-        found[tuple(texts)] = {"prompt": texts[0], "completion": texts[1], "rewards": finite}
-    return sorted(found.values(), key=lambda each: sum(value or 0.0 for value in each["rewards"].values()))
+            self._announce(raised)

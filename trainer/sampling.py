@@ -13,7 +13,7 @@ from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, score
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer
+    from trainer.run_trainer import RunTrainer
 
 
 class ScoredCompletion(NamedTuple):
@@ -24,7 +24,7 @@ class ScoredCompletion(NamedTuple):
 
 
 def sample_completions(
-    trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
+    trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
 ) -> list[list[ScoredCompletion]]:
     """Return `samples` completions for each row, sampled as in training, or greedily.
 
@@ -46,9 +46,9 @@ def sample_completions(
     return [row_completions for _, row_completions in sorted(numbered, key=lambda pair: pair[0])]
 
 
-def _batch(trainer: "GRPOTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[ScoredCompletion]:
+def _batch(trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int) -> list[ScoredCompletion]:
     prompts = [row["prompt"] for row in rows]
-    ids, _ = trainer._generate_single_turn(trainer._tokenize_prompts(prompts)[0], None, {}, samples)
+    ids = trainer.complete(prompts, samples)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
@@ -70,7 +70,7 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding(trainer: "GRPOTrainer", greedy: bool) -> Iterator[None]:
+def _decoding(trainer: "RunTrainer", greedy: bool) -> Iterator[None]:
     """Switch the trainer's generation to greedy decoding, if `greedy`."""
     holder, name = (trainer.vllm_generation, "temperature") if trainer.use_vllm else (trainer, "generation_config")
     kept = getattr(holder, name)

@@ -1,31 +1,36 @@
-"""Tune a model with GRPO and LoRA: what a training job does, and what a shell can do without one.
+"""Tunes a model with GRPO and LoRA, in a training job or in a shell.
 
     SM_CHANNEL_TRAINING=data python -m trainer.train --model-name SmolLM2-135M-Instruct --dataset-filename cars.jsonl
 
-Reads the run config (`run` channel, flags win over it) and the rows (`training` channel), trains with TRL's
-`GRPOTrainer`, and leaves in `/opt/ml/model`: `adapter/` (PEFT), `merged/` (bf16 model and tokenizer), `run_config.json`
-(as it was run), `metrics.jsonl` (a line per logging step), `alerts.jsonl` (what went wrong), `tensorboard/` and
-`training.json` (a summary). In a shell they are in `output/model`.
+The job reads the run config (channel `run`; flags override it) and the rows (channel `training`), trains with TRL's
+`GRPOTrainer`, and writes to `/opt/ml/model`, in a shell to `output/model`:
 
-Checkpoints are kept while it runs: a run that was killed goes on from the newest whole one, and a run ends with the one
-that did best on held-out rows.
+    adapter/          the LoRA adapter, as PEFT saves it
+    merged/           base model and adapter in bf16, with the tokenizer
+    run_config.json   the run config with all values
+    metrics.jsonl     one line per logging step
+    alerts.jsonl      one line per alert
+    tensorboard/      the metrics again
+    training.json     the summary
+
+The job writes checkpoints as it trains. A killed run resumes from the newest whole checkpoint. A finished run keeps the
+checkpoint with the highest reward on held-out rows.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
-from trainer.dataset import Dataset, dataset_file, fit_prompts, heldout_rows, load_rows
+from trainer.dataset import dataset_file, fit_prompts, heldout_rows, load_rows
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
@@ -36,24 +41,25 @@ from tunedrop.rewards import Reward, build_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
-    from trainer.bounds import Bounds
-    from trainer.checkpoints import Checkpoint, Record
+    from trainer.bounds import Limit
+    from trainer.checkpoints import Record
+    from trainer.run_trainer import RunTrainer
 
 log = logging.getLogger("trainer")
 
-CHECKPOINTS_KEPT = 2  # the newest; the best one stays, too
+CHECKPOINTS_KEPT = 2  # the newest ones; the best checkpoint stays as well
 
 
 def _boolean(value: str) -> bool:
-    """Parse a flag's value as people and SageMaker write it; plain `bool` would take "False" for true."""
+    """Parse a flag's value as people and SageMaker write it. Plain `bool` takes "False" for true."""
     if value.lower() not in {"true", "false", "1", "0", "yes", "no"}:
         raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
     return value.lower() in {"true", "1", "yes"}
 
 
-# Hyperparameter names and where they go in the run config.
+# The key of the run config that each hyperparameter sets, and its type.
 FLAGS: dict[str, tuple[str, Any]] = {
     "model-name": ("model", str),
     "max-seq-length": ("max_seq_length", int),
@@ -79,51 +85,56 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse command-line flags, which are also the job's hyperparameters. Raises JobError for an unknown or bad one."""
+    """Parse command-line flags, which are also the job's hyperparameters. Raises JobError for an unknown or bad flag."""
     parser = _Parser(prog="python -m trainer.train", description=__doc__.split("\n")[0], allow_abbrev=False)
     for flag, (key, kind) in FLAGS.items():
         switch: dict[str, Any] = {"nargs": "?", "const": True} if kind is _boolean else {}
         parser.add_argument(f"--{flag}", type=kind, dest=key, help=f"{key} of the run config", **switch)
-    parser.add_argument("--dataset-filename", help="the training channel's file to read; default train.jsonl, or the first")
-    parser.add_argument("--max-samples", type=int, help="use only the first rows")
-    parser.add_argument("--run-id", default="", help="the pipeline's name for this run, for the logs")
-    parser.add_argument("--max-runtime", type=int, help="seconds the job may live, if less than compute.max_runtime")
+    parser.add_argument(
+        "--dataset-filename", help="a file of the training channel; default: train.jsonl, else the first file"
+    )
+    parser.add_argument("--max-samples", type=int, help="use only this many rows, from the first")
+    parser.add_argument("--run-id", default="", help="the pipeline's name of this run, for the logs")
+    parser.add_argument("--max-runtime", type=int, help="seconds that the job may run, if less than compute.max_runtime")
     return parser.parse_args(arguments)
 
 
 def read_config(flags: argparse.Namespace) -> RunConfig:
-    """Return the run config: the `run` channel's, overridden by the flags given. Raises RejectedError or JobError."""
+    """Return the run config of the `run` channel, overridden by the flags. Raises RejectedError or JobError."""
     path = folders.channel_file("run")
-    given: dict[str, Any] = json.loads(path.read_bytes()) if path else {}
+    values: dict[str, Any] = json.loads(path.read_bytes()) if path else {}
     for key, _ in FLAGS.values():
         value = getattr(flags, key)
         if value is not None:
             *sections, name = key.split(".")
-            target = given
+            target = values
             for section in sections:
                 target = target.setdefault(section, {})
             target[name] = value
-    if "model" not in given:
-        raise JobError("Which model? Give --model-name, or a run config with 'model' in the 'run' channel.")
-    return fit_batches(parse_run_config(given))[0]
+    if "model" not in values:
+        raise JobError("No base model is named. Pass --model-name, or a run config with 'model' in the channel 'run'.")
+    return fit_batches(parse_run_config(values))[0]
 
 
 def trackers() -> list[str]:
-    """Return where transformers reports to: MLflow where a tracking server is named. Raises JobError without MLflow."""
+    """Return the trackers for Transformers: MLflow if MLFLOW_TRACKING_URI is set. Raises JobError if it is not installed."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return []
     if find_spec("mlflow") is None:
-        raise JobError("MLFLOW_TRACKING_URI is set, but the image has no mlflow: AWS's PyTorch images have it.")
+        raise JobError(
+            "MLFLOW_TRACKING_URI is set, but the image has no mlflow. Use an AWS PyTorch image, which has mlflow, or unset "
+            "the variable."
+        )
     return ["mlflow"]
 
 
 def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
-    """Make TRL's config: the run's `grpo` section over our defaults. Raises JobError for values that contradict."""
+    """Return TRL's config: our defaults, overridden by the run's `grpo` section. Raises JobError for contradictions."""
     import torch
     from trl import GRPOConfig
 
     defaults: dict[str, Any] = {
-        "save_strategy": "steps" if "save_steps" in config.grpo else "no",  # then trainer/bounds.py alone says when
+        "save_strategy": "steps" if "save_steps" in config.grpo else "no",  # without it only trainer/bounds.py saves
         "save_total_limit": CHECKPOINTS_KEPT,
         "bf16": models.fast_bf16(),
         "disable_tqdm": True,
@@ -144,45 +155,46 @@ def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
 
 
 def build_trainer(
-    config: RunConfig, location: str, tokenizer: "PreTrainedTokenizerBase", rows: list[Row], rewards: list[Reward]
-) -> "GRPOTrainer":
-    """Make the trainer: base model (4-bit if the config says so), fresh LoRA adapter, rewards and rows."""
+    config: RunConfig,
+    location: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    rewards: list[Reward],
+    run: dict[str, Any],
+    record: "Record",
+) -> "RunTrainer":
+    """Make the trainer: the base model (in 4 bits if the config says so), a new LoRA adapter, the rewards and the rows.
+
+    `run` and `record` are stored in its checkpoints (see `trainer.checkpoints`).
+    """
     from datasets import Dataset as ArrowDataset
     from peft import LoraConfig
-    from transformers import PrinterCallback
-    from trl import GRPOTrainer
 
-    from trainer.checkpoints import Durable
-    from trainer.grpo import SharedPrefixGRPOTrainer, why_not
-    from trainer.progress import Observed
     from trainer.row_rewards import row_rewards
+    from trainer.run_trainer import SharedPrefixRunTrainer, StockRunTrainer
+    from trainer.shared_prefix_models import unsupported
 
     arguments = grpo_config(config, rewards)
-    check_step(len(rows), arguments, "lower one of these")
+    check_step(len(rows), arguments, "lower one of them")
     quantization = models.four_bit() if config.lora.load_in_4bit else {}
     model = models.load_model(location, dtype=models.weights_dtype(), **quantization)
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
-    reason = why_not(model, arguments, lora)
+    reason = unsupported(model, arguments, lora)
     log.info("trainer=%s", f"stock TRL: {reason}" if reason else "shared prefix")
-    base = GRPOTrainer if reason else SharedPrefixGRPOTrainer
-    trainer = type("RunTrainer", (Durable, Observed, base), {})(
+    return (StockRunTrainer if reason else SharedPrefixRunTrainer)(
         model=model,
         reward_funcs=row_rewards(rewards, rows),
         args=arguments,
         train_dataset=ArrowDataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(rows)]),
         processing_class=tokenizer,
         peft_config=lora,
+        run=run,
+        record=record,
     )
-    # TRL makes an adapter on 4-bit weights bf16, which PEFT does not when a run resumes. Small steps get lost in bf16.
-    for weights in trainer.model.parameters():
-        if weights.requires_grad:
-            weights.data = weights.data.float()
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def check_step(rows: int, arguments: "GRPOConfig", advice: str) -> None:
-    """Raise JobError if so many rows are too few for one step."""
+    """Raise JobError with this advice if the rows are too few for one step."""
     prompts = arguments.generation_batch_size // arguments.num_generations
     if rows < prompts:
         raise JobError(
@@ -191,10 +203,11 @@ def check_step(rows: int, arguments: "GRPOConfig", advice: str) -> None:
         )
 
 
-def ask_base_model(
-    trainer: "GRPOTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row], record: "Record"
-) -> None:
-    """Let the learnability gate look at the run before its first step. Raises JobError where the policy is to stop."""
+def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row]) -> None:
+    """Estimate before the first step how much the base model can learn, and act as `learnability.policy` says.
+
+    Writes the estimate and the rows to drop into the trainer's record. Raises JobError where the policy is to stop.
+    """
     from trainer import learnability
     from trainer.sampling import sample_completions
 
@@ -202,156 +215,69 @@ def ask_base_model(
     if policy.samples == 0:
         return
     total = generated_answers(config, len(rows), trainer.accelerator.num_processes)
-    # The rows that training comes to first: they are in random order, and what they show is what it will measure.
-    order = dict.fromkeys(trainer._get_train_sampler())
-    chosen = list(order)[: learnability.prompts_to_ask(total, policy.samples)]
-    given = sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples)
-    found = learnability.judge([[answer.score for answer in each] for each in given], trainer.num_generations)
-    record.learnability = found.summary() | {"seconds": round(time.monotonic() - began, 1)}
-    log.info("learnability %s", " ".join(f"{name}={value}" for name, value in record.learnability.items()))
-    if policy.policy == "stop" and found.expected_nonzero_groups < policy.min_nonzero_groups:
+    # The first rows of the training's random order: the first steps will measure the same rows.
+    chosen = trainer.row_order()[: learnability.prompts_to_ask(total, policy.samples)]
+    completions = sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples)
+    estimate = learnability.estimate([[each.score for each in group] for group in completions], trainer.num_generations)
+    numbers = estimate.summary() | {"seconds": round(time.monotonic() - began, 1)}
+    trainer.record.learnability = numbers
+    log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
+    if policy.policy == "stop" and estimate.expected_nonzero_groups < policy.min_nonzero_groups:
         raise JobError(
-            f"Only {found.expected_nonzero_groups:.0%} of the groups would teach the base model anything, fewer than "
-            f"learnability.min_nonzero_groups ({policy.min_nonzero_groups:.0%}): of {found.prompts} prompts it never gets "
-            f"{found.dead:.0%} right and always gets {found.solved:.0%}. Take rows that it gets right now and then, or "
-            "rewards that also pay for a part of the way."
+            f"The base model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
+            f"learnability.min_nonzero_groups ({policy.min_nonzero_groups:.0%}). Of {estimate.prompts} prompts it never "
+            f"solved {estimate.dead:.0%} and always solved {estimate.solved:.0%}. Use rows that the model solves sometimes, "
+            "or rewards that pay for partly right completions."
         )
     if policy.policy == "drop":
-        record.dropped = [str(rows[chosen[index]]["id"]) for index in found.flat]
+        trainer.record.dropped = [str(rows[chosen[index]]["id"]) for index in estimate.flat]
 
 
-def bounds_of(
-    trainer: "GRPOTrainer",
-    config: RunConfig,
-    flags: argparse.Namespace,
-    rewards: list[Reward],
-    heldout: list[Row],
-    finish_seconds: float,
-) -> "Bounds":
-    """Give the trainer the callbacks that report, judge and end the run, and return the one that ends it."""
-    from trainer.announce import announcer
-    from trainer.bounds import Bounds, Limit, evaluation_steps
-    from trainer.progress import Board, Progress, Watch, latest_samples
+def drop_rows(trainer: "RunTrainer", rows: list[Row]) -> None:
+    """Take the rows that the learnability gate dropped out of the training. Raises JobError if too few rows are left."""
+    dropped = set(trainer.record.dropped)
+    if dropped:
+        kept = [index for index, row in enumerate(rows) if str(row["id"]) not in dropped]
+        check_step(len(kept), trainer.args, "set learnability.policy to go_on")
+        trainer.keep_rows(kept)
+
+
+def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row]) -> float | None:
+    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows."""
     from trainer.sampling import sample_completions
 
-    target, record = folders.model_dir(), trainer.record
+    if not rows:
+        return None
+    began = time.monotonic()
+    reward = fmean(completion.score for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True))
+    trainer.add_metric("heldout_reward", reward)
+    log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
+    return reward
 
-    def board() -> Board:
-        from tensorboardX import SummaryWriter
 
-        shutil.rmtree(target / "tensorboard", ignore_errors=True)  # a resumed run writes again what it had
-        writer: Board = SummaryWriter(str(target / "tensorboard"))
-        return writer
+def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
+    """Return the limit of the run: `--max-runtime`, which `max_cost_usd` allows, if it is below `compute.max_runtime`."""
+    from trainer.bounds import Limit
 
-    def evaluate() -> float | None:
-        if not heldout:
-            return None
-        began = time.monotonic()
-        reward = fmean(given.score for (given,) in sample_completions(trainer, rewards, heldout, 1, greedy=True))
-        trainer._metrics["train"]["heldout_reward"].append(reward)
-        log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(heldout), reward, time.monotonic() - began)
-        return reward
+    if flags.max_runtime is not None and flags.max_runtime < config.compute.max_runtime:
+        return Limit(flags.max_runtime, "max_cost_usd")
+    return Limit(config.compute.max_runtime, "max_runtime")
 
-    arguments, compute = trainer.args, config.compute
+
+def evaluation_interval(trainer: "RunTrainer", config: RunConfig, heldout: int) -> int:
+    """Return the number of steps between two evaluations of this many held-out rows."""
+    from trainer.bounds import evaluation_steps
+
+    arguments = trainer.args
     steps = optimizer_steps(config, len(trainer.train_dataset), trainer.accelerator.num_processes)
+    if not heldout:
+        return steps
     trained = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    watch = Watch(
-        target / "alerts.jsonl",
-        record,
-        formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
-        stop_on=config.alerts.stop_on,
-        samples=lambda: latest_samples(trainer),
-        tell=announcer(),
-    )
-    cut = flags.max_runtime is not None and flags.max_runtime < compute.max_runtime
-    bounds = Bounds(
-        record,
-        Limit(flags.max_runtime, "max_cost_usd") if cut else Limit(compute.max_runtime, "max_runtime"),
-        watch,
-        evaluate,
-        evaluation_steps(steps, trained / arguments.num_iterations, len(heldout)) if heldout else steps,
-        began=started(),
-        finish_seconds=finish_seconds,
-    )
-    for callback in (Progress(target / "metrics.jsonl", board), watch, bounds):
-        trainer.add_callback(callback)
-    return bounds
-
-
-def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", location: str, config: RunConfig) -> None:
-    """Write the run's config, a checkpoint's `adapter/`, and `merged/`: the base model read again in bf16, with it added."""
-    import torch
-    from peft import PeftModel
-
-    adapter, merged = folders.model_dir() / "adapter", folders.model_dir() / "merged"
-    adapter.mkdir(parents=True, exist_ok=True)
-    shutil.copy(checkpoint.path / "adapter_model.safetensors", adapter)
-    # PEFT names the base model by the folder it lay in here.
-    described = json.loads((checkpoint.path / "adapter_config.json").read_bytes()) | {
-        "base_model_name_or_path": config.model
-    }
-    (adapter / "adapter_config.json").write_text(json.dumps(described, indent=1))
-    base = models.load_model(location, dtype=torch.bfloat16)  # never the 4-bit weights: they would round twice
-    whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    whole.save_pretrained(str(merged))
-    tokenizer.save_pretrained(str(merged))
-    (folders.model_dir() / "run_config.json").write_text(config.model_dump_json(indent=1))
-
-
-def prove(trainer: "GRPOTrainer", config: RunConfig, location: str, prompts: list[list[dict[str, str]]]) -> dict[str, Any]:
-    """Return the proofs that what was saved is what was trained. Raises JobError if one fails."""
-    import torch
-
-    from trainer import proofs
-
-    if torch.cuda.is_available():  # the process that proves it needs the room
-        trainer.model.to("cpu")
-        torch.cuda.empty_cache()
-    return proofs.prove(
-        location,
-        folders.model_dir(),
-        prompts,
-        load_in_4bit=config.lora.load_in_4bit,
-        template=config.grpo.get("chat_template_kwargs") or {},
-    )
-
-
-def summary(
-    trainer: "GRPOTrainer", config: RunConfig, flags: argparse.Namespace, data: Dataset, chosen: "Checkpoint"
-) -> dict[str, Any]:
-    """Return what `training.json` says."""
-    from trainer.bounds import LIMITS
-    from trainer.learnability import measured
-    from trainer.progress import history
-
-    record, state, points = trainer.record, trainer.state, history(trainer.state)
-    gate = record.learnability
-    if gate:
-        gate = gate | measured(points, gate, trainer.num_generations)
-    return {
-        "model": config.model,
-        "run_id": flags.run_id,
-        "steps": state.global_step,
-        "max_steps": state.max_steps,
-        "stopped": state.global_step < state.max_steps,
-        "ended": record.ended,
-        "bounded": record.ended if record.ended in LIMITS else None,
-        "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
-        "evaluations": record.evaluations,
-        "learnability": gate,
-        "alerts": [alert["code"] for alert in record.alerts],
-        "rows": len(trainer.train_dataset),
-        "rows_dropped": data.dropped + len(record.dropped),
-        "rows_truncated": data.truncated,
-        "seconds": round(time.time() - started(), 1),
-        "reward_first": points[0]["reward"] if points else None,
-        "reward_last": points[-1]["reward"] if points else None,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")},
-    }
+    return evaluation_steps(steps, trained / arguments.num_iterations, heldout)
 
 
 def train(flags: argparse.Namespace) -> None:
-    """Do the run. A SIGTERM ends it after the current step; what it has learned by then is saved all the same."""
+    """Do the run. SIGTERM ends it after the current step, and the run still saves its model."""
     import_seconds = container.check("train")
     config = read_config(flags)
     path = dataset_file(flags.dataset_filename)
@@ -362,60 +288,73 @@ def train(flags: argparse.Namespace) -> None:
     tokenizer = models.load_tokenizer(location)
     data = fit_prompts(rows, tokenizer, config)
     log.info("prompts kept=%d dropped=%d truncated=%d", len(data.rows), data.dropped, data.truncated)
+    heldout = heldout_rows(tokenizer, config)
     rewards = build_rewards(config.rewards, job_permissions())
 
-    from transformers import TrainerState
+    from trainer import checkpoints, results
+    from trainer.announce import announcer
+    from trainer.bounds import Bounds
+    from trainer.memory_probe import MemoryProbe
+    from trainer.progress import Progress, Watch
 
-    from trainer import checkpoints, memory_probe
-
+    folder, target = folders.checkpoint_dir(), folders.model_dir()
+    run = checkpoints.identity(config, data.rows)
+    checkpoint = checkpoints.newest(folder, run)
+    record = checkpoint.record if checkpoint else checkpoints.Record()
     began = time.monotonic()
-    trainer = build_trainer(config, location, tokenizer, data.rows, rewards)
-    # What follows the training reads the model again and writes it, and proves it in a process that reads it twice.
+    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record)
+    # After the training, the job loads the model once to merge it, and a second process loads it twice for the proofs.
     finish_seconds = import_seconds + 4 * (time.monotonic() - began)
-
-    folder = folders.checkpoint_dir()
-    trainer.run = checkpoints.identity(config, data.rows)
-    checkpoint = checkpoints.newest(folder, trainer.run)
     if trainer.accelerator.is_local_main_process:
         checkpoints.clean(folder)
-    trainer.record = checkpoint.record if checkpoint else checkpoints.Record()
     if checkpoint is None:
-        ask_base_model(trainer, config, rewards, data.rows, trainer.record)
-    if trainer.record.dropped:
-        kept = [index for index, row in enumerate(data.rows) if str(row["id"]) not in trainer.record.dropped]
-        check_step(len(kept), trainer.args, "set learnability.policy to go_on")
-        trainer.train_dataset = trainer.train_dataset.select(kept)
+        check_learnability(trainer, config, rewards, data.rows)
+    drop_rows(trainer, data.rows)
 
-    heldout = heldout_rows(tokenizer, config)
-    bounds = bounds_of(trainer, config, flags, rewards, heldout, finish_seconds)
+    watch = Watch(
+        target / "alerts.jsonl",
+        record,
+        formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
+        stop_on=config.alerts.stop_on,
+        samples=trainer.latest_samples,
+        announce=announcer(),
+    )
+    bounds = Bounds(
+        record,
+        runtime_limit(config, flags),
+        watch,
+        functools.partial(heldout_reward, trainer, rewards, heldout),
+        evaluation_interval(trainer, config, len(heldout)),
+        began=started(),
+        finish_seconds=finish_seconds,
+    )
+    for callback in (Progress(target), watch, bounds):
+        trainer.add_callback(callback)
     if bounds.go_on(checkpoint):
-        trainer.add_callback(memory_probe.MemoryProbe(trainer, data.lengths))
+        trainer.add_callback(MemoryProbe(trainer, data.lengths))
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    else:  # it was killed after its last step, or came back with no time left
-        assert checkpoint is not None  # else there would be something to do
-        trainer.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-        for hear in (trainer.callback_handler.on_train_begin, trainer.callback_handler.on_train_end):
-            hear(trainer.args, trainer.state, trainer.control)
+    else:  # the run was killed after its last step, or no time is left
+        assert checkpoint is not None  # `go_on` raises without one
+        trainer.finish_from(checkpoint)
     if trainer.is_world_process_zero():
-        # What this process wrote is whole, and what it found has been looked at. Another machine's files are not here.
-        found = checkpoints.whole(folder, verify=False)
-        if not found:
-            raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
-        chosen, target = checkpoints.best(found), folders.model_dir()
-        save(chosen, tokenizer, location, config)
-        told = summary(trainer, config, flags, data, chosen)
-        if trainer.record.ended:  # one that was told to stop has seconds left, and may go on
-            asked = [row["prompt"] for row in heldout or data.rows]
-            told["proofs"] = prove(trainer, config, location, asked)
-        (target / "training.json").write_text(json.dumps(told, indent=1))
+        # This process wrote these checkpoints or verified them. The files of other machines are not in this folder.
+        saved = checkpoints.whole(folder, verify=False)
+        if not saved:
+            raise JobError(f"There is nothing to save: {record.alerts[-1]['message']}.")
+        chosen = checkpoints.best(saved)
+        results.save(chosen, tokenizer, location, config)
+        result = results.summary(trainer, config, flags.run_id, data, chosen)
+        if record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
+            result["proofs"] = results.prove(trainer, config, location, [row["prompt"] for row in heldout or data.rows])
+        (target / "training.json").write_text(json.dumps(result, indent=1))
         log.info("saved %s with the adapter of step %d", target, chosen.step)
 
 
 def leave_process_group() -> None:
     """End torch's process group: https://docs.pytorch.org/docs/stable/distributed.html#shutdown.
 
-    Otherwise the group's threads may abort a process that exits while other ranks still work.
+    Without it the group's threads may abort a process that exits while other ranks still work.
     """
     from torch import distributed
 
@@ -424,7 +363,7 @@ def leave_process_group() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the flags say; exits 0, or 1 with the reason in the failure file."""
+    """Train with the command-line flags. Exits with 0, or with 1 and the reason in the failure file."""
     set_up_logging()
     with failure_reported():
         train(parse_flags(sys.argv[1:] if arguments is None else arguments))

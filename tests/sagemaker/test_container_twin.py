@@ -34,7 +34,7 @@ LOCK = ROOT / "trainer/requirements.lock"
 # Source distributions: the first two have no wheels; the others are SageMaker's toolkit, which needs a compiler.
 WITHOUT_WHEEL = ("antlr4-python3-runtime", "deepspeed")
 LEFT_OUT = ("inotify-simple", "sagemaker-pytorch-training", "sagemaker-training")
-CORE_TESTS = ("tests/trainer/test_grpo.py", "tests/trainer/test_train.py")
+CORE_TESTS = ("tests/trainer/test_shared_prefix.py", "tests/trainer/test_train.py")
 
 
 class InTwin(Namespaces):

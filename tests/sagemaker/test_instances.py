@@ -105,8 +105,8 @@ def data(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
         for path in source.rglob("*"):
             if path.is_file() and path.suffix != ".pyc":
                 s3.upload_file(str(path), "art", prefix + path.relative_to(source).as_posix())
-    fixed = (sources["trainer"] / "grpo.py").read_text() + ranks.FIXED_ROLLOUTS
-    s3.put_object(Bucket="art", Key="ranks/trainer/trainer/grpo.py", Body=fixed)
+    fixed = (sources["trainer"] / "shared_prefix_sampling.py").read_text() + ranks.FIXED_ROLLOUTS
+    s3.put_object(Bucket="art", Key="ranks/trainer/trainer/shared_prefix_sampling.py", Body=fixed)
     for name, word, count in (("train", "say", 12), ("heldout", "tell", 4)):
         prompts = [[{"role": "user", "content": f"{word} {i}"}] for i in range(count)]
         rows = [json.dumps({"id": f"{name}{i}", "prompt": prompt, "answer": str(i)}) for i, prompt in enumerate(prompts)]

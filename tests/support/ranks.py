@@ -1,7 +1,8 @@
 """Rollouts that do not depend on how many ranks share them, so that runs with one and with several can be compared.
 
-Each rank samples with random numbers of its own. `FIXED_ROLLOUTS`, put at the end of a copy of `trainer/grpo.py`, has the
-n-th completion of every group sampled with the same numbers everywhere instead (Gumbel-max).
+Each rank samples with random numbers of its own. With `FIXED_ROLLOUTS` at the end of a copy of
+`trainer/shared_prefix_sampling.py`, the n-th completion of every group is sampled with the same numbers on every rank
+(Gumbel-max).
 """
 
 FIXED_ROLLOUTS = """

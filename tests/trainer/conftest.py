@@ -51,10 +51,10 @@ class Job:
         self.patch.setenv(f"SM_CHANNEL_{name.upper()}", str(path.parent))
         return path
 
-    def config(self, **given: Any) -> None:
-        given = {"model": "tiny", "rewards": [{"type": "contains", "text": "e"}]} | given
-        given["grpo"] = GRPO | given.get("grpo", {})
-        self.channel("run", "config.json", json.dumps(given))
+    def config(self, **values: Any) -> None:
+        values = {"model": "tiny", "rewards": [{"type": "contains", "text": "e"}]} | values
+        values["grpo"] = GRPO | values.get("grpo", {})
+        self.channel("run", "config.json", json.dumps(values))
 
     def rows(self, count: int = 12, filename: str = "train.jsonl", **extra: Any) -> None:
         rows = [

@@ -1,4 +1,4 @@
-"""Alerts: tables of histories, and small models whose training goes wrong in each of the ways that have a name."""
+"""Alerts: tables of histories, and trainings of a small model that go wrong in each way."""
 
 import json
 import math
@@ -174,16 +174,16 @@ def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, c
     if code == "TRUNCATION":
         monkeypatch.setattr(train, "build_rewards", lambda *_: [OnlyWhole()])
     if code == "DEAD_REWARD":
-        with pytest.raises(JobError, match="training has moved no weight"):
+        with pytest.raises(JobError, match="the training changed no weight"):
             train.train(train.parse_flags([]))
         assert [alert["code"] for alert in job.alerts()] == [code]
         return
     train.train(train.parse_flags([]))
-    told, named = job.training(), job.alerts()
-    assert [alert["code"] for alert in named] == told["alerts"] == [code]
-    assert told["ended"] == code
-    assert told["steps"] == named[0]["step"] < told["max_steps"]
-    assert told["checkpoint"]["step"] == told["steps"]
+    result, named = job.training(), job.alerts()
+    assert [alert["code"] for alert in named] == result["alerts"] == [code]
+    assert result["ended"] == code
+    assert result["steps"] == named[0]["step"] < result["max_steps"]
+    assert result["checkpoint"]["step"] == result["steps"]
     assert set(named[0]["samples"][0]) == {"prompt", "completion", "rewards"}
 
 
@@ -199,9 +199,9 @@ def test_weights_that_are_no_numbers_end_the_run_with_the_last_that_were(job, mo
 
     monkeypatch.setattr("trainer.bounds.Bounds.on_optimizer_step", break_weights)
     train.train(train.parse_flags([]))
-    told = job.training()
-    assert (told["steps"], told["ended"], told["alerts"]) == (5, "NON_FINITE", ["NON_FINITE"])
-    assert told["checkpoint"]["step"] == 4
+    result = job.training()
+    assert (result["steps"], result["ended"], result["alerts"]) == (5, "NON_FINITE", ["NON_FINITE"])
+    assert result["checkpoint"]["step"] == 4
 
 
 def test_without_a_checkpoint_before_it_there_is_nothing_to_save(job):

@@ -1,4 +1,4 @@
-"""A training job's own event: what it says, and that a job which cannot say it goes on."""
+"""The event of a training job: its content, and a job that continues although it cannot announce an alert."""
 
 import json
 

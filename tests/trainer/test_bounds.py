@@ -1,4 +1,4 @@
-"""Time: what fits into a limit, and runs that end at theirs with the best that they had by then."""
+"""Time limits: the steps that fit, and runs that end at their limit with the best model so far."""
 
 import json
 from types import SimpleNamespace
@@ -87,12 +87,12 @@ def test_a_budget_for_half_the_steps_ends_with_the_best_model_by_then(job, monke
 
     monkeypatch.setattr("trainer.sampling._batch", evaluate)
     train.train(train.parse_flags(flags))
-    told = job.training()
+    result = job.training()
     # 78 s less 3 % are six steps of 10 s and two evaluations of 3 s.
-    assert (told["steps"], told["max_steps"], told["stopped"]) == (6, 12, True)
-    assert told["bounded"] == told["ended"] == name
-    assert told["evaluations"] == [{"step": 3, "heldout_reward": 0.75}, {"step": 6, "heldout_reward": 0.5}]
-    assert told["checkpoint"] == {"step": 3, "heldout_reward": 0.75}
+    assert (result["steps"], result["max_steps"], result["stopped"]) == (6, 12, True)
+    assert result["bounded"] == result["ended"] == name
+    assert result["evaluations"] == [{"step": 3, "heldout_reward": 0.75}, {"step": 6, "heldout_reward": 0.5}]
+    assert result["checkpoint"] == {"step": 3, "heldout_reward": 0.75}
     best = job.root / "output/checkpoints/checkpoint-3/adapter_model.safetensors"
     assert (job.model / "adapter/adapter_model.safetensors").read_bytes() == best.read_bytes()
     assert (job.model / "merged/model.safetensors").exists()
@@ -117,8 +117,8 @@ def test_a_higher_limit_lets_it_go_on(job, monkeypatch):
         train.train(train.parse_flags([]))
     bounded(job, max_runtime=3600)
     train.train(train.parse_flags([]))
-    told = job.training()
-    assert (told["steps"], told["ended"], told["bounded"]) == (12, "complete", None)
+    result = job.training()
+    assert (result["steps"], result["ended"], result["bounded"]) == (12, "complete", None)
 
 
 def forbid_training(build):
@@ -134,7 +134,7 @@ def test_a_limit_too_low_for_anything_is_said(job, monkeypatch):
     bounded(job, max_runtime=60)
     Clock(monkeypatch)
     monkeypatch.setattr(train, "started", lambda: 900.0)  # the container took its time
-    with pytest.raises(JobError, match="max_runtime leaves 60 s, too few for a single step: raise it"):
+    with pytest.raises(JobError, match="max_runtime leaves 60 s, too few for a single step: raise max_runtime"):
         train.train(train.parse_flags([]))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is whole, whose they are, and runs that are killed again and again and end like one that was not."""
+"""Checkpoints: torn ones, other runs' ones, and killed runs that end like an uninterrupted run."""
 
 import json
 import logging
@@ -58,9 +58,9 @@ def results(job: Job) -> tuple[bytes, list[dict], dict]:
     metrics = [
         {name: value for name, value in point.items() if name not in {"seconds", "memory_gb"}} for point in job.metrics()
     ]
-    told = json.loads((job.model / "training.json").read_text())
+    result = json.loads((job.model / "training.json").read_text())
     adapter = (job.model / "adapter/adapter_model.safetensors").read_bytes()
-    return adapter, metrics, {name: told[name] for name in ("steps", "ended", "checkpoint", "evaluations", "bounded")}
+    return adapter, metrics, {name: result[name] for name in ("steps", "ended", "checkpoint", "evaluations", "bounded")}
 
 
 def start() -> multiprocessing.Process:
@@ -116,11 +116,11 @@ def test_killed_at_many_random_moments_a_run_ends_as_if_nothing_had_happened(dur
 # Where a run may be killed while it saves, by the function that is being called then.
 MOMENTS = {
     "before anything is written": ("trainer.checkpoints.shutil.rmtree", 1),
-    "before the files are hashed": ("trainer.checkpoints._hashes", 4),
+    "before the files are hashed": ("trainer.checkpoints.hashes", 4),
     "between manifest and rename": ("pathlib.Path.rename", 4),
     "before the old ones are removed": ("trainer.checkpoints.clean", 4),
     "in an evaluation": ("trainer.sampling._batch", 2),
-    "when the model is saved": ("trainer.train.save", 1),
+    "when the model is saved": ("trainer.results.save", 1),
 }
 
 
@@ -158,8 +158,8 @@ def test_after_sigterm_the_final_adapter_is_bitwise_that_of_an_uninterrupted_run
     with monkeypatch.context() as patch:
         patch.setattr(Bounds, "on_substep_end", interrupt)
         train_to_the_end()
-    told = durable.training()
-    assert (told["steps"], told["stopped"], told["ended"]) == (step, step < 10, "complete" if step == 10 else None)
+    result = durable.training()
+    assert (result["steps"], result["stopped"], result["ended"]) == (step, step < 10, "complete" if step == 10 else None)
     train_to_the_end()
     assert results(durable) == results(uninterrupted)
 
@@ -205,10 +205,10 @@ def test_the_newest_and_the_best_checkpoint_are_kept(uninterrupted):
     assert [each.step for each in found][:2] == [10, 9]
     assert len(found) <= 3
     best = checkpoints.best(found)
-    told = json.loads((uninterrupted.model / "training.json").read_text())
-    assert told["checkpoint"] == {"step": best.step, "heldout_reward": best.record.heldout_reward}
-    assert [each["step"] for each in told["evaluations"]] == [5, 10]
-    assert best.record.heldout_reward == max(each["heldout_reward"] for each in told["evaluations"])
+    result = json.loads((uninterrupted.model / "training.json").read_text())
+    assert result["checkpoint"] == {"step": best.step, "heldout_reward": best.record.heldout_reward}
+    assert [each["step"] for each in result["evaluations"]] == [5, 10]
+    assert best.record.heldout_reward == max(each["heldout_reward"] for each in result["evaluations"])
     adapter = (uninterrupted.model / "adapter/adapter_model.safetensors").read_bytes()
     assert adapter == (best.path / "adapter_model.safetensors").read_bytes()
 
@@ -216,10 +216,10 @@ def test_the_newest_and_the_best_checkpoint_are_kept(uninterrupted):
 @pytest.mark.parametrize(
     ("change", "rows", "message"),
     [
-        ({"grpo": {"max_steps": 11}}, 12, r"grpo.max_steps is 11 here and 10 there. Empty"),
-        ({"lora": {"r": 8}}, 12, "lora.r is 8 here and 4 there"),
-        ({"system_prompt": "hi"}, 12, "system_prompt is 'hi' here and None there"),
-        ({}, 11, "it was made from other rows"),
+        ({"grpo": {"max_steps": 11}}, 12, r"grpo.max_steps is 11 now and 10 in the checkpoint. Empty"),
+        ({"lora": {"r": 8}}, 12, "lora.r is 8 now and 4 in the checkpoint"),
+        ({"system_prompt": "hi"}, 12, "system_prompt is 'hi' now and None in the checkpoint"),
+        ({}, 11, "it has other rows"),
         ({"compute": {"max_runtime": 99}, "gate": {"min_lift": 0.5}}, 12, None),
     ],
 )

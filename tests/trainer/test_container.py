@@ -1,4 +1,4 @@
-"""A job on GPUs that torch cannot use ends at once, with what keeps it from them."""
+"""A job whose torch cannot use the GPUs ends at once with the reason."""
 
 import sys
 from types import SimpleNamespace
@@ -55,20 +55,22 @@ def test_a_driver_that_is_too_old_is_named(instance, driver):
     instance(4, torch_that(available=False, error=TOO_OLD), driver)
     with pytest.raises(JobError) as raised:
         container.check_gpus()
-    told = str(raised.value)
-    assert told.startswith("The instance has 4 GPU(s), but torch can use none: The NVIDIA driver on your system is too old")
+    result = str(raised.value)
+    assert result.startswith(
+        "The instance has 4 GPU(s), but torch can use none: The NVIDIA driver on your system is too old"
+    )
     assert (
-        "torch 2.13.0+cu130 is built for CUDA 13.0, which takes driver 580.65.06 or newer; NVIDIA's driver is 550.163.01."
-        in told
+        "torch 2.13.0+cu130 is built for CUDA 13.0, which needs driver 580.65.06 or newer. NVIDIA's driver is 550.163.01."
+        in result
     )
 
 
 def test_no_driver_and_no_cuda_are_said(instance):
     instance(1, torch_that(available=False))
-    with pytest.raises(JobError, match=r"can use none: it says no more\. .* NVIDIA's driver is not there"):
+    with pytest.raises(JobError, match=r"can use none: torch gives no reason\. .* NVIDIA's driver is missing"):
         container.check_gpus()
     instance(1, torch_that(available=False, cuda=None))
-    with pytest.raises(JobError, match=r"built without CUDA, NVIDIA's driver is not there: choose an image made for GPUs"):
+    with pytest.raises(JobError, match=r"built without CUDA, and NVIDIA's driver is missing: choose an image for GPUs"):
         container.check_gpus()
 
 

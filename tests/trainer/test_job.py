@@ -1,4 +1,4 @@
-"""The container's entry: commands, hyperparameters, failure reasons, and signals with a real process."""
+"""The container's entry point: commands, hyperparameters, failure reasons, and signals to a real process."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_the_first_reason_stays(tmp_path, monkeypatch):
         (
             "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
             137,
-            "killed by SIGKILL; most often the machine ran out",
+            "killed by SIGKILL: the machine probably ran out",
         ),
         ("raise SystemExit(3)", 3, "ended with exit code 3"),
         ("pass", 0, None),

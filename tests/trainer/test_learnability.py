@@ -1,4 +1,4 @@
-"""What the gate makes of rewards, what it costs, and what a run does with it."""
+"""The learnability gate: its estimate, its cost, and its effect on a run."""
 
 import json
 import random
@@ -23,7 +23,7 @@ from tunedrop.rewards import RewardSpec
     ],
 )
 def test_prompts_are_dead_learnable_or_solved(rewards, dead, learnable, solved):
-    found = learnability.judge(rewards, 8)
+    found = learnability.estimate(rewards, 8)
     assert (found.dead, found.learnable, found.solved) == (dead, learnable, solved)
     assert found.flat == [index for index, each in enumerate(rewards) if abs(each[0] - each[1]) < 1e-6]
 
@@ -36,14 +36,14 @@ def test_four_answers_to_a_prompt_say_how_many_groups_have_a_gradient(a, b, grou
     chances = [generator.betavariate(a, b) for _ in range(1000)]
     rewards = [[float(generator.random() < chance) for _ in range(4)] for chance in chances]
     groups = [{generator.random() < chance for _ in range(group)} for chance in chances]
-    expected = learnability.judge(rewards, group).expected_nonzero_groups
+    expected = learnability.estimate(rewards, group).expected_nonzero_groups
     assert expected == pytest.approx(fmean(len(each) > 1 for each in groups), abs=0.05)
 
 
 def test_rewards_of_many_values_are_expected_to_differ():
     generator = random.Random(0)
     rewards = [[generator.random() for _ in range(4)] for _ in range(24)]
-    assert learnability.judge(rewards, 8).expected_nonzero_groups > 0.99
+    assert learnability.estimate(rewards, 8).expected_nonzero_groups > 0.99
 
 
 @pytest.mark.parametrize(
@@ -95,19 +95,19 @@ def prepare(job, monkeypatch, answers, **policy):
 def test_the_forecast_is_what_training_then_measures(job, monkeypatch):
     prepare(job, monkeypatch, ["never"] * 6 + ["sometimes"] * 12 + ["always"] * 6)
     train.train(train.parse_flags([]))
-    told = job.training()["learnability"]
-    assert (told["prompts"], told["samples"]) == (24, 8)
-    assert (told["dead"], told["solved"]) == (pytest.approx(0.25, abs=0.1), pytest.approx(0.25, abs=0.1))
-    assert told["expected_nonzero_groups"] == pytest.approx(0.5, abs=0.1)
+    result = job.training()["learnability"]
+    assert (result["prompts"], result["samples"]) == (24, 8)
+    assert (result["dead"], result["solved"]) == (pytest.approx(0.25, abs=0.1), pytest.approx(0.25, abs=0.1))
+    assert result["expected_nonzero_groups"] == pytest.approx(0.5, abs=0.1)
     shares = [1 - point["frac_reward_zero_std"] for point in job.metrics()]
-    assert told["measured_nonzero_groups"] == pytest.approx(fmean(shares), abs=1e-3)
+    assert result["measured_nonzero_groups"] == pytest.approx(fmean(shares), abs=1e-3)
 
 
 def test_rows_that_teach_nothing_can_be_dropped(job, monkeypatch):
     prepare(job, monkeypatch, ["never", "sometimes", "always"] * 4, policy="drop", samples=16)
     train.train(train.parse_flags([]))
-    told = job.training()
-    assert (told["rows"], told["rows_dropped"]) == (4, 8)
+    result = job.training()
+    assert (result["rows"], result["rows_dropped"]) == (4, 8)
     assert {point["frac_reward_zero_std"] for point in job.metrics()} == {0.0}
 
 
@@ -115,7 +115,7 @@ def test_rows_that_teach_nothing_can_be_dropped(job, monkeypatch):
 def test_a_run_that_would_learn_nothing_can_be_stopped_before_it_starts(job, monkeypatch, policy):
     prepare(job, monkeypatch, ["never"] * 12, policy=policy)
     reason = {
-        "stop": "Only 0% of the groups .* of 12 prompts it never gets 100% right and always gets 0%",
+        "stop": "learn from only 0% of the groups.* Of 12 prompts it never solved 100% and always solved 0%",
         "drop": "0 rows are too few for one step, .*: set learnability.policy to go_on",
     }
     with pytest.raises(JobError, match=reason[policy]):

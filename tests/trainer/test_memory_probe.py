@@ -1,4 +1,4 @@
-"""The memory probe: out of memory before the first step, with advice that holds, and no trace where there is enough."""
+"""The memory probe: it fails before the first step with advice that works, and leaves no trace if the memory suffices."""
 
 import ctypes
 import multiprocessing
@@ -54,8 +54,8 @@ def test_out_of_memory_comes_first_and_its_advice_holds(job):
     assert job.failure().startswith("Not enough memory for the longest batch: 96 sequences of up to 9 + 400 tokens")
     assert not (job.root / "output/checkpoints/checkpoint-1").exists()
     found = re.search(
-        r"(\d+) at a time fit: lower grpo.per_device_train_batch_size from 96 to (\d+) and raise "
-        r"grpo.gradient_accumulation_steps from 1 to (\d+), which trains the same\.$",
+        r"(\d+) sequences fit: lower grpo.per_device_train_batch_size from 96 to (\d+) and raise "
+        r"grpo.gradient_accumulation_steps from 1 to (\d+)\. The training stays the same\.$",
         job.failure(),
     )
     assert found, job.failure()
@@ -74,17 +74,17 @@ def test_out_of_memory_comes_first_and_its_advice_holds(job):
         (
             lambda batch: batch.sequences <= 4,
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-            "4 at a time fit: lower grpo.per_device_train_batch_size from 12 to 4 and raise",
+            "4 sequences fit: lower grpo.per_device_train_batch_size from 12 to 4 and raise",
         ),
         (
             lambda batch: batch.completion <= 60,
             RuntimeError("could not create a primitive"),
-            "One alone fits with 50 new tokens: lower grpo.max_completion_length from 200 to 50 and grpo.per_device",
+            "One sequence fits with 50 completion tokens: lower grpo.max_completion_length from 200 to 50 and",
         ),
         (
             lambda batch: False,
             MemoryError(),
-            "Not even one short one fits: take a smaller model, lora.load_in_4bit, or a larger instance.",
+            "Even one short sequence does not fit: use a smaller model, lora.load_in_4bit, or a larger instance.",
         ),
     ],
 )

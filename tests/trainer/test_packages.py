@@ -1,4 +1,4 @@
-"""Every import of a job is tried before its work, and what cannot be imported is said with versions and a way out."""
+"""A job imports all packages before its work. A failed import is reported with versions and a remedy."""
 
 import ast
 import os
@@ -17,8 +17,6 @@ ROOT = Path(__file__).parents[2]
 OURS = {"trainer": ROOT / "trainer", "tunedrop": ROOT / "functions/tunedrop"}
 # Not in the image: only where somebody adds it.
 OPTIONAL = {"vllm"}
-# A test job takes one function of trainer.grpo, which does without them; importing them takes seconds.
-NOT_IN_A_TEST = {"peft", "trl"}
 
 
 def source(module: str) -> Path | None:
@@ -59,7 +57,7 @@ def foreign(start: str) -> set[str]:
     ("stage", "module", "without"),
     [
         ("train", "trainer.train", OPTIONAL),
-        ("test", "trainer.test_model", OPTIONAL | NOT_IN_A_TEST),
+        ("test", "trainer.test_model", OPTIONAL),
         ("proofs", "trainer.proofs", set()),
     ],
 )
@@ -103,13 +101,13 @@ def test_the_reason_names_package_versions_and_what_to_do(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(broken(tmp_path, "does_not_fit", error))
     with pytest.raises(packages.PackageError) as raised:
         packages.import_all(["json", "does_not_fit"])
-    told = entry.describe(raised.value)
-    assert told.startswith(f"The container cannot import does_not_fit: {error.partition('(')[0]}: ")
+    result = entry.describe(raised.value)
+    assert result.startswith(f"The container cannot import does_not_fit: {error.partition('(')[0]}: ")
     for name in ("numpy", "pyarrow", "torch"):
-        assert f"{name} {version(name)}" in told
-    assert "leave TrainingImageUri empty, or build an image with trainer/Dockerfile" in told
-    assert "Traceback" not in told
-    assert len(told) < entry.REASON_CHARACTERS
+        assert f"{name} {version(name)}" in result
+    assert "leave TrainingImageUri empty, or build an image with trainer/Dockerfile" in result
+    assert "Traceback" not in result
+    assert len(result) < entry.REASON_CHARACTERS
 
 
 @pytest.mark.parametrize("name", ["datasets", "yaml"])

@@ -1,4 +1,4 @@
-"""Where people see a run's numbers: TensorBoard's files, MLflow, a bar on a terminal, and JSON that any reader takes."""
+"""The outputs of a run's numbers: TensorBoard files, MLflow, a progress bar, and valid JSON."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_mlflow_gets_the_metrics_where_a_server_is_named(short, monkeypatch):
 def test_a_server_without_the_library_is_said_before_training(short, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(train, "find_spec", lambda _: None)
-    with pytest.raises(JobError, match="the image has no mlflow: AWS's PyTorch images have it"):
+    with pytest.raises(JobError, match=r"the image has no mlflow\. Use an AWS PyTorch image"):
         train.train(train.parse_flags([]))
 
 

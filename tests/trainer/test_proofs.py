@@ -1,4 +1,4 @@
-"""The proofs at the end of a training job: what a healthy one says, and that a broken model fails its run."""
+"""The proofs at the end of a training job: their numbers for a good model, and damaged models that fail."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import proofs, train
+from trainer import proofs, results, train
 from trainer.job import JobError
 
 from .conftest import Job
@@ -33,13 +33,13 @@ def prove(tiny: Path, target: Path) -> dict:
 
 
 def test_a_run_ends_with_its_proofs(trained):
-    told = trained.training()["proofs"]
-    assert told["adapter_effect"]["mean"] > 0.1
-    parity = told["merge_parity"]
+    result = trained.training()["proofs"]
+    assert result["adapter_effect"]["mean"] > 0.1
+    parity = result["merge_parity"]
     assert (parity["agreeing"], parity["answers"], parity["tensors_off"]) == (3, 3, 0)
     assert 0 < parity["mean"] < parity["tolerance"]
     assert "from_4bit" not in parity
-    assert told["fresh_process"]["transformers"]
+    assert result["fresh_process"]["transformers"]
 
 
 def test_a_fresh_process_finds_the_same(trained, tiny):
@@ -93,8 +93,8 @@ def damaged(trained: Job, folder: Path, how: str) -> Path:
         ("one tensor is another layer's", "1 tensors differ, the first is model.layers.1.mlp.down_proj"),
         ("a single number is wrong", "is not base .* adapter: 1 tensors differ"),
         ("a number is none", "is not base .* adapter: 1 tensors differ"),
-        ("the adapter is zeros", r"does not change what the base model says \(largest difference .*: 0.0\)"),
-        ("the adapter is no numbers", r"does not change what the base model says .*nan"),
+        ("the adapter is zeros", r"does not change the base model's output \(largest difference .*: 0.0\)"),
+        ("the adapter is no numbers", r"does not change the base model's output .*nan"),
         ("the adapter counts twice", "14 tensors differ"),
     ],
 )
@@ -112,8 +112,8 @@ def test_files_that_do_not_load_fail_with_the_last_words_of_the_process(trained,
 @pytest.mark.parametrize(
     ("parity", "message"),
     [
-        ({"mean": 0.3, "agreeing": 3}, r"differ by 0.300 on average \(at most 0.1 is rounding\) and 3 of 3"),
-        ({"mean": 0.01, "agreeing": 2}, "2 of 3 greedy answers agree"),
+        ({"mean": 0.3, "agreeing": 3}, r"differ by 0.300 on average \(rounding explains at most 0.1\), and 3 of 3"),
+        ({"mean": 0.01, "agreeing": 2}, "2 of 3 greedy completions agree"),
         ({"mean": float("nan"), "agreeing": 3}, "nan"),
         ({"mean": 0.01, "agreeing": 3}, None),
     ],
@@ -125,23 +125,23 @@ def test_answers_that_differ_fail_although_the_weights_agree(parity, message):
         "versions": {},
     }
     if message is None:
-        proofs.judge(measured)
+        proofs.check(measured)
     else:
         with pytest.raises(JobError, match=message):
-            proofs.judge(measured)
+            proofs.check(measured)
 
 
 def test_a_corrupted_merge_fails_the_run(job, monkeypatch):
     job.config(lora={"r": 4}, learnability={"samples": 0}, grpo={"max_steps": 1})
     job.rows()
-    save = train.save
+    save = results.save
 
     def save_and_corrupt(*args):
         save(*args)
         merged = job.model / "merged/model.safetensors"
         save_file({name: each.roll(1, 0) for name, each in load_file(merged).items()}, merged, metadata={"format": "pt"})
 
-    monkeypatch.setattr(train, "save", save_and_corrupt)
+    monkeypatch.setattr(results, "save", save_and_corrupt)
     with pytest.raises(SystemExit, match=r"The job failed: The merged model is not base \+ adapter"):
         train.main([])
     assert job.failure().startswith("The merged model is not base + adapter")

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.trainer.test_grpo import build
-from trainer.grpo import SharedPrefixGRPOTrainer
+from tests.trainer.test_shared_prefix import build
 from trainer.row_rewards import EarlyRowReward, RowReward, row_rewards
+from trainer.run_trainer import SharedPrefixGRPOTrainer
 from tunedrop.rewards import RewardError, RewardPermissions, RewardSpec, build_rewards
 
 ROWS = [{"id": str(index), "prompt": [{"role": "user", "content": f"q{index}"}], "answer": str(index)} for index in range(3)]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.publish.statistics import evaluate
-from trainer import test_model
+from trainer import engines, test_model
 from trainer.models import load_tokenizer
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import InferenceTest, Outcome
@@ -107,9 +107,9 @@ def test_checks_say_what_is_not_met(ask):
     assert fine["tuned"]["passed"]
     assert fine["tuned"]["seconds"] > 0
     assert not wrong["tuned"]["passed"]
-    assert wrong["tuned"]["unmet"] == ["contains gives 0.00, at least 0.5 was asked for"]
+    assert wrong["tuned"]["unmet"] == ["contains is 0.00, less than the minimum of 0.5"]
     assert not slow["tuned"]["passed"]
-    assert slow["tuned"]["unmet"][0].endswith("at most 1e-09 s were asked for")
+    assert slow["tuned"]["unmet"][0].endswith("more than the maximum of 1e-09 s")
 
 
 def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
@@ -120,7 +120,7 @@ def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
         *[case | terms for case in CASES], long, CASES[0] | {"id": "bare"}, rewards=[{"type": "keywords", "column": "terms"}]
     )
     by_id = {test["id"]: test["base"] for test in result["tests"]}
-    assert by_id["long"]["error"].endswith("of answer exceed the model's context of 512")
+    assert by_id["long"]["error"].endswith("of completion exceed the model's context of 512")
     assert "has no column 'terms'" in by_id["bare"]["error"]
     assert by_id["bare"]["text"]
     assert all("error" not in by_id[case["id"]] for case in CASES)
@@ -130,9 +130,9 @@ def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
 def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
     config = RunConfig(model="tiny", grpo={"max_completion_length": 6})
     tokenizer = load_tokenizer(str(tiny))
-    engine = test_model.load(str(tiny), tokenizer, test_model.Decoding.of(config))
+    engine = engines.load(str(tiny), tokenizer, engines.Decoding.of(config))
     tests = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "a" * i}], reference="") for i in range(1, 5)]
-    expected = test_model.answer(engine, tokenizer, tests, config, "base")
+    expected = test_model.complete(engine, tokenizer, tests, config, "base")
     generate = engine._model.generate
 
     def small_memory(**inputs):
@@ -144,36 +144,37 @@ def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
 
     expected_ids = tokenizer.apply_chat_template(tests[3].prompt, add_generation_prompt=True, return_dict=False)
     engine._model.generate = small_memory
-    answers = test_model.answer(engine, tokenizer, tests, config, "base")
+    answers = test_model.complete(engine, tokenizer, tests, config, "base")
     assert [each[0].text for each in answers[:3]] == [each[0].text for each in expected[:3]]
-    assert answers[3] == "the model could not answer: RuntimeError: this one always fails"
+    assert answers[3] == "the model failed on this test: RuntimeError: this one always fails"
 
 
 def test_no_test_that_can_be_scored_fails_the_job(ask, job):
     with pytest.raises(SystemExit):
         ask(*CASES, rewards=[{"type": "keywords", "column": "terms"}])
-    assert job.failure().startswith("None of the 5 inference tests could be scored with the base model: reward 'keywords'")
+    assert job.failure().startswith("None of the 5 inference tests could be scored with the base model. ")
+    assert "The first error: reward 'keywords' failed on the row 't1'" in job.failure()
 
 
 def test_batching_does_not_change_an_answer(tiny):
     """Each test asked alone answers as in its padded batch; in fp64, where no rounding decides between two tokens."""
     tokenizer, config = load_tokenizer(str(tiny)), RunConfig(model="tiny", grpo={"max_completion_length": 6})
-    engine = test_model.load(str(tiny), tokenizer, test_model.Decoding.of(config))
+    engine = engines.load(str(tiny), tokenizer, engines.Decoding.of(config))
     engine._model.double()
     cases = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "x" * i}], reference="") for i in range(1, 7)]
 
     def texts(tests):
-        return [written[0].text for written in test_model.answer(engine, tokenizer, tests, config, "base")]
+        return [completions[0].text for completions in test_model.complete(engine, tokenizer, tests, config, "base")]
 
     assert [texts([case])[0] for case in cases] == texts(cases)
 
 
 def test_batches_are_of_similar_length_and_bounded(monkeypatch):
-    monkeypatch.setattr(test_model, "BATCH_TOKENS", 99)
+    monkeypatch.setattr(engines, "BATCH_TOKENS", 99)
     lengths = [5, 40, 6, 300, 7, 8, 8, 8]
     samples = [1, 1, 1, 1, 1, 2, 2, 3]
     alone = [False, False, False, False, True, False, False, False]
-    assert list(test_model.batches(lengths, samples, alone, 10)) == [[3], [1], [2, 0], [4], [5, 6], [7]]
+    assert list(engines.batches(lengths, samples, alone, 10)) == [[3], [1], [2, 0], [4], [5, 6], [7]]
 
 
 @pytest.mark.parametrize(

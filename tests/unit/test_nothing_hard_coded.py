@@ -23,7 +23,7 @@ HARD_CODED = re.compile(
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_hard_coded(path):
     text = path.read_text()
-    if path.name == "template.yaml":  # whose regions and accounts are the SDK's: tests/trainer/test_regions.py
+    if path.name == "template.yaml":  # whose regions and accounts are the SDK's: tests/release/test_regions.py
         begin, end = text.index("Mappings:\n"), text.index("\nRules:\n")
         rule = text.index("  TrainingImageIsInTheRegion:")
         text = text[:begin] + text[end:rule] + text[text.index("AssertDescription", rule) :]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.validation.preflight import check_rewards
-from tunedrop.config.model import config_warnings, parse_run_config
+from tunedrop.config.parse import parse_run_config
 from tunedrop.config.reference import config_defaults, config_schema
+from tunedrop.config.rules import config_warnings
 from tunedrop.problems import RejectedError
 from tunedrop.rewards import REWARDS, RewardError, RewardPermissions, build_rewards, score
 from tunedrop.rewards.registry import Form, Need, reward

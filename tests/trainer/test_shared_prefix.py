@@ -1,4 +1,4 @@
-"""SharedPrefixGRPOTrainer against the TRL trainer that it stands in for: gradients, metrics and completions."""
+"""SharedPrefixGRPOTrainer compared with TRL's trainer: gradients, metrics and completions."""
 
 import logging
 from pathlib import Path
@@ -19,9 +19,11 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from local_app.base_model import fetch
-from trainer import grpo
+from trainer import run_trainer, shared_prefix_sampling
 from trainer import train as training_job
-from trainer.grpo import Packed, SharedPrefixGRPOTrainer, attention, why_not
+from trainer.run_trainer import SharedPrefixGRPOTrainer
+from trainer.shared_prefix import Packed, attention
+from trainer.shared_prefix_models import unsupported
 
 MODELS = Path(__file__).parents[2] / ".tunedrop/models"
 GENERATIONS = 4
@@ -62,7 +64,7 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.requires_grad]))
 
 
-def build(cls, folder, output, load=None, lora=None, perturb=True, **given):
+def build(cls, folder, output, load=None, lora=None, perturb=True, **settings):
     gradients = Gradients()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **(load or {}))
     defaults = {
@@ -74,7 +76,7 @@ def build(cls, folder, output, load=None, lora=None, perturb=True, **given):
     trainer = cls(
         model=model,
         reward_funcs=reward,
-        args=GRPOConfig(**defaults | given),
+        args=GRPOConfig(**defaults | settings),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         peft_config=LoraConfig(**LORA | (lora or {})),
@@ -89,9 +91,9 @@ def build(cls, folder, output, load=None, lora=None, perturb=True, **given):
     return trainer, gradients.steps
 
 
-def train(cls, folder, output, monkeypatch, **given):
+def train(cls, folder, output, monkeypatch, **settings):
     """Train on the fixed completions, in the order of the data; returns the trainer, gradients and logged metrics."""
-    trainer, steps = build(cls, folder, output, **given)
+    trainer, steps = build(cls, folder, output, **settings)
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *_: (completions(), None))
     monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))  # micro-batches are the same
     trainer.train()
@@ -99,9 +101,9 @@ def train(cls, folder, output, monkeypatch, **given):
     return trainer, steps, logged
 
 
-def assert_equal(folder, output, monkeypatch, **given):
-    _, expected, expected_log = train(GRPOTrainer, folder, output, monkeypatch, **given)
-    trainer, found, found_log = train(SharedPrefixGRPOTrainer, folder, output, monkeypatch, **given)
+def assert_equal(folder, output, monkeypatch, **settings):
+    _, expected, expected_log = train(GRPOTrainer, folder, output, monkeypatch, **settings)
+    trainer, found, found_log = train(SharedPrefixGRPOTrainer, folder, output, monkeypatch, **settings)
     assert len(found) == len(expected) == trainer.state.max_steps
     for stock, ours in zip(expected, found, strict=True):
         assert torch.cosine_similarity(stock, ours, dim=0) >= 0.9999
@@ -123,7 +125,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tiny, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         {"mask_truncated_completions": True},
         {"mask_truncated_completions": True, "loss_type": "grpo", "beta": 0.1},
@@ -143,8 +145,8 @@ def test_the_loss_and_its_gradient_are_those_of_trl(tiny, tmp_path, monkeypatch,
     ],
     ids=str,
 )
-def test_so_with_every_setting_that_touches_the_loss(tiny, tmp_path, monkeypatch, given):
-    assert_equal(tiny, tmp_path, monkeypatch, **given)
+def test_so_with_every_setting_that_touches_the_loss(tiny, tmp_path, monkeypatch, settings):
+    assert_equal(tiny, tmp_path, monkeypatch, **settings)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -176,13 +178,13 @@ def test_so_with_other_models(tiny, tmp_path, monkeypatch, config):
 
 def test_groups_without_advantage_are_computed_without_a_backward(tiny, tmp_path, monkeypatch):
     tokens = {True: 0, False: 0}
-    backbone = grpo.backbone
+    backbone = run_trainer.backbone
 
     def counted(model, packed, *rest):
         tokens[torch.is_grad_enabled()] += packed.input_ids.numel()
         return backbone(model, packed, *rest)
 
-    monkeypatch.setattr(grpo, "backbone", counted)
+    monkeypatch.setattr(run_trainer, "backbone", counted)
     assert_equal(tiny, tmp_path, monkeypatch, max_steps=1)
     last = AutoTokenizer.from_pretrained(tiny).apply_chat_template(
         [{"role": "user", "content": PROMPTS[-1]}], add_generation_prompt=True, return_dict=False
@@ -237,8 +239,8 @@ def test_micro_batches_hold_whole_groups_in_random_order(tiny, tmp_path):
     assert len(orders) > 1
 
 
-def rollouts(cls, folder, output, **given):
-    trainer, _ = build(cls, folder, output, top_k=1, max_completion_length=40, **given)
+def rollouts(cls, folder, output, **settings):
+    trainer, _ = build(cls, folder, output, top_k=1, max_completion_length=40, **settings)
     # Many tokens end a completion, so that completions end at different times.
     trainer.generation_config.eos_token_id = trainer.eos_token_ids = [END, *range(20, 24)]
     tokenize = trainer.processing_class.apply_chat_template
@@ -250,10 +252,10 @@ def rollouts(cls, folder, output, **given):
     return found
 
 
-@pytest.mark.parametrize("given", [{}, {"repetition_penalty": 1.3}, {"lora": {"use_dora": True}}], ids=str)
-def test_greedy_rollouts_are_those_of_trl(tiny, tmp_path, given):
-    expected = rollouts(GRPOTrainer, tiny, tmp_path, **given)
-    assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path, **given) == expected
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"lora": {"use_dora": True}}], ids=str)
+def test_greedy_rollouts_are_those_of_trl(tiny, tmp_path, settings):
+    expected = rollouts(GRPOTrainer, tiny, tmp_path, **settings)
+    assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path, **settings) == expected
     assert len({len(ids) for ids in expected}) > 3  # rows did leave
 
 
@@ -272,7 +274,7 @@ def test_training_leaves_the_base_weights_bit_for_bit(tiny, tmp_path):
 def test_an_error_in_a_rollout_leaves_the_weights_too(tiny, tmp_path, monkeypatch):
     trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, bf16=True)
     before = {name: each.clone() for name, each in trainer.model.named_parameters()}
-    monkeypatch.setattr(grpo, "backbone", lambda *_: 1 / 0)
+    monkeypatch.setattr(shared_prefix_sampling, "backbone", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer._generate_single_turn([[5, 6]], None, {}, 1)
     assert all(torch.equal(before[name], each) for name, each in trainer.model.named_parameters())
@@ -302,15 +304,17 @@ def test_sampling_follows_the_model(tiny, tmp_path):
 def test_a_model_it_cannot_take_is_named_with_the_reason(tmp_path, config, said):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    assert said in why_not(model, GRPOConfig(output_dir=str(tmp_path), use_cpu=True), LoraConfig(**LORA))
+    assert said in unsupported(model, GRPOConfig(output_dir=str(tmp_path), use_cpu=True), LoraConfig(**LORA))
 
 
 def test_it_refuses_to_train_more_than_lora(tiny, tmp_path):
-    with pytest.raises(ValueError, match="trained beside LoRA"):
+    with pytest.raises(ValueError, match="LoRA is not all that is trained"):
         build(SharedPrefixGRPOTrainer, tiny, tmp_path, lora={"modules_to_save": ["lm_head"]})
 
 
-@pytest.mark.parametrize(("lora", "said"), [({}, "shared prefix"), ({"modules_to_save": ["lm_head"]}, "stock TRL: more is")])
+@pytest.mark.parametrize(
+    ("lora", "said"), [({}, "shared prefix"), ({"modules_to_save": ["lm_head"]}, "stock TRL: LoRA is not all")]
+)
 def test_the_training_job_takes_it_where_it_can(job, monkeypatch, lora, said):
     said_lines = []
     monkeypatch.setattr(training_job.log, "info", lambda text, *args: said_lines.append(text % args if args else text))

@@ -1,4 +1,4 @@
-"""The sizing formula against what a small model really keeps for its backward, and the table in the docs."""
+"""The sizing formula compared with the tensors that a small model keeps for its backward, and the table in the docs."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from release import sizing
-from trainer import grpo
+from trainer import shared_prefix
+from trainer.token_log_probs import LOGITS_PER_CHUNK
 
 DOCS = Path(__file__).parents[2] / "docs"
 SETTINGS = sizing.Settings(sequences=16, group=8, prompt=100, completion=60)
@@ -44,7 +45,7 @@ def test_the_loss_keeps_what_the_formula_says(model, checkpointing):
     settings = SETTINGS._replace(checkpointing=checkpointing)
     whole = llama(model)
     base = whole.get_base_model()
-    base.set_attn_implementation(grpo.ATTENTION)
+    base.set_attn_implementation(shared_prefix.ATTENTION)
     if checkpointing:
         base.activation_checkpointing_enable()
         whole.enable_input_require_grads()
@@ -54,7 +55,9 @@ def test_the_loss_keeps_what_the_formula_says(model, checkpointing):
         torch.randint(model.vocabulary, (16, length), generator=draw).tolist()
         for length in (settings.prompt, settings.completion)
     )
-    packed = grpo.Packed([prompts[row // 8] for row in range(16)], completions, settings.completion, torch.device("cpu"))
+    packed = shared_prefix.Packed(
+        [prompts[row // 8] for row in range(16)], completions, settings.completion, torch.device("cpu")
+    )
     parameters = {weights.untyped_storage().data_ptr() for weights in whole.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -64,7 +67,7 @@ def test_the_loss_keeps_what_the_formula_says(model, checkpointing):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        grpo.backbone(base, packed, packed.input_ids, packed.position_ids)
+        shared_prefix.backbone(base, packed, packed.input_ids, packed.position_ids)
     kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     scored = settings.sequences * settings.completion * model.hidden * 4
     reckoned = sizing.memory(model, settings, width=4).loss - 3 * sizing.CHUNK - scored
@@ -89,4 +92,4 @@ def test_the_docs_show_what_the_script_prints():
 
 
 def test_logits_are_reckoned_in_the_trainers_chunks():
-    assert sizing.CHUNK == 4 * grpo.LOGITS_PER_CHUNK
+    assert sizing.CHUNK == 4 * LOGITS_PER_CHUNK

@@ -1,4 +1,4 @@
-"""The fields that a run config may set are those of the installed TRL and PEFT, and arrive there with the same value."""
+"""The fields of a run config are those of the installed TRL and PEFT, and reach them with the same values."""
 
 import enum
 import json

@@ -171,8 +171,8 @@ def test_the_images_cuda_libraries_are_there_for_the_job_and_the_job_is_the_scri
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LD_LIBRARY_PATH": "/usr/lib"}
     program = f"set -e\ntrap 'echo TRAPPED; exit 7' ERR\necho $$\nset -x\n{command}"
     done = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=False)
-    pid, *_, told = done.stdout.splitlines()
-    assert (done.returncode, told) == (0, f"{pid} {expected} -m trainer.job train")
+    pid, *_, result = done.stdout.splitlines()
+    assert (done.returncode, result) == (0, f"{pid} {expected} -m trainer.job train")
     assert "TRAPPED" not in done.stdout
 
 
@@ -248,7 +248,7 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
     expected = expected._replace(network_isolation=True, environment=environment)
     assert capsys.readouterr().out == f"{expected} {REGION}\n"
     monkeypatch.delenv("SAGEMAKER_ROLE_ARN", raising=False)
-    with pytest.raises(SystemExit, match="Give --stack, or --role, --image"):
+    with pytest.raises(SystemExit, match="Pass --stack, or --role, --image"):
         command.main(["--region", REGION, "--artifact-bucket", "artifacts"])
 
 
@@ -417,4 +417,4 @@ def test_hyperparameters_from_a_file(tmp_path):
 def test_a_variable_that_sagemaker_would_refuse_is_refused(given, capsys):
     with pytest.raises(SystemExit):
         command.main([*FLAGS, "--environment", given])
-    assert "is not NAME=VALUE, with a value of at most 512 characters" in capsys.readouterr().err
+    assert "is not NAME=VALUE with a value of at most 512 characters" in capsys.readouterr().err

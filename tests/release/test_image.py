@@ -1,4 +1,4 @@
-"""The image that jobs run in: what is installed into it leaves it as it is, and everything that names it agrees."""
+"""The training image: a job's installation does not change its packages, and all files name the same image."""
 
 import json
 import re
@@ -54,8 +54,8 @@ def pip_install(python: Path) -> subprocess.CompletedProcess[str]:
 def test_a_job_installs_the_lock_and_exchanges_nothing_that_the_image_is_built_of(tmp_path):
     done = pip_install(image_of(tmp_path))
     assert done.returncode == 0, done.stderr
-    told = [each["metadata"] for each in json.loads(done.stdout)["install"]]
-    installed = {canonicalize_name(each["name"]): each["version"] for each in told}
+    result = [each["metadata"] for each in json.loads(done.stdout)["install"]]
+    installed = {canonicalize_name(each["name"]): each["version"] for each in result}
     locked = pins(LOCK)
     assert {"transformers", "trl", "peft", "datasets", "pyarrow", "tokenizers"} <= installed.keys()
     assert installed.items() <= locked.items()
@@ -123,8 +123,8 @@ def test_one_image_is_named_everywhere(file):
 def test_the_endpoint_in_the_docs_has_a_driver_for_the_image_that_serves():
     """SageMaker's service model says which CUDA each AMI's driver is for, and the image's tag which it is made for."""
     variant = botocore.session.get_session().get_service_model("sagemaker").shape_for("ProductionVariant")
-    told = variant.members["InferenceAmiVersion"].documentation
-    amis = dict(re.findall(r"<dt>([\w-]+)</dt>.*?CUDA version: (\d+\.\d+)", told))
+    result = variant.members["InferenceAmiVersion"].documentation
+    amis = dict(re.findall(r"<dt>([\w-]+)</dt>.*?CUDA version: (\d+\.\d+)", result))
     assert amis["al2-ami-sagemaker-inference-gpu-3-1"] == "12.4"  # a driver of 550
     (named,) = re.findall(r"InferenceAmiVersion=([\w-]+)", (ROOT / "docs/serving.md").read_text())
     (cuda,) = re.findall(r"-cu(\d\d)\d-", inference_image("us-east-1"))

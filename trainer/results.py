@@ -1,0 +1,90 @@
+"""Writes what a training job leaves in `/opt/ml/model`: adapter, merged model, run config and summary, and proves them."""
+
+import json
+import shutil
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from trainer import folders, models
+from trainer.job import started
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.checkpoints import Checkpoint
+    from trainer.dataset import Dataset
+    from trainer.run_trainer import RunTrainer
+    from tunedrop.config.model import RunConfig
+
+
+def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", location: str, config: "RunConfig") -> None:
+    """Write the run config, the checkpoint's `adapter/`, and `merged/`: the bf16 base model with the adapter added."""
+    import torch
+    from peft import PeftModel
+
+    adapter, merged = folders.model_dir() / "adapter", folders.model_dir() / "merged"
+    adapter.mkdir(parents=True, exist_ok=True)
+    shutil.copy(checkpoint.path / "adapter_model.safetensors", adapter)
+    # PEFT writes the base model's folder in this container, which means nothing elsewhere.
+    adapter_config = json.loads((checkpoint.path / "adapter_config.json").read_bytes()) | {
+        "base_model_name_or_path": config.model
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1))
+    base = models.load_model(location, dtype=torch.bfloat16)  # never the 4-bit weights, which would be rounded twice
+    whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    whole.save_pretrained(str(merged))
+    tokenizer.save_pretrained(str(merged))
+    (folders.model_dir() / "run_config.json").write_text(config.model_dump_json(indent=1))
+
+
+def prove(trainer: "RunTrainer", config: "RunConfig", location: str, prompts: list[list[dict[str, str]]]) -> dict[str, Any]:
+    """Return the proofs that the saved model is the trained model. Raises JobError if a proof fails."""
+    import torch
+
+    from trainer import proofs
+
+    if torch.cuda.is_available():  # the process that makes the proofs needs the GPU's memory
+        trainer.model.to("cpu")
+        torch.cuda.empty_cache()
+    return proofs.prove(
+        location,
+        folders.model_dir(),
+        prompts,
+        load_in_4bit=config.lora.load_in_4bit,
+        template=config.grpo.get("chat_template_kwargs") or {},
+    )
+
+
+def summary(
+    trainer: "RunTrainer", config: "RunConfig", run_id: str, data: "Dataset", chosen: "Checkpoint"
+) -> dict[str, Any]:
+    """Return the content of `training.json`, without the proofs. `chosen` is the checkpoint whose adapter was saved."""
+    from trainer.bounds import LIMITS
+    from trainer.learnability import measured
+    from trainer.progress import history
+
+    record, state, points = trainer.record, trainer.state, history(trainer.state)
+    gate = record.learnability
+    if gate:
+        gate = gate | measured(points, gate, trainer.num_generations)
+    return {
+        "model": config.model,
+        "run_id": run_id,
+        "steps": state.global_step,
+        "max_steps": state.max_steps,
+        "stopped": state.global_step < state.max_steps,
+        "ended": record.ended,
+        "bounded": record.ended if record.ended in LIMITS else None,
+        "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
+        "evaluations": record.evaluations,
+        "learnability": gate,
+        "alerts": [alert["code"] for alert in record.alerts],
+        "rows": len(trainer.train_dataset),
+        "rows_dropped": data.dropped + len(record.dropped),
+        "rows_truncated": data.truncated,
+        "seconds": round(time.time() - started(), 1),
+        "reward_first": points[0]["reward"] if points else None,
+        "reward_last": points[-1]["reward"] if points else None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")},
+    }

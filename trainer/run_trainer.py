@@ -1,0 +1,381 @@
+"""The trainer of a run: TRL's `GRPOTrainer` with a shared-prefix step, resumable checkpoints and a run's metrics.
+
+    trainer = SharedPrefixRunTrainer(model=…, args=…, …, run=identity(config, rows), record=record)
+    trainer = StockRunTrainer(…)  # the same for models that `trainer.shared_prefix_models` does not support
+
+This module is the only one that uses private names of TRL and of Transformers' `Trainer`: it overrides their hooks, and
+offers public methods to the other modules. tests/trainer/test_run_trainer.py has a contract test for each private name.
+
+`SharedPrefixGRPOTrainer` computes the prompt of a group once, where TRL computes it for each completion, in the rollout and
+in the loss, forward and backward. TRL's own code still makes the loss, the advantages and the metrics. docs/training.md has
+the picture.
+"""
+
+import functools
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PrinterCallback, TrainerState
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import split_tensor_dict
+
+from trainer import checkpoints
+from trainer.checkpoints import SAVING, Checkpoint, Record
+from trainer.progress import SAMPLE_CHARACTERS, memory_gb
+from trainer.shared_prefix import ATTENTION, Packed, backbone
+from trainer.shared_prefix_models import unsupported
+from trainer.shared_prefix_sampling import sample
+from trainer.token_log_probs import TokenLogProbs
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Base
+else:
+    _Base = object
+
+
+@contextmanager
+def merged(model: PeftModel, dtype: torch.dtype | None) -> Iterator[bool]:
+    """Merge the adapter into the base weights, in `dtype` if it is not None, for the block. Yields whether it could.
+
+    The merged weights are new tensors. The model's own tensors come back unchanged. Quantized weights cannot be merged, nor
+    can adapters that are more than a low-rank matrix: DoRA, trained biases, saved modules.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    plain = all(type(each) is LoraLinear and not each.lora_variant and not any(each.lora_bias.values()) for each in adapters)
+    if not plain:
+        yield False
+        return
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        with torch.no_grad():
+            for module in adapters:
+                weight = module.get_base_layer().weight
+                deltas = [module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A]
+                weight.data = sum(deltas, start=weight).to(dtype or weight.dtype)
+            for parameter, _ in own:
+                parameter.data = parameter.data.to(dtype or parameter.dtype)
+        with model.disable_adapter():
+            yield True
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
+    """A `trl.GRPOTrainer` with the same constructor and config, for LoRA on a model for which `unsupported` is None.
+
+    Raises ValueError for other models, and for tools, environments and rollout functions. If a reward function has a method
+    `begin`, the trainer calls it with completions that end while others are sampled; the parameters are the function's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        whole = self.accelerator.unwrap_model(self.model)
+        adapters = list(whole.peft_config.values()) if isinstance(whole, PeftModel) else []
+        if not adapters or any(each.peft_type != "LORA" for each in adapters):
+            raise ValueError("SharedPrefixGRPOTrainer trains LoRA adapters only: pass a LoraConfig, or use trl.GRPOTrainer.")
+        self._base: PreTrainedModel = whole.get_base_model()
+        reason = unsupported(self._base, self.args, adapters[0])
+        if self.tools or self.environment_factories is not None or self.rollout_func is not None:
+            reason = "tools, environments or a rollout function"
+        if reason:
+            raise ValueError(f"SharedPrefixGRPOTrainer cannot train this model, use trl.GRPOTrainer: {reason}.")
+        self._learns: Tensor | None = None
+        self._generation_inputs: list[dict[str, Any]] | None = None
+        self._buffered_inputs: list[dict[str, Tensor]] | None = None
+        self._base.set_attn_implementation(ATTENTION)
+        stock_forward = self._base.forward
+
+        @functools.wraps(stock_forward)  # `generate` looks at the signature
+        def forward(*args: Any, shared_prefix: Packed | None = None, **kwargs: Any) -> Any:
+            if shared_prefix is None:
+                return stock_forward(*args, **kwargs)
+            hidden = backbone(self._base, shared_prefix, kwargs["input_ids"], kwargs["position_ids"])
+            return TokenLogProbs.apply(
+                hidden[0].index_select(0, shared_prefix.sources),
+                self._base.get_output_embeddings(),
+                shared_prefix.targets,
+                self.temperature,
+                self._entropy_bonus_enabled,
+            )
+
+        self._base.forward = forward
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """As TRL's, but shuffles groups instead of sequences: a micro-batch holds whole groups."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            group = batch["prompt_ids"].unique_consecutive(dim=0, return_inverse=True)[1]
+            order = torch.randperm(int(group[-1]) + 1, device=group.device)[group].argsort(stable=True)
+            batch = {name: each[order] if each.ndim else each for name, each in batch.items()}
+            self._buffered_inputs = split_tensor_dict(batch, steps)
+        return self._buffered_inputs[self._step % steps]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        """As TRL's. Rewards with a method `begin` start on completions that end while others are sampled."""
+        self._generation_inputs = inputs if any(hasattr(reward, "begin") for reward in self.reward_funcs) else None
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self._generation_inputs = None
+
+    def _begin_rewards(self, rows: list[int], completions: Tensor) -> None:
+        """Pass completions (rows, C), padded after their end, to the rewards with a method `begin`."""
+        assert self._generation_inputs is not None
+        ends = [next(at for at, token in enumerate(ids) if token in self.eos_token_ids) + 1 for ids in completions.tolist()]
+        ids = [ids[:end] for ids, end in zip(completions.tolist(), ends, strict=True)]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        columns = {name: [self._generation_inputs[row][name] for row in rows] for name in self._generation_inputs[0]}
+        prompts = columns.pop("prompt")
+        conversational = is_conversational({"prompt": prompts[0]})
+        messages = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+        for reward in self.reward_funcs:
+            if hasattr(reward, "begin"):
+                reward.begin(prompts=prompts, completions=messages, **columns)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, but `generate` samples with the prompts' prefill shared, from merged weights."""
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        ended = {} if self._generation_inputs is None else {"ended": self._begin_rewards}
+        generate = functools.partial(self._base.generate, custom_generate=functools.partial(sample, **ended))
+        with merged(self.accelerator.unwrap_model(self.model), dtype) as whole:
+            self._base.generate = generate
+            try:
+                with nullcontext() if whole else self.accelerator.autocast():
+                    return super()._generate_single_turn(*args, **kwargs)
+            finally:
+                del self._base.generate
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Return log-probabilities and entropies (B, C) of the completions in sequences (B, P + C), and None.
+
+        `batch_size` limits the sequences that are computed at once, but whole groups stay together.
+        """
+        mask = attention_mask.bool()
+        split = input_ids.shape[1] - logits_to_keep
+        prompts = [ids[:split][real[:split]].tolist() for ids, real in zip(input_ids, mask, strict=True)]
+        completions = [ids[split:][real[split:]].tolist() for ids, real in zip(input_ids, mask, strict=True)]
+
+        def score(rows: list[int]) -> list[Tensor]:
+            packed = Packed(
+                [prompts[row] for row in rows], [completions[row] for row in rows], logits_to_keep, input_ids.device
+            )
+            with self.accelerator.autocast():
+                scored = model(input_ids=packed.input_ids, position_ids=packed.position_ids, shared_prefix=packed)
+            return [torch.cat([each, each.new_zeros(1)])[packed.index] for each in scored]
+
+        every_row = list(range(len(prompts)))
+        if self._learns is None:
+            size = max(batch_size, self.num_generations) if batch_size else len(prompts)
+            parts = [every_row[start : start + size] for start in range(0, len(prompts), size)]
+            scored = [score(rows) for rows in parts]
+        else:
+            learning = {tuple(prompts[row]) for row in self._learns.nonzero()[:, 0].tolist()}
+            parts = [[row for row in every_row if (tuple(prompts[row]) in learning) == learns] for learns in (True, False)]
+            with torch.no_grad():
+                without_gradient = score(parts[1]) if parts[1] else None
+            scored = ([score(parts[0])] if parts[0] else []) + ([without_gradient] if without_gradient else [])
+        order = torch.tensor([row for rows in parts for row in rows], device=input_ids.device).argsort()
+        logps, entropies = (torch.cat(each)[order] for each in zip(*scored, strict=True))
+        return logps, entropies if compute_entropy else None, None
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """As TRL's, without a backward for groups whose advantages are all zero, if there is no KL and no entropy term."""
+        if self.beta == 0.0 and not self._entropy_bonus_enabled and self.accelerator.num_processes == 1:
+            self._learns = inputs["advantages"] != 0
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._learns = None
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            # No group has an advantage. The gradients must be zeros, as TRL's, not None.
+            loss = loss + sum(0.0 * each.sum() for each in self.model.parameters() if each.requires_grad)
+        return loss
+
+
+class _ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
+    """TRL's sampler with a new seed for each epoch.
+
+    TRL's sampler continues from the generator's state at the end of the epoch before. A resumed process lacks that state.
+    """
+
+    def __init__(self, sampler: Any, seed: Callable[[], int]):
+        self._sampler = sampler
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        if self._sampler.shuffle:
+            self._sampler.generator.manual_seed(self._seed())
+        yield from self._sampler
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
+    """Adds to a `GRPOTrainer` what a run needs: whole checkpoints, resumption, metrics for alerts, public methods.
+
+    `run` and `record` go into the checkpoints' manifests. All other arguments are `GRPOTrainer`'s.
+    """
+
+    train_dataset: Any
+    _saving = False
+
+    def __init__(self, *args: Any, run: dict[str, Any], record: Record, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.run, self.record = run, record
+        # TRL makes an adapter on 4-bit weights bf16, in which small steps get lost. PEFT makes a resumed adapter fp32.
+        for weights in self.model.parameters():
+            if weights.requires_grad:
+                weights.data = weights.data.float()
+        self.remove_callback(PrinterCallback)
+
+    # ---- public methods ----------------------------------------------------------------------------------------------
+
+    def row_order(self) -> list[int]:
+        """Return the indices of the training rows in the order in which the first epoch takes them."""
+        return list(dict.fromkeys(self._get_train_sampler()))
+
+    def keep_rows(self, indices: Sequence[int]) -> None:
+        """Train on these rows only."""
+        self.train_dataset = self.train_dataset.select(indices)
+
+    def complete(self, prompts: Sequence[Any], samples: int) -> list[list[int]]:
+        """Return the token ids of one completion per prompt, as training samples. Each prompt is there `samples` times."""
+        ids: list[list[int]] = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, samples)[0]
+        return ids
+
+    def completion_log_probs(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
+        """Return the log-probabilities (B, C) of the last `completion` tokens of sequences (B, P + C), as the loss does."""
+        log_probs: Tensor = self._get_per_token_logps_and_entropies(
+            self.model, input_ids, attention_mask, completion, compute_entropy=True
+        )[0]
+        return log_probs
+
+    def add_metric(self, name: str, value: float) -> None:
+        """Add a value to a metric of the current logging step; TRL logs the mean."""
+        self._metrics["train"][name].append(value)
+
+    def latest_samples(self) -> list[dict[str, Any]]:
+        """Return the completions of the latest rollout without duplicates, the lowest reward first.
+
+        Each is `{"prompt", "completion", "rewards"}`, texts cut to SAMPLE_CHARACTERS, rewards None if they are not finite.
+        """
+        logs = self._logs
+        rewards = [dict(zip(logs["rewards"], values, strict=True)) for values in zip(*logs["rewards"].values(), strict=True)]
+        samples = {}
+        for prompt, completion, scores in zip(logs["prompt"], logs["completion"], rewards, strict=True):
+            texts = [str(messages[-1]["content"])[:SAMPLE_CHARACTERS] for messages in (prompt, completion)]
+            finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+            samples[tuple(texts)] = {"prompt": texts[0], "completion": texts[1], "rewards": finite}
+        return sorted(samples.values(), key=lambda each: sum(value or 0.0 for value in each["rewards"].values()))
+
+    def finish_from(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a run that ended with this checkpoint, and let the callbacks write their files again."""
+        self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    # ---- metrics -----------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]) -> Any:
+        """As TRL's. Adds the metrics that alerts need: rewards of cut and of finished completions, and the best reward."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        cut = torch.tensor([not ids or ids[-1] not in ends for ids in completion_ids_list], device=rewards.device)
+        cut = self.accelerator.gather(cut)
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._log_metric("answers", float(len(totals)))
+        self._log_metric("reward_best", float(totals.max()))
+        for name, chosen in (("reward_truncated", totals[cut]), ("reward_finished", totals[~cut])):
+            if len(chosen):
+                self._log_metric(name, float(chosen.mean()))
+        self._log_metric("memory_gb", memory_gb())
+        return rewards
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Do nothing: TRL writes a model card beside the checkpoints at every save."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return _ByEpoch(super()._get_train_sampler(dataset), lambda: self.args.seed + int(self.state.epoch or 0))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return str(Path(folder, SAVING)) if self._saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As TRL's, with the rollout in use, into `saving/`; sealed and renamed when every rank has written its files."""
+        accelerator, parent, name = self.accelerator, Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        folder = parent / SAVING / name
+        if accelerator.is_local_main_process:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        torch.save(self._rollout(), folder / f"rollout_{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        # Each machine has its own folder. SageMaker copies all of them to one prefix in S3.
+        hashes = gather_object([checkpoints.hashes(folder) if accelerator.is_local_main_process else {}])
+        if accelerator.is_local_main_process:
+            files = {file: digest for each in hashes for file, digest in each.items()}
+            manifest = {"step": self.state.global_step, "run": self.run, "record": asdict(self.record), "files": files}
+            checkpoints.publish(folder, parent / name, manifest)
+            checkpoints.clean(parent, self.args.save_total_limit, verify=False)
+        accelerator.wait_for_everyone()
+
+    def _rollout(self) -> dict[str, Any]:
+        """Return the position in the rollout: several steps use one rollout, with `num_iterations` for example."""
+        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        inputs = self._buffered_inputs if in_use else None
+        return {"step": self._step, "inputs": inputs, "metrics": dict(self._metrics["train"])}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "", f"rollout_{self.accelerator.process_index}.pt")
+        if checkpoint and path.exists():  # a rank that the interrupted run did not have starts with a new rollout
+            rollout = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = rollout["step"], rollout["inputs"]
+            self._metrics["train"].update(rollout["metrics"])
+
+
+class StockRunTrainer(_RunMethods, GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
+    """The trainer of a run with TRL's own rollout and loss."""
+
+
+class SharedPrefixRunTrainer(_RunMethods, SharedPrefixGRPOTrainer):
+    """The trainer of a run that shares the prompt of a group."""
+
+
+RunTrainer = StockRunTrainer | SharedPrefixRunTrainer
