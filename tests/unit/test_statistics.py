@@ -169,27 +169,27 @@ WON, LOST, TIED = (0, 1), (1, 0), (1, 1)
     [
         (outcomes(*[WON] * 30), {}, "APPROVED", "a lift of +1.000 over 30 tests (95% interval +0.806 to +1.000)"),
         (outcomes(*[WON] * 17, *[TIED] * 11), {}, "APPROVED", "The tuned model is better"),
-        (outcomes(*[WON] * 5), {}, "PENDING", "5 tests are too few to tell: give at least 20."),
+        (outcomes(*[WON] * 5), {}, "PENDING", "5 tests are not enough evidence to decide: give at least 20."),
         (outcomes(*[WON, LOST] * 15), {}, "PENDING", "more tests like these would not show it"),
         (outcomes(*[WON] * 8, *[LOST] * 4, *[TIED] * 18), {}, "PENDING", "about 188 tests like these would show"),
         (outcomes(*[TIED] * 30), {}, "REJECTED", "scores the same as the base model in each of the 30 tests"),
-        (outcomes(*[TIED] * 4), {}, "PENDING", "too few"),
+        (outcomes(*[TIED] * 4), {}, "PENDING", "4 tests are not enough evidence"),
         (outcomes(*[LOST] * 30), {}, "REJECTED", "The tuned model is not better: a lift of -1.000"),
         (outcomes(*[LOST] * 6), {}, "REJECTED", "The tuned model is not better"),
-        (outcomes(*[WON] * 30), {"min_lift": 1.0}, "REJECTED", "where more than +1.000 is asked for"),
+        (outcomes(*[WON] * 30), {"min_lift": 1.0}, "REJECTED", "the gate requires more than +1.000"),
         (
             outcomes(*[WON] * 30) + outcomes(LOST, must_pass=True),
             {},
             "REJECTED",
-            "The test 't0' must pass and does not: it scores 0.00, not full marks.",
+            "The must-pass test 't0' failed: it scores 0.00, not full marks.",
         ),
-        (outcomes(*[WON] * 30) + outcomes((0, 0.5), must_pass=True), {}, "REJECTED", "must pass and does not"),
-        (outcomes(*[WON] * 30) + outcomes(TIED, must_pass=True), {}, "APPROVED", "All 1 tests that must pass do."),
+        (outcomes(*[WON] * 30) + outcomes((0, 0.5), must_pass=True), {}, "REJECTED", "must-pass test"),
+        (outcomes(*[WON] * 30) + outcomes(TIED, must_pass=True), {}, "APPROVED", "All 1 must-pass tests passed."),
         (
             outcomes(*[WON] * 30) + outcomes(LOST, TIED, tags=["math"]),
             {"must_not_regress": ["math"]},
             "REJECTED",
-            "The tests tagged 'math' must not regress and score 0.500 lower",
+            "The tests tagged 'math' must not regress, but score 0.500 lower",
         ),
         (outcomes(*[WON] * 30) + outcomes(LOST, tags=["math"]), {}, "APPROVED", "better"),
         (
@@ -213,7 +213,7 @@ def test_a_check_that_is_not_met_says_so():
     answer = ModelResult(text="", score=1.0, passed=False, unmet=["contains 0.00, at least 1.00 was asked for"])
     musts = [Outcome(id="m", prompt=[], reference="", base=answer, tuned=answer, must_pass=True)]
     (reason,) = evaluate(outcomes(*[WON] * 30) + musts, config()).verdict.reasons
-    assert reason == "The test 'm' must pass and does not: contains 0.00, at least 1.00 was asked for."
+    assert reason == "The must-pass test 'm' failed: contains 0.00, at least 1.00 was asked for."
 
 
 def test_by_tag_and_by_reward():

@@ -1,15 +1,15 @@
-"""Is the tuned model better than its base? Paired statistics over the inference tests, and the gate that decides by them.
+"""Is the tuned model better than its base? Paired statistics over the inference tests, and the gate's decision.
 
-All is paired by test: what counts is the difference of the two models' scores in one test. The interval of the mean
-difference is a bootstrap interval made cautious: before resampling, one more test joins the sample that went as badly (for
-the lower bound) or as well (for the upper bound) as scores can go. A plain percentile interval is too narrow for few tests,
-and with none lost it cannot imagine a loss: where nothing improved it would approve up to a third of models
-(`benchmarks/gate.py`). One worse test is what the exact interval of a rare event adds too (Garwood's counts k + 1 events
-where k were seen; with none seen in n tests, up to 3/n may be: the "rule of three"), and it fades as 1/n.
+The statistics are paired: each test contributes the difference of the two models' scores. The interval of the mean
+difference is a bootstrap interval with one extra test, which gets the worst possible difference for the lower bound and the
+best possible for the upper bound. A plain percentile interval is too narrow for few tests, and a sample without losses
+gives it no losses to draw: it would approve up to a third of unimproved models (`benchmarks/gate.py`). The exact interval of
+a rare event adds one event in the same way: Garwood's interval counts k + 1 events where k were seen, and zero events in n
+tests allow a rate up to 3/n, the "rule of three". The effect of the extra test fades as 1/n.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import sqrt
 from statistics import NormalDist
 from typing import Literal, NamedTuple
@@ -20,9 +20,9 @@ from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import Outcome
 
 BOOTSTRAP_SAMPLES = 2000
-# Fewer tests than this say little about what else a model will be asked.
+# Fewer tests than this are not enough evidence about other prompts.
 FEW_TESTS = 20
-# The chance to be approved that `needed` aims at.
+# The probability of approval that `needed` aims at.
 POWER = 0.8
 MOST_NEEDED = 100_000
 
@@ -38,8 +38,8 @@ class Pair(NamedTuple):
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Base against tuned over some tests: weighted mean scores, their paired difference `lift` and its interval.
 
-    `p_value` is the exact two-sided sign test's (McNemar's exact test where scores are pass or fail). `needed` is how many
-    tests like these would show the lift, and None where no number of them would.
+    `p_value` is that of the exact two-sided sign test (McNemar's exact test for pass-or-fail scores). `needed` is the number
+    of tests like these that would show the lift, None if no number would.
     """
 
     tests: int
@@ -56,20 +56,20 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     @staticmethod
     def deviations(confidence: float) -> float:
-        """Return how many standard deviations of the mean an interval is wide."""
+        """Return the width of an interval in standard deviations of the mean."""
         width: float = 2 * NormalDist().inv_cdf((1 + confidence) / 2)
         return width
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What the gate decides, with its reasons in plain words."""
+    """The gate's decision and its reasons."""
 
     status: Literal["APPROVED", "PENDING", "REJECTED"]
     reasons: list[str]
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a run's inference tests say: in all, by tag and by reward; `failed` tests could not be asked or scored."""
+    """The comparison over all inference tests, by tag and by reward; `failed` counts tests without a score."""
 
     comparison: Comparison
     by_tag: dict[str, Comparison]
@@ -80,7 +80,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(pairs: Sequence[Pair], *, confidence: float = 0.95, span: float = 1.0, min_lift: float = 0.0) -> Comparison:
-    """Compare two models' scores, paired by test. `span`: how far apart two scores of a test can be, at least."""
+    """Compare two models' scores, paired by test. `span` is the possible distance between two scores of a test."""
     weights = [pair.weight for pair in pairs]
     lifts = [pair.tuned - pair.base for pair in pairs]
     scores = [score for pair in pairs for score in pair[:2]]
@@ -109,20 +109,21 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 def interval(
     values: Sequence[float], weights: Sequence[float], confidence: float, span: float, samples: int = BOOTSTRAP_SAMPLES
 ) -> tuple[float, float]:
-    """Return the cautious bootstrap interval of a weighted mean (see above), seeded, so that it can be reproduced.
+    """Return the bootstrap interval of a weighted mean with one extra test, as the module's docstring describes.
 
-    The one more test has the mean weight; its value is `-span` for the lower bound and `span` for the upper one.
+    The extra test has the mean weight, and the value `-span` for the lower bound and `span` for the upper bound. A fixed
+    seed makes the interval reproducible.
     """
-    more = len(values)  # its index
-    mean_weight = sum(weights) / more
+    extra = len(values)  # the extra test's index
+    mean_weight = sum(weights) / extra
     heavy = [*weights, mean_weight]
     weighted = [*(value * weight for value, weight in zip(values, weights, strict=True)), 0.0]
-    generator, everything = random.Random(0), range(more + 1)
+    generator, everything = random.Random(0), range(extra + 1)
     lows, highs = [], []
     for _ in range(samples):
-        chosen = generator.choices(everything, k=more + 1)
+        chosen = generator.choices(everything, k=extra + 1)
         total, weight = sum(map(weighted.__getitem__, chosen)), sum(map(heavy.__getitem__, chosen))
-        shift = chosen.count(more) * mean_weight * span
+        shift = chosen.count(extra) * mean_weight * span
         lows.append((total - shift) / weight)
         highs.append((total + shift) / weight)
     tail = max(1, int((1 - confidence) / 2 * samples))
@@ -130,9 +131,9 @@ def interval(
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return the exact two-sided p-value that wins and losses are equally likely; ties say nothing.
+    """Return the exact two-sided p-value of equally likely wins and losses; ties do not count.
 
-    Where scores are pass or fail this is McNemar's exact test.
+    For pass-or-fail scores this is McNemar's exact test.
     """
     decided = wins + losses
     as_few, ways = 0, 1
@@ -143,11 +144,11 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def needed(lift: float, variance: float, confidence: float, span: float, min_lift: float) -> int | None:
-    """Return how many tests like these get a lower bound above `min_lift` four times in five; None where none would."""
+    """Return the number of tests like these that four times in five show a lift above `min_lift`; None if no number does."""
     bound, power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(POWER)
 
     def enough(tests: int) -> bool:
-        drop = (lift + span) / (tests + 1)  # what the one more test takes from the mean
+        drop = (lift + span) / (tests + 1)  # the extra test's effect on the mean
         width = bound * sqrt((variance + drop * (lift + span)) / tests) + power * sqrt(variance / tests)
         return lift - drop - min_lift > width
 
@@ -161,12 +162,12 @@ def needed(lift: float, variance: float, confidence: float, span: float, min_lif
 
 
 def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
-    """Compare the two models over a run's inference tests and decide. Raises ValueError where no test could be scored."""
+    """Compare the two models over a run's inference tests and decide. Raises ValueError if no test has a score."""
     scored = [test for test in tests if test.base.score is not None and test.tuned.score is not None]
     if not scored:
         raise ValueError(f"none of the {len(tests)} inference tests could be scored")
     gate = config.gate
-    # A reward is 0 to 1, a penalty -1 to 0; where scores were further apart than their weights say, `compare` sees it.
+    # A reward is 0 to 1, a penalty -1 to 0. `compare` widens the span to the measured scores.
     weights = {reward.label: abs(reward.weight) for reward in config.rewards}
 
     def compared(
@@ -198,49 +199,33 @@ def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
             "tuned": sum(test.tuned.passed is True for test in tests),
         },
         failed=len(tests) - len(scored),
-        verdict=judge(tests, comparison, by_tag, config),
+        verdict=decide(tests, comparison, by_tag, config),
     )
 
 
-def judge(tests: Sequence[Outcome], comparison: Comparison, by_tag: dict[str, Comparison], config: RunConfig) -> Verdict:
+def decide(tests: Sequence[Outcome], comparison: Comparison, by_tag: dict[str, Comparison], config: RunConfig) -> Verdict:
     """Decide whether the tuned model may be used.
 
-    `REJECTED` when a test that must pass does not, a tag that must not regress does, or the lift is not there; `PENDING`
-    when something is missing to tell; else `APPROVED`: the lower bound of the lift is above `min_lift`.
+    `REJECTED`: a must-pass test failed, a protected tag regressed, or the lift is not above `min_lift`. `PENDING`: there is
+    not enough evidence to decide. `APPROVED`: the lower bound of the lift is above `min_lift`.
     """
     gate = config.gate
-    against: list[str] = []
-    missing: list[str] = []
-    for test in tests:
-        if test.must_pass and test.tuned.error is None and not test.tuned.passed:
-            why = "; ".join(test.tuned.unmet) or f"it scores {test.tuned.score:.2f}, not full marks"
-            against.append(f"The test '{test.id}' must pass and does not: {why}.")
-    for tag in gate.must_not_regress:
-        if tag not in by_tag:
-            missing.append(f"No inference test has the tag '{tag}', which must not regress: add some.")
-        elif (change := by_tag[tag].lift) < 0:
-            against.append(
-                f"The tests tagged '{tag}' must not regress and score {-change:.3f} lower than with the base model."
-            )
-    failed = [test.id for test in tests if test.base.error or test.tuned.error]
-    if failed:
-        names = ", ".join(f"'{name}'" for name in failed[:5]) + (" and others" if len(failed) > 5 else "")
-        missing.append(f"{len(failed)} of {len(tests)} tests could not be scored ({names}): the report says why.")
     bounds = f"{gate.confidence:.0%} interval {comparison.lift_low:+.3f} to {comparison.lift_high:+.3f}"
     lift = f"a lift of {comparison.lift:+.3f} over {comparison.tests} tests ({bounds})"
-    if comparison.tests < FEW_TESTS:
-        missing.append(f"{comparison.tests} tests are too few to tell: give at least {FEW_TESTS}.")
-    elif comparison.ties == comparison.tests:
-        against.append(f"The tuned model scores the same as the base model in each of the {comparison.tests} tests.")
-    if comparison.lift_high <= gate.min_lift:
-        against.append(f"The tuned model is not better: {lift}, where more than {gate.min_lift:+.3f} is asked for.")
-    elif comparison.lift_low <= gate.min_lift and comparison.tests >= FEW_TESTS:
-        more = (
-            f"about {comparison.needed} tests like these would show a lift of this size"
-            if comparison.needed
-            else "more tests like these would not show it"
-        )
-        missing.append(f"The tests cannot tell: {lift} may be {gate.min_lift:+.3f} or less in truth; {more}.")
+    against = [
+        *_failed_must_pass_tests(tests),
+        *_regressed_tags(gate.must_not_regress, by_tag),
+        *_against_lift(comparison, gate.min_lift, lift),
+    ]
+    missing = [
+        *(
+            f"No inference test has the tag '{tag}', which must not regress: add tests with this tag."
+            for tag in gate.must_not_regress
+            if tag not in by_tag
+        ),
+        *_unscored_tests(tests),
+        *_too_little_evidence(comparison, gate.min_lift, lift),
+    ]
     if against:
         return Verdict("REJECTED", against)
     if missing:
@@ -248,8 +233,47 @@ def judge(tests: Sequence[Outcome], comparison: Comparison, by_tag: dict[str, Co
     return Verdict("APPROVED", [f"The tuned model is better: {lift}.", *_kept(tests, gate.must_not_regress)])
 
 
+def _failed_must_pass_tests(tests: Sequence[Outcome]) -> Iterator[str]:
+    for test in tests:
+        if test.must_pass and test.tuned.error is None and not test.tuned.passed:
+            why = "; ".join(test.tuned.unmet) or f"it scores {test.tuned.score:.2f}, not full marks"
+            yield f"The must-pass test '{test.id}' failed: {why}."
+
+
+def _regressed_tags(tags: Sequence[str], by_tag: dict[str, Comparison]) -> Iterator[str]:
+    for tag in tags:
+        if tag in by_tag and (change := by_tag[tag].lift) < 0:
+            yield f"The tests tagged '{tag}' must not regress, but score {-change:.3f} lower than with the base model."
+
+
+def _unscored_tests(tests: Sequence[Outcome]) -> Iterator[str]:
+    failed = [test.id for test in tests if test.base.error or test.tuned.error]
+    if failed:
+        names = ", ".join(f"'{name}'" for name in failed[:5]) + (" and others" if len(failed) > 5 else "")
+        yield f"{len(failed)} of {len(tests)} tests could not be scored ({names}): see the report for the reasons."
+
+
+def _against_lift(comparison: Comparison, min_lift: float, lift: str) -> Iterator[str]:
+    if comparison.tests >= FEW_TESTS and comparison.ties == comparison.tests:
+        yield f"The tuned model scores the same as the base model in each of the {comparison.tests} tests."
+    if comparison.lift_high <= min_lift:
+        yield f"The tuned model is not better: {lift}; the gate requires more than {min_lift:+.3f}."
+
+
+def _too_little_evidence(comparison: Comparison, min_lift: float, lift: str) -> Iterator[str]:
+    if comparison.tests < FEW_TESTS:
+        yield f"{comparison.tests} tests are not enough evidence to decide: give at least {FEW_TESTS}."
+    elif comparison.lift_low <= min_lift < comparison.lift_high:
+        more = (
+            f"about {comparison.needed} tests like these would show a lift of this size"
+            if comparison.needed
+            else "more tests like these would not show it"
+        )
+        yield f"Not enough evidence to decide: {lift}; the true lift may be {min_lift:+.3f} or less; {more}."
+
+
 def _kept(tests: Sequence[Outcome], tags: Sequence[str]) -> list[str]:
-    """Say what else the gate asked for and got."""
+    """Return the gate's other requirements that the tuned model meets."""
     musts = sum(test.must_pass for test in tests)
-    reasons = [f"All {musts} tests that must pass do."] if musts else []
+    reasons = [f"All {musts} must-pass tests passed."] if musts else []
     return [*reasons, *(f"The tests tagged '{tag}' did not regress." for tag in tags)]
