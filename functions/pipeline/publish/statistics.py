@@ -173,8 +173,8 @@ def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
     def compared(
         tests: Sequence[Outcome], score: Callable[[Outcome], tuple[float | None, float | None]], span: float
     ) -> Comparison:
-        given = [(score(test), test.weight) for test in tests]
-        pairs = [Pair(base, tuned, weight) for (base, tuned), weight in given if base is not None and tuned is not None]
+        scores = [(score(test), test.weight) for test in tests]
+        pairs = [Pair(base, tuned, weight) for (base, tuned), weight in scores if base is not None and tuned is not None]
         return compare(pairs, confidence=gate.confidence, span=span, min_lift=gate.min_lift)
 
     def total(test: Outcome) -> tuple[float | None, float | None]:
