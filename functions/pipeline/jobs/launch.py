@@ -19,7 +19,6 @@ from pipeline.observability import logger
 from pipeline.runs.states import Run, RunState, StaleMoveError, backoff
 from pipeline.settings import JobSettings, Settings
 from tunedrop import object_keys
-from tunedrop.config.model import ResolvedConfig
 from tunedrop.object_keys import JobName
 
 # A quota in the message of ResourceLimitExceeded. The API reference does not list the message; AWS's words are:
@@ -111,6 +110,8 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> CreatedJ
     instance choice; a choice that SageMaker refuses is skipped. Raises JobRefusedError, or NoInstanceError after a refusal
     for a quota or capacity.
     """
+    from tunedrop.config.model import ResolvedConfig  # late: most invocations create no job
+
     raw = aws.read(settings.artifact_bucket, object_keys.run_key(run.run_id, "input/config.json"))
     assert raw is not None  # written before the run
     try:

@@ -5,7 +5,7 @@ network, metrics. This module adds what belongs to a run. User text never become
 the config channel alone carries it.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -14,8 +14,10 @@ from pipeline.runs.states import Run
 from pipeline.settings import Settings
 from tunedrop import object_keys
 from tunedrop.config.instances import has_local_disk
-from tunedrop.config.model import Compute, ResolvedCompute, ResolvedConfig
 from tunedrop.object_keys import JobName
+
+if TYPE_CHECKING:  # pydantic builds the config models at import, and most invocations create no job
+    from tunedrop.config.model import Compute, ResolvedCompute, ResolvedConfig
 
 MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
 # 28 days: a job's longest run time, and its longest wait (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
@@ -51,7 +53,7 @@ def _channel(name: str, uri: str) -> dict[str, Any]:
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "CompressionType": "None"}
 
 
-def instance_choices(compute: ResolvedCompute) -> list[list[dict[str, Any]]]:
+def instance_choices(compute: "ResolvedCompute") -> list[list[dict[str, Any]]]:
     """Return the instance choices of a run's attempts; each choice lists parts of ResourceConfig to try in order.
 
     A spot job has one instance type: each type is a choice. An on-demand job has one choice: a preference list, from which
@@ -66,7 +68,7 @@ def instance_choices(compute: ResolvedCompute) -> list[list[dict[str, Any]]]:
     return [[{"InstancePreferences": alone[:MOST_PREFERENCES]}, *alone]]
 
 
-def time_limit(compute: Compute, instances: dict[str, Any], plan: dict[str, Any]) -> int:
+def time_limit(compute: "Compute", instances: dict[str, Any], plan: dict[str, Any]) -> int:
     """Return the longest run time of a training job in seconds: `max_runtime`, or less where `max_cost_usd` allows less.
 
     The on-demand price counts, which a spot price never exceeds; of several types, the highest price. Without a price,
@@ -94,7 +96,7 @@ def job_request(
     plan: dict[str, Any],
     kind: str,
     run: Run,
-    config: ResolvedConfig,
+    config: "ResolvedConfig",
     settings: Settings,
     *,
     instances: dict[str, Any],

@@ -95,7 +95,8 @@ class SlotMayBeFree(BaseModel):
 
 # What start_training takes, by `detail-type`.
 START_TRAINING_EVENT: TypeAdapter[DatasetValidated | StopRequested | SlotMayBeFree] = TypeAdapter(
-    Annotated[DatasetValidated | StopRequested | SlotMayBeFree, Field(discriminator="detail_type")]
+    Annotated[DatasetValidated | StopRequested | SlotMayBeFree, Field(discriminator="detail_type")],
+    config=ConfigDict(defer_build=True),  # only start_training uses it
 )
 
 
