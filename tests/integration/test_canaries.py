@@ -42,8 +42,8 @@ def emitted(world, monkeypatch, capfd):
     handler, level = logging.StreamHandler(logs), root.level
     handler.setFormatter(logger.registered_formatter)
     root.setLevel(logging.INFO)  # what libraries log at DEBUG is theirs
-    for log in (logger, root):
-        log.addHandler(handler)
+    root.addHandler(handler)
+    logger.addHandler(handler)
 
     def read() -> str:
         printed = capfd.readouterr()
@@ -53,8 +53,8 @@ def emitted(world, monkeypatch, capfd):
 
     yield read
     root.setLevel(level)
-    for log in (logger, root):
-        log.removeHandler(handler)
+    root.removeHandler(handler)
+    logger.removeHandler(handler)  # type: ignore[attr-defined] # passed on to its logging.Logger
 
 
 def test_a_run_to_the_end(world, emitted):
