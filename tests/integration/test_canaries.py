@@ -64,7 +64,7 @@ def test_a_run_to_the_end(world, emitted):
     assert run.state == RunState.PUBLISHED
     world.handle("test_model", world.load_event("test_model.train_completed"))
     found = emitted()
-    assert "ignored a job of no current attempt" in found  # logs are looked at,
+    assert "ignored a job of an earlier attempt" in found  # logs are looked at,
     assert "CloudWatchMetrics" in found  # and metrics
     assert [found[max(0, m.start() - 150) : m.end() + 40] for m in re.finditer(MARK, found)] == []
 
