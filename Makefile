@@ -71,7 +71,7 @@ demo: install
 lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy functions trainer release tunedrop_cli local_app
+	.venv/bin/mypy functions trainer release tunedrop_cli local_app tests benchmarks
 
 # Two files of tests at a time; torch's threads would only fight over two cores.
 PYTEST = -m pytest -n 2 --dist loadfile

@@ -173,13 +173,13 @@ def main() -> None:
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{Path(arguments.model).name}, LoRA rank 16, {arguments.completions} completions a step, {where}")
     for text in arguments.shape or SHAPES:
-        shape = prompt, completion, generations = tuple(int(part) for part in text.split(","))
+        prompt, completion, generations = (int(part) for part in text.split(","))
         print(f"\nprompt {prompt}, completion {completion}, G {generations}")
         print(f"{'':15}{'micro':>6}{'s/step':>9}{'rollout':>9}{'reward':>8}{'loss':>8}{'tokens/s':>10}{'peak GB':>9}")
         best: dict[str, Figures] = {}
         for kind in arguments.trainer or TRAINERS:
             for size in (int(part) for part in arguments.micro_batches.split(",")):
-                figures = measure(kind, shape, size, arguments)
+                figures = measure(kind, (prompt, completion, generations), size, arguments)
                 rate = arguments.completions * (prompt + completion) / figures.step
                 print(
                     f"{kind:15}{size:>6}{figures.step:>9.2f}{figures.rollout:>9.2f}{figures.reward:>8.2f}"

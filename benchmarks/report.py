@@ -10,9 +10,10 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("support", "report")]
-from conftest import CHROMIUM_FLAGS, chromium  # noqa: E402
-from made_up import made_index, made_report, made_tests  # noqa: E402
+from tests.report.conftest import CHROMIUM_FLAGS, chromium
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
+from made_up import made_index, made_report, made_tests
 
 TRIES = 5
 PAINT = """() => new Promise((done) => new PerformanceObserver((list) =>

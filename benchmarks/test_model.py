@@ -28,7 +28,10 @@ def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]
     config = parse_run_config({"model": "base", "grpo": {"max_completion_length": tokens}})
     tokenizer = models.load_tokenizer(location)
     engine = load(location, tokenizer, Decoding.of(config))
-    texts = [written[0].text for written in complete(engine, tokenizer, tests, config, "base")]
+    texts = []
+    for written in complete(engine, tokenizer, tests, config, "base"):
+        assert not isinstance(written, str), written  # the reason why there is none
+        texts.append(written[0].text)
     engine.close()
     return texts
 

@@ -56,7 +56,8 @@ def write_rows(path: Path, megabytes: int) -> int:
 def tunedrop(path: Path, folder: Path) -> int:
     """Check with what `validate_dataset` runs."""
     config, about_config = read_config(b"", "model")
-    with io.BufferedReader(io.FileIO(path), BLOCK_BYTES) as file:
+    reader: io.BufferedReader = io.BufferedReader(io.FileIO(path), BLOCK_BYTES)
+    with reader as file:
         submission = Submission(
             name=path.name,
             size=path.stat().st_size,

@@ -97,10 +97,10 @@ class Emulators:
             process.terminate()
         for process in self.processes.values():
             process.wait(20)
-        for process in psutil.process_iter():  # functions in the middle of something
+        for other in psutil.process_iter():  # functions in the middle of something
             try:
-                if process.environ().get(MARKER) == str(self.folder):
-                    process.kill()
+                if other.environ().get(MARKER) == str(self.folder):
+                    other.kill()
             except psutil.Error:
                 continue
 

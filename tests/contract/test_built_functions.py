@@ -54,6 +54,47 @@ def environment() -> Iterator[dict[str, str]]:
     server.stop()
 
 
+def start(function: str, paths: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the runtime of a function that sees `paths` alone, and return its process and the port that it listens on."""
+    with socket.socket() as probe, socket.socket() as other:
+        probe.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        port, api = probe.getsockname()[1], other.getsockname()[1]
+    boot = f"import sys; sys.path[:0] = {paths!r}; from awslambdaric.__main__ import main; main(sys.argv)"
+    command = [str(EMULATOR), "--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address"]
+    command += [f"127.0.0.1:{api}", sys.executable, "-S", "-c", boot, f"{function}.app.handler"]
+    process = subprocess.Popen(
+        command,
+        cwd=paths[0],
+        env={
+            "PATH": os.environ["PATH"],
+            "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **environment,
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return process, port
+
+
+def post(port: int, event: dict[str, Any]) -> Any:
+    """Send an event to the runtime on a port, as soon as it listens, and return the function's answer."""
+    url = f"http://127.0.0.1:{port}/2015-03-31/functions/function/invocations"
+    request = urllib.request.Request(url, json.dumps(event).encode())
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read())
+        except ConnectionRefusedError:
+            raise
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def invoke(
     environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
@@ -67,45 +108,10 @@ def invoke(
             (client / top).symlink_to(Path(sysconfig.get_path("platlib")) / top)
     runtimes: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
-    def start(function: str) -> int:
-        if function not in runtimes:
-            with socket.socket() as probe, socket.socket() as other:
-                probe.bind(("127.0.0.1", 0))
-                other.bind(("127.0.0.1", 0))
-                port, api = probe.getsockname()[1], other.getsockname()[1]
-            paths = [*built.paths(function), str(client)]
-            boot = f"import sys; sys.path[:0] = {paths!r}; from awslambdaric.__main__ import main; main(sys.argv)"
-            command = [str(EMULATOR), "--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address"]
-            command += [f"127.0.0.1:{api}", sys.executable, "-S", "-c", boot, f"{function}.app.handler"]
-            process = subprocess.Popen(
-                command,
-                cwd=paths[0],
-                env={
-                    "PATH": os.environ["PATH"],
-                    "AWS_LAMBDA_FUNCTION_TIMEOUT": "60",
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                    **environment,
-                },
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            runtimes[function] = (process, port)
-        return runtimes[function][1]
-
     def invoke(function: str, event: dict[str, Any]) -> Any:
-        url = f"http://127.0.0.1:{start(function)}/2015-03-31/functions/function/invocations"
-        request = urllib.request.Request(url, json.dumps(event).encode())
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.loads(answer.read())
-            except ConnectionRefusedError:
-                raise
-            except urllib.error.URLError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        if function not in runtimes:
+            runtimes[function] = start(function, [*built.paths(function), str(client)], environment)
+        return post(runtimes[function][1], event)
 
     yield invoke
     for process, _ in runtimes.values():

@@ -94,8 +94,8 @@ def published(app, listener):
 def test_a_dropped_file_becomes_a_published_model(app, published):
     printed, run = published
     assert run.state == RunState.PUBLISHED
-    path = Path(re.search(r"^report +(.+)$", printed, re.MULTILINE)[1])
-    assert "<svg" in path.read_text()
+    (path,) = re.findall(r"^report +(.+)$", printed, re.MULTILINE)
+    assert "<svg" in Path(path).read_text()
     assert re.search(r"step 2/2  reward=", printed)
     assert re.search(r"tuned 4/4", printed)
     result = app.deployment.read_json(run, "result.json")

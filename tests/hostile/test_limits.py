@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostile import CSV, GOOD, parquet_bomb
@@ -124,7 +125,7 @@ SLOW: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
 }
 
 
-def check(folder: Path, suffix: str, parts: Iterator[bytes], seconds: float) -> dict[str, object]:
+def check(folder: Path, suffix: str, parts: Iterator[bytes], seconds: float) -> dict[str, Any]:
     path = folder / f"data{suffix}"
     with path.open("wb") as file:
         file.writelines(parts)

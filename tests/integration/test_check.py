@@ -54,7 +54,7 @@ def test_a_laptop_and_the_lambda_give_the_same_receipt(world, model, tmp_path, s
     said = CliRunner().invoke(cli, ["check", str(SAMPLES / sample), *options])
 
     # With --model, `tunedrop drop` and `tunedrop check` have the config name the model.
-    world.put(object_keys.config_key(dataset), b"model: base\n" + files["--config"])
+    world.put(object_keys.config_key(dataset), b"model: base\n" + (files["--config"] or b""))
     if files["--tests"]:
         world.put(object_keys.tests_keys(dataset)[0], files["--tests"])
     run = world.drop(object_keys.TRAINING_DATA + sample, (SAMPLES / sample).read_bytes())

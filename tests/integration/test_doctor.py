@@ -300,6 +300,11 @@ def on_demand(stack: Healthy, **values: float) -> None:
     stack.applied = {ON_DEMAND[f"ml.{kind}.4xlarge for training job usage"]: value for kind, value in values.items()}
 
 
+def no_quotas(stack: Healthy) -> None:
+    on_demand(stack, g5=0)
+    stack.applied.clear()
+
+
 def set_status(status: str, *events: tuple[str, str, str]) -> Callable[[Healthy], None]:
     """Put the stack into a status. Its events are logical id, status and reason, newest first."""
 
@@ -441,7 +446,7 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
         "service-quotas request-service-quota-increase --service-code sagemaker --quota-code L-44444444 --desired-value 2",
     ),
     (
-        lambda stack: (on_demand(stack, g5=0), stack.applied.clear()),
+        no_quotas,
         "QUOTA_UNKNOWN",
         "no quota 'ml.g5.4xlarge for training job usage' in eu-central-1",
     ),

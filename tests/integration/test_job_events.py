@@ -1,5 +1,7 @@
 """An event of a job is a doorbell: whatever is in it beside the job's name, DescribeTrainingJob decides."""
 
+from typing import Any
+
 import pytest
 from aws_lambda_powertools.utilities.parser import parse
 from botocore.exceptions import ClientError
@@ -63,7 +65,8 @@ def test_a_job_that_runs_still_is_left_alone_whatever_the_event_says(world, said
 
 def test_what_names_no_job_goes_to_the_dead_letter_queue(world):
     run, event = ended(world, "test_model", "test_model.train_completed")
-    for name in (None, "", 7, [], {}):
+    names: list[Any] = [None, "", 7, [], {}]
+    for name in names:
         event["detail"]["TrainingJobName"] = name
         if name == "":  # a name, but no job's of this stack
             assert world.handle("test_model", event) == {}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -115,7 +116,7 @@ def test_publications_at_the_same_time_lose_nothing(world, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"EnableManagedSpotTraining": True}, {}])
 def test_what_jobs_cost(change):
-    job = {"TrainingJobName": "j", "ResourceConfig": {"InstanceType": "ml.g5.xlarge", "InstanceCount": 2}}
+    job: dict[str, Any] = {"TrainingJobName": "j", "ResourceConfig": {"InstanceType": "ml.g5.xlarge", "InstanceCount": 2}}
     test = {
         "TrainingJobName": "k",
         "ResourceConfig": {"InstancePreferences": [{"InstanceType": "a"}, {"InstanceType": "b"}]},

@@ -127,7 +127,9 @@ def test_the_endpoint_in_the_docs_has_a_driver_for_the_image_that_serves():
     amis = dict(re.findall(r"<dt>([\w-]+)</dt>.*?CUDA version: (\d+\.\d+)", result))
     assert amis["al2-ami-sagemaker-inference-gpu-3-1"] == "12.4"  # a driver of 550
     (named,) = re.findall(r"InferenceAmiVersion=([\w-]+)", (ROOT / "docs/serving.md").read_text())
-    (cuda,) = re.findall(r"-cu(\d\d)\d-", inference_image("us-east-1"))
+    image = inference_image("us-east-1")
+    assert image is not None
+    (cuda,) = re.findall(r"-cu(\d\d)\d-", image)
     assert int(cuda) <= float(amis[named])
 
 

@@ -57,7 +57,9 @@ def test_the_training_image_is_the_sdks_and_the_role_may_pull_it(region):
 @pytest.mark.parametrize("region", REGIONS)
 def test_the_serving_image_is_the_newest_of_the_region(region):
     newest = [version for version, image in SERVING.items() if region in image["registries"]][-1]
-    registry, _, image = inference_image(region).partition("/")
+    image = inference_image(region)
+    assert image is not None
+    registry, _, image = image.partition("/")
     assert registry.startswith(f"{SERVING[newest]['registries'][region]}.dkr.ecr.{region}.")
     assert image.startswith(f"vllm:{newest}-")
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -231,7 +232,7 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
         "Outputs": [{"OutputKey": name, "OutputValue": value} for name, value in outputs.items()],
     }
     cloudformation = boto3.client("cloudformation", REGION)
-    monkeypatch.setattr(command.boto3, "client", lambda service, region_name: cloudformation)
+    monkeypatch.setattr(boto3, "client", lambda service, region_name: cloudformation)
     with Stubber(cloudformation) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
         given = ["--image", "other", "--environment", "CA_REPOSITORY_ARN=arn:b", "--environment", "EMPTY="]
@@ -255,7 +256,7 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
 def test_a_stack_that_is_not_deployed_is_said(monkeypatch):
     """`sam deploy` ends well, too, where its change set was refused: the stack is in review then, without outputs."""
     cloudformation = boto3.client("cloudformation", REGION)
-    monkeypatch.setattr(command.boto3, "client", lambda service, region_name: cloudformation)
+    monkeypatch.setattr(boto3, "client", lambda service, region_name: cloudformation)
     stack = {"StackName": "mine", "StackStatus": "REVIEW_IN_PROGRESS", "CreationTime": "2026-01-01T00:00:00Z"}
     with Stubber(cloudformation) as stub:
         stub.add_response("describe_stacks", {"Stacks": [stack]}, {"StackName": "mine"})
@@ -286,9 +287,10 @@ def product(usage_type: str, usd: str, unit: str = "Hrs", terms: str = "OnDemand
 
 
 @pytest.fixture
-def price_list(monkeypatch) -> Iterator[tuple[list, list]]:
+def price_list(monkeypatch) -> Iterator[tuple[list[Any], list[Any]]]:
     """A server for the Price List API: the requests it got, and the answers (status, body) it is to give."""
-    requests, answers = [], []
+    requests: list[Any] = []
+    answers: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -323,6 +325,7 @@ def test_prices_are_those_of_training_instances_by_the_hour(price_list):
         (200, {"FormatVersion": "aws_v1", "PriceList": [product("Train:ml.p5.48xlarge", "63.296")]}),
     ]
     prices = training_prices(REGION)
+    assert prices is not None
     assert prices["on_demand"] == {"ml.g5.xlarge": 1.76, "ml.p5.48xlarge": 63.296}
     assert prices["region"] == REGION
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", prices["dated"])

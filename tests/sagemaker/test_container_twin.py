@@ -15,6 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ class InTwin(Namespaces):
     def __init__(self, python: Path):
         self._bin = python.parent
 
-    def command(self, job: Any, ml: Path, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-        command, variables = super().command(job, ml, environment)
+    def command(self, job: Any, ml: Path, environment: dict[str, str], *, network: bool) -> tuple[list[str], dict[str, str]]:
+        command, variables = super().command(job, ml, environment, network=network)
         for name in ("PIP_NO_INDEX", "PIP_CONFIG_FILE"):
             del variables[name]
         variables |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
@@ -113,11 +114,15 @@ def train_and_test(local: Local, model: Path, plan: dict[str, Any]) -> dict[str,
         "train": given | {"training": "runs/twin/rows/"},
         "test": given | {"inference_testing": "runs/twin/inference_tests.json", "tuned": "runs/train/output/model/"},
     }
+
+    def ended(kind: str) -> bool:
+        return local.describe(kind)["TrainingJobStatus"] != "InProgress"
+
     for kind, sources in channels.items():
         request = plan[kind] | {"TrainingJobName": kind, "CheckpointConfig": {"S3Uri": f"s3://art/checkpoints/{kind}"}}
         request["InputDataConfig"] += [local.channel(name, f"s3://art/{key}") for name, key in sources.items()]
         local.client.create_training_job(**request)
-        local.until(lambda kind=kind: local.describe(kind)["TrainingJobStatus"] != "InProgress", seconds=600)
+        local.until(partial(ended, kind), seconds=600)
         job = local.describe(kind)
         assert job["TrainingJobStatus"] == "Completed", job.get("FailureReason")
     scored = json.loads(local.text("runs/test/output/model/inference.json"))

@@ -75,7 +75,7 @@ def test_buckets_have_no_public_way_in(bucket: str) -> None:
 
 def test_only_the_own_rules_put_dead_letters() -> None:
     policy, queue = policy_of("AWS::SQS::QueuePolicy", "DeadLetterQueue"), KNOWN["DeadLetterQueue.Arn"]
-    events = {"service": "events.amazonaws.com"}
+    events: dict[str, Any] = {"service": "events.amazonaws.com"}
     own, other = KNOWN["ReconcileFunctionInterval.Arn"], f"arn:aws:events:{REGION}:{ACCOUNT}:rule/other"
     assert decide(policy, "sqs:SendMessage", queue, **events, aws_sourcearn=own) == "Allow"
     assert decide(policy, "sqs:SendMessage", queue, **events, aws_sourcearn=other) != "Allow"
@@ -86,7 +86,7 @@ def test_only_the_own_rules_put_dead_letters() -> None:
 def test_only_the_own_alarms_are_announced() -> None:
     policy, topic = policy_of("AWS::SNS::TopicPolicy", "AlarmTopic"), KNOWN["AlarmTopic"]
     alarms = f"arn:aws:cloudwatch:{REGION}:{ACCOUNT}:alarm:"
-    ours = {"service": "cloudwatch.amazonaws.com", "aws_sourceaccount": ACCOUNT}
+    ours: dict[str, Any] = {"service": "cloudwatch.amazonaws.com", "aws_sourceaccount": ACCOUNT}
     assert decide(policy, "sns:Publish", topic, **ours, aws_sourcearn=f"{alarms}tunedrop-dead-letters") == "Allow"
     assert decide(policy, "sns:Publish", topic, **ours, aws_sourcearn=f"{alarms}other-dead-letters") != "Allow"
     foreign = ours | {"aws_sourceaccount": "999999999999"}

@@ -1,6 +1,7 @@
 """template.yaml as data, and its intrinsic functions resolved for a stack with given names."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def _long_form(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Json:
     elif isinstance(node, yaml.SequenceNode):
         value = loader.construct_sequence(node, deep=True)
     else:
+        assert isinstance(node, yaml.MappingNode)
         value = loader.construct_mapping(node, deep=True)
     return {suffix if suffix in ("Ref", "Condition") else f"Fn::{suffix}": value}
 
@@ -50,35 +52,36 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+# The intrinsic functions of nothing but their arguments.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Fn::Select": lambda index, items: items[int(index)],
+    "Fn::Split": lambda separator, text: text.split(separator),
+    "Fn::FindInMap": lambda name, key, entry: _mappings()[name][key][entry],
+    "Fn::Join": lambda separator, items: separator.join(items),
+}
+
+
 def resolve(value: Any, known: dict[str, str], conditions: dict[str, bool] | None = None) -> Any:
     """Replace intrinsic functions; `known` has values by `Name` (Ref) and `Name.Attribute`. NoValue items go away."""
 
     def do(value: Any) -> Any:
-        match value:
-            case {"Ref": "AWS::NoValue"}:
-                return None
-            case {"Ref": name}:
-                return known[name]
-            case {"Fn::GetAtt": [name, attribute]}:
-                return known[f"{name}.{attribute}"]
-            case {"Fn::Sub": str(text)}:
-                return re.sub(r"\$\{([^}]+)}", lambda match: known[match[1]], text)
-            case {"Fn::Sub": [text, more]}:
-                return resolve({"Fn::Sub": text}, known | do(more), conditions)
-            case {"Fn::If": [condition, yes, no]}:
-                return do(yes if (conditions or {})[condition] else no)
-            case {"Fn::Select": [index, items]}:
-                return do(items)[int(index)]
-            case {"Fn::Split": [separator, text]}:
-                return do(text).split(separator)
-            case {"Fn::FindInMap": [name, key, entry]}:
-                return _mappings()[name][do(key)][entry]
-            case {"Fn::Join": [separator, items]}:
-                return separator.join(do(items))
-            case dict():
-                return {key: done for key, item in value.items() if (done := do(item)) is not None}
-            case list():
-                return [done for item in value if (done := do(item)) is not None]
-        return value
+        return resolve(value, known, conditions)
 
-    return do(value)
+    match value:
+        case {"Ref": name}:
+            return None if name == "AWS::NoValue" else known[name]
+        case {"Fn::GetAtt": [name, attribute]}:
+            return known[f"{name}.{attribute}"]
+        case {"Fn::Sub": str(text)}:
+            return re.sub(r"\$\{([^}]+)}", lambda match: known[match[1]], text)
+        case {"Fn::Sub": [text, more]}:
+            return resolve({"Fn::Sub": text}, known | do(more), conditions)
+        case {"Fn::If": [condition, yes, no]}:
+            return do(yes if (conditions or {})[condition] else no)
+        case dict() if len(value) == 1 and (name := next(iter(value))) in _FUNCTIONS:
+            return _FUNCTIONS[name](*do(value[name]))
+        case dict():
+            return {key: done for key, item in value.items() if (done := do(item)) is not None}
+        case list():
+            return [done for item in value if (done := do(item)) is not None]
+    return value

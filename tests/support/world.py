@@ -111,6 +111,7 @@ class World:
     quotas: dict[str, int] = field(default_factory=dict)  # the same by the name of a type's quota
     troubles: dict[str, Callable[[Callable[[], Any]], Any]] = field(default_factory=dict)  # by operation, once
     groups: set[str] = field(default_factory=set)  # model package groups
+    packages: dict[str, Any] = field(default_factory=dict)  # what CreateModelPackage answered, by client token
     group_is_there: str = "ValidationException"  # how the registry says so of one that is to be made again
     uploads: int = 0
     calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
@@ -311,51 +312,69 @@ def _roll_back_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Table, "__deepcopy__", lambda table, _: table, raising=False)
 
 
+def _refuse(world: World, operation: str, arguments: dict[str, Any]) -> None:
+    """Raise what AWS answers to a call that it refuses and moto takes."""
+    job, group = arguments.get("TrainingJobName", ""), arguments.get("ModelPackageGroupName")
+
+    def refusal(code: str, message: str) -> ClientError:
+        return ClientError({"Error": {"Code": code, "Message": message}}, operation)
+
+    match operation:
+        case "CreateTrainingJob":
+            if world.failing_jobs:
+                code = world.failing_jobs.pop(0)
+                raise refusal(code, f"{code} for {job}")
+            world.check_quotas(arguments)
+            if job in {request["TrainingJobName"] for request in world.job_requests}:
+                raise refusal("ResourceInUse", "names must be unique")
+        case "StopTrainingJob" if world.jobs.get(job, {}).get("TrainingJobStatus") not in {"InProgress", "Stopping"}:
+            raise refusal("ValidationException", "nothing to stop")
+        case "CreateModelPackage" if group not in world.groups:
+            raise refusal("ResourceNotFound", "no such group")
+        case "CreateModelPackageGroup" if group in world.groups:
+            raise refusal(world.group_is_there, "already exists")
+
+
+def _answer(world: World, operation: str, arguments: dict[str, Any], ask_moto: Callable[[], Any]) -> Any:
+    """Answer a call that AWS takes: by moto, but where moto has no such operation or answers unlike AWS."""
+    match operation:
+        case "StopTrainingJob":  # moto has none
+            world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "Stopping", "SecondaryStatus": "Stopping"}
+            return {}
+        case "CreateModelPackage":
+            token = arguments["ClientToken"]
+            if token not in world.packages:  # moto would register it again
+                world.packages[token] = ask_moto()
+            return world.packages[token]
+        case "DescribeTrainingJob":  # moto completes every job at once, and answers as if every output were compressed
+            job = arguments["TrainingJobName"]
+            answer = {key: value for key, value in ask_moto().items() if key not in STATUS}
+            return answer | {"ModelArtifacts": {"S3ModelArtifacts": world.artifacts(job)}} | world.jobs[job]
+    return ask_moto()
+
+
+def _note(world: World, operation: str, arguments: dict[str, Any]) -> None:
+    """Note what a call that succeeded has sent or made."""
+    match operation:
+        case "PutEvents":
+            world.sent_events += arguments["Entries"]
+        case "Publish":
+            world.notifications.append(arguments)
+        case "CreateTrainingJob":
+            world.job_requests.append(arguments)
+            world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "InProgress", "SecondaryStatus": "Starting"}
+        case "CreateModelPackageGroup":
+            world.groups.add(arguments["ModelPackageGroupName"])
+
+
 def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Note what every client sends, make trouble where it was asked for, and mend what moto does unlike AWS."""
     make_api_call = BaseClient._make_api_call
-    packages: dict[str, Any] = {}
 
     def call(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
-        if operation == "CreateTrainingJob" and world.failing_jobs:
-            code = world.failing_jobs.pop(0)
-            raise ClientError({"Error": {"Code": code, "Message": f"{code} for {arguments['TrainingJobName']}"}}, operation)
-        if operation == "CreateTrainingJob":
-            world.check_quotas(arguments)
-        if operation == "CreateTrainingJob" and arguments["TrainingJobName"] in {
-            request["TrainingJobName"] for request in world.job_requests
-        }:  # moto would create it again
-            raise ClientError({"Error": {"Code": "ResourceInUse", "Message": "names must be unique"}}, operation)
-        if operation == "StopTrainingJob":  # moto has none
-            if world.jobs.get(arguments["TrainingJobName"], {}).get("TrainingJobStatus") not in {"InProgress", "Stopping"}:
-                raise ClientError({"Error": {"Code": "ValidationException", "Message": "nothing to stop"}}, operation)
-            world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "Stopping", "SecondaryStatus": "Stopping"}
-            return {}
-        if operation == "CreateModelPackage":
-            if arguments["ModelPackageGroupName"] not in world.groups:  # moto would register it all the same
-                raise ClientError({"Error": {"Code": "ResourceNotFound", "Message": "no such group"}}, operation)
-            if arguments["ClientToken"] in packages:
-                return packages[arguments["ClientToken"]]  # moto would register it again
-        if operation == "CreateModelPackageGroup":
-            if arguments["ModelPackageGroupName"] in world.groups:  # moto would make it again
-                raise ClientError({"Error": {"Code": world.group_is_there, "Message": "already exists"}}, operation)
-            world.groups.add(arguments["ModelPackageGroupName"])
-        answer = make_api_call(client, operation, arguments)
-        if operation == "PutEvents":
-            world.sent_events += arguments["Entries"]
-        elif operation == "Publish":
-            world.notifications.append(arguments)
-        elif operation == "DescribeTrainingJob":  # moto answers as if every output were compressed
-            answer["ModelArtifacts"] = {"S3ModelArtifacts": world.artifacts(arguments["TrainingJobName"])}
-            # ... and completes every job at once
-            answer = {key: value for key, value in answer.items() if key not in STATUS} | world.jobs[
-                arguments["TrainingJobName"]
-            ]
-        elif operation == "CreateTrainingJob":
-            world.job_requests.append(arguments)
-            world.jobs[arguments["TrainingJobName"]] = {"TrainingJobStatus": "InProgress", "SecondaryStatus": "Starting"}
-        elif operation == "CreateModelPackage":
-            packages[arguments["ClientToken"]] = answer
+        _refuse(world, operation, arguments)
+        answer = _answer(world, operation, arguments, lambda: make_api_call(client, operation, arguments))
+        _note(world, operation, arguments)
         return answer
 
     def recording(client: Any, operation: str, arguments: dict[str, Any]) -> Any:

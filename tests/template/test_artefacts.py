@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from template import load_template, of_type
@@ -20,7 +21,7 @@ from local_app.stack import PROJECT
 HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")
 # What the layer of validate_dataset is for. Nothing of it may cost a cold start.
 ON_DEMAND = ("math_verify", "sympy", "rapidfuzz", "jsonschema", "tokenizers", "arro3")
-REWARDS = [
+REWARDS: list[dict[str, Any]] = [
     {"type": "math"},
     {"type": "similarity"},
     {"type": "rouge"},
@@ -44,7 +45,7 @@ def for_aws(tmp_path_factory: pytest.TempPathFactory) -> Build:
         (commands / name).symlink_to(shutil.which(name) or name)
     environment = {name: value for name, value in os.environ.items() if name != "LAMBDA_PYTHON"}
     environment |= {"PATH": str(commands), "PIP": f"{sys.executable} -m pip", "SAM_CLI_TELEMETRY": "0"}
-    command = [PROJECT / ".venv-sam/bin/sam", "build", "--no-cached", "--build-dir", folder]
+    command: list[str | Path] = [PROJECT / ".venv-sam/bin/sam", "build", "--no-cached", "--build-dir", folder]
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Build(folder, digest="")

@@ -37,6 +37,6 @@ def test_cfn_lint_finds_nothing_to_say_in_any_region(transformed: Json, tmp_path
     file = tmp_path / "transformed.json"
     file.write_text(json.dumps(transformed))
     there = [region for region in regions(transformed) if region != "me-west-1"]
-    command = [LINT / "cfn-lint", "--regions", *there, "--template", file]
+    command: list[str | Path] = [LINT / "cfn-lint", "--regions", *there, "--template", file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -133,7 +133,7 @@ SICK = {
 @pytest.mark.parametrize("name", SICK)
 def test_each_trouble_is_named_as_soon_as_it_shows(name):
     code, history, since = SICK[name]
-    named = {}
+    named: dict[str, alerts.Alert] = {}
     for length in range(1, len(history) + 1):
         for alert in alerts.find(history[:length], {"xml_format"}):
             named.setdefault(alert.code, alert)
@@ -158,7 +158,7 @@ class OnlyWhole:
 
 LETTER = {"type": "regex", "name": "letter", "pattern": "^[a-z]"}
 NEVER = {"type": "contains", "text": "there is no room for so much"}
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "DEAD_REWARD": {"rewards": [NEVER], "grpo": {"max_steps": 30}},
     "TRUNCATION": {"grpo": {"max_steps": 30, "learning_rate": 1e-6}},
     "HACKING_SUSPECT": {"rewards": [LETTER, {"type": "exact_match"}], "grpo": {"max_steps": 30}},

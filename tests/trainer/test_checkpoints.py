@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def uninterrupted(tmp_path_factory, tiny) -> Job:
         return job
 
 
-def results(job: Job) -> tuple[bytes, list[dict], dict]:
+def results(job: Job) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
     """The final adapter, the metrics but for times and memory, and what training.json says of the checkpoints."""
     metrics = [
         {name: value for name, value in point.items() if name not in {"seconds", "memory_gb"}} for point in job.metrics()
@@ -63,7 +64,7 @@ def results(job: Job) -> tuple[bytes, list[dict], dict]:
     return adapter, metrics, {name: result[name] for name in ("steps", "ended", "checkpoint", "evaluations", "bounded")}
 
 
-def start() -> multiprocessing.Process:
+def start() -> multiprocessing.process.BaseProcess:
     """Train in a process that can be killed: a fork of this one, which has the libraries loaded."""
 
     def run() -> None:
@@ -193,7 +194,9 @@ def test_a_torn_checkpoint_is_ignored_and_removed(uninterrupted, tmp_path, how):
     (folder / "saving/checkpoint-11").mkdir(parents=True)
     new, old = checkpoints.whole(folder)[:2]
     torn(new.path, how)
-    assert checkpoints.newest(folder, new.run).step == old.step < new.step
+    newest = checkpoints.newest(folder, new.run)
+    assert newest is not None
+    assert newest.step == old.step < new.step
     checkpoints.clean(folder)
     assert not new.path.exists()
     assert not (folder / "saving").exists()
@@ -231,7 +234,9 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted, change, rows, mes
     run = checkpoints.identity(config, dataset.load_rows(uninterrupted.root / "input/training/train.jsonl", config, rows))
     folder = uninterrupted.root / "output/checkpoints"
     if message is None:
-        assert checkpoints.newest(folder, run).step == 10
+        newest = checkpoints.newest(folder, run)
+        assert newest is not None
+        assert newest.step == 10
     else:
         with pytest.raises(JobError, match=message):
             checkpoints.newest(folder, run)

@@ -1,5 +1,7 @@
 """Which file a training job reads, and which of its rows it trains on."""
 
+from typing import Any
+
 import pytest
 
 from trainer import dataset
@@ -47,7 +49,7 @@ def tokenizer(tiny):
     return load_tokenizer(str(tiny))
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"id": "short", "prompt": [{"role": "user", "content": "hi"}], "answer": "1"},
     {"id": "long", "prompt": [{"role": "user", "content": "0123456789" * 3}], "answer": "2"},
 ]

@@ -99,6 +99,7 @@ def test_sigterm_reaches_the_trainer_which_saves_a_checkpoint_and_its_model(job)
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     lines = iter(process.stdout)
     assert next(line for line in lines if line.startswith("step=2 "))
     process.send_signal(signal.SIGTERM)  # to trainer.job only, as in a container

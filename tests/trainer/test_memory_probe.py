@@ -23,7 +23,7 @@ HUNGRY = {
 }
 
 
-def limited(megabytes: int) -> int:
+def limited(megabytes: int) -> int | None:
     """Train with so much more address space than there is in use when the training begins; returns the exit code."""
 
     def run() -> None:
@@ -38,7 +38,7 @@ def limited(megabytes: int) -> int:
             begin(*args, **kwargs)
             raise SystemExit(FITS)
 
-        memory_probe.MemoryProbe.on_train_begin = with_limit
+        memory_probe.MemoryProbe.on_train_begin = with_limit  # type: ignore[method-assign] # in the forked process alone
         train.main([])
 
     process = multiprocessing.get_context("fork").Process(target=run)

@@ -31,6 +31,7 @@ def imported(node: ast.AST) -> Iterator[str]:
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
+            assert child.module  # no relative import
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
             yield child.module
         elif not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):

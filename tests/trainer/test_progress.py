@@ -24,7 +24,7 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """The numbers in TensorBoard event files: records of a length, two checksums and an Event."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = {}
+    found: dict[tuple[str, int], float] = {}
     for path in folder.glob("events.out.tfevents.*"):
         raw = path.read_bytes()
         while raw:
@@ -69,7 +69,7 @@ def test_mlflow_gets_the_metrics_where_a_server_is_named(short, monkeypatch):
         train.train(train.parse_flags([]))
         (run,) = mlflow.search_runs(output_format="list")
     finally:
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type] # back to the default
     assert run.data.metrics["reward"] == pytest.approx(short.metrics()[-1]["reward"])
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def trained(tmp_path_factory, tiny):
         yield job
 
 
-def prove(tiny: Path, target: Path) -> dict:
+def prove(tiny: Path, target: Path) -> dict[str, Any]:
     return proofs.prove(str(tiny), target, PROMPTS, load_in_4bit=False, template={})
 
 

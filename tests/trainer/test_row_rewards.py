@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from typing import cast
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from tests.trainer.test_shared_prefix import build
 from trainer.row_rewards import EarlyRowReward, RowReward, row_rewards
 from trainer.run_trainer import SharedPrefixGRPOTrainer
-from tunedrop.rewards import RewardError, RewardPermissions, RewardSpec, build_rewards
+from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards
 
 ROWS = [{"id": str(index), "prompt": [{"role": "user", "content": f"q{index}"}], "answer": str(index)} for index in range(3)]
 
@@ -20,7 +21,7 @@ class Service:
     __name__ = "service"
 
     def __init__(self, fails=False):
-        self.asked = Counter()
+        self.asked: Counter[tuple[str, str]] = Counter()
         self.threads = set()
         self._fails = fails
 
@@ -39,7 +40,7 @@ def messages(*texts):
 
 def test_started_scores_are_collected_and_the_rest_is_scored():
     service = Service()
-    reward = EarlyRowReward(service, ROWS)
+    reward = EarlyRowReward(cast("Reward", service), ROWS)
     prompts = [ROWS[row]["prompt"] for row in (2, 0)]
     reward.begin(prompts=prompts, completions=messages("bb", "a"), row=[2, 0])
     batch = {"completions": messages("a", "a", "c", "bb", "bb"), "row": [0, 1, 1, 2, 2]}
@@ -57,7 +58,7 @@ def test_a_row_may_have_columns_named_as_trls_lists():
 
 def test_scores_of_one_rollout_are_not_used_for_the_next():
     service = Service()
-    reward = EarlyRowReward(service, ROWS)
+    reward = EarlyRowReward(cast("Reward", service), ROWS)
     reward.begin(prompts=[ROWS[0]["prompt"]], completions=messages("a"), row=[0])
     for _ in range(2):
         assert reward(prompts=[ROWS[0]["prompt"]], completions=messages("a"), row=[0]) == [0.1]
@@ -65,7 +66,7 @@ def test_scores_of_one_rollout_are_not_used_for_the_next():
 
 
 def test_a_failure_in_the_background_fails_the_step():
-    reward = EarlyRowReward(Service(fails=True), ROWS)
+    reward = EarlyRowReward(cast("Reward", Service(fails=True)), ROWS)
     reward.begin(prompts=[ROWS[0]["prompt"]], completions=messages("a"), row=[0])
     with pytest.raises(RewardError, match="the service is down"):
         reward(prompts=[ROWS[0]["prompt"]], completions=messages("a"), row=[0])
@@ -82,19 +83,21 @@ def test_only_waiting_rewards_without_gates_begin_early():
     assert [type(each) for each in made] == [RowReward, EarlyRowReward, RowReward, RowReward]
 
 
-def test_a_rollout_begins_rewards_for_finished_completions(tiny, tmp_path):
+def test_a_rollout_begins_rewards_for_finished_completions(tiny, tmp_path, monkeypatch):
     torch.manual_seed(0)
     service, begun = Service(), []
     trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, max_steps=2)
     trainer.generation_config.eos_token_id = trainer.eos_token_ids = list(range(20))  # some end early
-    reward = EarlyRowReward(service, [{"prompt": each["prompt"], "answer": "1"} for each in trainer.train_dataset])
+    reward = EarlyRowReward(
+        cast("Reward", service), [{"prompt": each["prompt"], "answer": "1"} for each in trainer.train_dataset]
+    )
     begin = reward.begin
 
     def spy(**batch):
         begun.extend(batch["row"])
         begin(**batch)
 
-    reward.begin = spy
+    monkeypatch.setattr(reward, "begin", spy)
     trainer.reward_funcs = [reward]
     trainer.train_dataset = trainer.train_dataset.add_column("row", list(range(len(trainer.train_dataset))))
     trainer.train()

@@ -9,6 +9,7 @@ import inspect
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,9 @@ OF_MODELS = {"_is_stateful", "_supports_attention_backend", "_attn_implementatio
 @pytest.fixture(scope="module")
 def step(tiny, tmp_path_factory):
     """A step of stock TRL, of two micro-batches, with its checkpoint, and the calls of the hooks as (arguments, result)."""
-    calls = defaultdict(list)
+    calls: dict[str, list[Any]] = defaultdict(list)
 
-    class Recorded(GRPOTrainer):
+    class Recorded(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
         def _calculate_rewards(self, *args):
             self._log_metric("by_log_metric", 3.0)
             self._metrics["train"]["by_metrics"].append(4.0)

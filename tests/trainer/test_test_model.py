@@ -2,7 +2,9 @@
 
 import json
 
+import msgspec
 import pytest
+import tiny_model
 
 from pipeline.publish.statistics import evaluate
 from trainer import engines, test_model
@@ -10,9 +12,12 @@ from trainer.models import load_tokenizer
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import InferenceTest, Outcome
 
-from .conftest import tiny_model
-
 CASES = [{"id": f"t{i}", "prompt": "x" * i, "description": str(i)} for i in range(1, 6)]
+
+
+def texts(answers):
+    """The text of each test's first completion."""
+    return [completions[0].text for completions in answers]
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def test_identical_models_give_identical_answers_and_are_rejected(ask, job, tiny
     cases = [{"id": f"t{i}", "prompt": f"say {i}", "description": "e", "samples": 1 + 2 * (i % 2)} for i in range(24)]
     result = ask(*cases)
     assert all(test["base"] == test["tuned"] for test in result["tests"])
-    outcomes = [test_model.msgspec.convert(test, Outcome) for test in result["tests"]]
+    outcomes = [msgspec.convert(test, Outcome) for test in result["tests"]]
     verdict = evaluate(outcomes, RunConfig(model="tiny")).verdict
     assert verdict.status == "REJECTED"
     assert "scores the same as the base model in each of the 24 tests" in verdict.reasons[0]
@@ -145,7 +150,7 @@ def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
     expected_ids = tokenizer.apply_chat_template(tests[3].prompt, add_generation_prompt=True, return_dict=False)
     engine._model.generate = small_memory
     answers = test_model.complete(engine, tokenizer, tests, config, "base")
-    assert [each[0].text for each in answers[:3]] == [each[0].text for each in expected[:3]]
+    assert texts(answers[:3]) == texts(expected[:3])
     assert answers[3] == "the model failed on this test: RuntimeError: this one always fails"
 
 
@@ -163,10 +168,10 @@ def test_batching_does_not_change_an_answer(tiny):
     engine._model.double()
     cases = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "x" * i}], reference="") for i in range(1, 7)]
 
-    def texts(tests):
-        return [completions[0].text for completions in test_model.complete(engine, tokenizer, tests, config, "base")]
+    def answered(tests):
+        return texts(test_model.complete(engine, tokenizer, tests, config, "base"))
 
-    assert [texts([case])[0] for case in cases] == texts(cases)
+    assert [answered([case])[0] for case in cases] == answered(cases)
 
 
 def test_batches_are_of_similar_length_and_bounded(monkeypatch):

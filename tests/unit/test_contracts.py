@@ -186,7 +186,12 @@ def test_wrong_responses_fail_and_name_a_row(client, server, make, message):
 
 def test_a_timeout_fails(client, server, monkeypatch):
     monkeypatch.setattr(remote, "HTTP_ATTEMPTS", 1)
-    server.reply = lambda body: time.sleep(0.6) or (200, {}, [])
+
+    def late(body):
+        time.sleep(0.6)
+        return 200, {}, []
+
+    server.reply = late
     with pytest.raises(RewardError, match=r"cannot be called: .*tim(ed|e)"):
         ask(client)
 
@@ -209,7 +214,7 @@ def test_a_lambda_without_permission_fails(server, clients):
 
 @pytest.mark.parametrize(("status", "attempts"), [(503, 3), (429, 3), (400, 1), (302, 1)])
 def test_only_temporary_errors_are_retried(server, monkeypatch, status, attempts):
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     server.reply = lambda body: (status, {"Location": f"{server.url}/elsewhere"}, {"why": "not now"})
     with pytest.raises(RewardError, match=f"cannot be called: status {status}: .*not now"):
         ask(http(server))
@@ -217,7 +222,7 @@ def test_only_temporary_errors_are_retried(server, monkeypatch, status, attempts
 
 
 def test_an_endpoint_may_recover(server, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     server.reply = lambda body: (200, {}, list(map(result, body))) if len(server.asked) == 2 else (502, {}, {})
     assert ask(http(server)) == [0.0, 1.0]
 

@@ -19,8 +19,9 @@ def test_an_example_is_accepted_without_a_fix_or_a_warning(path):
     config = load_run_config(path.read_bytes(), default_model="none")
     assert fit_batches(config) == (config, [])
     assert config_warnings(config) == []
+    assert config.compute.instance_type is not None
     assert check_instances(config, config.compute.instance_type) == []
-    assert {config.compute.instance_count * gpus(name) for name in config.compute.instance_type} == {RANKS[path.stem]}
+    assert {config.compute.instance_count * (gpus(name) or 0) for name in config.compute.instance_type} == {RANKS[path.stem]}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -39,6 +40,7 @@ def test_an_example_fits_by_the_sizing_formula(path):
     needed = sizing.memory(model, settings).total / sizing.GB
     if config.grpo_value("use_vllm"):  # it takes its share for itself, with weights and cache of its own
         needed = sum(sizing.memory(model, settings)._replace(rollout=0)) / sizing.GB
+    assert config.compute.instance_type is not None
     for name in config.compute.instance_type:
         family = name.rpartition(".")[0]
         room = next(room for label, room in sizing.INSTANCES.items() if family in label.split(" (")[0].split(", "))

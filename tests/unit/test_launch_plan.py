@@ -1,5 +1,7 @@
 """A run's job request: only its own data, under the customer's key and in the customer's network."""
 
+from typing import Any
+
 import pytest
 from botocore.session import get_session
 from botocore.validate import validate_parameters
@@ -92,7 +94,7 @@ def test_the_customers_key_encrypts_outputs_and_every_volume_that_a_key_can(kind
 
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_network_and_isolation_of_the_plan_stay(kind):
-    network = {
+    network: dict[str, Any] = {
         "VpcConfig": {"Subnets": ["subnet-1"], "SecurityGroupIds": ["sg-1"]},
         "EnableNetworkIsolation": True,
         "EnableInterContainerTrafficEncryption": True,

@@ -1,6 +1,7 @@
 """What each kind of subscriber gets."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ COMPARISON = {
 
 
 def run(state: RunState = RunState.PUBLISHED, **more) -> Run:
-    given = {
+    given: dict[str, Any] = {
         "run_id": "cars-0123456789ab",
         "dataset": "Größe\n& Co",
         "attempt": 2,

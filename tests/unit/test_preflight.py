@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -132,7 +133,7 @@ def test_good_rewards_pass_without_warnings(rows, rewards):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_sample_passes_without_warnings(seed):
     config = load_run_config((SAMPLE / "additions.yaml").read_bytes(), default_model="m")
-    rows = list(read_rows(SAMPLE / "additions.jsonl", config))
+    rows: list[Any] = list(read_rows(SAMPLE / "additions.jsonl", config))
     tests = parse_tests((SAMPLE / "additions.tests.json").read_bytes(), config)
     if seed:
         random.Random(seed).shuffle(rows)
@@ -301,10 +302,10 @@ def test_any_rows_give_the_same_well_formed_section_twice(texts, some, system):
 
 
 @pytest.fixture
-def file(tmp_path) -> Callable[..., dict]:
+def file(tmp_path) -> Callable[..., dict[str, Any]]:
     """Make a `python` reward of an expression over `text`, `answer`, `at` and `size` (position and size of a batch)."""
 
-    def make(expression: str, **given: object) -> dict:
+    def make(expression: str, **given: object) -> dict[str, Any]:
         (tmp_path / "mine.py").write_text(
             "import itertools, time\ncalls = itertools.count()\n"
             "def reward(prompts, completions, answer, **columns):\n"

@@ -180,6 +180,7 @@ def test_a_file_above_the_size_limit_is_rejected():
         limit = MAX_BYTES[suffix.removesuffix(".gz")]
         assert refuse(f"cars{suffix}", limit) is None
         problem = refuse(f"cars{suffix}", limit + 1)
+        assert problem is not None
         assert problem.code == "TOO_LARGE"
         assert f"{limit + 1:,} bytes" in problem.message
 
@@ -200,6 +201,7 @@ def test_a_file_above_the_size_limit_is_rejected():
 )
 def test_an_unknown_format_gets_the_known_ones_and_a_conversion(name, hint):
     problem = refuse(name, 1)
+    assert problem is not None
     assert problem.code == "UNKNOWN_FORMAT"
     assert problem.message == "the file's format is not one of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
     assert hint in problem.hint

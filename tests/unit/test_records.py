@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,8 +91,11 @@ def test_what_openai_calls_the_developer_is_the_system(tmp_path):
 
 def test_parquet(tmp_path):
     pq.write_table(pa.table({"question": ["q1", "q2"], "answer": ["a1", "a2"], "n": [1, 2]}), tmp_path / "t.parquet")
-    rows = list(read_rows(tmp_path / "t.parquet", CONFIG))
-    assert [(row["prompt"], row["answer"], row["n"]) for row in rows] == [(user("q1"), "a1", 1), (user("q2"), "a2", 2)]
+    rows: list[Any] = list(read_rows(tmp_path / "t.parquet", CONFIG))
+    assert [(row["prompt"], row["answer"], row["n"]) for row in rows] == [
+        (user("q1"), "a1", 1),
+        (user("q2"), "a2", 2),
+    ]
 
 
 def test_the_shape_with_index_and_reasoning(tmp_path):
@@ -311,5 +315,6 @@ def test_a_file_has_so_many_rows_at_most(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "MAX_ROWS", 100)
     *rows, problem = read_rows(path, CONFIG)
     assert 100 < len(rows) < 4500  # to the end of a batch
+    assert isinstance(problem, Problem)
     assert problem.code == "TOO_LARGE"
     assert "more than 100 rows" in problem.message

@@ -6,6 +6,7 @@ import sys
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -104,7 +105,7 @@ def test_the_rows_answer_scores_1(answer):
 
 
 def test_rewards_that_read_columns():
-    columns = {
+    columns: dict[str, list[Any]] = {
         "answer": ["", ""],
         "terms": [["red"], ["blue"]],
         "sources": [["a", "b"], ["a"]],
@@ -166,7 +167,7 @@ def test_score_is_the_weighted_sum_without_abstentions():
 
 
 def test_a_dataset_may_have_any_column_name():
-    columns = {
+    columns: dict[str, list[Any]] = {
         "answer": ["4"],
         "prompts": ["p"],
         "completions": ["c"],

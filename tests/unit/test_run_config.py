@@ -7,7 +7,7 @@ import moto.ec2
 import pytest
 import yaml
 from click.testing import CliRunner
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # as in the rewards
 
 from tunedrop.config import rules
 from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
@@ -221,7 +221,9 @@ def test_batches_are_corrected_and_the_corrections_reported(text, fixes):
     trained, corrections = fit_batches(parse_run_config(json.loads(config.model_dump_json())))
     assert (trained.grpo, corrections) == (config.grpo, [])  # the trainer has nothing left to fix
     for name in config.compute.instance_type or ["ml.g5.xlarge"]:
-        assert generation_batch(config, config.compute.instance_count * gpus(name)) % config.grpo["num_generations"] == 0
+        cards = gpus(name)
+        assert cards is not None
+        assert generation_batch(config, config.compute.instance_count * cards) % config.grpo["num_generations"] == 0
         assert check_instances(config, [name]) == []
 
 
@@ -304,8 +306,8 @@ def test_every_instance_type_that_sagemaker_trains_on_is_known():
         assert gpus(name) == sum(each["Count"] for each in cards), name
         assert (gpu(name) is not None) == bool(cards), name
         assert has_local_disk(name) == found["InstanceStorageSupported"], name
-        if cards:  # "A10G" and "RTX PRO Server 6000"
-            assert set(gpu(name).name.split()[:1]) <= set(cards[0]["Name"].split()), name
+        if card := gpu(name):  # "A10G" and "RTX PRO Server 6000"
+            assert set(card.name.split()[:1]) <= set(cards[0]["Name"].split()), name
     assert all(gpus(name) is not None for name in names)
 
 

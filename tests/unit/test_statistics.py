@@ -77,6 +77,7 @@ def test_as_many_tests_as_needed_are_enough_four_times_in_five():
     generator = random.Random(1)
     lift, losses = 0.2, 0.1  # 30 % won, 10 % lost
     tests = needed(lift, 0.4 - 0.2**2, 0.95, 1.0, 0.0)
+    assert tests is not None
     enough = sum(
         interval(generator.choices([1.0, -1.0, 0.0], [lift + losses, losses, 0.6], k=tests), [1.0] * tests, 0.95, 1.0, 200)[
             0

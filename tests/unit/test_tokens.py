@@ -1,5 +1,6 @@
 import json
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -153,7 +154,7 @@ def test_every_prompt_over_the_limit_is_found(counter, prompts, limit, system):
 def test_short_prompts_are_not_counted_and_long_ones_all_are(counter):
     config = parse_run_config({"model": "m", "max_prompt_length": 200})
     generator = random.Random(0)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": str(n), "prompt": [{"role": "user", "content": "x" * generator.randrange(300)}], "answer": "a"}
         for n in range(500)
     ]

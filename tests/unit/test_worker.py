@@ -11,6 +11,7 @@ def test_a_worker_gets_no_credentials_but_finds_its_libraries(tmp_path, monkeypa
     file = tmp_path / "worker.py"
     file.write_text("import json, os, msgspec\nprint(json.dumps(dict(os.environ)), flush=True)\n")
     worker = Worker(file, seconds=30)
+    assert worker.process.stdout is not None
     try:
         environment = json.loads(worker.process.stdout.readline())
     finally:
@@ -23,6 +24,7 @@ def test_a_worker_is_ended_when_its_time_is_over(tmp_path):
     file = tmp_path / "worker.py"
     file.write_text("while True: pass\n")
     worker = Worker(file, seconds=0.2)
+    assert worker.process.stdout is not None
     try:
         assert worker.process.stdout.read() == b""
         assert worker.process.wait() < 0
