@@ -32,8 +32,8 @@ def render_report(
 ) -> str:
     """Return the page of a run.
 
-    `result` is its `result.json`, `receipt` its `validation.json`. `metrics` and `alerts` are the lines of `metrics.jsonl` and
-    `alerts.jsonl`. `tests` and `probe` are the outcomes of the inference tests and of the general questions.
+    `result` is its `result.json`, `receipt` its `validation.json`. `metrics` and `alerts` are the lines of the files with
+    these names. `tests` and `probe` are the outcomes of the inference tests and of the general questions.
     """
     compared = [result["comparison"], *result["by_reward"].values(), *result["by_tag"].values()]
     shown = sorted(tests, key=lambda test: abs((test.tuned.score or 0.0) - (test.base.score or 0.0)), reverse=True)[
