@@ -1,8 +1,9 @@
-"""How big the functions and their layers are and how long each handler takes to import, beside the SageMaker SDK.
+"""Measures the sizes of functions and layers, and each handler's import time, beside the SageMaker SDK's.
 
     .venv/bin/python benchmarks/cold_start.py
 
-Each import is a fresh process that sees the built function and its layers alone; the median of several is shown.
+Each import runs in a new process whose path has only the built function and its layers. The result is the median of several
+imports.
 """
 
 import os
@@ -29,11 +30,11 @@ def import_seconds(statement: str, paths: list[str], *options: str) -> float:
         float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
         for _ in range(RUNS + 1)
     ]
-    return statistics.median(runs[1:])  # the first one writes the byte code
+    return statistics.median(runs[1:])  # the first import also writes the byte code
 
 
 def size(folder: str) -> int:
-    """Return the bytes of the files in a folder, byte code aside."""
+    """Return the size of a folder's files in bytes, without byte code."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
 
