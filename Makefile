@@ -1,11 +1,11 @@
-# Everything installs itself: `make demo` and `make test` are all that a fresh machine needs (Python 3.11 to 3.13, make, git).
-# The newest of them that runs; `make PYTHON=...` names another.
-PYTHON ?= $(or $(call runs,python3.13 python3.12 python3.11),$(error no python3.13, python3.12 or python3.11 runs here: \
-  install one of them, or name one with `make PYTHON=...`))
-# The first of some commands that runs. To be found is not enough: a version manager has a file for each version it knows.
+# `make demo` and `make test` install what they need on a machine with Python 3.11 to 3.13, make and git.
+# PYTHON is the newest installed version; `make PYTHON=...` selects another one.
+PYTHON ?= $(or $(call runs,python3.13 python3.12 python3.11),$(error python3.13, python3.12 and python3.11 not found: \
+  install one of them, or select a Python with `make PYTHON=...`))
+# Returns the first command that runs. A version manager has a file for each version it knows, installed or not.
 runs = $(shell for python in $(1); do $$python -c "" 2> /dev/null && echo $$python && break; done)
 
-# pip says nothing while it works; these files say when it has.
+# Each environment has a marker file, newer than its lock when its packages are up to date.
 APP := .venv/.installed
 SAM := .venv-sam/.installed
 LINT := .venv-lint/.installed
@@ -18,7 +18,7 @@ PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 install: $(APP) $(SAM)
 	@ln -sf ../../.venv-sam/bin/sam .venv/bin/sam
 
-# Makes the environment $(1) with what the lock $(2) lists, and nothing else, whatever is newest today.
+# Creates the environment $(1) with exactly the packages of the lock $(2).
 define environment
 	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 	@$(1)/$(PIP_INSTALL) pip==26.3
@@ -43,28 +43,28 @@ $(LINT): requirements/lint.lock
 	@touch $@
 
 $(DEPLOY): requirements/deploy.lock pyproject.toml
-	@echo "installing what deploying needs into .venv-deploy"
+	@echo "installing the tunedrop command and the SageMaker SDK into .venv-deploy"
 	$(call environment,.venv-deploy,$<)
 	@.venv-deploy/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(LIGHT)/.installed: requirements/light.lock pyproject.toml
-	@echo "installing what the tests without torch need into $(LIGHT)"
+	@echo "installing the packages for tests without torch into $(LIGHT)"
 	$(call environment,$(LIGHT),$<)
 	@$(LIGHT)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# The tests of tests/report open the pages in a browser. Root on Debian and Ubuntu gets one installed; elsewhere, `make test`
-# leaves these tests out where there is no browser, and says so.
+# The tests in tests/report open pages in a browser. On Debian and Ubuntu, `make test` installs one if it runs as root. Otherwise it
+# skips these tests and prints how to install a browser.
 BROWSER = $(shell command -v chromium || command -v google-chrome)
 WITHOUT_BROWSER = $(if $(BROWSER),,--ignore=tests/report)
-NO_BROWSER = $(if $(BROWSER),,@echo "no browser: tests/report not run. Install Chromium (on Debian and Ubuntu: \
-  apt-get install chromium) or Google Chrome.")
+NO_BROWSER = $(if $(BROWSER),,@echo "tests/report skipped, because no browser was found. Install Chromium (on Debian \
+  and Ubuntu: apt-get install chromium) or Google Chrome.")
 browser:
 	@test -n "$(BROWSER)" || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null \
 	  || (echo "installing Chromium" && apt-get update -qq && apt-get install -qq -y chromium > /dev/null) || true
 
-# From a sample dataset to a published model, on this machine.
+# Tunes, tests and publishes a model from the sample dataset, on this machine.
 demo: install
 	@.venv/bin/tunedrop demo
 
@@ -73,27 +73,27 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/mypy functions trainer release tunedrop_cli local_app tests benchmarks
 
-# Two files of tests at a time; torch's threads would only fight over two cores.
+# Two test files at a time. OMP_NUM_THREADS=1 keeps torch's threads from competing for the cores.
 PYTEST = -m pytest -n 2 --dist loadfile
 
-# Every test, and those without torch once more with another Python, where one runs.
+# Runs every test, then the tests without torch with another Python, if one is installed.
 OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
 test: lint browser $(LINT)
 	$(NO_BROWSER)
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) $(WITHOUT_BROWSER)
-	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "not tested with another Python: of 3.12 and 3.13 none runs here")
+	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "tests with another Python skipped, because no other of 3.12 and 3.13 was found")
 	$(NO_BROWSER)
 
-# `make test-python PYTHON=python3.12`: the tests of what runs without torch: the command, the functions, the template.
+# `make test-python PYTHON=python3.12` runs the tests that need no torch: the command, the functions, the template.
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
 	$(LIGHT)/bin/python $(PYTEST) tests/unit tests/contract tests/template
 
-# What is slow by nature.
+# The long tests: random search, crashes at every point, large files.
 soak: install $(LINT)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak -n 2 --dist load --durations=25
 
-# The README's `sam local invoke`, for every event and through a whole run, in containers. What needs the network comes first: the
-# engine of `engine.py` has none. Where no engine can be had, it says so and fails with its exit code 3.
+# Runs the README's `sam local invoke` commands in containers, with every event and for a whole run. Steps that need the network come
+# first, because `engine.py` starts an engine without network. Exits with code 3 if no engine runs and none can be started.
 containers: ENGINE = .venv/bin/python tests/containers/engine.py
 containers: install
 	@$(ENGINE) true
@@ -102,15 +102,15 @@ containers: install
 	.venv/bin/python -m local_app.base_model .tunedrop/models
 	OMP_NUM_THREADS=1 $(ENGINE) .venv/bin/python -m pytest tests/containers -m containers --durations=10
 
-# To AWS: the stack as samconfig.toml's `default` names it, then the launch plan that its functions start jobs with.
+# Deploys the stack to AWS as samconfig.toml's `default` describes, then stores the launch plan from which functions start jobs.
 deploy: $(DEPLOY) $(SAM)
 	PIP='"$(CURDIR)/.venv-deploy/bin/python" -m pip' .venv-sam/bin/sam build
 	.venv-sam/bin/sam deploy
 	.venv-deploy/bin/python -m release --stack tunedrop
 	-.venv-deploy/bin/tunedrop doctor --stack tunedrop
 
-# Writes the locks after a change of what they are made of, on any machine: they hold for every Python and platform. Versions
-# that are locked stay as long as they fit; for newer ones, delete the lock first.
+# Writes the locks. They are valid for every Python and platform, and any machine can write them. Locked versions are kept where they
+# fit; to get newer versions, delete the lock first.
 UV := .venv-uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
   --no-annotate --custom-compile-command "make locks"
 locks:

@@ -1,10 +1,11 @@
-"""What a burst of uploads costs: the handlers over an emulated AWS (moto), in this process.
+"""Measures the cost of a burst of uploads: runs the handlers against an emulated AWS (moto), in one process.
 
-    .venv/bin/python -m benchmarks.burst                   # 1,000 different uploads, 200 duplicates, 20 jobs at a time
+    .venv/bin/python -m benchmarks.burst                   # 1,000 different uploads, 200 duplicates, 20 concurrent jobs
 
-Every event is delivered as EventBridge does; jobs end as soon as all that is due has been handled. Exactly one training job
-per run must be requested, and every run published. A tenth of the burst runs first: calls per run must not grow with the
-number of runs. CPU is told apart: inside AWS calls (SDK and emulator) and outside of them (the handlers' own code).
+The benchmark delivers every event as EventBridge does. When no event is left, it ends all jobs. It asserts that each run
+requests exactly one training job, and that every run is published. A burst of a tenth of the size runs first: calls per run
+must not grow with the number of runs. CPU time is measured inside AWS calls (SDK and emulator) and outside (the handlers'
+own code).
 """
 
 import argparse
@@ -35,7 +36,7 @@ from pipeline.runs.table import RUN, run_of_item  # noqa: E402
 from tunedrop.object_keys import JobName  # noqa: E402
 
 # On-demand list prices in US dollars, us-east-1, as of 2026-11, from aws.amazon.com/<service>/pricing. Writes of items under
-# 1 KB: one unit for the item and one for each entry of the index `open` that goes or comes; twice that in a transaction.
+# 1 KB: one unit for the item, and one for each entry that the index `open` gains or loses. A transaction doubles them.
 WRITE_UNIT, READ_UNIT = 0.625e-6, 0.125e-6
 PRICES = {
     "PutItem": 2 * WRITE_UNIT,
@@ -50,16 +51,16 @@ PRICES = {
     "PutEvents": 1e-6,
     "Publish": 0.5e-6,
 }
-INVOCATION = 0.2e-6  # Lambda, beside its GB-seconds
+INVOCATION = 0.2e-6  # Lambda, without its GB-seconds
 GB_SECOND = 16.6667e-6
-SECONDS_PER_INVOCATION = 0.5  # assumed: at 1 GB, most of it waiting for AWS's answers
+SECONDS_PER_INVOCATION = 0.5  # an assumption, at 1 GB; most of this time is spent waiting for AWS
 DYNAMODB = ("PutItem", "UpdateItem", "TransactWriteItems", "GetItem", "Query")
 S3 = ("PutObject", "GetObject", "ListObjectsV2", "HeadObject")
 
 
 @dataclass
 class Figures:
-    """What a burst took. Seconds of CPU; calls by operation; invocations by function."""
+    """The figures of a burst: wall and CPU seconds, calls by operation, invocations by function, jobs."""
 
     runs: int
     seconds: float = 0.0
@@ -71,20 +72,20 @@ class Figures:
     trained: int = 0
 
     def per_run(self, operations: tuple[str, ...]) -> float:
-        """Return how many of these calls a run took."""
+        """Return the number of calls of these operations per run."""
         return sum(self.calls[name] for name in operations) / self.runs
 
     @property
     def dollars_per_run(self) -> float:
-        """The control plane's cost of a run."""
+        """The cost of the control plane per run, in US dollars."""
         lambdas = self.invocations.total() * (INVOCATION + SECONDS_PER_INVOCATION * GB_SECOND)
         return (sum(PRICES.get(name, 0) * number for name, number in self.calls.items()) + lambdas) / self.runs
 
 
 def burst(uploads: int, duplicates: int, jobs: int) -> Figures:
-    """Drop `uploads` different datasets and deliver `duplicates` of their events twice; return what it took.
+    """Drop `uploads` different datasets, deliver `duplicates` of their events twice, and return the figures.
 
-    Raises AssertionError if a run is lost, not published, or trained twice.
+    Raises AssertionError if a run is lost, is not published, or is trained twice.
     """
     figures = Figures(uploads)
     with deployed(lambda name: json.loads((ROOT / "events" / f"{name}.json").read_text())) as world:
@@ -108,12 +109,12 @@ def burst(uploads: int, duplicates: int, jobs: int) -> Figures:
 
 
 def dataset(n: int) -> bytes:
-    """Return the n-th dataset: 30 rows that no other has."""
+    """Return the n-th dataset: 30 rows, different from those of all other datasets."""
     return b"".join(b'{"question": "What is %d+%d?", "answer": "%d"}\n' % (n, row, n + row) for row in range(30))
 
 
 def deliver(world: World, pending: deque[tuple[str, dict[str, Any]]], figures: Figures) -> None:
-    """Deliver the oldest event; what it makes the handlers send is delivered later."""
+    """Deliver the oldest event. Events that the handlers send are appended to `pending`."""
     function, event = pending.popleft()
     before = len(world.sent_events)
     figures.invocations[function] += 1
@@ -139,7 +140,7 @@ def end_jobs(world: World, pending: deque[tuple[str, dict[str, Any]]]) -> None:
 
 
 def outcome(n: int) -> dict[str, Any]:
-    """Return a test that the tuned model wins."""
+    """Return an inference test on which the tuned model scores higher."""
     case = {"id": f"t{n}", "prompt": [{"role": "user", "content": "?"}], "reference": "!", "tags": [], "weight": 1.0}
     answers = {
         name: {"text": text, "score": score, "rewards": {}} for name, text, score in (("base", "", 0.0), ("tuned", "!", 1.0))
@@ -148,7 +149,7 @@ def outcome(n: int) -> dict[str, Any]:
 
 
 def measure(figures: Figures) -> Any:
-    """Count the calls and their CPU from now on; return what ends that."""
+    """Start to count calls and their CPU time; return a function that stops the counting."""
     make_api_call = BaseClient._make_api_call
 
     def counting(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
@@ -164,7 +165,7 @@ def measure(figures: Figures) -> Any:
 
 
 def check(world: World, uploads: int, figures: Figures) -> None:
-    """Assert that nothing was lost and nothing done twice."""
+    """Assert that every run was published after exactly one training job."""
     scanned = world.aws.runs._table.meta.client.get_paginator("scan").paginate(TableName=world.aws.runs._table.name)
     runs = [run_of_item(item) for page in scanned for item in page["Items"] if item["id"].startswith(RUN)]
     assert len(runs) == uploads
@@ -176,20 +177,20 @@ def check(world: World, uploads: int, figures: Figures) -> None:
 
 
 def main() -> None:
-    """Print the figures of a burst beside those of a tenth of it."""
+    """Print the figures of a burst beside those of a burst of a tenth of its size."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--uploads", type=int, default=1000)
     parser.add_argument("--duplicates", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=20)
     options = parser.parse_args()
     logging.disable()
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the metrics that functions print
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # hides the metrics that the functions print
         small = burst(options.uploads // 10, options.duplicates // 10, options.jobs)
         large = burst(options.uploads, options.duplicates, options.jobs)
     rows: list[tuple[str, Any]] = [
         ("runs", lambda f: f"{f.runs}"),
         ("training jobs requested", lambda f: f"{f.trained}"),
-        ("most jobs at a time", lambda f: f"{f.most_jobs}"),
+        ("most concurrent jobs", lambda f: f"{f.most_jobs}"),
         ("runs per second", lambda f: f"{f.runs / f.seconds:.2f}"),
         ("handler CPU ms per run, own code", lambda f: f"{1000 * (f.cpu - f.cpu_in_calls) / f.runs:.1f}"),
         ("handler CPU ms per run, with SDK and moto", lambda f: f"{1000 * f.cpu / f.runs:.1f}"),

@@ -1,11 +1,10 @@
-"""Kill what can be killed while the local application works, and see that nothing is lost.
+"""Kills processes of the running local application at random, and asserts that no run is lost.
 
     .venv/bin/python -m benchmarks.chaos --minutes 10
 
-Brings the application up in a folder of its own, drops tiny datasets with a tiny model, and at random intervals kills
-(SIGKILL) the processes of Lambda functions, the processes of jobs, or the whole application, which then starts again from
-its folder. In the end every dropped dataset has a run that is published, or failed with a reason that says what happened to
-it: a job whose process was killed from outside fails as on AWS.
+Starts the application in a new folder and drops tiny datasets with a tiny model. At random intervals, kills (SIGKILL) a
+function's process, a job's process, or the whole application, which then starts again from its folder. At the end, every
+dataset must have a run that was published, or that failed with a reason. A job whose process is killed fails, as on AWS.
 """
 
 import argparse
@@ -41,7 +40,7 @@ KINDS = ("function", "job", "application")
 
 
 class Chaos:
-    """A local application that loses processes; `killed` counts what was killed, by kind, `redriven` events by function."""
+    """A local application whose processes are killed. `killed` counts kills by kind, `redriven` events by function."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -50,11 +49,11 @@ class Chaos:
         self.dropped: list[str] = []
 
     def drop(self, model: Path | None = None) -> None:
-        """Drop another dataset; again, if the application dies before S3 has taken it."""
+        """Drop another dataset, after uploading its base model if there is one."""
         folder = self.stack.folder / "datasets"
         folder.mkdir(exist_ok=True)
         name = f"d{len(self.dropped):03}"
-        # Answers of many letters: any two texts are more or less like one, so that every group teaches something.
+        # With long answers, completions of a group differ in similarity, and the group's rewards have a gradient.
         answers = [ascii_lowercase[n:] + ascii_lowercase[:n] for n in range(12)]
         rows = [f'{{"question": "Say {name} from {text[0]}", "answer": "{text}"}}\n' for text in answers]
         data, config = folder / f"{name}.jsonl", folder / f"{name}.yaml"
@@ -67,7 +66,7 @@ class Chaos:
         self.dropped.append(name)
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """Return what runs of a kind: the functions' workers, the jobs' own processes, or the emulators and all below."""
+        """Return the processes of a kind: of functions, of jobs (only the trainers), or of the whole application."""
         found = self.stack.processes()
         if kind == "application":
             return found
@@ -80,11 +79,11 @@ class Chaos:
         sagemaker = next((p for p in servers if "local_app.sagemaker.server" in _command(p)), None)
         parent = {"function": aws, "job": sagemaker}[kind]
         children = parent.children(recursive=True) if parent else []
-        # Of a job the innermost process: the trainer itself, not what keeps it in its namespace.
+        # A job's innermost process is the trainer; its parents only set up the namespace.
         return [child for child in children if kind == "function" or "trainer.job" in " ".join(_command(child))]
 
     def kill(self, kind: str) -> bool:
-        """Kill one process of a kind, or the whole application and start it again; False if there was nothing to kill."""
+        """Kill one process of a kind, or kill and restart the whole application. Returns False if no process was found."""
         found = self.processes(kind)
         if not found:
             return False
@@ -100,13 +99,14 @@ class Chaos:
         return True
 
     def runs(self) -> dict[str, Run]:
-        """Return the newest run of each dropped dataset that has one."""
+        """Return the newest run of each dropped dataset, by dataset."""
         return {run.dataset: run for run in reversed(Deployment.local(self.stack).all_runs()) if run.dataset in self.dropped}
 
     def settle(self, timeout: float) -> dict[str, Run]:
-        """Wait until every dropped dataset has a run that has ended and been announced, and return them.
+        """Wait until every dropped dataset has a run whose end has been announced, and return these runs.
 
-        What three deaths in a row have taken to the dead-letter queue is redriven, as its alarm asks an operator to.
+        Redrives the dead-letter queue, as its alarm asks an operator to do: an event whose function was killed three times
+        in a row is there. Raises AssertionError after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -130,7 +130,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def check(runs: dict[str, Run]) -> Counter[str]:
-    """Assert that every run ended published, or failed with a reason; return how many ended how."""
+    """Assert that every run was published, or failed with a reason; return the number of runs by state."""
     for run in runs.values():
         assert run.state in FINAL
         assert run.state == RunState.PUBLISHED or run.reason, run
@@ -139,7 +139,7 @@ def check(runs: dict[str, Run]) -> Counter[str]:
 
 
 def bring_up(folder: Path, parameters: Mapping[str, str] | None = None) -> Stack:
-    """Bring an application up, with its launch plan; `parameters` are the template's."""
+    """Start an application and store its launch plan; `parameters` are the template's."""
     stack = Stack(folder, parameters=parameters)
     stack.up()
     release = [sys.executable, "-m", "release", "--stack", STACK_NAME, "--region", stack.region]
@@ -148,7 +148,7 @@ def bring_up(folder: Path, parameters: Mapping[str, str] | None = None) -> Stack
 
 
 def chaos(folder: Path, minutes: float, pause: float, seed: int) -> tuple[Counter[str], Counter[str], int]:
-    """Kill for so many minutes, every `pause` seconds on average; return what was killed, how runs ended, and how many."""
+    """Kill for some minutes, every `pause` seconds on average; return the kills, the ends, and the number of datasets."""
     random.seed(seed)
     stack = bring_up(folder / "app", {"MaxConcurrentJobs": "2"})
     try:
@@ -166,7 +166,7 @@ def chaos(folder: Path, minutes: float, pause: float, seed: int) -> tuple[Counte
 
 
 def main() -> None:
-    """Print what was killed and how the runs ended."""
+    """Print the kills and the ends of the runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--pause", type=float, default=8, help="seconds between two kills, on average")

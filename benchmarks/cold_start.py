@@ -1,8 +1,9 @@
-"""How big the functions and their layers are and how long each handler takes to import, beside the SageMaker SDK.
+"""Measures the sizes of functions and layers, and each handler's import time, beside the SageMaker SDK's.
 
     .venv/bin/python benchmarks/cold_start.py
 
-Each import is a fresh process that sees the built function and its layers alone; the median of several is shown.
+Each import runs in a new process whose path has only the built function and its layers. The result is the median of several
+imports.
 """
 
 import os
@@ -21,19 +22,18 @@ TIMED = "import sys, time; sys.path[:0] = {paths!r}; t = time.perf_counter(); {s
 def import_seconds(statement: str, paths: list[str], *options: str) -> float:
     """Return the median seconds that an import statement takes in a fresh interpreter."""
     environment = {"PATH": os.environ["PATH"], "AWS_DEFAULT_REGION": "us-east-1", "POWERTOOLS_SERVICE_NAME": "benchmark"}
-    environment["LAMBDA_TASK_ROOT"] = (
-        paths[0] if paths else ""
-    )  # without it, X-Ray's SDK makes a client that Lambda never needs
+    # Without this variable, X-Ray's SDK creates a client that it does not create on Lambda.
+    environment["LAMBDA_TASK_ROOT"] = paths[0] if paths else ""
     command = [sys.executable, *options, "-c", TIMED.format(paths=paths, statement=statement)]
     runs = [
         float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
         for _ in range(RUNS + 1)
     ]
-    return statistics.median(runs[1:])  # the first one writes the byte code
+    return statistics.median(runs[1:])  # the first import also writes the byte code
 
 
 def size(folder: str) -> int:
-    """Return the bytes of the files in a folder, byte code aside."""
+    """Return the size of a folder's files in bytes, without byte code."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
 

@@ -1,9 +1,9 @@
-"""How often the gate is wrong: models that did not improve and are approved, and models that did and are.
+"""Measures the gate's error rates: the share of approved models, among models without and with an improvement.
 
     .venv/bin/python benchmarks/gate.py [--runs 2000] [--samples 400]
 
-Each line is seeded; beside it, the same gate with a plain percentile bootstrap interval. `--samples` are resamples per
-interval (the gate takes 2,000).
+Each line shows the gate beside the same gate with a plain percentile bootstrap interval, with a fixed seed. `--samples` is
+the number of resamples per interval (the gate uses 2,000).
 """
 
 import argparse
@@ -18,7 +18,7 @@ COUNTS = (20, 50, 100, 200)
 
 
 def flips(won: float, lost: float) -> Draw:
-    """Pass or fail: so many tests are won, so many lost."""
+    """Pass-or-fail scores: a share of the tests is won, a share lost."""
 
     def draw(generator: random.Random) -> float:
         roll = generator.random()
@@ -28,7 +28,7 @@ def flips(won: float, lost: float) -> Draw:
 
 
 def disasters(share: float) -> Draw:
-    """Small gains and rare total losses, that make up for each other in the mean."""
+    """Small gains and rare total losses, whose mean is zero."""
     return lambda generator: -1.0 if generator.random() < share else share / (1 - share)
 
 
@@ -52,7 +52,7 @@ LIFTS: dict[str, Draw] = {
 
 @cache
 def approved(lifts: tuple[float, ...], samples: int, span: float) -> bool:
-    """Whether the lower bound is above 0; without a span it is the plain percentile bootstrap's."""
+    """Return whether the lower bound is above 0. A span of 0 gives the plain percentile bootstrap interval."""
     return interval(lifts, [1.0] * len(lifts), 0.95, span, samples)[0] > 0
 
 
@@ -63,21 +63,21 @@ def rate(draw: Draw, tests: int, runs: int, samples: int, span: float) -> float:
 
 
 def main() -> None:
-    """Print the rates by number of tests."""
+    """Print the shares of approved models by number of tests."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=400)
     options = parser.parse_args()
     worst = {"gate": 0.0, "plain": 0.0}
-    for title, cases in (("approved where nothing improved", NULLS), ("approved where it did", LIFTS)):
+    for title, cases in (("approved without an improvement", NULLS), ("approved with an improvement", LIFTS)):
         print(f"{title:32}" + "".join(f"{f'{tests} tests':>16}" for tests in COUNTS) + "      (gate / plain bootstrap)")
         for name, draw in cases.items():
             rates = [[rate(draw, tests, options.runs, options.samples, span) for span in (1.0, 0.0)] for tests in COUNTS]
             print(f"  {name:30}" + "".join(f"{gate:>8.1%} /{plain:>6.1%}" for gate, plain in rates))
             if cases is NULLS:
                 worst = {name: max(worst[name], *(each[side] for each in rates)) for side, name in enumerate(worst)}
-    print(f"most often wrong: gate {worst['gate']:.1%}, plain bootstrap {worst['plain']:.1%}")
-    print(f"fewer than {FEW_TESTS} tests are never approved")
+    print(f"highest error rate: gate {worst['gate']:.1%}, plain bootstrap {worst['plain']:.1%}")
+    print(f"with fewer than {FEW_TESTS} tests, no model is approved")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How long a GRPO step takes: stock TRL and `SharedPrefixGRPOTrainer`, in one process, on the same model, data and seed.
+"""Measures the time of a GRPO step: stock TRL and `SharedPrefixGRPOTrainer`, with the same model, data, seed and process.
 
     .venv/bin/python -m benchmarks.grpo_step                        # the three shapes of docs/benchmarks.md
     .venv/bin/python -m benchmarks.grpo_step --shape 200,20,8 --steps 3 --micro-batches 16,32
     .venv/bin/python -m benchmarks.grpo_step --device cuda --model Qwen/Qwen2.5-1.5B-Instruct
 
-A shape is tokens of the prompt, tokens of a completion, and completions of a prompt. Both trainers get every micro-batch
-size that divides the step's completions, and the fastest counts. Every completion has its full length (the end of text does
-not end it), so that both do the same work. The first step of each run is not counted: it warms up. Where a step takes
-minutes, `--warm-up 0` counts it.
+A shape is: tokens of a prompt, tokens of a completion, completions of a prompt. Both trainers run with each micro-batch
+size, and the comparison uses each trainer's fastest size. Every completion has the full length, because the end-of-text
+token is disabled: both trainers do the same work. The first step of each run is a warm-up and is not counted. If a step
+takes minutes, `--warm-up 0` counts it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ TEXT = "Alice was beginning to get very tired of sitting by her sister on the ba
 
 
 class Figures(NamedTuple):
-    """Seconds of a step and of its parts (medians), and the memory it took at most, in GB."""
+    """Seconds of a step and of its parts (medians), and peak memory in GB."""
 
     step: float
     rollout: float
@@ -49,20 +49,20 @@ class Figures(NamedTuple):
 
 
 class Clock:
-    """Adds up the seconds spent in some of a trainer's methods."""
+    """Adds up the seconds that a trainer spends in some of its methods."""
 
     def __init__(self, device: str):
         self._device = device
         self.seconds: dict[str, float] = {}
 
     def now(self) -> float:
-        """Return the time, when the device has done what it was given."""
+        """Return the time after the device has finished its work."""
         if self._device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def watch(self, trainer: GRPOTrainer, method: str) -> None:
-        """Time every call of a method from now on."""
+        """Start to time every call of a method."""
         timed: Callable[..., Any] = getattr(trainer, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -76,20 +76,20 @@ class Clock:
 
 
 def peak_memory(device: str, reset: bool = False) -> float:
-    """Return the most memory that was in use since the last reset, in GB: of the GPU, or of this process."""
+    """Return the peak memory since the last reset, in GB: of the GPU, or of this process."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 1e9
     if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # what the run before has freed
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory of the last run
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the resident memory
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
 def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments: argparse.Namespace) -> Figures:
-    """Train for a few steps with micro-batches of a size and return the figures."""
+    """Train for a few steps with one micro-batch size and return the figures."""
     prompt, completion, generations = shape
     tokenizer = models.load_tokenizer(arguments.model)
     tokens = tokenizer(TEXT)["input_ids"]
@@ -123,7 +123,7 @@ def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments:
             peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
         )
         trainer.remove_callback(PrinterCallback)
-        # The last token of the vocabulary ends a completion instead: it has next to no probability.
+        # The vocabulary's last token now ends a completion; its probability is nearly 0.
         trainer.generation_config.eos_token_id = trainer.eos_token_ids = [len(tokenizer) - 1]
         clock = Clock(arguments.device)
         for method in ("training_step", "_generate_single_turn", "_calculate_rewards"):
@@ -152,18 +152,20 @@ def measure(kind: str, shape: tuple[int, int, int], micro_batch: int, arguments:
 
 
 def main() -> None:
-    """Print a table per shape: both trainers at every micro-batch size, then the ratio of the fastest."""
+    """Print a table per shape: both trainers at each micro-batch size, then the ratio of their fastest times."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", action="append", help="prompt,completion,generations; repeat for several")
-    parser.add_argument("--completions", type=int, default=64, help="of a step")
-    parser.add_argument("--steps", type=int, default=1, help="counted steps; the median of them is shown")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before those that are counted")
-    parser.add_argument("--micro-batches", default="8,16,32,64", help="sizes to try")
-    parser.add_argument("--trainer", choices=TRAINERS, action="append", help="only this one")
+    parser.add_argument("--completions", type=int, default=64, help="completions per step")
+    parser.add_argument("--steps", type=int, default=1, help="counted steps; the result is their median")
+    parser.add_argument("--warm-up", type=int, default=1, help="uncounted steps at the start")
+    parser.add_argument("--micro-batches", default="8,16,32,64", help="micro-batch sizes to try")
+    parser.add_argument("--trainer", choices=TRAINERS, action="append", help="run only this trainer")
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--weights", type=lambda name: getattr(torch, name), help="float32 or bfloat16; default as in a job")
+    parser.add_argument(
+        "--weights", type=lambda name: getattr(torch, name), help="float32 or bfloat16; default: as in a job"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,12 +1,12 @@
-"""How well the learnability gate foretells the share of groups with a gradient that training then measures.
+"""Measures how well the learnability gate predicts the share of groups with a gradient in training.
 
     .venv/bin/python -m benchmarks.learnability
     .venv/bin/python -m benchmarks.learnability --seeds 20 --steps 8
 
-The demo's task and config. For each seed the gate asks the base model, with different numbers of prompts and of answers to
-each, and then the trainer takes some steps on the rows in its own order, at a learning rate of next to nothing: so that all
-groups that it measures, and not only those of the first step, are answered by the model that the gate saw. What the gates
-expect is held against the share of all groups measured.
+The benchmark uses the demo's task and config. For each seed, the gate samples the base model with different numbers of
+prompts and of completions per prompt. Then the trainer takes some steps with a learning rate of nearly 0, because the model
+must not change: the trainer's groups then come from the same model as the gate's. The benchmark compares each gate's
+prediction with the measured share.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tunedrop_cli/sample"
-# Prompts and answers to each. The gate asks 24 prompts in a run as short as the demo's.
+# Prompts, and completions of each. The gate samples 24 prompts in a run as short as the demo.
 GATES = [(24, 2), (24, 4), (12, 8), (24, 8)]
 WITHIN = 10  # points
-NEXT_TO_NOTHING = 1e-12
+NEARLY_ZERO = 1e-12
 
 
 def run(seed: int, steps: int) -> tuple[list[float], float]:
-    """Return what each gate expects, and the share that training measures."""
+    """Return the prediction of each gate, and the share that training measures."""
     values = yaml.safe_load((SAMPLE / "additions.yaml").read_text())
-    values["grpo"] |= {"seed": seed, "max_steps": steps, "learning_rate": NEXT_TO_NOTHING, "logging_steps": 1}
+    values["grpo"] |= {"seed": seed, "max_steps": steps, "learning_rate": NEARLY_ZERO, "logging_steps": 1}
     config = parse_run_config(values)
     location = str(ROOT / ".tunedrop/models" / config.model)
     tokenizer = models.load_tokenizer(location)
@@ -60,7 +60,7 @@ def run(seed: int, steps: int) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    """Print what was expected and measured for each seed, and how far off each gate was."""
+    """Print the predicted and measured shares for each seed, and the error of each gate."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=4)
@@ -69,12 +69,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    print("groups with a gradient: expected from (prompts x answers), and measured")
+    print("groups with a gradient: predicted from (prompts x completions), and measured")
     print("seed  " + "".join(f"{prompts:>6} x {samples}" for prompts, samples in GATES) + "  measured")
     runs = []
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)  # where checkpoints would be
+            os.chdir(folder)  # the trainer's output folder is relative
             runs.append(run(seed, arguments.steps))
         expected, measured = runs[-1]
         print(f"{seed:4}  " + "".join(f"{share:>10.2f}" for share in expected) + f"{measured:>10.2f}", flush=True)
@@ -85,9 +85,10 @@ def main() -> None:
         own = [100 * (expected[number] - measured) for expected, measured in runs]
         off = [100 * (expected[number] - truth) for expected, _ in runs]
         print(
-            f"{prompts} x {samples}: {statistics.fmean(off):+.1f} points off on average, {statistics.stdev(off):.1f} from "
-            f"seed to seed; within {WITHIN} points of all: {sum(abs(each) <= WITHIN for each in off)} of {len(off)}, "
-            f"of its own run: {sum(abs(each) <= WITHIN for each in own)}"
+            f"{prompts} x {samples}: mean error {statistics.fmean(off):+.1f} points, "
+            f"standard deviation {statistics.stdev(off):.1f}; "
+            f"within {WITHIN} points of all seeds: {sum(abs(each) <= WITHIN for each in off)} of {len(off)}, "
+            f"of its own seed: {sum(abs(each) <= WITHIN for each in own)}"
         )
 
 

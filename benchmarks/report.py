@@ -1,6 +1,6 @@
-"""How soon the pages show: the first paint of a report with 200 tests and an index of 500 runs, beside an empty page's.
+"""Measures the first paint of a report with 200 tests and of an index of 500 runs, beside an empty page's.
 
-python -m benchmarks.report
+.venv/bin/python -m benchmarks.report
 """
 
 import statistics
@@ -22,7 +22,7 @@ PAINT = """() => new Promise((done) => new PerformanceObserver((list) =>
 
 
 def main() -> None:
-    """Print size and first paint of each page."""
+    """Print the size and the median first paint of each page."""
     pages = {
         "empty page": "<!doctype html><title>x</title><p>x",
         "report, 200 tests": made_report(made_tests(200)),

@@ -1,8 +1,8 @@
-"""Testing 200 prompts with a base and a tuned model: the test job's batches beside pipelines, one prompt at a time.
+"""Measures a test job of 200 prompts and two models, beside `transformers` pipelines that take one prompt at a time.
 
     .venv/bin/python benchmarks/test_model.py [--prompts 200] [--tokens 32]
 
-Both load the two models (here the same weights twice) and decode greedily in the same type, in one process.
+Both load two models (here the same weights twice) and decode greedily, with the same data type and in the same process.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tunedrop_cli.sample import DATA
 
 
 def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
-    """Answer as the test job does."""
+    """Return the completions of the test job's engine."""
     config = parse_run_config({"model": "base", "grpo": {"max_completion_length": tokens}})
     tokenizer = models.load_tokenizer(location)
     engine = load(location, tokenizer, Decoding.of(config))
@@ -37,14 +37,14 @@ def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]
 
 
 def one_by_one(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
-    """Answer with a text-generation pipeline, prompt by prompt."""
+    """Return the completions of a text-generation pipeline, prompt by prompt."""
     dtype = torch.bfloat16 if models.fast_bf16() else torch.float32
     chat = pipeline("text-generation", model=location, dtype=dtype)
     return [chat(test.prompt, max_new_tokens=tokens, do_sample=False)[0]["generated_text"][-1]["content"] for test in tests]
 
 
 def main() -> None:
-    """Print the seconds of both ways, and their ratio."""
+    """Print the seconds of the test job and of the pipelines, and their ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32)
@@ -64,7 +64,7 @@ def main() -> None:
         print(f"{name:10} {len(tests)} prompts, 2 models: {seconds[name]:6.1f} s")
     same = sum(one.strip() == other.strip() for one, other in zip(*texts.values(), strict=True))
     ratio = seconds["test job"] / seconds["pipelines"]
-    print(f"test job / pipelines: {ratio:.2f} of the time; {same} of {len(tests)} answers alike")
+    print(f"test job / pipelines: {ratio:.2f} of the time; {same} of {len(tests)} completions identical")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How long the demo's task takes to learn: seconds of training until a held-out reward, stock TRL and shared prefix.
+"""Measures the seconds of training until a held-out reward on the demo's task: stock TRL and shared prefix.
 
     .venv/bin/python -m benchmarks.time_to_reward
     .venv/bin/python -m benchmarks.time_to_reward --target 0.95 --seeds 5 --micro-batches 12,24,48
 
-The run config is the sample's. Every fifth row is held out; after each step the model answers those rows greedily and the
-sample's reward scores the answers, off the clock. Stock TRL runs at the micro-batch size at which it is fastest, found on
-one step each, and so does the shared-prefix trainer.
+The run config is the sample's. Every fifth row is held out. After each step, the model answers these rows greedily, and the
+sample's reward scores the completions; this time is not counted. Each trainer runs with its fastest micro-batch size, which
+the benchmark first determines with short runs.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from tunedrop.rewards import build_rewards
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tunedrop_cli/sample"
 TRAINERS = {"stock TRL": GRPOTrainer, "shared prefix": SharedPrefixGRPOTrainer}
-STEP = 48  # completions a step, as in the sample
+STEP = 48  # completions per step, as in the sample
 
 
 class HeldOut(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """After each step, stops the clock, has the held-out questions answered, and ends training at the target."""
+    """After each step, stops the clock and scores the held-out rows. Ends the training at the target."""
 
     def __init__(self, rows: list[dict[str, Any]], tokenizer: Any, reward: Any, length: int, target: float):
         self._prompts = tokenizer.apply_chat_template(
@@ -68,7 +68,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
 
 
 def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> HeldOut:
-    """Train until the target or for so many steps; returns what was seen after each step."""
+    """Train until the target, or for at most `steps` steps; return the seconds and the held-out rewards of all steps."""
     config = parse_run_config(yaml.safe_load((SAMPLE / "additions.yaml").read_text()))
     rows = dataset.load_rows(SAMPLE / "additions.jsonl", config, None)
     learn, held_out = [row for index, row in enumerate(rows) if index % 5], rows[::5]
@@ -77,7 +77,7 @@ def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> He
     [reward] = build_rewards(config.rewards)
     watch = HeldOut(held_out, tokenizer, reward, int(config.grpo["max_completion_length"]), target)
     with tempfile.TemporaryDirectory() as folder:
-        given = config.grpo | {
+        grpo = config.grpo | {
             "output_dir": folder,
             "seed": seed,
             "max_steps": steps,
@@ -92,7 +92,7 @@ def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> He
         trainer = TRAINERS[kind](
             model=models.load_model(location, dtype=models.weights_dtype()),
             reward_funcs=RowReward(reward, learn),
-            args=GRPOConfig(**given),
+            args=GRPOConfig(**grpo),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(learn)]),
             processing_class=tokenizer,
             peft_config=LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs()),
@@ -104,13 +104,13 @@ def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> He
 
 
 def main() -> None:
-    """Print seconds and steps to the target per seed and trainer, and the ratio of the medians."""
+    """Print the seconds and steps to the target by trainer and seed, and the ratio of the medians."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", type=float, default=0.9, help="mean held-out reward to reach")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-steps", type=int, default=25)
-    parser.add_argument("--micro-batches", default="8,16,24,48", help="sizes to try")
-    parser.add_argument("--trainer", choices=TRAINERS, action="append", help="only this one")
+    parser.add_argument("--micro-batches", default="8,16,24,48", help="micro-batch sizes to try")
+    parser.add_argument("--trainer", choices=TRAINERS, action="append", help="run only this trainer")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -121,7 +121,7 @@ def main() -> None:
     for kind in arguments.trainer or TRAINERS:
         costs = {size: run(kind, size, 0, 2, 2.0).seconds[-1] for size in sizes} if len(sizes) > 1 else {sizes[0]: 0.0}
         size = min(costs, key=lambda each: costs[each])
-        print(f"\n{kind}: micro-batch {size} (of {', '.join(f'{each}: {cost:.1f} s' for each, cost in costs.items())})")
+        print(f"\n{kind}: micro-batch {size} ({', '.join(f'{each}: {cost:.1f} s' for each, cost in costs.items())})")
         totals = []
         for seed in range(arguments.seeds):
             watch = run(kind, size, seed, arguments.max_steps, arguments.target)
@@ -130,7 +130,7 @@ def main() -> None:
             print(f"  seed {seed}: {totals[-1]:.1f} s, {len(watch.seconds)} steps", flush=True)
         medians.append(statistics.median(totals))
     if len(medians) == 2:
-        print(f"median {medians[0]:.1f} s and {medians[1]:.1f} s: {medians[0] / medians[1]:.2f} times sooner")
+        print(f"median {medians[0]:.1f} s and {medians[1]:.1f} s: {medians[0] / medians[1]:.2f} times faster")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How fast a dataset is checked, beside two ways that people take: the same checks, the same file, one process.
+"""Measures the speed of validation, beside two common methods with the same checks, the same file and one process.
 
     .venv/bin/python benchmarks/validate_dataset.py [--megabytes 200] [--memory 2000]
 
-The file is chat-style JSON Lines of about 700 bytes a row. Every way reads it, checks each row's messages, their roles and
-their order, and that prompt and answer are not empty; measures lengths; finds repeated rows and prompts; holds rows out; and
-writes what is left as canonical rows. Then come the same rows in other formats, with their sizes as read (gzip: unpacked).
-`--memory` checks a file of so many megabytes in a process of its own, and prints by how much its resident memory grew.
+The file is chat-style JSON Lines with about 700 bytes per row. Each method reads it; checks the messages of each row, their
+roles and their order, and that prompt and answer are not empty; measures lengths; finds repeated rows and prompts; holds
+rows out; and writes the other rows in canonical form. Then Tunedrop validates the same rows in other formats (sizes of gzip
+files are unpacked). `--memory` is the size in megabytes of a file that a new process validates, to print the growth of its
+resident memory.
 """
 
 import argparse
@@ -36,7 +37,7 @@ HELD_OUT = 256
 
 
 def write_rows(path: Path, megabytes: int) -> int:
-    """Write the dataset; return how many rows it has."""
+    """Write the dataset; return its number of rows."""
     generator = random.Random(0)
     words = [f"word{n}" for n in range(5000)]
 
@@ -54,7 +55,7 @@ def write_rows(path: Path, megabytes: int) -> int:
 
 
 def tunedrop(path: Path, folder: Path) -> int:
-    """Check with what `validate_dataset` runs."""
+    """Validate with the code of `validate_dataset`; return the number of rows."""
     config, about_config = read_config(b"", "model")
     reader: io.BufferedReader = io.BufferedReader(io.FileIO(path), BLOCK_BYTES)
     with reader as file:
@@ -75,13 +76,13 @@ def tunedrop(path: Path, folder: Path) -> int:
     return receipt.rows
 
 
-# --- the same checks, as they are written around a loader ---
+# --- the same checks in a loop over the rows of a loader ---
 
 Conversation = list[dict[str, str]]
 
 
 def finish(conversations: Iterable[Conversation], folder: Path) -> int:
-    """Do with conversations that are known to be well-formed what the receipt needs."""
+    """Check well-formed conversations and collect what a receipt contains; return the number of rows."""
     prompts, answers = Counter[int](), Counter[int]()
     seen: set[bytes] = set()
     repeated = rows = 0
@@ -93,7 +94,7 @@ def finish(conversations: Iterable[Conversation], folder: Path) -> int:
             turns = roles[1:] if roles[:1] == ["system"] else roles
             good = answer["role"] == "assistant" and turns and turns[0] == "user" and turns[-1] == "user"
             if not good or "system" in turns or not prompt[-1]["content"].strip() or not answer["content"].strip():
-                raise ValueError(f"row {rows + 1} is not good")
+                raise ValueError(f"row {rows + 1} is not valid")
             text = "\0".join(message["content"] for message in prompt)
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             pair = hashlib.blake2b(answer["content"].encode(), digest_size=8, key=digest).digest()
@@ -110,7 +111,7 @@ def finish(conversations: Iterable[Conversation], folder: Path) -> int:
 
 
 def datasets_loader(path: Path, folder: Path) -> int:
-    """(a) Hugging Face `datasets.load_dataset("json")`, its rows checked in a loop."""
+    """Validate with Hugging Face's `datasets.load_dataset("json")` and a loop over its rows."""
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
@@ -127,7 +128,7 @@ def datasets_loader(path: Path, folder: Path) -> int:
 
 
 class Message(BaseModel):
-    """A message, for pydantic."""
+    """A message as a pydantic model."""
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "user", "assistant"]
@@ -135,14 +136,14 @@ class Message(BaseModel):
 
 
 class Record(BaseModel):
-    """A row, for pydantic."""
+    """A row as a pydantic model."""
 
     model_config = ConfigDict(extra="forbid")
     messages: list[Message]
 
 
 def json_and_pydantic(path: Path, folder: Path) -> int:
-    """(b) The standard library's `json` and pydantic models."""
+    """Validate with the standard library's `json` and pydantic models."""
 
     def conversations() -> Iterable[Conversation]:
         with path.open() as file:
@@ -193,23 +194,23 @@ def timed(check: Callable[[Path, Path], int], path: Path, rows: int) -> tuple[fl
 
 
 def processor() -> float:
-    """Return the processor seconds of this process and those it started: Parquet is read by one."""
+    """Return the processor seconds of this process and of its children; a child reads Parquet."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def peak_bytes() -> int:
-    """Return the most resident memory that this process had. (What getrusage says begins with its parent's.)"""
+    """Return the peak resident memory of this process. (getrusage would include its parent's before the fork.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def grown(path: Path) -> dict[str, Any]:
-    """Check a file in this process and say by how much it grew."""
+    """Validate a file in this process; return rows, seconds, and the growth of its memory in MB."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         small = Path(folder) / "small.jsonl"
         write_rows(small, 1)
-        tunedrop(small, Path(folder))  # what is imported late is imported now
+        tunedrop(small, Path(folder))  # loads the modules that are imported on first use
         before = peak_bytes()
         started = processor()
         rows = tunedrop(path, Path(folder))
@@ -244,9 +245,9 @@ def main() -> None:
             file.unlink()
         rows = write_rows(path, arguments.memory)
         done = subprocess.run([sys.executable, __file__, "--grown", str(path)], check=True, capture_output=True, text=True)
-        found, size = json.loads(done.stdout.splitlines()[-1]), path.stat().st_size
-        speed = size / found["seconds"] / 1e6
-        print(f"{size / 1e6:.0f} MB, {found['rows']} rows: {speed:.1f} MB/s, the process grew by {found['mb']:.0f} MB")
+        growth, size = json.loads(done.stdout.splitlines()[-1]), path.stat().st_size
+        speed = size / growth["seconds"] / 1e6
+        print(f"{size / 1e6:.0f} MB, {growth['rows']} rows: {speed:.1f} MB/s, the process grew by {growth['mb']:.0f} MB")
 
 
 if __name__ == "__main__":

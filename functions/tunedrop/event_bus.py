@@ -1,4 +1,4 @@
-"""Our events on their way out: the entry for PutEvents, and putting it. Without Powertools: training jobs send some, too."""
+"""Sends the application's events to EventBridge. Training jobs import this module too, without Powertools."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +10,7 @@ ALERT = "Training Alert"
 
 
 def entry(bus: str, detail_type: str, detail: Any) -> dict[str, Any]:
-    """Return the entry for PutEvents of any event of ours."""
+    """Return the PutEvents entry of an event; `detail` is any value that msgspec can encode as JSON."""
     return {
         "EventBusName": bus,
         "Source": SOURCE,
@@ -21,18 +21,18 @@ def entry(bus: str, detail_type: str, detail: Any) -> dict[str, Any]:
 
 
 class EventNotDeliveredError(Exception):
-    """EventBridge took the request and refused the event in it."""
+    """EventBridge accepted the request but rejected its event."""
 
 
 def put(client: Any, event: dict[str, Any]) -> None:
-    """Put an event on its bus. Raises EventNotDeliveredError when PutEvents answers 200 with a failed entry."""
+    """Put an event on its bus. Raises EventNotDeliveredError if PutEvents succeeds but reports a failed entry."""
     answer = client.put_events(Entries=[event])
     if answer["FailedEntryCount"]:
         raise EventNotDeliveredError(f"{event['DetailType']}: {answer['Entries'][0].get('ErrorMessage')}")
 
 
 class AlertEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A training job names what goes wrong in it (see docs/alerts.md)."""
+    """An alert of a training job (docs/alerts.md). `evidence` has the figures that caused the alert, by name."""
 
     run_id: str
     dataset: str
@@ -44,10 +44,10 @@ class AlertEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def detail(self) -> dict[str, Any]:
-        """The event's detail; an attempt names each code once, in a restarted job again."""
+        """The event's detail. A code has one `id` per attempt: a restarted job may send the same `id` again."""
         name = f"{self.run_id}/{self.attempt}/{ALERT}/{self.code}"
         return {"id": name, "status": "TRAINING", **msgspec.to_builtins(self)}
 
     def entry(self, bus: str) -> dict[str, Any]:
-        """Return the entry for PutEvents."""
+        """Return the PutEvents entry."""
         return entry(bus, ALERT, self.detail)

@@ -1,11 +1,11 @@
-"""Where objects lie in the two buckets, and how datasets, runs and jobs are named. Users and tests rely on these names."""
+"""The keys of objects in both buckets, and the names of datasets, runs and jobs. Users rely on these names."""
 
 import re
 from typing import NamedTuple
 
 TRAINING_DATA = "training_data/"
 INFERENCE_TESTS = "inference_test/"
-BESIDE = (".yaml", ".py")  # suffixes of configs and rewards
+BESIDE = (".yaml", ".py")  # suffixes of run configs and `python` rewards
 TEST_SUFFIXES = (".json", ".jsonl", ".yaml", ".csv")
 LAUNCH_PLANS = "launch_plans/"
 CURRENT_PLAN = LAUNCH_PLANS + "current.json"
@@ -21,22 +21,22 @@ def dataset_of(key: str) -> str:
 
 
 def is_dataset(key: str) -> bool:
-    """Whether an object is dropped to be trained on: under `training_data/`, and not what only lies beside a dataset.
+    """Return whether an object under `training_data/` is a dataset.
 
-    That is a run config, a file of a `python` reward, a folder that a console made, and what tools hide: names that begin
-    with `.` or `_` (`.DS_Store`, Spark's `_SUCCESS`).
+    These objects are not: run configs, files of `python` rewards, folders (S3's console creates empty objects for them), and
+    hidden files, whose names begin with `.` or `_` (`.DS_Store`, Spark's `_SUCCESS`).
     """
     name = key.rpartition("/")[2]
     return key.startswith(TRAINING_DATA) and bool(name) and not name.startswith((".", "_")) and not name.endswith(BESIDE)
 
 
 def config_key(dataset: str) -> str:
-    """Return where a dataset's run config is looked for."""
+    """Return the key of a dataset's run config."""
     return f"{TRAINING_DATA}{dataset}.yaml"
 
 
 def tests_keys(dataset: str) -> list[str]:
-    """Return where a dataset's inference tests are looked for, in order."""
+    """Return the possible keys of a dataset's inference tests, in order of precedence."""
     return [f"{INFERENCE_TESTS}{name}{suffix}" for name in (dataset, "evaluations") for suffix in TEST_SUFFIXES]
 
 
@@ -46,17 +46,20 @@ def model_prefix(model: str) -> str:
 
 
 def run_key(run_id: str, name: str = "") -> str:
-    """Return the key of a run's object in the artifact bucket (its folder without `name`)."""
+    """Return the key of a run's object in the artifact bucket; without `name`, the run's folder."""
     return f"runs/{run_id}/{name}"
 
 
 def slug(dataset: str) -> str:
-    """Return the part of a run id that people recognise: the dataset's name in characters a job name may have."""
+    """Return the readable part of a run id: the dataset's name, reduced to the characters of SageMaker's job names."""
     return re.sub(r"[^a-zA-Z0-9]+", "-", dataset).strip("-")[:SLUG_LENGTH].strip("-") or "dataset"
 
 
 class JobName(NamedTuple):
-    """`<prefix>-<train|test>-<run_id>-<attempt>`, unique per account and region: the last lock of an attempt."""
+    """`<prefix>-<train|test>-<run_id>-<attempt>`.
+
+    SageMaker refuses a second job of the same name in an account and region, so an attempt cannot start a job twice.
+    """
 
     prefix: str
     kind: str
@@ -68,7 +71,7 @@ class JobName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str, prefix: str) -> "JobName":
-        """Take a job name apart. Raises ValueError if it is not one of this stack's."""
+        """Parse a job name. Raises ValueError if the name is not that of a job of the stack with this prefix."""
         match = re.fullmatch(rf"{re.escape(prefix)}-(train|test)-(.+-[0-9a-f]{{12}})-(\d+)", name)
         if match is None:
             raise ValueError(f"'{name}' is not a job of the stack with the prefix '{prefix}'")

@@ -126,7 +126,7 @@ def test_a_quota_below_the_need_is_said_at_once_and_once(world, config, quota):
     for _ in range(3):
         room(world)
     (notification,) = world.notifications
-    assert notification["Subject"] == "Run waits for a quota: cars"
+    assert notification["Subject"] == "Run waiting for a quota increase: cars"
     assert run.reason in json.loads(notification["Message"])["default"]
     events = [json.loads(each["Detail"]) for each in world.sent_events if each["DetailType"] == "Training Waiting"]
     assert {each["reason"] for each in events} == {run.reason}

@@ -21,8 +21,8 @@ def test_size_and_what_it_says():
     for words in (
         "could not be scored",
         "ENTROPY_COLLAPSE",
-        "Planned before it started",
-        "Could it be learnt?",
+        "Estimate before training",
+        "Learnability",
         "Merge parity",
         "0.0071",
         "aws s3api get-object",
@@ -36,8 +36,8 @@ def test_long_answers_are_cut_so_that_the_page_stays_small():
     long = [structs.replace(test, reference="r" * 50_000, tuned=tuned) for test in made_tests(800)]
     page = made_report(long)
     assert len(page.encode()) < 2 * 1024**2
-    assert "(cut here; all of it is in inference.json)" in page
-    assert "The 500 tests that changed most are shown" in page
+    assert "(truncated; inference.json has the full text)" in page
+    assert "Only the 500 tests with the largest change are shown" in page
 
 
 def test_filters_and_search(opened):
@@ -68,7 +68,7 @@ def test_differences_are_by_word_and_can_be_turned_off(opened):
     expect(card.locator("ins").first).to_have_text("cat")
     assert card.locator("del").all_text_contents() == ["fox"]
     assert card.locator("ins").all_text_contents() == ["cat", f" {HOSTILE}"]
-    card.page.get_by_label("show differences").uncheck()
+    card.page.get_by_label("Show differences").uncheck()
     expect(card.locator("ins, del")).to_have_count(0)
     assert card.locator(".answer").all_text_contents() == [before, after]
 

@@ -120,7 +120,7 @@ def test_make_takes_the_newest_python_that_runs(tmp_path: Path, run: list[str], 
     if taken:
         assert f"python{taken} -m venv .venv-sam" in done.stdout
     else:
-        assert "no python3.13, python3.12 or python3.11 runs here" in done.stderr
+        assert "python3.13, python3.12 and python3.11 not found" in done.stderr
 
 
 @pytest.mark.parametrize("browser", ["chromium", "google-chrome", None])
@@ -134,7 +134,7 @@ def test_make_leaves_the_browser_tests_out_where_there_is_no_browser_and_says_so
     done = subprocess.run(make, cwd=PROJECT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert "-m pytest -n 2" in done.stdout
     assert ("--ignore=tests/report" in done.stdout) == (browser is None)
-    assert ("no browser: tests/report not run. Install Chromium" in done.stdout) == (browser is None)
+    assert ("tests/report skipped, because no browser was found. Install Chromium" in done.stdout) == (browser is None)
 
 
 def test_make_containers_does_not_pass_where_no_engine_can_be_had() -> None:

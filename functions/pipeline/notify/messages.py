@@ -1,8 +1,8 @@
-"""What the topic's subscribers get: a text for people, JSON for programs, a card for chat channels.
+"""The messages to the topic's subscribers, in one format for each protocol.
 
-An e-mail is a short text. `http`, `sqs`, `lambda` and `firehose` subscribers get the event's detail as JSON. `https`
-subscribers get a custom notification of Amazon Q Developer in chat applications, which posts it to Slack or Teams; the
-figures are in its `additionalContext`
+An e-mail is a short text. `http`, `sqs`, `lambda` and `firehose` subscribers receive the event's detail as JSON. `https`
+subscribers receive a custom notification for Amazon Q Developer in chat applications, which posts it to Slack or Teams. Its
+`additionalContext` contains the figures
 (https://docs.aws.amazon.com/chatbot/latest/adminguide/custom-notifs.html).
 """
 
@@ -14,13 +14,13 @@ from pipeline.notify import events
 from pipeline.notify.events import RunEvent
 
 PROGRAMS = ("http", "sqs", "lambda", "firehose")
-SUBJECT_CHARACTERS = 99  # SNS: ASCII, no line breaks, less than 100
-# Half of what an SNS message may have, so that no long reason keeps one from being sent.
+SUBJECT_CHARACTERS = 99  # SNS: ASCII without line breaks, fewer than 100 characters
+# The most characters of a reason. SNS accepts 256 KB for a message in all its formats.
 MOST_CHARACTERS = 2_000
 
 
 def outcome_of(event: RunEvent) -> str:
-    """Return what subscribers filter by, as `verdict`: the gate's, FAILED, CANCELLED, WAITING or DATASET_REJECTED."""
+    """Return the attribute `verdict` of filter policies: the gate's, FAILED, CANCELLED, WAITING or DATASET_REJECTED."""
     if event.detail_type == events.PUBLISHED:
         return str(event.extra["verdict"])
     if event.detail_type == events.REJECTED:
@@ -31,7 +31,7 @@ def outcome_of(event: RunEvent) -> str:
 
 
 def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
-    """Return the arguments of SNS's Publish for the end of a run; `link` opens the report in a browser."""
+    """Return the arguments of SNS's Publish about an event; `link` opens the report in a browser."""
     outcome, run, detail = outcome_of(event), event.run, event.detail
     headline, figures = _headline(event, outcome), _figures(event)
     reasons = [reason[:MOST_CHARACTERS] for reason in event.extra.get("reasons", [run.reason] if run.reason else [])]
@@ -56,13 +56,16 @@ def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
 
 
 def _headline(event: RunEvent, outcome: str) -> str:
-    """`APPROVED: cars, score 0.32 -> 0.93`, in ASCII but for the dataset's name."""
+    """Return a headline, for example `APPROVED: cars, score 0.32 -> 0.93`. Only the dataset's name may contain non-ASCII."""
     if event.detail_type == events.PUBLISHED:
         comparison = event.extra["comparison"]
         return f"{outcome}: {event.run.dataset}, score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
-    headlines = {"DATASET_REJECTED": "Dataset rejected", "CANCELLED": "Run stopped", "WAITING": "Run waits for a quota"}
-    what = headlines.get(outcome, "Run failed")
-    return f"{what}: {event.run.dataset}"
+    headlines = {
+        "DATASET_REJECTED": "Dataset rejected",
+        "CANCELLED": "Run stopped",
+        "WAITING": "Run waiting for a quota increase",
+    }
+    return f"{headlines.get(outcome, 'Run failed')}: {event.run.dataset}"
 
 
 def _figures(event: RunEvent) -> dict[str, str]:
@@ -70,10 +73,10 @@ def _figures(event: RunEvent) -> dict[str, str]:
         return {}
     comparison, cost = event.extra["comparison"], event.extra["cost"]["usd"]
     return {
-        "score": f"{comparison['base_score']:.3f} -> {comparison['tuned_score']:.3f}, base -> tuned",
-        "lift": f"{comparison['lift']:+.3f}, between {comparison['lift_low']:+.3f} and {comparison['lift_high']:+.3f}",
+        "score": f"{comparison['base_score']:.3f} (base) -> {comparison['tuned_score']:.3f} (tuned)",
+        "lift": f"{comparison['lift']:+.3f} (interval {comparison['lift_low']:+.3f} to {comparison['lift_high']:+.3f})",
         "tests": f"{comparison['wins']} won, {comparison['ties']} tied, {comparison['losses']} lost",
-        "cost": "not known" if cost is None else f"${cost:.2f}",
+        "cost": "unknown" if cost is None else f"${cost:.2f}",
     }
 
 
@@ -85,7 +88,7 @@ def _card(
     links: dict[str, str],
     context: dict[str, str],
 ) -> dict[str, Any]:
-    """Return a custom notification, version 1.0."""
+    """Return a custom notification for chat channels, version 1.0 of its schema."""
     lines = [*reasons, *(f"*{name}*: {value}" for name, value in figures.items())]
     return {
         "version": "1.0",

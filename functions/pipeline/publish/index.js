@@ -22,14 +22,14 @@ function sparkline(values) {
   path.setAttribute("d", "M" + known.map((value, at) => `${((100 * at) / (known.length - 1)).toFixed(1)} ${(28 - (26 * (value - low)) / range).toFixed(1)}`).join("L"));
   svg.append(path);
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `reward while training, from ${number(known[0])} to ${number(known.at(-1))}`);
+  svg.setAttribute("aria-label", `mean reward during training, from ${number(known[0])} to ${number(known.at(-1))}`);
   return svg;
 }
 const pill = (run) => make("span", { className: `pill ${run.verdict}`, textContent: run.verdict });
 const link = (run) => make("span", {}, make("a", { href: `${run.run_id}/report.html`, textContent: run.dataset }), make("div", { className: "soft small", textContent: run.run_id + (run.attempt > 1 ? `, attempt ${run.attempt}` : "") }));
 const lift = (run) => make("span", { className: run.low > 0 ? "up" : run.high < 0 ? "down" : "", textContent: signed(run.lift), title: `interval ${signed(run.low)} to ${signed(run.high)}` });
 
-// title, what a run is sorted by, what is shown of it, class
+// title, sort key of a run, content of its cell, class
 const columns = [
   ["dataset", (run) => run.dataset, link, ""],
   ["verdict", (run) => run.verdict, pill, ""],
@@ -74,7 +74,7 @@ function compare() {
   find("#compare").hidden = chosen.size !== 2;
   if (chosen.size !== 2) return;
   const both = [...chosen];
-  const lines = [["run", link], ...columns.slice(1).map(([title, , view]) => [title, view]), ["interval of the lift", (run) => `${signed(run.low)} to ${signed(run.high)}`], ["won / tied / lost", (run) => `${run.wins} / ${run.ties} / ${run.losses}`], ["learning rate", (run) => String(run.learning_rate ?? "")], ["rewards", (run) => run.rewards.join(", ")], ["steps", (run) => String(run.steps ?? "")], ["rows", (run) => String(run.rows)]];
+  const lines = [["run", link], ...columns.slice(1).map(([title, , view]) => [title, view]), ["lift interval", (run) => `${signed(run.low)} to ${signed(run.high)}`], ["won / tied / lost", (run) => `${run.wins} / ${run.ties} / ${run.losses}`], ["learning rate", (run) => String(run.learning_rate ?? "")], ["rewards", (run) => run.rewards.join(", ")], ["steps", (run) => String(run.steps ?? "")], ["rows", (run) => String(run.rows)]];
   find("#compare table").replaceChildren(make("tbody", {}, ...lines.map(([title, view]) => {
     const cells = both.map((run) => make("td", {}, view(run)));
     return make("tr", { className: cells[0].textContent === cells[1].textContent ? "" : "differs" }, make("th", { textContent: title }), ...cells);
@@ -89,5 +89,5 @@ find("#dataset").append(...[...new Set(runs.map((run) => run.dataset))].sort().m
 for (const selector of ["#search", "#verdict", "#dataset"]) find(selector).addEventListener("input", show);
 find("#clear").addEventListener("click", () => { chosen.clear(); for (const row of rows.values()) row.querySelector("input").checked = false; compare(); });
 const approved = runs.filter((run) => run.verdict === "APPROVED").length;
-find("#summary").textContent = `${runs.length} published, ${approved} approved` + (runs.length ? `, the last on ${runs.map((run) => run.published).sort().at(-1).slice(0, 10)}` : "");
+find("#summary").textContent = `${runs.length} published, ${approved} approved` + (runs.length ? `, latest on ${runs.map((run) => run.published).sort().at(-1).slice(0, 10)}` : "");
 show();

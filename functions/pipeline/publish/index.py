@@ -1,4 +1,4 @@
-"""`index.html`: the page of all published runs. The page itself is the store: it carries its runs as JSON."""
+"""`index.html`: the page of all published runs. The page contains its runs as JSON, and no other file stores them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ SPARKLINE_POINTS = 24
 
 
 class IndexedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What `index.html` says about a published run."""
+    """A published run on `index.html`. Scores are rounded to 4 digits; `reward` has points of the training curve."""
 
     run_id: str
     dataset: str
@@ -72,27 +72,29 @@ def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published
 
 
 def render_index(runs: Sequence[IndexedRun]) -> str:
-    """Return the page of all runs. It carries what it shows as JSON, so that `read_index` gives the runs back."""
+    """Return the page of all runs. The page contains them as JSON, which `read_index` reads."""
     from markupsafe import Markup
 
-    # In a script element only "</script" and "<!--" end the text; without any "<" there is neither.
+    # Only "</script" and "<!--" can end the text of a script element. Text without "<" contains neither.
     data = msgspec.json.encode(list(runs)).decode().replace("<", r"\u003c")
     return render_page("index", data=Markup(data))  # noqa: S704 - JSON without "<"
 
 
 def read_index(page: str) -> list[IndexedRun]:
-    """Return the runs that a page made by `render_index` shows. Raises ValueError for any other page."""
+    """Return the runs of a page from `render_index`. Raises ValueError for any other page."""
     _, found, rest = page.partition(_DATA)
     if not found:
-        raise ValueError("the page of all runs has no data: delete it, and the next publication makes a new one")
+        raise ValueError(
+            f"{object_keys.INDEX} contains no data about runs: delete it, and the next publication creates a new page"
+        )
     return msgspec.json.decode(rest.partition("</script>")[0], type=list[IndexedRun])
 
 
 def add_to_index(aws: Aws, bucket: str, run: IndexedRun) -> None:
-    """Add a run to the page of all runs, safely beside other writers.
+    """Add a run to the page of all runs, or replace it there. Idempotent, and safe beside other writers.
 
-    The write is conditional on the page's ETag; after a change by another writer, the page is read again. Of simultaneous
-    writers one always succeeds. An unchanged run changes nothing.
+    The write is conditional on the page's ETag. If another writer has changed the page, this function reads the page again
+    and retries. One of several simultaneous writers always succeeds.
     """
     while True:
         try:

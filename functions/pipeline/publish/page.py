@@ -1,7 +1,7 @@
-"""Rendering of self-contained HTML pages, which load nothing from anywhere.
+"""Renders self-contained HTML pages, which load no other file.
 
-Every text of models and datasets is escaped. The content security policy admits the page's own script only, by its hash.
-Only publish_results renders pages: the other functions have the same packages and must not pay for these imports.
+Templates escape all text of models and datasets. The content security policy allows only the page's own script, by its hash.
+Only publish_results renders pages. The other functions have the same packages, so jinja2 is imported where it is used.
 """
 
 import base64
@@ -46,7 +46,7 @@ def render_page(page: str, **values: Any) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[:limit] + " … (cut here; all of it is in inference.json)"
+    return text if len(text) <= limit else text[:limit] + " … (truncated; inference.json has the full text)"
 
 
 def _json(value: Any) -> str:
@@ -56,7 +56,7 @@ def _json(value: Any) -> str:
 def _duration(seconds: float | None) -> str:
     """`3725` → `1 h 2 min`."""
     if seconds is None:
-        return "not known"
+        return "unknown"
     minutes = round(seconds / 60)
     return (
         f"{seconds:.0f} s"

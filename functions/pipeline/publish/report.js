@@ -19,7 +19,7 @@ for (const button of buttons)
 tag?.addEventListener("change", filter);
 search.addEventListener("input", filter);
 
-// The longest common subsequence of words; answers too long for its table are left as they are.
+// The longest common subsequence of words. Returns null for answers whose table would be too large.
 function differences(before, after) {
   const a = before.split(/(\s+)/), b = after.split(/(\s+)/);
   if (a.length * b.length > 250_000) return null;
@@ -52,7 +52,7 @@ function show(card) {
   if (both) { mark(base, both[0], "del"); mark(tuned, both[1], "ins"); }
   else { base.textContent = before; tuned.textContent = after; }
 }
-// A card's differences are worked out when it comes near the screen.
+// Computes the differences of a card when it approaches the screen.
 const near = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) { show(entry.target); near.unobserve(entry.target); }
 }, { rootMargin: "600px" });

@@ -9,15 +9,15 @@ from pipeline.publish.page import render_page
 from pipeline.publish.statistics import FEW_TESTS
 from tunedrop.inference_tests import Outcome
 
-# A report is at most 2 MB: so many characters of answers, over at most so many tests.
+# The most characters of answers, and the most tests: they keep a report below 2 MB.
 MOST_TEXT, MOST_TESTS = 1_200_000, 500
 CHART_POINTS = 200
 CURVES = {
-    "completion_length": "Completion length, tokens",
+    "completion_length": "Completion length (tokens)",
     "kl": "KL divergence from the base model",
     "entropy": "Entropy",
     "loss": "Loss",
-    "frac_reward_zero_std": "Share of groups that teach nothing",
+    "frac_reward_zero_std": "Share of groups with equal rewards",
 }
 
 
@@ -30,7 +30,11 @@ def render_report(
     probe: Sequence[Outcome] = (),
     alerts: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """Return the page for a run's result, its dataset's receipt, its metrics by step and its inference tests' outcomes."""
+    """Return the page of a run.
+
+    `result` is its `result.json`, `receipt` its `validation.json`. `metrics` and `alerts` are the lines of the files with
+    these names. `tests` and `probe` are the outcomes of the inference tests and of the general questions.
+    """
     compared = [result["comparison"], *result["by_reward"].values(), *result["by_tag"].values()]
     shown = sorted(tests, key=lambda test: abs((test.tuned.score or 0.0) - (test.base.score or 0.0)), reverse=True)[
         :MOST_TESTS
@@ -69,7 +73,7 @@ def render_report(
 
 
 def _reproduce(result: dict[str, Any]) -> str:
-    """Return the commands that make the same run again."""
+    """Return the commands that repeat the run."""
     bucket, _, key = result["source"].removeprefix("s3://").partition("/")
     name, folder = key.rpartition("/")[2], result["artifacts"]["input"]
     version = f" --version-id {result['source_version']}" if result["source_version"] != "null" else ""
@@ -86,7 +90,7 @@ def _reproduce(result: dict[str, Any]) -> str:
 
 
 def charts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Draw what was measured by step: the mean reward, in all and for each reward, and the curves beside it."""
+    """Return the SVG charts of the metrics by step, by title: the mean rewards, then each of `CURVES` that has values."""
     from markupsafe import Markup
 
     names = sorted({name for point in metrics for name in point["rewards"]})
@@ -98,12 +102,12 @@ def charts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         for key, title in CURVES.items()
         if any(point.get(key) for point in metrics)
     }
-    # pygal escapes what it draws, and reward names are plain.
+    # pygal escapes all text, and reward names contain no markup.
     return {title: Markup(_chart(title, curves)) for title, curves in series.items()}  # noqa: S704
 
 
 def thinned(points: list[Any], most: int) -> list[Any]:
-    """Return at most `most` of the points, evenly spread, the first and the last among them."""
+    """Return at most `most` points, evenly spread, including the first and the last."""
     if len(points) <= most:
         return points
     return [points[round(at * (len(points) - 1) / (most - 1))] for at in range(most)]
@@ -147,7 +151,9 @@ def _chart(title: str, curves: dict[str, list[tuple[int, float | None]]]) -> str
         js=[],
         disable_xml_declaration=True,
     )
-    chart.uuid = hashlib.sha256(title.encode()).hexdigest()[:8]  # a random one would make each rendering other bytes
+    chart.uuid = hashlib.sha256(title.encode()).hexdigest()[
+        :8
+    ]  # pygal's random default would make every rendering different
     chart.add_xml_filter(_without_scripts)
     for name, points in curves.items():
         chart.add(name, thinned(points, CHART_POINTS), show_dots=len(points) <= 50)
@@ -156,7 +162,7 @@ def _chart(title: str, curves: dict[str, list[tuple[int, float | None]]]) -> str
 
 
 def _without_scripts(root: Any) -> Any:
-    """Take out the script that pygal's tooltips want: the page's policy would not run it."""
+    """Remove the script of pygal's tooltips, which the page's content security policy blocks."""
     for parent in list(root.iter()):
         for child in [child for child in parent if str(child.tag).endswith("script")]:
             parent.remove(child)
