@@ -84,9 +84,12 @@ test: lint browser $(LINT)
 	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "not tested with another Python: of 3.12 and 3.13 none runs here")
 	$(NO_BROWSER)
 
+# Python 3.12 and later measure coverage cheaply (sys.monitoring).
+COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli
+
 # `make test-python PYTHON=python3.12`: the tests of what runs without torch: the command, the functions, the template.
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
-	$(LIGHT)/bin/python $(PYTEST) tests/unit tests/contract tests/template
+	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) $(COVERAGE) tests/unit tests/contract tests/template
 
 # What is slow by nature.
 soak: install $(LINT)
