@@ -84,9 +84,12 @@ test: lint browser $(LINT)
 	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "tests with another Python skipped, because no other of 3.12 and 3.13 was found")
 	$(NO_BROWSER)
 
+# Python 3.12 and later measure coverage cheaply (sys.monitoring).
+COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli
+
 # `make test-python PYTHON=python3.12` runs the tests that need no torch: the command, the functions, the template.
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
-	$(LIGHT)/bin/python $(PYTEST) tests/unit tests/contract tests/template
+	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) $(COVERAGE) tests/unit tests/contract tests/template
 
 # The long tests: random search, crashes at every point, large files.
 soak: install $(LINT)

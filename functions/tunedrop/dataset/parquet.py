@@ -7,7 +7,6 @@ from typing import IO, Any
 
 import msgspec
 
-from tunedrop.dataset.parquet_worker import MEMORY_BYTES
 from tunedrop.sandboxed_process import Worker
 
 WORKER = Path(__file__).with_name("parquet_worker.py")
@@ -36,5 +35,5 @@ def _message(output: IO[bytes]) -> tuple[Any, int]:
     length = int.from_bytes(output.read(8), "little")
     message = output.read(length)
     if not length or len(message) < length:
-        return f"the reader needed more than {MEMORY_BYTES // 1024**2} MiB of memory or {SECONDS:.0f} s, or crashed", 0
+        return f"the reader crashed, or exceeded its memory limit or {SECONDS:.0f} s", 0
     return msgspec.msgpack.decode(message), length
