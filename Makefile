@@ -85,7 +85,7 @@ test: lint browser $(LINT)
 	$(NO_BROWSER)
 
 # Python 3.12 and later measure coverage cheaply (sys.monitoring).
-COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli
+COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli --cov-fail-under=61
 
 # `make test-python PYTHON=python3.12` runs the tests that need no torch: the command, the functions, the template.
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
