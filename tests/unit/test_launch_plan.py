@@ -7,7 +7,8 @@ from botocore.session import get_session
 from botocore.validate import validate_parameters
 from fake_stack import ARTIFACTS, DATA, SETTINGS, TRAINED_RUN, plan_request
 
-from pipeline.jobs.plan import instance_choices, instance_type_of, job_request
+from pipeline.jobs.plan import instance_choices, job_request
+from pipeline.jobs.price import instance_type_of
 from tunedrop.config.model import ResolvedCompute, ResolvedConfig
 
 LIST = [{"InstanceType": "ml.g6e.xlarge"}, {"InstanceType": "ml.g5.xlarge"}]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.aws import Aws
+from pipeline.jobs.price import on_demand_prices
 from pipeline.runs.states import Run
 from pipeline.settings import Settings
 from tunedrop import object_keys
@@ -74,7 +75,7 @@ def time_limit(compute: "Compute", instances: dict[str, Any], plan: dict[str, An
     The on-demand price counts, which a spot price never exceeds; of several types, the highest price. Without a price,
     `max_cost_usd` limits nothing.
     """
-    on_demand = (plan.get("prices") or {}).get("on_demand", {})
+    on_demand = on_demand_prices(plan)
     prices = [on_demand[name] for name in _types(instances) if name in on_demand]
     if compute.max_cost_usd is None or not prices:
         return compute.max_runtime
@@ -84,12 +85,6 @@ def time_limit(compute: "Compute", instances: dict[str, Any], plan: dict[str, An
 
 def _types(instances: dict[str, Any]) -> list[str]:
     return [each["InstanceType"] for each in instances.get("InstancePreferences", [instances])]
-
-
-def instance_type_of(resources: dict[str, Any]) -> str:
-    """Return a job's instance type from DescribeTrainingJob's ResourceConfig: the selected type, else all preferences."""
-    choices = [each["InstanceType"] for each in resources.get("InstancePreferences", [])]
-    return resources.get("SelectedInstanceType") or resources.get("InstanceType") or " or ".join(choices)
 
 
 def job_request(

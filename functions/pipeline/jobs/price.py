@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from pipeline.jobs.plan import instance_type_of
-
 
 def on_demand_prices(plan: dict[str, Any]) -> dict[str, float]:
     """Return a launch plan's prices in USD an hour by instance type; empty when the release found no prices."""
@@ -20,3 +18,9 @@ def job_price(seconds: float | None, resources: dict[str, Any], prices: dict[str
     if seconds is None or price is None:
         return None
     return seconds * float(resources.get("InstanceCount", 1)) * price / 3600
+
+
+def instance_type_of(resources: dict[str, Any]) -> str:
+    """Return a job's instance type from DescribeTrainingJob's ResourceConfig: the selected type, else all preferences."""
+    choices = [each["InstanceType"] for each in resources.get("InstancePreferences", [])]
+    return resources.get("SelectedInstanceType") or resources.get("InstanceType") or " or ".join(choices)

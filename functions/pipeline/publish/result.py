@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from pipeline.jobs.plan import instance_type_of
-from pipeline.jobs.price import job_price, on_demand_prices
+from pipeline.jobs.price import instance_type_of, job_price, on_demand_prices
 from pipeline.publish.statistics import Comparison
 from pipeline.runs.states import Run
 from pipeline.settings import Settings
