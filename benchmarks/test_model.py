@@ -10,13 +10,12 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from transformers import pipeline
 
 from local_app import base_model
 from local_app.stack import PROJECT
 from trainer import models
-from trainer.engines import Decoding, load
+from trainer.engines import Decoding, Engine
 from trainer.test_model import complete
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import InferenceTest
@@ -27,7 +26,7 @@ def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]
     """Return the completions of the test job's engine."""
     config = parse_run_config({"model": "base", "grpo": {"max_completion_length": tokens}})
     tokenizer = models.load_tokenizer(location)
-    engine = load(location, tokenizer, Decoding.of(config))
+    engine = Engine(location, tokenizer, Decoding.of(config), models.test_dtype(location))
     texts = []
     for written in complete(engine, tokenizer, tests, config, "base"):
         assert not isinstance(written, str), written  # the reason why there is none
@@ -38,8 +37,7 @@ def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]
 
 def one_by_one(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
     """Return the completions of a text-generation pipeline, prompt by prompt."""
-    dtype = torch.bfloat16 if models.fast_bf16() else torch.float32
-    chat = pipeline("text-generation", model=location, dtype=dtype)
+    chat = pipeline("text-generation", model=location, dtype=models.test_dtype(location))
     return [chat(test.prompt, max_new_tokens=tokens, do_sample=False)[0]["generated_text"][-1]["content"] for test in tests]
 
 

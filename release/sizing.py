@@ -85,10 +85,9 @@ def memory(model: Model, settings: Settings, width: int = 2) -> Memory:
     cached = prompts * settings.prompt + rows * settings.completion
     return Memory(
         weights=layers + model.beside * width,
-        adapter=16 * model.adapter(settings.rank),
-        rollout=(0 if settings.load_in_4bit else layers)
-        + cached * 2 * width * model.layers * kv
-        + rows * model.vocabulary * 12,  # logits of the last token in fp32, and two copies while sampling
+        adapter=(16 + width) * model.adapter(settings.rank),
+        # Logits of the last token in fp32, and two copies while sampling.
+        rollout=cached * 2 * width * model.layers * kv + rows * model.vocabulary * 12,
         loss=tokens * kept + 3 * CHUNK + scored * model.hidden * 4,
     )
 

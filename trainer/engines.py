@@ -1,11 +1,7 @@
-"""Runs a model for the test job: with vLLM on a GPU where it is installed, else with Transformers, in batches.
-
-Both engines have the same methods. `batches` divides prompts into batches, and `write` completes the prompts of a batch.
-"""
+"""Runs a model for the test job, in batches."""
 
 import functools
 import gc
-import importlib.util
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +11,7 @@ from trainer import models
 from tunedrop.config.model import RunConfig
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("trainer")
@@ -53,44 +50,22 @@ class Decoding(NamedTuple):
 
 
 class Engine:
-    """A loaded model. `decoding` may change between calls; `context` is the model's context in tokens, if it has a limit."""
+    """A loaded model. The samples of a test share the prefill of their prompt.
 
-    decoding: Decoding
-    context: int | None
-    _model: Any
+    `decoding` may change between calls; `context` is the model's context in tokens, if it has a limit. The model is on one
+    GPU: with more samples than one, its rows share a cache.
+    """
 
-    def batches(self, prompts: Sequence[list[int]], samples: Sequence[int], alone: Sequence[bool]) -> Iterator[list[int]]:
-        """Yield batches of indices of prompts (token ids). A batch has one number of samples; an `alone` prompt is timed."""
-        raise NotImplementedError
-
-    def write(self, prompts: list[list[int]], samples: int) -> list[list[Completion]]:
-        """Return the completions of each prompt (token ids): one greedy completion, or several samples."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Free the model's memory, for the next model."""
+    def __init__(self, location: str, tokenizer: "PreTrainedTokenizerBase", decoding: Decoding, dtype: "torch.dtype"):
         import torch
 
-        del self._model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-class Transformers(Engine):
-    """A model that Transformers runs. The samples of a test share the prefill of their prompt."""
-
-    def __init__(self, location: str, tokenizer: "PreTrainedTokenizerBase", decoding: Decoding):
-        import torch
-
-        dtype = torch.bfloat16 if models.fast_bf16() else torch.float32
-        device = "auto" if torch.cuda.is_available() else None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = models.load_model(location, dtype=dtype, device_map=device).eval()
         self._tokenizer, self.decoding = tokenizer, decoding
         self.context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def batches(self, prompts: Sequence[list[int]], samples: Sequence[int], alone: Sequence[bool]) -> Iterator[list[int]]:
-        """Yield batches of prompts of similar lengths, see `batches`."""
+        """Yield batches of indices of prompts (token ids). A batch has one number of samples; an `alone` prompt is timed."""
         return batches([len(prompt) for prompt in prompts], samples, alone, self.decoding.limit)
 
     def write(self, prompts: list[list[int]], samples: int) -> list[list[Completion]]:
@@ -117,6 +92,15 @@ class Transformers(Engine):
         completions = [Completion(text, count, seconds) for text, count in zip(texts, tokens, strict=True)]
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
 
+    def close(self) -> None:
+        """Free the model's memory, for the next model."""
+        import torch
+
+        del self._model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _sampling(self) -> dict[str, Any]:
         return self._custom_generate | {
             "do_sample": True,
@@ -138,51 +122,6 @@ class Transformers(Engine):
             return {}
         self._model.set_attn_implementation(ATTENTION)
         return {"custom_generate": sample}
-
-
-class Vllm(Engine):
-    """A model that vLLM runs. vLLM batches by itself and shares common prefixes."""
-
-    def __init__(self, location: str, decoding: Decoding):
-        from vllm import LLM
-
-        self._model = LLM(
-            model=location, dtype="bfloat16", seed=decoding.seed, enable_prefix_caching=True, load_format="safetensors"
-        )
-        self.decoding = decoding
-        self.context = self._model.llm_engine.model_config.max_model_len
-
-    def batches(self, prompts: Sequence[list[int]], samples: Sequence[int], alone: Sequence[bool]) -> Iterator[list[int]]:
-        """Yield one batch for each number of samples, and one for each `alone` prompt."""
-        for count in sorted(set(samples)):
-            together = [at for at in range(len(prompts)) if samples[at] == count and not alone[at]]
-            yield from [together] if together else []
-            yield from ([at] for at in range(len(prompts)) if samples[at] == count and alone[at])
-
-    def write(self, prompts: list[list[int]], samples: int) -> list[list[Completion]]:
-        """Return the completions of each prompt (token ids): one greedy completion, or several samples."""
-        from vllm import SamplingParams
-
-        drawn = {"temperature": self.decoding.temperature, "top_p": self.decoding.top_p, "top_k": self.decoding.top_k}
-        settings = SamplingParams(
-            n=samples,
-            max_tokens=self.decoding.limit,
-            seed=self.decoding.seed,
-            **(drawn if samples > 1 else {"temperature": 0.0}),
-        )
-        started = time.monotonic()
-        outputs = self._model.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
-        seconds = time.monotonic() - started
-        return [[Completion(each.text, len(each.token_ids), seconds) for each in output.outputs] for output in outputs]
-
-
-def load(location: str, tokenizer: "PreTrainedTokenizerBase", decoding: Decoding) -> Engine:
-    """Load a model into vLLM if there is a GPU and vLLM is installed, else into Transformers."""
-    import torch
-
-    if torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
-        return Vllm(location, decoding)
-    return Transformers(location, tokenizer, decoding)
 
 
 def batches(lengths: Sequence[int], samples: Sequence[int], alone: Sequence[bool], new_tokens: int) -> Iterator[list[int]]:

@@ -64,6 +64,26 @@ def load_model(location: str, **kwargs: Any) -> "PreTrainedModel":
     return model
 
 
+def test_dtype(merged: str) -> "torch.dtype":
+    """Return the type in which a test job runs both models: the merged model's, fp32 where bf16 is slow.
+
+    Without bf16 in hardware, fp32 computes with the same bf16 weights.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    stored: torch.dtype = AutoConfig.from_pretrained(**load_options(merged)).dtype
+    return stored if fast_bf16() else torch.float32
+
+
+def device_with_room(location: str) -> str:
+    """Return `cuda` if the GPU has memory for the bf16 model in this folder and for running it, else `cpu`."""
+    import torch
+
+    size = sum(path.stat().st_size for path in Path(location).glob("*.safetensors"))
+    return "cuda" if torch.cuda.is_available() and size and torch.cuda.mem_get_info()[0] > 1.3 * size else "cpu"
+
+
 def four_bit() -> dict[str, Any]:
     """Return the keyword arguments with which `load_model` loads weights in 4 bits, as QLoRA does (arXiv 2305.14314)."""
     import torch

@@ -1,6 +1,7 @@
 """Writes what a training job leaves in `/opt/ml/model`: adapter, merged model, run config and summary, and proves them."""
 
 import json
+import logging
 import shutil
 import time
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from trainer import folders, models
 from trainer.job import started
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from trainer.checkpoints import Checkpoint
@@ -17,13 +19,14 @@ if TYPE_CHECKING:
     from trainer.run_trainer import RunTrainer
     from tunedrop.config.model import RunConfig
 
+log = logging.getLogger("trainer")
+
 
 def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", location: str, config: "RunConfig") -> None:
     """Write the run config, the checkpoint's `adapter/`, and `merged/`: the bf16 base model with the adapter added."""
     import torch
-    from peft import PeftModel
 
-    adapter, merged = folders.model_dir() / "adapter", folders.model_dir() / "merged"
+    adapter = folders.model_dir() / "adapter"
     adapter.mkdir(parents=True, exist_ok=True)
     shutil.copy(checkpoint.path / "adapter_model.safetensors", adapter)
     # PEFT writes the base model's folder in this container, which means nothing elsewhere.
@@ -31,29 +34,50 @@ def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", locatio
         "base_model_name_or_path": config.model
     }
     (adapter / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1))
-    base = models.load_model(location, dtype=torch.bfloat16)  # never the 4-bit weights, which would be rounded twice
-    whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    whole.save_pretrained(str(merged))
-    tokenizer.save_pretrained(str(merged))
     (folders.model_dir() / "run_config.json").write_text(config.model_dump_json(indent=1))
+    tokenizer.save_pretrained(str(folders.model_dir() / "merged"))
+    save_merged(location, torch.bfloat16)
 
 
-def prove(trainer: "RunTrainer", config: "RunConfig", location: str, prompts: list[list[dict[str, str]]]) -> dict[str, Any]:
-    """Return the proofs that the saved model is the trained model. Raises JobError if a proof fails."""
+def save_merged(location: str, dtype: "torch.dtype") -> None:
+    """Write the weights of `merged/` in this type: the bf16 base model with the adapter added."""
+    import torch
+    from peft import PeftModel
+
+    from trainer.merging import merge
+
+    merged = folders.model_dir() / "merged"
+    for file in merged.glob("model*.safetensors*"):
+        file.unlink()
+    # Never the 4-bit weights, which would be rounded twice.
+    base = models.load_model(location, dtype=torch.bfloat16, device_map=models.device_with_room(location))
+    merge(PeftModel.from_pretrained(base, str(folders.model_dir() / "adapter")), dtype).save_pretrained(str(merged))
+
+
+def prove(config: "RunConfig", location: str, prompts: list[list[dict[str, str]]]) -> dict[str, Any]:
+    """Return the proofs that the saved model is the trained model. Raises JobError if a proof fails.
+
+    If bf16 does not keep the adapter's effect, `merged/` is written again in fp32.
+    """
     import torch
 
     from trainer import proofs
 
-    if torch.cuda.is_available():  # the process that makes the proofs needs the GPU's memory
-        trainer.model.to("cpu")
-        torch.cuda.empty_cache()
-    return proofs.prove(
-        location,
-        folders.model_dir(),
-        prompts,
-        load_in_4bit=config.lora.load_in_4bit,
-        template=config.grpo.get("chat_template_kwargs") or {},
-    )
+    def proved() -> dict[str, Any]:
+        return proofs.prove(
+            location,
+            folders.model_dir(),
+            prompts,
+            load_in_4bit=config.lora.load_in_4bit,
+            template=config.grpo.get("chat_template_kwargs") or {},
+        )
+
+    try:
+        return proved()
+    except proofs.RoundedAwayError as error:
+        log.warning("%s The merged model is written in fp32.", error)
+    save_merged(location, torch.float32)
+    return proved()
 
 
 def summary(

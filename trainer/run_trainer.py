@@ -12,10 +12,10 @@ the picture.
 """
 
 import functools
+import gc
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerState
@@ -34,6 +32,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from trainer import checkpoints
 from trainer.checkpoints import SAVING, Checkpoint, Record
+from trainer.fused_lora import FusedLora
 from trainer.progress import SAMPLE_CHARACTERS, memory_gb
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
@@ -44,34 +43,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer as _Base
 else:
     _Base = object
-
-
-@contextmanager
-def merged(model: PeftModel, dtype: torch.dtype | None) -> Iterator[bool]:
-    """Merge the adapter into the base weights, in `dtype` if it is not None, for the block. Yields whether it could.
-
-    The merged weights are new tensors. The model's own tensors come back unchanged. Quantized weights cannot be merged, nor
-    can adapters that are more than a low-rank matrix: DoRA, trained biases, saved modules.
-    """
-    adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    plain = all(type(each) is LoraLinear and not each.lora_variant and not any(each.lora_bias.values()) for each in adapters)
-    if not plain:
-        yield False
-        return
-    own = [(parameter, parameter.data) for parameter in model.parameters()]
-    try:
-        with torch.no_grad():
-            for module in adapters:
-                weight = module.get_base_layer().weight
-                deltas = [module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A]
-                weight.data = sum(deltas, start=weight).to(dtype or weight.dtype)
-            for parameter, _ in own:
-                parameter.data = parameter.data.to(dtype or parameter.dtype)
-        with model.disable_adapter():
-            yield True
-    finally:
-        for parameter, data in own:
-            parameter.data = data
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
@@ -113,6 +84,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
             )
 
         self._base.forward = forward
+        self._fused = FusedLora(whole, self._compute_type())
+
+    def _compute_type(self) -> torch.dtype:
+        """Return the type in which autocast multiplies, the weights' type without autocast."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else self._base.dtype
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As TRL's, but shuffles groups instead of sequences: a micro-batch holds whole groups."""
@@ -150,19 +128,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
                 reward.begin(prompts=prompts, completions=messages, **columns)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, but `generate` samples with the prompts' prefill shared, from merged weights."""
-        if self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        """As TRL's, but `generate` samples with the prompts' prefill shared, and with fused LoRA layers."""
         ended = {} if self._generation_inputs is None else {"ended": self._begin_rewards}
         generate = functools.partial(self._base.generate, custom_generate=functools.partial(sample, **ended))
-        with merged(self.accelerator.unwrap_model(self.model), dtype) as whole:
-            self._base.generate = generate
-            try:
-                with nullcontext() if whole else self.accelerator.autocast():
-                    return super()._generate_single_turn(*args, **kwargs)
-            finally:
-                del self._base.generate
+        self._base.generate = generate
+        try:
+            with self._fused.rollout() if self._fused.groups else self.accelerator.autocast():
+                return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            del self._base.generate
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -302,6 +276,17 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def free_memory(self) -> None:
+        """Free the model, the optimizer and the rollout. The trainer can no longer train."""
+        for name in ("_base", "_fused", "_buffered_inputs", "model", "model_wrapped", "optimizer", "lr_scheduler"):
+            self.__dict__.pop(name, None)
+        handler = self.callback_handler
+        handler.model = handler.optimizer = handler.lr_scheduler = None
+        self.accelerator.free_memory()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 

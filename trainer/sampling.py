@@ -72,14 +72,11 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _decoding(trainer: "RunTrainer", greedy: bool) -> Iterator[None]:
     """Switch the trainer's generation to greedy decoding, if `greedy`."""
-    holder, name = (trainer.vllm_generation, "temperature") if trainer.use_vllm else (trainer, "generation_config")
-    kept = getattr(holder, name)
+    kept = trainer.generation_config
     if greedy:
-        decoding = copy.deepcopy(kept)
-        if not trainer.use_vllm:
-            decoding.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-        setattr(holder, name, 0.0 if trainer.use_vllm else decoding)
+        trainer.generation_config = copy.deepcopy(kept)
+        trainer.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     try:
         yield
     finally:
-        setattr(holder, name, kept)
+        trainer.generation_config = kept

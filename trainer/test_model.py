@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trainer import container, folders, models
-from trainer.engines import Completion, Decoding, Engine, load
+from trainer.engines import Completion, Decoding, Engine
 from trainer.job import JobError, failure_reported, set_up_logging
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
@@ -32,6 +32,7 @@ from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec,
 from tunedrop.rewards.wire import write_result
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("trainer")
@@ -154,15 +155,15 @@ def _mean(samples: list[ModelResult]) -> ModelResult:
 
 
 def run_tests(
-    location: str, tests: list[InferenceTest], config: RunConfig, name: str
-) -> tuple[list[ModelResult], list[ModelResult], str]:
-    """Load a model and run the tests and the probe; return the results of both, and the name of the engine.
+    location: str, tests: list[InferenceTest], config: RunConfig, name: str, dtype: "torch.dtype"
+) -> tuple[list[ModelResult], list[ModelResult]]:
+    """Load a model in this type and run the tests and the probe; return the results of both.
 
     Raises JobError when no test could be scored.
     """
     allowed = job_permissions()
     tokenizer = models.load_tokenizer(location)
-    engine = load(location, tokenizer, Decoding.of(config))
+    engine = Engine(location, tokenizer, Decoding.of(config), dtype)
     rewards = build_rewards(config.rewards, allowed)
     results = [
         scored(test, completions, rewards, allowed)
@@ -180,7 +181,7 @@ def run_tests(
         for test, completions in zip(questions, complete(engine, tokenizer, questions, config, f"{name}_probe"), strict=True)
     ]
     engine.close()
-    return results, probed, type(engine).__name__.lower()
+    return results, probed
 
 
 def probe(config: RunConfig) -> tuple[list[InferenceTest], list[Reward]]:
@@ -250,12 +251,13 @@ def run() -> Path:
     config = parse_run_config(json.loads(config_file.read_bytes()))
     tests = parse_tests(tests_file.read_bytes(), config, job_permissions())
     location, merged = models.locate(config.model), tuned_model()
-    base, base_probe, _ = run_tests(location, tests, config, "base")
-    tuned, tuned_probe, engine = run_tests(merged, tests, config, "tuned")
+    dtype = models.test_dtype(merged)
+    base, base_probe = run_tests(location, tests, config, "base", dtype)
+    tuned, tuned_probe = run_tests(merged, tests, config, "tuned", dtype)
     result = {
         "base_model": config.model,
         "base_model_license": license_of(location),
-        "generation": {"engine": engine} | Decoding.of(config)._asdict(),
+        "generation": {"dtype": str(dtype).removeprefix("torch.")} | Decoding.of(config)._asdict(),
         "seconds": round(time.monotonic() - started, 1),
         "tests": outcomes(tests, base, tuned),
         "probe": outcomes(probe(config)[0], base_probe, tuned_probe),

@@ -6,7 +6,7 @@ The job reads the run config (channel `run`; flags override it) and the rows (ch
 `GRPOTrainer`, and writes to `/opt/ml/model`, in a shell to `output/model`:
 
     adapter/          the LoRA adapter, as PEFT saves it
-    merged/           base model and adapter in bf16, with the tokenizer
+    merged/           base model and adapter in bf16, or in fp32 for an adapter that bf16 loses, with the tokenizer
     run_config.json   the run config with all values
     metrics.jsonl     one line per logging step
     alerts.jsonl      one line per alert
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from trainer.bounds import Limit
     from trainer.checkpoints import Record
+    from trainer.dataset import Dataset
     from trainer.run_trainer import RunTrainer
 
 log = logging.getLogger("trainer")
@@ -74,7 +75,6 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "max-completion-length": ("grpo.max_completion_length", int),
     "temperature": ("grpo.temperature", float),
     "beta": ("grpo.beta", float),
-    "use-vllm": ("grpo.use_vllm", _boolean),
     "logging-steps": ("grpo.logging_steps", float),
 }
 
@@ -291,7 +291,7 @@ def train(flags: argparse.Namespace) -> None:
     heldout = heldout_rows(tokenizer, config)
     rewards = build_rewards(config.rewards, job_permissions())
 
-    from trainer import checkpoints, results
+    from trainer import checkpoints
     from trainer.announce import announcer
     from trainer.bounds import Bounds
     from trainer.memory_probe import MemoryProbe
@@ -303,7 +303,7 @@ def train(flags: argparse.Namespace) -> None:
     record = checkpoint.record if checkpoint else checkpoints.Record()
     began = time.monotonic()
     trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record)
-    # After the training, the job loads the model once to merge it, and a second process loads it twice for the proofs.
+    # After the training, the job loads the model once to merge it, and a second process loads two for the proofs.
     finish_seconds = import_seconds + 4 * (time.monotonic() - began)
     if trainer.accelerator.is_local_main_process:
         checkpoints.clean(folder)
@@ -338,17 +338,33 @@ def train(flags: argparse.Namespace) -> None:
         assert checkpoint is not None  # `go_on` raises without one
         trainer.finish_from(checkpoint)
     if trainer.is_world_process_zero():
-        # This process wrote these checkpoints or verified them. The files of other machines are not in this folder.
-        saved = checkpoints.whole(folder, verify=False)
-        if not saved:
-            raise JobError(f"There is nothing to save: {record.alerts[-1]['message']}.")
-        chosen = checkpoints.best(saved)
-        results.save(chosen, tokenizer, location, config)
-        result = results.summary(trainer, config, flags.run_id, data, chosen)
-        if record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
-            result["proofs"] = results.prove(trainer, config, location, [row["prompt"] for row in heldout or data.rows])
-        (target / "training.json").write_text(json.dumps(result, indent=1))
-        log.info("saved %s with the adapter of step %d", target, chosen.step)
+        save(trainer, config, location, tokenizer, data, flags.run_id, [row["prompt"] for row in heldout or data.rows])
+
+
+def save(
+    trainer: "RunTrainer",
+    config: RunConfig,
+    location: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: "Dataset",
+    run_id: str,
+    prompts: list[list[dict[str, str]]],
+) -> None:
+    """Write the model of the best checkpoint and the summary, with proofs on some of the prompts. Uses the trainer up."""
+    from trainer import checkpoints, results
+
+    # This process wrote these checkpoints or verified them. The files of other machines are not in this folder.
+    saved = checkpoints.whole(folders.checkpoint_dir(), verify=False)
+    if not saved:
+        raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
+    chosen = checkpoints.best(saved)
+    result = results.summary(trainer, config, run_id, data, chosen)
+    trainer.free_memory()  # for the models that are merged and compared
+    results.save(chosen, tokenizer, location, config)
+    if trainer.record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
+        result["proofs"] = results.prove(config, location, prompts)
+    (folders.model_dir() / "training.json").write_text(json.dumps(result, indent=1))
+    log.info("saved %s with the adapter of step %d", folders.model_dir(), chosen.step)
 
 
 def leave_process_group() -> None:

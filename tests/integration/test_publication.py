@@ -33,7 +33,11 @@ def test_the_model_package(world):
     package = world.aws.sagemaker.describe_model_package(ModelPackageName=result["model_package"])
     (container,) = package["InferenceSpecification"]["Containers"]
     assert container["Image"] == SERVING_IMAGE
-    assert container["Environment"] == {"SM_VLLM_MODEL": "/opt/ml/model", "SM_VLLM_MAX_MODEL_LEN": "900"}
+    assert container["Environment"] == {
+        "SM_VLLM_MODEL": "/opt/ml/model",
+        "SM_VLLM_DTYPE": "bfloat16",
+        "SM_VLLM_MAX_MODEL_LEN": "900",
+    }
     assert container["ModelDataSource"]["S3DataSource"]["S3Uri"] == result["artifacts"]["merged_model"]
     assert (
         package["ModelMetrics"]["ModelQuality"]["Statistics"]["S3Uri"]

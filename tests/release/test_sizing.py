@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from release import sizing
 from trainer import shared_prefix
+from trainer.fused_lora import FusedLora
 from trainer.token_log_probs import LOGITS_PER_CHUNK
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,9 +27,11 @@ def llama(model: sizing.Model) -> LlamaForCausalLM:
         head_dim=model.head_dim,
         tie_word_embeddings=model.tied,
     )
-    return get_peft_model(
+    adapted = get_peft_model(
         LlamaForCausalLM(config), LoraConfig(r=SETTINGS.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
+    FusedLora(adapted, torch.float32)
+    return adapted
 
 
 SMALL = [

@@ -14,7 +14,7 @@ from tunedrop.inference_tests import ModelResult, Outcome
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'
 PROOFS = {
     "adapter_effect": {"mean": 0.4, "largest": 9.1},
-    "merge_parity": {"mean": 0.0071, "answers": 3, "agreeing": 3, "tensors_off": 0},
+    "merge_parity": {"dtype": "bfloat16", "kept": 1.0, "error": 0.02, "mean": 0.0071, "tensors_off": 0},
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew".split()

@@ -46,6 +46,8 @@ WON: list[dict[str, Any]] = [
     }
     for n in range(30)
 ]
+# What a training job writes to training.json, in the parts that are read.
+TRAINING = {"steps": 5, "rows": 27, "seconds": 61.5, "proofs": {"merge_parity": {"dtype": "bfloat16"}}}
 CONTEXT = SimpleNamespace(
     function_name="f",
     memory_limit_in_mb=128,
@@ -225,7 +227,7 @@ class World:
         prefix = self.artifacts(str(run.train_job)).removeprefix(f"s3://{ARTIFACTS}/")
         metrics = [{"step": n, "reward": n / 10, "rewards": {"exact_match": n / 10}} for n in range(1, 6)]
         self.write(prefix + "metrics.jsonl", b"\n".join(msgspec.json.encode(line) for line in metrics))
-        self.write(prefix + "training.json", msgspec.json.encode({"steps": 5, "rows": 27, "seconds": 61.5}))
+        self.write(prefix + "training.json", msgspec.json.encode(TRAINING))
 
     def save_tests(self, run: Run, tests: list[dict[str, Any]]) -> None:
         """Write what a test job writes."""

@@ -15,8 +15,6 @@ from trainer import packages
 
 ROOT = Path(__file__).parents[2]
 OURS = {"trainer": ROOT / "trainer", "tunedrop": ROOT / "functions/tunedrop"}
-# Not in the image: only where somebody adds it.
-OPTIONAL = {"vllm"}
 
 
 def source(module: str) -> Path | None:
@@ -57,8 +55,8 @@ def foreign(start: str) -> set[str]:
 @pytest.mark.parametrize(
     ("stage", "module", "without"),
     [
-        ("train", "trainer.train", OPTIONAL),
-        ("test", "trainer.test_model", OPTIONAL),
+        ("train", "trainer.train", set()),
+        ("test", "trainer.test_model", set()),
         ("proofs", "trainer.proofs", set()),
     ],
 )

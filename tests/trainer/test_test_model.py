@@ -5,6 +5,7 @@ import json
 import msgspec
 import pytest
 import tiny_model
+import torch
 
 from pipeline.publish.statistics import evaluate
 from trainer import engines, test_model
@@ -52,7 +53,7 @@ def test_both_models_answer_and_are_scored(ask, job, capsys):
             assert test[model]["score"] == 2.0 * test[model]["rewards"]["length"]
             assert test[model]["passed"] == (test[model]["rewards"]["length"] == 1.0)
     assert [test["base"]["text"] for test in result["tests"]] != [test["tuned"]["text"] for test in result["tests"]]
-    assert (result["base_model"], result["generation"]["engine"]) == ("tiny", "transformers")
+    assert (result["base_model"], result["generation"]["dtype"]) == ("tiny", "float32")
     log = capsys.readouterr().out
     assert "tested=6 total=6 model=tuned eta_seconds=0\n" in log
     assert "tests=6 base_score=" in log
@@ -135,7 +136,7 @@ def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
 def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
     config = RunConfig(model="tiny", grpo={"max_completion_length": 6})
     tokenizer = load_tokenizer(str(tiny))
-    engine = engines.load(str(tiny), tokenizer, engines.Decoding.of(config))
+    engine = engines.Engine(str(tiny), tokenizer, engines.Decoding.of(config), torch.float32)
     tests = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "a" * i}], reference="") for i in range(1, 5)]
     expected = test_model.complete(engine, tokenizer, tests, config, "base")
     generate = engine._model.generate
@@ -164,7 +165,7 @@ def test_no_test_that_can_be_scored_fails_the_job(ask, job):
 def test_batching_does_not_change_an_answer(tiny):
     """Each test asked alone answers as in its padded batch; in fp64, where no rounding decides between two tokens."""
     tokenizer, config = load_tokenizer(str(tiny)), RunConfig(model="tiny", grpo={"max_completion_length": 6})
-    engine = engines.load(str(tiny), tokenizer, engines.Decoding.of(config))
+    engine = engines.Engine(str(tiny), tokenizer, engines.Decoding.of(config), torch.float32)
     engine._model.double()
     cases = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "x" * i}], reference="") for i in range(1, 7)]
 

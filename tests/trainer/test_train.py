@@ -180,7 +180,6 @@ def test_missing_model_files_are_named(job, tmp_path, files, message):
         (["--max-completion-length", "64"], {"grpo.max_completion_length": 64}),
         (["--temperature", "0.7"], {"grpo.temperature": 0.7}),
         (["--beta", "0.04"], {"grpo.beta": 0.04}),
-        (["--use-vllm", "FALSE"], {"grpo.use_vllm": False}),
         (["--logging-steps", "5"], {"grpo.logging_steps": 5.0}),
         ([], {"model": "tiny", "grpo.max_steps": 3}),
     ],

@@ -38,14 +38,11 @@ def test_an_example_fits_by_the_sizing_formula(path):
         load_in_4bit=config.lora.load_in_4bit,
     )
     needed = sizing.memory(model, settings).total / sizing.GB
-    if config.grpo_value("use_vllm"):  # it takes its share for itself, with weights and cache of its own
-        needed = sum(sizing.memory(model, settings)._replace(rollout=0)) / sizing.GB
     assert config.compute.instance_type is not None
     for name in config.compute.instance_type:
         family = name.rpartition(".")[0]
         room = next(room for label, room in sizing.INSTANCES.items() if family in label.split(" (")[0].split(", "))
-        share = 1 - (config.grpo_value("vllm_gpu_memory_utilization") if config.grpo_value("use_vllm") else 0)
-        assert needed <= share * room, f"{needed:.0f} of {share * room:.0f} GB"
+        assert needed <= room, f"{needed:.0f} of {room:.0f} GB"
 
 
 def test_every_example_is_known():

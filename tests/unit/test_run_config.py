@@ -119,12 +119,7 @@ RULES = [
     # a contradiction, the key to change, words of the reason, and a similar config without the contradiction
     ("grpo: {num_generations: 1}", "grpo.num_generations", "at least 2", "grpo: {num_generations: 2}"),
     ("grpo: {num_generations: null}", "grpo.num_generations", "compares answers within a group", "grpo: {}"),
-    (
-        "{lora: {load_in_4bit: true}, grpo: {use_vllm: true}}",
-        "lora.load_in_4bit",
-        "do not work together",
-        "{lora: {load_in_4bit: true}, grpo: {use_vllm: false}}",
-    ),
+    ("grpo: {use_vllm: true}", "grpo.use_vllm", "the jobs' image has no vLLM", "grpo: {use_vllm: false}"),
     ("grpo: {fp16: true, bf16: true}", "grpo.fp16", "exclude each other", "grpo: {fp16: true, bf16: false}"),
     (
         "grpo: {generation_batch_size: 16, steps_per_generation: 2}",
@@ -171,7 +166,7 @@ RULES = [
         "a list of module names",
         "lora: {layers_to_transform: [0], target_modules: [q_proj]}",
     ),
-    ("lora: {lora_bias: true, use_dora: true}", "lora.lora_bias", "no bias for DoRA", "lora: {lora_bias: true}"),
+    ("lora: {lora_bias: true}", "lora.lora_bias", "layers with biases only", "lora: {lora_bias: false}"),
 ]
 
 
@@ -234,7 +229,6 @@ INSTANCES = [
     ("lora: {load_in_4bit: true}", ["ml.g5.xlarge"], []),
     ("lora: {load_in_4bit: true}", [], []),
     ("lora: {load_in_4bit: true}", ["ml.x99.large"], []),  # not known: not refused
-    ("grpo: {use_vllm: true}", ["ml.c5.xlarge"], ["grpo.use_vllm"]),
     ("grpo: {bf16: true}", ["ml.g4dn.xlarge"], ["grpo.bf16"]),
     ("grpo: {bf16: true}", ["ml.p3.2xlarge"], ["grpo.bf16"]),
     ("grpo: {bf16: true}", ["ml.g6e.4xlarge", "ml.p4d.24xlarge"], []),

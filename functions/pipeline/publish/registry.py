@@ -26,6 +26,9 @@ def register(
     comparison, artifacts = result["comparison"], result["artifacts"]
     description = f"{run.model} tuned with GRPO + LoRA on {run.dataset}: {' '.join(result['reasons'])}"
     limit = result["config"]["max_seq_length"]
+    # By default vLLM serves fp32 weights in fp16, which would round the adapter away
+    # (https://docs.vllm.ai/en/latest/configuration/engine_args/).
+    dtype = result["training"]["proofs"]["merge_parity"]["dtype"]
     properties = {
         "run_id": run.run_id,
         "attempt": str(run.attempt),
@@ -55,7 +58,7 @@ def register(
                 ({"Image": plan["inference_image"]} if plan["inference_image"] else {})
                 | {
                     # vLLM behind SageMaker's /invocations: each SM_VLLM_* variable is a flag of vLLM.
-                    "Environment": {"SM_VLLM_MODEL": "/opt/ml/model"}
+                    "Environment": {"SM_VLLM_MODEL": "/opt/ml/model", "SM_VLLM_DTYPE": dtype}
                     | ({"SM_VLLM_MAX_MODEL_LEN": str(limit)} if limit else {}),
                     "ModelDataSource": {
                         "S3DataSource": {

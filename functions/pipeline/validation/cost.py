@@ -24,9 +24,9 @@ WORST_UTILISATION = ((1.0, 0.05), (8.0, 0.15), (float("inf"), 0.25))
 # Operations per parameter and token: at least a forward pass and a backward pass through frozen weights; at most also a
 # recomputed forward pass and two more, for a reference and for old log-probabilities.
 FLOPS_PER_TOKEN = (4.0, 10.0)
-# The share of the memory bandwidth that generation reaches; seconds that software adds per token, without and with vLLM.
+# The share of the memory bandwidth that generation reaches; seconds that software adds per token.
 BANDWIDTH = (0.8, 0.3)
-TOKEN_SECONDS = {False: (0.012, 0.06), True: (0.002, 0.015)}
+TOKEN_SECONDS = (0.012, 0.06)
 # AWS names savings of "up to 90 %" for managed spot training, and publishes no price list.
 SPOT_PRICE = (0.1, 1.0)
 # The default quota "Longest run time for a training job" (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html).
@@ -143,9 +143,8 @@ def _rounded(values: Sequence[float] | None) -> list[float] | None:
     return None if values is None else [round(value, 3) for value in values]
 
 
-def _token_seconds(config: ResolvedConfig, parameters: float, card: Gpu, at_once: float) -> Range:
+def _token_seconds(parameters: float, card: Gpu, at_once: float) -> Range:
     """Return the seconds of one step of generation, which gives one token to each of `at_once` answers."""
-    added = TOKEN_SECONDS[bool(config.grpo_value("use_vllm"))]
     low, high = (
         max(
             2 * parameters / (card.bandwidth * 1e9 * share),
@@ -153,7 +152,7 @@ def _token_seconds(config: ResolvedConfig, parameters: float, card: Gpu, at_once
         )
         for share in BANDWIDTH
     )
-    return low + added[0], high + added[1]
+    return low + TOKEN_SECONDS[0], high + TOKEN_SECONDS[1]
 
 
 def _worst_utilisation(parameters: float) -> float:
@@ -165,7 +164,7 @@ def _training_hours(config: ResolvedConfig, work: Work, card: Gpu, processes: in
     answers = generated_answers(config, work.rows, processes)
     batch = generation_batch(config, processes)
     batches = ceil(answers / batch)
-    step = _token_seconds(config, work.parameters, card, batch / processes)
+    step = _token_seconds(work.parameters, card, batch / processes)
     ends = []
     for end, utilisation in ((0, BEST_UTILISATION), (1, _worst_utilisation(work.parameters))):
         completion = _completion(config, work)[end]
@@ -179,7 +178,7 @@ def _training_hours(config: ResolvedConfig, work: Work, card: Gpu, processes: in
 def _testing_hours(config: ResolvedConfig, work: Work, card: Gpu) -> Range:
     """Return the hours of the test job: base and tuned model answer every test, in batches, on one GPU."""
     assert work.parameters is not None
-    step = _token_seconds(config, work.parameters, card, TEST_BATCH)
+    step = _token_seconds(work.parameters, card, TEST_BATCH)
     ends = []
     for end in (0, 1):
         tokens = 2 * ceil(work.tests / TEST_BATCH) * _completion(config, work)[end]
@@ -198,7 +197,6 @@ def _unknown(instances: Sequence[dict[str, Any]], work: Work, prices: Prices | N
 
 def _assumptions(config: ResolvedConfig, work: Work, prices: Prices | None) -> list[str]:
     low, most = _completion(config, work)
-    added = TOKEN_SECONDS[bool(config.grpo_value("use_vllm"))]
     worst = _worst_utilisation(work.parameters or 0)
     size = f"{work.parameters / 1e9:.3g} billion parameters" if work.parameters else "model size unknown: no hours"
     return [
@@ -206,7 +204,7 @@ def _assumptions(config: ResolvedConfig, work: Work, prices: Prices | None) -> l
         f"answers of {low:.0f} tokens (the dataset's mean) to {most:.0f} tokens (max_completion_length)",
         f"training reaches {worst:.0%} to {BEST_UTILISATION:.0%} of the GPU's 16-bit arithmetic",
         f"generation reads the weights at {BANDWIDTH[1]:.0%} to {BANDWIDTH[0]:.0%} of the memory's bandwidth",
-        f"software adds {added[0] * 1000:.0f} to {added[1] * 1000:.0f} ms to each token",
+        f"software adds {TOKEN_SECONDS[0] * 1000:.0f} to {TOKEN_SECONDS[1] * 1000:.0f} ms to each token",
         f"each of the two jobs takes {OVERHEAD_MINUTES[0]:.0f} to {OVERHEAD_MINUTES[1]:.0f} minutes to start and end",
         f"training ends after max_runtime ({config.compute.max_runtime / 3600:.1f} h) at the latest",
         *(["spot costs between a tenth of the on-demand price and the whole of it"] if config.compute.spot else []),

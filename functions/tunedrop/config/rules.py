@@ -23,9 +23,9 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "must be a number of at least 2: an advantage compares answers within a group",
     ),
     (
-        "lora.load_in_4bit",
-        lambda config: config.lora.load_in_4bit and config.grpo_value("use_vllm"),
-        "load_in_4bit and grpo.use_vllm do not work together in TRL: turn one of them off",
+        "grpo.use_vllm",
+        lambda config: config.grpo_value("use_vllm"),
+        "the jobs' image has no vLLM: leave use_vllm out, and the trainer samples, with one prefill per group",
     ),
     (
         "grpo.fp16",
@@ -91,8 +91,8 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
     ),
     (
         "lora.lora_bias",
-        lambda config: config.lora.peft_kwargs().get("lora_bias") and config.lora.peft_kwargs().get("use_dora"),
-        "PEFT has no bias for DoRA: turn lora_bias or use_dora off",
+        lambda config: config.lora.peft_kwargs().get("lora_bias"),
+        "PEFT merges these biases into layers with biases only, and most models have layers without: turn lora_bias off",
     ),
 ]
 
@@ -129,13 +129,9 @@ def check_instances(config: RunConfig, instance_types: Sequence[str], image: str
 def _check_gpus(config: RunConfig, name: str) -> Iterator[Problem]:
     """Yield what the GPUs of an instance type cannot do for this config."""
     count = gpus(name)
-    for key, wanted in (
-        ("lora.load_in_4bit", config.lora.load_in_4bit),
-        ("grpo.use_vllm", config.grpo_value("use_vllm")),
-    ):
-        if wanted and count == 0:
-            hint = "choose an instance type with a GPU, such as ml.g5.xlarge, or turn it off"
-            yield _instance_problem(key, f"{key} needs a GPU and {name} has none", hint)
+    if config.lora.load_in_4bit and count == 0:
+        hint = "choose an instance type with a GPU, such as ml.g5.xlarge, or turn it off"
+        yield _instance_problem("lora.load_in_4bit", f"lora.load_in_4bit needs a GPU and {name} has none", hint)
     if config.grpo_value("bf16") and not has_bf16(name):
         hint = "set fp16 instead, or choose ml.g5 or newer"
         yield _instance_problem("grpo.bf16", f"the GPUs of {name} do not compute in bf16", hint)

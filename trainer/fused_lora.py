@@ -1,0 +1,193 @@
+"""Computes LoRA layers with the weights and the adapter in one matrix product, in the loss and in a rollout.
+
+PEFT adds the adapter's output to the layer's. In bf16 this loses small adapters: next to a number, bf16 has steps of 0.4 to
+0.8 %, so the sum of a rounded output and a much smaller one is the rounded output again. Merging the adapter into the
+weights loses it in the same way. Here one product adds both in fp32 and rounds once:
+
+    h = x Aᵀ        y = [x, h] [W, s B]ᵀ
+
+Layers that read the same input (queries, keys and values) are one product. W and s B are parts of one matrix, of which the
+layers' own weights are views: there is no second copy of the weights, and nothing is converted in a forward.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 # the usual name
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+# Names of layers of a block that read the same input, in every decoder that `trainer.shared_prefix_models` supports.
+READ_ONE_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+class Product(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
+    """y = [x, h] [W, s B]ᵀ (N, out) for x (N, in), with gradients for x, and for the adapters' parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: "FusedLayers", *_parameters: Tensor) -> Tensor:  # noqa: D102 # autograd's names
+        both = layers.with_low_rank(x)
+        ctx.save_for_backward(both)
+        ctx.layers = layers
+        return layers.product(both)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        layers: FusedLayers = ctx.layers
+        (both,) = ctx.saved_tensors
+        x, h = both.split([layers.inputs, layers.ranks], dim=1)
+        weight, second = layers.weight.split([layers.inputs, layers.ranks], dim=1)
+        grad_h = grad @ second
+        grad_x = torch.addmm(grad @ weight, grad_h, layers.first) if ctx.needs_input_grad[0] else None
+        firsts = torch.mm(grad_h.t(), x).float()
+        grads = [firsts[rows] for _, rows in layers.blocks]
+        grads += [
+            torch.mm(grad[:, out].t(), h[:, rows]).float() * scaling
+            for (out, rows), scaling in zip(layers.blocks, layers.scalings, strict=True)
+        ]
+        return grad_x, None, *grads
+
+
+class FusedLayers:
+    """LoRA layers that read one input, in a type in which they compute. Their base weights become views of `weight`.
+
+    `weight` (out, in + ranks) is [W, s B], `first` (ranks, in) is A. `blocks` are the rows of `weight` and the ranks that
+    belong to each adapter.
+    """
+
+    def __init__(self, layers: Sequence[LoraLinear], dtype: torch.dtype):
+        self.layers = layers
+        weights = [layer.get_base_layer().weight for layer in layers]
+        self.sizes, self.inputs = [len(weight) for weight in weights], weights[0].shape[1]
+        self.blocks: list[tuple[slice, slice]] = []
+        self.scalings: list[float] = []
+        firsts, seconds = [], []
+        outputs = ranks = 0
+        for layer, size in zip(layers, self.sizes, strict=True):
+            for name in layer.active_adapters:
+                rank = layer.r[name]
+                self.blocks.append((slice(outputs, outputs + size), slice(ranks, ranks + rank)))
+                self.scalings.append(layer.scaling[name])
+                firsts.append(layer.lora_A[name].weight)
+                seconds.append(layer.lora_B[name].weight)
+                ranks += rank
+            outputs += size
+        self.ranks = -(-ranks // 8) * 8  # GPUs multiply faster if rows begin at multiples of 16 bytes
+        self.parameters = firsts + seconds
+        self.weight = weights[0].new_zeros(outputs, self.inputs + self.ranks, dtype=dtype)
+        self.first = weights[0].new_zeros(self.ranks, self.inputs, dtype=dtype)
+        self.bias = self._biases()
+        for rows, weight in zip(self.weight.split(self.sizes), weights, strict=True):
+            weight.data = rows[:, : self.inputs].copy_(weight.data)
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def _biases(self) -> Tensor | None:
+        biases = [layer.get_base_layer().bias for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        sized = zip(biases, self.sizes, strict=True)
+        return torch.cat([torch.zeros(size) if bias is None else bias.detach() for bias, size in sized]).to(self.weight)
+
+    def copies(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the places of A and s B in `first` and `weight`."""
+        return [self.first[rows] for _, rows in self.blocks], [
+            self.weight[out, self.inputs + rows.start : self.inputs + rows.stop] for out, rows in self.blocks
+        ]
+
+    def with_low_rank(self, x: Tensor) -> Tensor:
+        """Return [x, h] (N, in + ranks)."""
+        x = x.to(self.weight.dtype)
+        return torch.cat([x, F.linear(x, self.first)], dim=1)
+
+    def product(self, both: Tensor) -> Tensor:
+        """Return y (N, out) for [x, h]."""
+        return F.linear(both, self.weight, self.bias)
+
+    def forward(self, number: int, x: Tensor) -> Tensor:
+        """Return the output (…, out) of the layer with this number for inputs (…, in). Computes all layers at the first."""
+        if x is not self._input or number not in self._outputs:
+            flat = x.flatten(0, -2)
+            with torch.autocast(x.device.type, enabled=False):
+                if torch.is_grad_enabled():
+                    out = Product.apply(flat, self, *self.parameters)
+                else:
+                    out = self.product(self.with_low_rank(flat))
+            self._input, self._outputs = x, dict(enumerate(out.unflatten(0, x.shape[:-1]).split(self.sizes, dim=-1)))
+        output = self._outputs.pop(number)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+class FusedLora:
+    """A PEFT model's LoRA layers, which compute as this module says, in one type. Empty for models with other adapters.
+
+    DoRA, trained biases, adapters of embeddings and 4-bit weights are not fused.
+    """
+
+    def __init__(self, model: PeftModel, dtype: torch.dtype):
+        self._model, self._dtype = model, dtype
+        self._fresh = False
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        inputs: dict[tuple[str, str], list[LoraLinear]] = {}
+        for name, layer in layers.items():
+            parent, _, own = name.rpartition(".")
+            together = next((",".join(sorted(names)) for names in READ_ONE_INPUT if own in names), own)
+            inputs.setdefault((parent, together), []).append(layer)
+        self.groups = [FusedLayers(group, dtype) for group in inputs.values()] if all(map(_plain, layers.values())) else []
+        for group in self.groups:
+            for number, layer in enumerate(group.layers):
+                layer.forward = functools.partial(self._forward, layer, layer.forward, group, number)
+        places = [group.copies() for group in self.groups]
+        self._places = [place for each in places for part in each for place in part]
+        self._parameters = [parameter for group in self.groups for parameter in group.parameters]
+        self._scalings = [factor for group in self.groups for factor in [1.0] * len(group.scalings) + group.scalings]
+        if self.groups:
+            model.get_base_model().register_forward_pre_hook(lambda *_: self.refresh())
+
+    def refresh(self) -> None:
+        """Copy the adapters' present parameters into the products' matrices. Runs before every forward of the model."""
+        if not self._fresh:
+            with torch.no_grad():
+                torch._foreach_copy_(self._places, torch._foreach_mul(self._parameters, self._scalings))
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Run the whole model in this type for the block, in which the adapter does not change.
+
+        The model's own tensors come back unchanged.
+        """
+        inside = {id(layer.get_base_layer().weight) for group in self.groups for layer in group.layers}
+        others = [each for each in self._model.parameters() if not each.requires_grad and id(each) not in inside]
+        own = [each.data for each in others]
+        self.refresh()
+        try:
+            self._fresh = True
+            for each in others:
+                each.data = each.data.to(self._dtype)
+            yield
+        finally:
+            self._fresh = False
+            for each, data in zip(others, own, strict=True):
+                each.data = data
+
+    def _forward(
+        self, layer: LoraLinear, stock: Any, group: FusedLayers, number: int, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Compute a layer: fused, or as PEFT does where the adapter is off or has dropout, which a rollout has not."""
+        dropout = layer.training and any(getattr(each, "p", 0.0) for each in layer.lora_dropout.values())
+        if layer.disable_adapters or (dropout and not self._fresh):
+            output: Tensor = stock(x, *args, **kwargs)
+            return output
+        return group.forward(number, x)
+
+
+def _plain(layer: LoraLayer) -> bool:
+    """Return whether a layer is a low-rank matrix beside plain weights."""
+    return type(layer) is LoraLinear and not layer.lora_variant and not any(layer.lora_bias.values())
