@@ -8,16 +8,28 @@ The loss (trainer/run_trainer.py) and sampling (trainer/shared_prefix_sampling.p
 and Transformers only: a test job samples without TRL and PEFT.
 """
 
+import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 # the usual name
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+log = logging.getLogger("trainer")
+
 ATTENTION = "shared_prefix"
+
+# Kernels for sequences of different lengths in one call, and the types in which they compute, by the type of the device.
+VARLEN: dict[str, tuple[Callable[..., Any], set[torch.dtype]]] = {"cuda": (varlen_attn, {torch.bfloat16, torch.float16})}
+# The devices on which such a kernel has computed what `attention` does.
+CHECKED: set[str] = set()
+# The largest relative difference that the types' rounding explains.
+TOLERANCE = 2e-2
 
 
 class Layout(NamedTuple):
@@ -29,6 +41,57 @@ class Layout(NamedTuple):
     prompt: slice
     completions: slice
     lengths: list[int]
+
+
+class Sequences(NamedTuple):
+    """The prompts and completions of a packed row as sequences of one kernel call, in the order of the row.
+
+    The queries of a sequence are its own tokens, its keys and values the tokens `keys` of the row: a prompt's own, or the
+    prompt's and the completion's own. `cu_q` and `cu_k` are the sequences' ends, after a 0, in queries and in `keys`.
+    """
+
+    keys: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, layout: list[Layout], device: torch.device) -> "Sequences":
+        """Return the sequences of a packed row."""
+        keys: list[int] = []
+        queries, ends = [0], [0]
+        for group in layout:
+            start = group.completions.start
+            for length in [0, *group.lengths]:
+                keys += range(group.prompt.start, group.prompt.stop)
+                keys += range(start, start + length)
+                queries.append(queries[-1] + (length or group.prompt.stop - group.prompt.start))
+                ends.append(len(keys))
+                start += length
+        cu_q, cu_k = (torch.tensor(each, dtype=torch.int32) for each in (queries, ends))
+        return cls(
+            torch.tensor(keys, device=device),
+            cu_q.to(device),
+            cu_k.to(device),
+            int(cu_q.diff().max()),
+            int(cu_k.diff().max()),
+        )
+
+
+class Gather(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
+    """Selects tokens (K, …) of a row (N, …), some several times. Their gradients are added in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, index: Tensor) -> Tensor:  # noqa: D102 # autograd's names
+        ctx.save_for_backward(index)
+        ctx.shape = row.shape
+        return row.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape, dtype=torch.float32).index_add_(0, index, grad.float()).to(grad.dtype), None
 
 
 class Packed:
@@ -76,23 +139,61 @@ class Packed:
         step = torch.arange(width)[None]
         self.index = torch.where(step < length, torch.tensor(first)[:, None] + step, len(sources)).to(device)
         self._gathers = [_gather(group.lengths, device) for group in self.layout]
+        self._sequences = Sequences.of(self.layout, device) if device.type in VARLEN else None
 
     def attend(self, _layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Return the attention output (1, N, H, D) of `query` (1, H, N, D), `key` and `value` (1, H_kv, N, D)."""
         flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # (N, heads, D)
+        kernel, types = VARLEN.get(query.device.type, (None, set()))
+        if kernel is None or query.dtype not in types:
+            return self._by_groups(flat, scaling)
+        if query.device.type not in CHECKED:
+            self._check(kernel, flat, scaling)
+        if query.device.type not in CHECKED:
+            return self._by_groups(flat, scaling)
+        return self._at_once(kernel, flat, scaling)
+
+    def _check(self, kernel: Callable[..., Any], flat: list[Tensor], scaling: float) -> None:
+        """Compare the kernel with `attention`, once for each type of device. If it does not work, it is not used again."""
+        device = flat[0].device.type
+        try:
+            with torch.no_grad():
+                expected = self._by_groups(flat, scaling)
+                off = (self._at_once(kernel, flat, scaling) - expected).abs().max() / expected.abs().max()
+            reason = "" if off <= TOLERANCE else f"its output differs by {float(off):.2g}"
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error)
+        if reason:
+            log.warning("attention group by group, without %s: %s", getattr(kernel, "__name__", kernel), reason)
+            del VARLEN[device]
+        else:
+            CHECKED.add(device)
+
+    def _at_once(self, kernel: Callable[..., Any], flat: list[Tensor], scaling: float) -> Tensor:
+        """Return the attention output (1, N, H, D) of all sequences by one kernel."""
+        assert self._sequences is not None
+        keys, cu_q, cu_k, max_q, max_k = self._sequences
+        query, key, value = flat
+        gathered = [Gather.apply(each, keys) for each in (key, value)]
+        out: Tensor = kernel(query, *gathered, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        return out[None]
+
+    def _by_groups(self, flat: list[Tensor], scaling: float) -> Tensor:
+        """Return the attention output (1, N, H, D), by two calls for each group."""
         out = []
         for group, gather in zip(self.layout, self._gathers, strict=True):
             prompt = [each[group.prompt] for each in flat]
-            out.append(attention([each[None] for each in prompt], None, scaling, query.is_cuda)[0])
+            out.append(attention([each[None] for each in prompt], None, scaling, prompt[0].is_cuda)[0])
             if group.lengths:
                 own = [each[group.completions] for each in flat]
                 if gather is None:  # all of one length: already a rectangle
                     rectangle = [each.unflatten(0, (len(group.lengths), -1)) for each in own]
-                    out.append(attention(rectangle, prompt, scaling, query.is_cuda).flatten(0, 1))
+                    out.append(attention(rectangle, prompt, scaling, prompt[0].is_cuda).flatten(0, 1))
                 else:
                     pad, unpad = gather
                     rectangle = [each.index_select(0, pad.flatten()).unflatten(0, pad.shape) for each in own]
-                    out.append(attention(rectangle, prompt, scaling, query.is_cuda).flatten(0, 1).index_select(0, unpad))
+                    whole = attention(rectangle, prompt, scaling, prompt[0].is_cuda)
+                    out.append(whole.flatten(0, 1).index_select(0, unpad))
         return torch.cat(out)[None]
 
 

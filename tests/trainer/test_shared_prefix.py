@@ -225,6 +225,68 @@ def test_both_kinds_of_attention_are_that_of_whole_sequences():
         torch.testing.assert_close(gradient, gradients[0])
 
 
+def in_turn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What `varlen_attn` computes on a GPU: causal attention of one sequence after another, aligned at the ends."""
+    assert (window_size, enable_gqa) == ((-1, 0), True)
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    out = []
+    for start, end, first, last in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        q, k, v = query[start:end], key[first:last], value[first:last]
+        seen = torch.arange(len(k))[None] <= torch.arange(len(q))[:, None] + len(k) - len(q)
+        parts = (each.transpose(0, 1)[None] for each in (q, k, v))
+        out.append(torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=seen, scale=scale, enable_gqa=True))
+    return torch.cat([each[0].transpose(0, 1) for each in out])
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Attention as on a GPU: all sequences of a packed row in one call."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return in_turn(*args, **kwargs)
+
+    monkeypatch.setattr(shared_prefix, "VARLEN", {"cpu": (counted, {torch.float32})})
+    monkeypatch.setattr(shared_prefix, "CHECKED", set())
+    return calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"beta": 0.1, "loss_type": "grpo"}, {"activation_checkpointing": True}, {"per_device_train_batch_size": 2}],
+)
+def test_the_loss_is_that_of_trl_with_all_sequences_in_one_call(tiny, tmp_path, monkeypatch, varlen, settings):
+    sizes = {"per_device_train_batch_size": 8} | settings
+    assert_equal(
+        tiny, tmp_path, monkeypatch, **sizes | {"gradient_accumulation_steps": 16 // sizes["per_device_train_batch_size"]}
+    )
+    assert len(varlen) > 4
+
+
+def test_rollouts_are_those_of_trl_with_all_prompts_in_one_call(tiny, tmp_path, varlen):
+    expected = rollouts(GRPOTrainer, tiny, tmp_path)
+    assert varlen == []
+    assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path) == expected
+    assert len(varlen) == 2 + 1  # a call for each layer, and the comparison
+
+
+@pytest.mark.parametrize("how", ["it fails", "it computes something else"])
+def test_a_kernel_that_does_not_work_is_not_used(tiny, tmp_path, monkeypatch, varlen, caplog, how):
+    logging.disable(logging.NOTSET)
+
+    def broken(query, *args, **kwargs):
+        if how == "it fails":
+            raise RuntimeError("no kernel for this head size")
+        return in_turn(query, *args, **kwargs) * 1.1
+
+    shared_prefix.VARLEN["cpu"] = (broken, {torch.float32})
+    assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path) == rollouts(GRPOTrainer, tiny, tmp_path)
+    assert shared_prefix.VARLEN == {}
+    assert ("no kernel for this head size" if how == "it fails" else "its output differs by") in caplog.text
+    assert caplog.text.count("group by group") == 1
+
+
 def test_micro_batches_hold_whole_groups_in_random_order(tiny, tmp_path):
     trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
     orders = set()
@@ -251,11 +313,65 @@ def rollouts(cls, folder, output, **settings):
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"lora": {"use_dora": True}}], ids=str)
+def repeated(step, state, output):
+    """Stands for a CUDA graph where there is no GPU: a function that does the step again, in the same tensors."""
+    places = [each.data_ptr() for each in (*state, output)]
+
+    def again():
+        step()
+        assert [each.data_ptr() for each in (*state, output)] == places
+
+    return again
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Sample as on a GPU, in windows of seven tokens."""
+    monkeypatch.setitem(shared_prefix_sampling.GRAPHS, "cpu", repeated)
+    monkeypatch.setattr(shared_prefix_sampling, "WINDOW", 7)
+    monkeypatch.setattr(shared_prefix_sampling, "LOOK", 3)
+
+
+SETTINGS = [{}, {"repetition_penalty": 1.3}, {"temperature": 0.7, "top_p": 0.9}, {"lora": {"use_dora": True}}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_greedy_rollouts_are_those_of_trl(tiny, tmp_path, settings):
     expected = rollouts(GRPOTrainer, tiny, tmp_path, **settings)
     assert rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path, **settings) == expected
     assert len({len(ids) for ids in expected}) > 3  # rows did leave
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_so_are_those_from_fixed_buffers(tiny, tmp_path, settings, graphs):
+    repeats = []
+    once = shared_prefix_sampling.Decoder.repeat
+
+    def counted(decoder):
+        repeats.append(len(decoder.rows))
+        return once(decoder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix_sampling.Decoder, "repeat", counted)
+        found = rollouts(SharedPrefixGRPOTrainer, tiny, tmp_path, **settings)
+    assert found == rollouts(GRPOTrainer, tiny, tmp_path, **settings)
+    if "repetition_penalty" in settings:  # which looks at all tokens so far
+        assert repeats == []
+    else:
+        assert len(repeats) >= 3  # windows
+        assert len(set(repeats)) > 1  # rows left
+
+
+def test_a_rollout_ends_at_its_limit_and_soon_after_the_last_completion(tiny, tmp_path, graphs):
+    for limit in (1, 2, 7, 8, 15):
+        trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, max_completion_length=limit)
+        trainer.generation_config.eos_token_id = trainer.eos_token_ids = [104]
+        ids, _ = trainer._generate_single_turn([[5, 6]] * 4, None, {}, 4)
+        assert {len(each) for each in ids} == {limit}
+    trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, max_completion_length=400)
+    trainer.generation_config.eos_token_id = trainer.eos_token_ids = list(range(105))
+    ids, _ = trainer._generate_single_turn([[5, 6]] * 4, None, {}, 4)
+    assert {len(each) for each in ids} == {1}
 
 
 def test_training_leaves_the_base_weights_bit_for_bit(tiny, tmp_path):
