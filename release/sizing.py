@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 GB = 1e9
-CHUNK = (1 << 24) * 4  # bytes of one chunk of logits in fp32: trainer.token_log_probs.LOGITS_PER_CHUNK
+CHUNK = (1 << 26) * 4  # bytes of one chunk of logits in fp32: trainer.token_log_probs.LOGITS_PER_CHUNK
 RESERVED = 1.5 * GB  # CUDA's context, cuBLAS's workspace, and fragments that the allocator cannot use
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trainer")
 
-# Limit of the tokens in a batch, prompts and completions together: 128 tests of 64 tokens fit.
+# Limit of the tokens in a batch on a CPU, prompts and completions together: 128 tests of 64 tokens fit.
 BATCH_TOKENS = 8192
 
 
@@ -57,16 +57,17 @@ class Engine:
     """
 
     def __init__(self, location: str, tokenizer: "PreTrainedTokenizerBase", decoding: Decoding, dtype: "torch.dtype"):
-        import torch
+        from trainer.shared_prefix_sampling import tokens_that_fit
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = models.load_model(location, dtype=dtype, device_map=device).eval()
+        self._model = models.load_model(location, dtype=dtype, device_map=models.device()).eval()
+        # Transformers' cache exists twice for a moment whenever it grows.
+        self._tokens = max(BATCH_TOKENS, (tokens_that_fit(self._model.config) or 0) // 2)
         self._tokenizer, self.decoding = tokenizer, decoding
         self.context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def batches(self, prompts: Sequence[list[int]], samples: Sequence[int], alone: Sequence[bool]) -> Iterator[list[int]]:
         """Yield batches of indices of prompts (token ids). A batch has one number of samples; an `alone` prompt is timed."""
-        return batches([len(prompt) for prompt in prompts], samples, alone, self.decoding.limit)
+        return batches([len(prompt) for prompt in prompts], samples, alone, self.decoding.limit, self._tokens)
 
     def write(self, prompts: list[list[int]], samples: int) -> list[list[Completion]]:
         """Return the completions of each prompt (token ids): one greedy completion, or several samples."""
@@ -124,17 +125,19 @@ class Engine:
         return {"custom_generate": sample}
 
 
-def batches(lengths: Sequence[int], samples: Sequence[int], alone: Sequence[bool], new_tokens: int) -> Iterator[list[int]]:
+def batches(
+    lengths: Sequence[int], samples: Sequence[int], alone: Sequence[bool], new_tokens: int, most: int
+) -> Iterator[list[int]]:
     """Yield batches of indices of prompts of similar lengths, the longest first: a batch that does not fit fails at once.
 
-    `lengths`: of the prompts in tokens. `new_tokens`: limit of each completion. A batch has one number of samples. An
-    `alone` prompt has a batch of its own.
+    `lengths`: of the prompts in tokens. `new_tokens`: limit of each completion. `most`: limit of a batch's tokens. A
+    batch has one number of samples. An `alone` prompt has a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda at: (samples[at], alone[at], -lengths[at]))
     batch: list[int] = []
     for at in order:
         first = batch[0] if batch else at
-        fits = (len(batch) + 1) * samples[at] * (lengths[first] + new_tokens) <= BATCH_TOKENS
+        fits = (len(batch) + 1) * samples[at] * (lengths[first] + new_tokens) <= most
         if batch and (not fits or alone[at] or samples[at] != samples[first]):
             yield batch
             batch = []

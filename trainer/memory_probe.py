@@ -1,23 +1,28 @@
-"""Runs the largest possible micro-batch before the first step, to find out early whether the memory suffices.
+"""Runs the largest possible batches before the first step, to find out early whether the memory suffices.
 
-The longest prompts, each with a group of completions of full length, go forward and backward once, as in the loss. If they
-do not fit, the probe tries smaller batches until one fits, and the job fails with the values to write into the config. The
-probe leaves no trace: it drops its gradients, adds no metrics, and does not use the trainer's random numbers.
+The longest prompts, each with a group of completions of full length, are sampled for two tokens with all memory of a
+rollout, and go forward and backward once, as in the loss. If they do not fit, the probe tries smaller batches until one
+fits, and the job fails with the values to write into the config. The probe leaves no trace: it drops its gradients, adds no
+metrics, and does not use the trainer's random numbers.
 
-The probe does not measure weights that FSDP or DeepSpeed shard, nor a rollout's key-value cache (docs/sizing.md has its
-formula).
+On a GPU the loss keeps all activations if they fit, unless the config says `activation_checkpointing`: computing them again
+takes a third of the loss's time.
+
+The probe does not measure weights that FSDP or DeepSpeed shard, nor the rollout of stock TRL.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.job import JobError
 from trainer.progress import memory_gb
+from trainer.sampling import own_random_numbers
 
 if TYPE_CHECKING:
     from trainer.run_trainer import RunTrainer
@@ -35,6 +40,10 @@ OUT_OF_MEMORY = (
 )
 
 
+# The share of a GPU's memory that a loss may take without checkpointing: later steps need a little more for fragments.
+MOST_MEMORY = 0.9
+
+
 class Batch(NamedTuple):
     """A micro-batch of the loss: its number of sequences, and the tokens of each completion."""
 
@@ -45,19 +54,24 @@ class Batch(NamedTuple):
 class MemoryProbe(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Probes when the training begins. `lengths` are the lengths of the prompts in tokens.
 
-    Raises JobError if the memory does not suffice; the message says which limits to lower.
+    `chooses_checkpointing`: switch activation checkpointing off where memory allows it. Raises JobError if the memory does
+    not suffice; the message says which limits to lower.
     """
 
-    def __init__(self, trainer: "RunTrainer", lengths: Sequence[int]):
+    def __init__(self, trainer: "RunTrainer", lengths: Sequence[int], *, chooses_checkpointing: bool):
         self._trainer, self._lengths = trainer, sorted(lengths, reverse=True)
+        self._chooses_checkpointing = chooses_checkpointing
 
     def on_train_begin(self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         """Probe. Each rank probes by itself and waits for no other rank."""
         if args.deepspeed or args.fsdp:
             return
         began = time.monotonic()
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        if not self._samples(rows):
+            raise JobError(self._advice_on_rollout(rows))
         worst = Batch(args.per_device_train_batch_size, args.max_completion_length)
-        if not self._fits(worst):
+        if not self._fits_without_checkpointing(worst) and not self._fits(worst):
             raise JobError(self._advice(worst, next(filter(self._fits, smaller(worst)), None)))
         seconds = time.monotonic() - began
         log.info(
@@ -67,41 +81,86 @@ class MemoryProbe(TrainerCallback):  # type: ignore[misc] # transformers is unty
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    def _fits_without_checkpointing(self, batch: Batch) -> bool:
+        """Return whether a batch fits a GPU with all activations. If so, checkpointing stays off."""
+        if not (self._chooses_checkpointing and torch.cuda.is_available()):
+            return False
+        model = self._trainer.model
+        model.activation_checkpointing_disable()
+        torch.cuda.reset_peak_memory_stats()
+        if self._fits(batch) and torch.cuda.max_memory_reserved() < MOST_MEMORY * torch.cuda.mem_get_info()[1]:
+            log.info("memory probe: no activation checkpointing, all activations fit")
+            return True
+        model.activation_checkpointing_enable(self._trainer.args.activation_checkpointing_kwargs)
+        return False
+
+    def _samples(self, rows: int) -> bool:
+        """Return whether a rollout of this many completions fits."""
+        return self._succeeds(lambda: self._trainer.probe_rollout(self._prompts(rows)[0]), f"{rows} completions sampled")
+
     def _fits(self, batch: Batch) -> bool:
-        """Return whether a batch fits, forward and backward, and free its memory."""
+        """Return whether a batch fits, forward and backward."""
+        return self._succeeds(
+            lambda: self._run(batch), f"{batch.sequences} sequences of {batch.completion} completion tokens"
+        )
+
+    def _succeeds(self, run: Callable[[], None], what: str) -> bool:
+        """Return whether there is memory for `run`, and free its memory."""
         model = self._trainer.model
         try:
-            with torch.random.fork_rng():  # LoRA dropout
-                self._run(batch)
+            with own_random_numbers():  # LoRA dropout
+                run()
             return True
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
                 words in str(error) for words in OUT_OF_MEMORY
             ):
                 raise
-            log.info("memory probe: out of memory with %d sequences of %d completion tokens", *batch)
+            log.info("memory probe: out of memory with %s", what)
             return False
         finally:
             model.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def _prompts(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """Return the longest prompts of this many sequences, as random tokens (B, P) padded on the left, and their mask."""
+        trainer = self._trainer
+        groups = -(-sequences // trainer.num_generations)
+        lengths = [self._lengths[min(group, len(self._lengths) - 1)] for group in range(groups)]
+        vocabulary = trainer.model.config.get_text_config().vocab_size
+        # All random: equal prompts and equal completions are computed only once.
+        prompts = torch.randint(vocabulary, (groups, lengths[0]), generator=torch.Generator().manual_seed(0))
+        masks = torch.arange(lengths[0])[None] >= lengths[0] - torch.tensor(lengths)[:, None]
+        group = torch.arange(sequences) // trainer.num_generations
+        return prompts[group].to(trainer.args.device), masks[group].to(trainer.args.device)
+
     def _run(self, batch: Batch) -> None:
         trainer = self._trainer
-        groups = -(-batch.sequences // trainer.num_generations)
-        lengths = [self._lengths[min(group, len(self._lengths) - 1)] for group in range(groups)]
-        draw, vocabulary = torch.Generator().manual_seed(0), trainer.model.config.get_text_config().vocab_size
-        # All random: the shared-prefix loss computes equal prompts and equal completions only once.
-        prompts = torch.randint(vocabulary, (groups, lengths[0]), generator=draw)
-        masks = torch.arange(lengths[0])[None] >= lengths[0] - torch.tensor(lengths)[:, None]  # padded on the left
-        group = torch.arange(batch.sequences) // trainer.num_generations
-        completions = torch.randint(vocabulary, (batch.sequences, batch.completion), generator=draw)
-        ids = torch.cat([prompts[group], completions], dim=1).to(trainer.args.device)
-        mask = torch.cat([masks[group], torch.ones_like(completions)], dim=1).to(trainer.args.device)
+        prompts, masks = self._prompts(batch.sequences)
+        vocabulary = trainer.model.config.get_text_config().vocab_size
+        completions = torch.randint(
+            vocabulary, (batch.sequences, batch.completion), generator=torch.Generator().manual_seed(1)
+        ).to(prompts.device)
+        ids = torch.cat([prompts, completions], dim=1)
+        mask = torch.cat([masks, torch.ones_like(completions)], dim=1)
         trainer.model.train()
         with trainer.compute_loss_context_manager():
             log_probs = trainer.completion_log_probs(ids, mask, batch.completion)
         log_probs.mean().backward()
+
+    def _advice_on_rollout(self, rows: int) -> str:
+        args, once = self._trainer.args, self._trainer.args.per_device_train_batch_size
+        problem = (
+            f"Not enough memory{_of_gpu()} for a rollout: {rows} completions of up to {self._lengths[0]} + "
+            f"{args.max_completion_length} tokens at a time. "
+        )
+        steps = next((n for n in range(args.steps_per_generation - 1, 0, -1) if self._samples(n * once)), None)
+        if steps is None:
+            return (
+                problem + "Lower grpo.max_completion_length or grpo.per_device_train_batch_size, or use a larger instance."
+            )
+        return problem + f"{steps * once} fit: set grpo.steps_per_generation to {steps} (it is {args.steps_per_generation})."
 
     def _advice(self, worst: Batch, fitting: Batch | None) -> str:
         args = self._trainer.args

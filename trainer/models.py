@@ -1,5 +1,6 @@
 """Finds and loads the models of a run."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,13 @@ def test_dtype(merged: str) -> "torch.dtype":
 
     stored: torch.dtype = AutoConfig.from_pretrained(**load_options(merged)).dtype
     return stored if fast_bf16() else torch.float32
+
+
+def device() -> str:
+    """Return the device of this process: its GPU by torchrun's `LOCAL_RANK`, else the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def device_with_room(location: str) -> str:

@@ -11,6 +11,7 @@ in the loss, forward and backward. TRL's own code still makes the loss, the adva
 the picture.
 """
 
+import copy
 import functools
 import gc
 import math
@@ -26,6 +27,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerState
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import split_tensor_dict
@@ -36,8 +38,11 @@ from trainer.fused_lora import FusedLora
 from trainer.progress import SAMPLE_CHARACTERS, memory_gb
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
-from trainer.shared_prefix_sampling import sample
+from trainer.shared_prefix_sampling import Decoder, sample, tokens_that_fit
 from trainer.token_log_probs import TokenLogProbs
+
+# The most completions that the gate or an evaluation samples at a time.
+MOST_AT_ONCE = 512
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Base
@@ -216,15 +221,16 @@ class _ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
 class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
     """Adds to a `GRPOTrainer` what a run needs: whole checkpoints, resumption, metrics for alerts, public methods.
 
-    `run` and `record` go into the checkpoints' manifests. All other arguments are `GRPOTrainer`'s.
+    `run` and `record` go into the checkpoints' manifests. `prompt_limit` is the most tokens of a prompt. All other arguments
+    are `GRPOTrainer`'s.
     """
 
     train_dataset: Any
     _saving = False
 
-    def __init__(self, *args: Any, run: dict[str, Any], record: Record, **kwargs: Any):
+    def __init__(self, *args: Any, run: dict[str, Any], record: Record, prompt_limit: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run, self.record = run, record
+        self.run, self.record, self.prompt_limit = run, record, prompt_limit
         # TRL makes an adapter on 4-bit weights bf16, in which small steps get lost. PEFT makes a resumed adapter fp32.
         for weights in self.model.parameters():
             if weights.requires_grad:
@@ -245,6 +251,16 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         """Return the token ids of one completion per prompt, as training samples. Each prompt is there `samples` times."""
         ids: list[list[int]] = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, samples)[0]
         return ids
+
+    def completions_at_once(self) -> int:
+        """Return how many completions to sample at a time: as many as in a rollout, on a GPU as many as fit."""
+        rollout: int = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        tokens = tokens_that_fit(self.model.config)
+        if tokens is None:
+            return rollout
+        fitting = min(tokens // (self.prompt_limit + self.args.max_completion_length), MOST_AT_ONCE)
+        size: int = max(rollout, fitting // self.num_generations * self.num_generations)
+        return size
 
     def completion_log_probs(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         """Return the log-probabilities (B, C) of the last `completion` tokens of sequences (B, P + C), as the loss does."""
@@ -358,9 +374,20 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
 class StockRunTrainer(_RunMethods, GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
     """The trainer of a run with TRL's own rollout and loss."""
 
+    def probe_rollout(self, prompts: Tensor) -> None:
+        """Do nothing: the memory of a rollout by Transformers grows with its tokens."""
+
 
 class SharedPrefixRunTrainer(_RunMethods, SharedPrefixGRPOTrainer):
     """The trainer of a run that shares the prompt of a group."""
+
+    def probe_rollout(self, prompts: Tensor) -> None:
+        """Allocate all memory of a rollout of these prompts (B, P), and sample two tokens."""
+        config = copy.copy(self.generation_config)
+        config.max_new_tokens = self.args.max_completion_length
+        self.model.train()  # in evaluation mode, 4-bit layers repack their weights
+        with torch.no_grad(), self._fused.rollout() if self._fused.groups else self.accelerator.autocast():
+            Decoder(self._base, prompts, None, LogitsProcessorList(), StoppingCriteriaList(), config).step()
 
 
 RunTrainer = StockRunTrainer | SharedPrefixRunTrainer

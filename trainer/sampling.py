@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -33,9 +33,9 @@ def sample_completions(
     """
     ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     repeated = [row for row in rows[rank::ranks] for _ in range(samples)]
-    size = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+    size = trainer.completions_at_once()
     completions: list[ScoredCompletion] = []
-    with torch.random.fork_rng(), torch.no_grad(), _without_dropout(trainer.model), _decoding(trainer, greedy):
+    with own_random_numbers(), torch.no_grad(), _without_dropout(trainer.model), _decoding(trainer, greedy):
         torch.manual_seed(trainer.args.seed + rank)
         for start in range(0, len(repeated), size):
             completions += _batch(trainer, rewards, repeated[start : start + size], samples)
@@ -53,6 +53,13 @@ def _batch(trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
     return [ScoredCompletion(text, each["score"]) for text, each in zip(texts, scored, strict=True)]
+
+
+def own_random_numbers() -> AbstractContextManager[None]:
+    """Return a context whose random numbers, on the CPU and this process's GPU, are not those of the training."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    forked: AbstractContextManager[None] = torch.random.fork_rng(devices)
+    return forked
 
 
 @contextmanager

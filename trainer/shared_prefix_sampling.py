@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.generation import (
     EosTokenCriteria,
     GenerationConfig,
@@ -46,6 +46,20 @@ GRAPHS: dict[str, Callable[..., Callable[[], None]]] = {"cuda": capture}
 WINDOW = 128
 # Tokens between two looks at the ends of completions. A look makes the GPU wait for Python.
 LOOK = 8
+
+
+def tokens_that_fit(config: PretrainedConfig) -> int | None:
+    """Return for how many tokens a GPU's free memory has room for keys and values, half of it kept free. None on a CPU.
+
+    A token's share of the logits counts for 256 tokens, a short completion.
+    """
+    if not torch.cuda.is_available():
+        return None
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    of_token = 2 * 2 * text.num_hidden_layers * heads * size + 12 * text.vocab_size / 256
+    return int(0.5 * torch.cuda.mem_get_info()[0] / of_token)
 
 
 class Cache:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 # the usual name
 from torch import Tensor
 
-# The number of logits that exist at a time: 64 MB in fp32, which also fits a CPU's caches.
-LOGITS_PER_CHUNK = 1 << 24
+# The number of logits that exist at a time, by the type of the device: 64 MB in fp32, near the size of a CPU's caches, and
+# 256 MB on a GPU, which reads the whole head for each chunk.
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 class TokenLogProbs(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
@@ -30,7 +31,7 @@ class TokenLogProbs(torch.autograd.Function):  # type: ignore[misc] # torch is u
         with torch.autocast(device, enabled=False):
             weight = head.weight.to(dtype)
             bias = None if head.bias is None else head.bias.to(dtype)
-            size = max(1, LOGITS_PER_CHUNK // len(weight))
+            size = max(1, LOGITS_PER_CHUNK[device] // len(weight))
             for start in range(0, len(targets), size):
                 part = slice(start, start + size)
                 target = targets[part, None]

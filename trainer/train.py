@@ -177,7 +177,7 @@ def build_trainer(
     arguments = grpo_config(config, rewards)
     check_step(len(rows), arguments, "lower one of them")
     quantization = models.four_bit() if config.lora.load_in_4bit else {}
-    model = models.load_model(location, dtype=models.weights_dtype(), **quantization)
+    model = models.load_model(location, dtype=models.weights_dtype(), device_map=models.device(), **quantization)
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
     reason = unsupported(model, arguments, lora)
     log.info("trainer=%s", f"stock TRL: {reason}" if reason else "shared prefix")
@@ -190,6 +190,7 @@ def build_trainer(
         peft_config=lora,
         run=run,
         record=record,
+        prompt_limit=config.max_prompt_length,
     )
 
 
@@ -331,7 +332,8 @@ def train(flags: argparse.Namespace) -> None:
     for callback in (Progress(target), watch, bounds):
         trainer.add_callback(callback)
     if bounds.go_on(checkpoint):
-        trainer.add_callback(MemoryProbe(trainer, data.lengths))
+        chooses = "activation_checkpointing" not in config.grpo
+        trainer.add_callback(MemoryProbe(trainer, data.lengths, chooses_checkpointing=chooses))
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     else:  # the run was killed after its last step, or no time is left

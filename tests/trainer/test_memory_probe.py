@@ -1,6 +1,7 @@
 """The memory probe: it fails before the first step with advice that works, and leaves no trace if the memory suffices."""
 
 import ctypes
+import json
 import multiprocessing
 import re
 import resource
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import memory_probe, train
+from trainer import memory_probe, shared_prefix_sampling, train
 from trainer.memory_probe import Batch, smaller
+from trainer.run_trainer import SharedPrefixRunTrainer
 
 FITS = 42
 M_MMAP_THRESHOLD = -3  # <malloc.h>
@@ -139,3 +141,77 @@ def test_it_leaves_no_trace(job, monkeypatch, stock):
     probed = result()
     monkeypatch.setattr(memory_probe.MemoryProbe, "on_train_begin", lambda *_, **__: None)
     assert result() == probed
+
+
+def test_a_rollout_that_does_not_fit_is_named_with_what_to_lower(job, monkeypatch):
+    tried = []
+
+    def probe_rollout(_self, prompts):
+        tried.append(len(prompts))
+        if len(prompts) > 12:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(SharedPrefixRunTrainer, "probe_rollout", probe_rollout)
+    grpo = {"per_device_train_batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 5}
+    job.config(grpo=grpo, learnability={"samples": 0})
+    job.rows()
+    with pytest.raises(SystemExit):
+        train.main([])
+    assert tried == [20, 16, 12]
+    assert "for a rollout: 20 completions of up to 9 + 6 tokens at a time. 12 fit: set grpo.steps_per_generation to 3" in (
+        job.failure()
+    )
+
+
+def test_a_probed_rollout_takes_all_its_memory_at_once(job, monkeypatch):
+    caches = []
+    attend = shared_prefix_sampling.Cache.attend
+
+    def noted(cache, *args):
+        caches.append(cache)
+        return attend(cache, *args)
+
+    monkeypatch.setattr(shared_prefix_sampling.Cache, "attend", noted)
+    monkeypatch.setattr(memory_probe.MemoryProbe, "_fits", lambda *_: 1 / 0)
+    job.config(grpo={"max_completion_length": 123}, learnability={"samples": 0})
+    job.rows()
+    with pytest.raises(ZeroDivisionError):
+        train.train(train.parse_flags([]))
+    (keys, values), *_ = caches[-1]._own
+    assert keys.shape == values.shape == (16, 2, 123, 12)
+    assert len(caches) == 2 * 2  # two layers, the prefill and one token
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_gpu_with_room_keeps_all_activations(job, monkeypatch, room):
+    """What the probe decides with a GPU, of whose memory it asks for a peak; the job runs on the CPU."""
+    states = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    begin, fits = memory_probe.MemoryProbe.on_train_begin, memory_probe.MemoryProbe._fits
+
+    def with_gpu(probe, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "current_device", lambda: 0)
+            patch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1000))
+            patch.setattr(torch.cuda, "max_memory_reserved", lambda: 800 if room else 950)
+            patch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+            patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+            patch.setattr(torch.cuda, "empty_cache", lambda: None)
+            patch.setattr(memory_probe, "own_random_numbers", torch.random.fork_rng)
+            begin(probe, *args, **kwargs)
+        states.append(probe._trainer.model.is_activation_checkpointing)
+
+    def seen(probe, batch):
+        states.append(probe._trainer.model.is_activation_checkpointing)
+        return fits(probe, batch)
+
+    monkeypatch.setattr(memory_probe.MemoryProbe, "on_train_begin", with_gpu)
+    monkeypatch.setattr(memory_probe.MemoryProbe, "_fits", seen)
+    job.config(learnability={"samples": 0}, grpo={"max_steps": 1})
+    config = json.loads(job.root.joinpath("input/run/config.json").read_text())
+    del config["grpo"]["activation_checkpointing"]
+    job.channel("run", "config.json", json.dumps(config))
+    job.rows()
+    train.train(train.parse_flags([]))
+    assert states == ([False, False] if room else [False, True, True])

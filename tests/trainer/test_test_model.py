@@ -175,12 +175,11 @@ def test_batching_does_not_change_an_answer(tiny):
     assert [answered([case])[0] for case in cases] == answered(cases)
 
 
-def test_batches_are_of_similar_length_and_bounded(monkeypatch):
-    monkeypatch.setattr(engines, "BATCH_TOKENS", 99)
+def test_batches_are_of_similar_length_and_bounded():
     lengths = [5, 40, 6, 300, 7, 8, 8, 8]
     samples = [1, 1, 1, 1, 1, 2, 2, 3]
     alone = [False, False, False, False, True, False, False, False]
-    assert list(engines.batches(lengths, samples, alone, 10)) == [[3], [1], [2, 0], [4], [5, 6], [7]]
+    assert list(engines.batches(lengths, samples, alone, 10, 99)) == [[3], [1], [2, 0], [4], [5, 6], [7]]
 
 
 @pytest.mark.parametrize(
