@@ -19,6 +19,11 @@ class _Graphs:
     usable: bool | None = None
 
 
+def captured() -> bool:
+    """Return whether a graph of this process has worked."""
+    return _Graphs.usable is True
+
+
 def capture(step: Callable[[], None], state: Sequence[Tensor], output: Tensor) -> Callable[[], None]:
     """Return a function that does `step` as a graph, or `step` itself if that is impossible, which the log says.
 

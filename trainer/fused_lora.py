@@ -4,9 +4,9 @@ PEFT adds the adapter's output to the layer's. In bf16 this loses small adapters
 0.8 %, so the sum of a rounded output and a much smaller one is the rounded output again. Merging the adapter into the
 weights loses it in the same way. Here one product adds both in fp32 and rounds once:
 
-    h = x Aᵀ        y = [x, h] [W, s B]ᵀ
+    h = x (s A)ᵀ        y = [x, h] [W, B]ᵀ
 
-Layers that read the same input (queries, keys and values) are one product. W and s B are parts of one matrix, of which the
+Layers that read the same input (queries, keys and values) are one product. W and B are parts of one matrix, of which the
 layers' own weights are views: there is no second copy of the weights, and nothing is converted in a forward.
 """
 
@@ -27,7 +27,7 @@ READ_ONE_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 class Product(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
-    """y = [x, h] [W, s B]ᵀ (N, out) for x (N, in), with gradients for x, and for the adapters' parameters."""
+    """y = [x, h] [W, B]ᵀ (N, out) for x (N, in), with gradients for x, and for the adapters' parameters."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: "FusedLayers", *_parameters: Tensor) -> Tensor:  # noqa: D102 # autograd's names
@@ -44,20 +44,17 @@ class Product(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
         weight, second = layers.weight.split([layers.inputs, layers.ranks], dim=1)
         grad_h = grad @ second
         grad_x = torch.addmm(grad @ weight, grad_h, layers.first) if ctx.needs_input_grad[0] else None
-        firsts = torch.mm(grad_h.t(), x).float()
-        grads = [firsts[rows] for _, rows in layers.blocks]
-        grads += [
-            torch.mm(grad[:, out].t(), h[:, rows]).float() * scaling
-            for (out, rows), scaling in zip(layers.blocks, layers.scalings, strict=True)
-        ]
+        firsts, seconds = torch.mm(grad_h.t(), x) * layers.scaling, torch.mm(grad.t(), h)
+        grads = [firsts[rows].float() for _, rows in layers.blocks]
+        grads += [seconds[block].float() for block in layers.blocks]
         return grad_x, None, *grads
 
 
 class FusedLayers:
     """LoRA layers that read one input, in a type in which they compute. Their base weights become views of `weight`.
 
-    `weight` (out, in + ranks) is [W, s B], `first` (ranks, in) is A. `blocks` are the rows of `weight` and the ranks that
-    belong to each adapter.
+    `weight` (out, in + ranks) is [W, B], `first` (ranks, in) is s A, `scaling` (ranks, 1) is s. `blocks` are the rows of
+    `weight` and the ranks that belong to each adapter.
     """
 
     def __init__(self, layers: Sequence[LoraLinear], dtype: torch.dtype):
@@ -81,6 +78,9 @@ class FusedLayers:
         self.parameters = firsts + seconds
         self.weight = weights[0].new_zeros(outputs, self.inputs + self.ranks, dtype=dtype)
         self.first = weights[0].new_zeros(self.ranks, self.inputs, dtype=dtype)
+        self.scaling = self.first.new_zeros(self.ranks, 1)
+        for (_, rows), scaling in zip(self.blocks, self.scalings, strict=True):
+            self.scaling[rows] = scaling
         self.bias = self._biases()
         for rows, weight in zip(self.weight.split(self.sizes), weights, strict=True):
             weight.data = rows[:, : self.inputs].copy_(weight.data)
@@ -95,7 +95,7 @@ class FusedLayers:
         return torch.cat([torch.zeros(size) if bias is None else bias.detach() for bias, size in sized]).to(self.weight)
 
     def copies(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the places of A and s B in `first` and `weight`."""
+        """Return the places of s A and B in `first` and `weight`."""
         return [self.first[rows] for _, rows in self.blocks], [
             self.weight[out, self.inputs + rows.start : self.inputs + rows.stop] for out, rows in self.blocks
         ]
@@ -147,7 +147,7 @@ class FusedLora:
         places = [group.copies() for group in self.groups]
         self._places = [place for each in places for part in each for place in part]
         self._parameters = [parameter for group in self.groups for parameter in group.parameters]
-        self._scalings = [factor for group in self.groups for factor in [1.0] * len(group.scalings) + group.scalings]
+        self._scalings = [factor for group in self.groups for factor in group.scalings + [1.0] * len(group.scalings)]
         if self.groups:
             model.get_base_model().register_forward_pre_hook(lambda *_: self.refresh())
 

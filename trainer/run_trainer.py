@@ -35,6 +35,7 @@ from trl.trainer.utils import split_tensor_dict
 from trainer import checkpoints
 from trainer.checkpoints import SAVING, Checkpoint, Record
 from trainer.fused_lora import FusedLora
+from trainer.fused_norms import fuse_norms
 from trainer.progress import SAMPLE_CHARACTERS, memory_gb
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
@@ -90,6 +91,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
 
         self._base.forward = forward
         self._fused = FusedLora(whole, self._compute_type())
+        if self.args.device.type == "cuda":
+            fuse_norms(self._base)
 
     def _compute_type(self) -> torch.dtype:
         """Return the type in which autocast multiplies, the weights' type without autocast."""

@@ -66,7 +66,7 @@ class Sequences(NamedTuple):
             for length in [0, *group.lengths]:
                 keys += range(group.prompt.start, group.prompt.stop)
                 keys += range(start, start + length)
-                queries.append(queries[-1] + (length or group.prompt.stop - group.prompt.start))
+                queries.append(queries[-1] + (length or _size(group.prompt)))
                 ends.append(len(keys))
                 start += length
         cu_q, cu_k = (torch.tensor(each, dtype=torch.int32) for each in (queries, ends))
@@ -180,21 +180,27 @@ class Packed:
 
     def _by_groups(self, flat: list[Tensor], scaling: float) -> Tensor:
         """Return the attention output (1, N, H, D), by two calls for each group."""
+        fused = flat[0].is_cuda
+        # One split: the gradient of a slice would be a row of zeros for each slice.
+        sizes = [size for group in self.layout for size in (_size(group.prompt), _size(group.completions))]
+        parts = [each.split(sizes) for each in flat]
         out = []
-        for group, gather in zip(self.layout, self._gathers, strict=True):
-            prompt = [each[group.prompt] for each in flat]
-            out.append(attention([each[None] for each in prompt], None, scaling, prompt[0].is_cuda)[0])
+        for number, (group, gather) in enumerate(zip(self.layout, self._gathers, strict=True)):
+            prompt, own = ([each[2 * number + offset] for each in parts] for offset in (0, 1))
+            out.append(attention([each[None] for each in prompt], None, scaling, fused)[0])
             if group.lengths:
-                own = [each[group.completions] for each in flat]
                 if gather is None:  # all of one length: already a rectangle
                     rectangle = [each.unflatten(0, (len(group.lengths), -1)) for each in own]
-                    out.append(attention(rectangle, prompt, scaling, prompt[0].is_cuda).flatten(0, 1))
+                    out.append(attention(rectangle, prompt, scaling, fused).flatten(0, 1))
                 else:
                     pad, unpad = gather
                     rectangle = [each.index_select(0, pad.flatten()).unflatten(0, pad.shape) for each in own]
-                    whole = attention(rectangle, prompt, scaling, prompt[0].is_cuda)
-                    out.append(whole.flatten(0, 1).index_select(0, unpad))
+                    out.append(attention(rectangle, prompt, scaling, fused).flatten(0, 1).index_select(0, unpad))
         return torch.cat(out)[None]
+
+
+def _size(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def _gather(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor] | None:
