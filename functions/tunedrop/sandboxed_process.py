@@ -1,6 +1,7 @@
 """Child processes without credentials, for work on a user's file that may loop forever, exhaust the memory or crash."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,10 +18,15 @@ def bare_environment() -> dict[str, str]:
     return {"PATH": os.defpath, "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
 
 
+class WorkerKilledError(Exception):
+    """Something else than a limit killed the worker: a fault of the machine, not of the user's file."""
+
+
 class Worker:
     """One of Tunedrop's own files in a child process without credentials, for at most `seconds`. The caller must close it.
 
-    A worker that dies raises no exception: its output ends. The file itself sets its memory limit.
+    A worker that dies raises no exception: its output ends. `blame` then says whose fault it is. The file itself sets its
+    memory limit, at which its allocations fail; no limit of a worker sends SIGKILL.
     """
 
     def __init__(self, file: Path, seconds: float, stdin: int | IO[bytes] = subprocess.PIPE):
@@ -31,9 +37,19 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._end = threading.Timer(seconds, self.process.kill)
+        self._timed_out = False
+        self._end = threading.Timer(seconds, self._time_out)
         self._end.daemon = True
         self._end.start()
+
+    def _time_out(self) -> None:
+        self._timed_out = True
+        self.process.kill()
+
+    def blame(self) -> None:
+        """Return if the file made the worker die. Raises WorkerKilledError if something else did: repeat the work."""
+        if self.process.wait() == -signal.SIGKILL and not self._timed_out:
+            raise WorkerKilledError(f"process {self.process.pid} was killed")
 
     def close(self) -> None:
         """Kill the process and free its pipes."""

@@ -18,7 +18,7 @@ from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.rows import Row
 from tunedrop.problems import Problem
-from tunedrop.sandboxed_process import Worker
+from tunedrop.sandboxed_process import Worker, WorkerKilledError
 
 # The files of a tokenizer, and the most bytes of each: more than any known model's file has.
 TOKENIZER_FILES = {"tokenizer.json": 64 * 1024**2, "tokenizer_config.json": 8 * 1024**2, "chat_template.jinja": 1024**2}
@@ -50,7 +50,7 @@ class TokenCounter:
         self._started = time.monotonic()
         try:
             self._ask({"folder": str(folder.resolve()), "kwargs": kwargs or {}})
-        except TokenizerError:
+        except (TokenizerError, WorkerKilledError):
             self.close()
             raise
 
@@ -80,6 +80,7 @@ class TokenCounter:
         except BrokenPipeError:
             answer = b""
         if not answer:
+            self._worker.blame()
             raise TokenizerError(f"it took more than {LIMIT_SECONDS:.0f} s or {MEMORY_BYTES // 1024**2} MiB of memory")
         decoded = msgspec.json.decode(answer)
         if isinstance(decoded, dict):

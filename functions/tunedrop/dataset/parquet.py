@@ -24,16 +24,22 @@ def read_parquet(file: io.BufferedReader) -> Iterator[tuple[list[Any], int]]:
     try:
         while isinstance((message := _message(worker.process.stdout))[0], list):
             yield message
+        if message[0] is None:
+            worker.blame()
+            raise ParquetError(f"the reader crashed, or exceeded its memory limit or {SECONDS:.0f} s")
+        if message[0]:
+            raise ParquetError(message[0])
     finally:
         worker.close()
-    if message[0]:
-        raise ParquetError(message[0])
 
 
 def _message(output: IO[bytes]) -> tuple[Any, int]:
-    """Return the worker's next message and its bytes: rows, or at the end an error's text, empty without an error."""
+    """Return the worker's next message and its bytes.
+
+    Rows, at the end an error's text, which is empty without an error. None if the worker died.
+    """
     length = int.from_bytes(output.read(8), "little")
     message = output.read(length)
     if not length or len(message) < length:
-        return f"the reader crashed, or exceeded its memory limit or {SECONDS:.0f} s", 0
+        return None, 0
     return msgspec.msgpack.decode(message), length
