@@ -6,7 +6,9 @@ world must be the one without trouble: the same run, objects, jobs, model packag
 """
 
 import json
+import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -232,46 +234,78 @@ def fingerprint(world) -> dict[str, Any]:
     return json.loads(text)
 
 
-def play(deploy, scenario, trouble=None, delivery: int = -1, at: int = -1) -> tuple[list[list[str]], dict[str, Any]]:
-    """Play a scenario with trouble at one call of one delivery; return the calls of each delivery, and the end."""
+def play(deploy, scenario) -> tuple[list[list[str]], dict[str, Any]]:
+    """Play a scenario without trouble; return the calls of each delivery, and the end."""
     CLOCK.now = START
     with deploy() as world:
         calls = []
-        deliveries = scenario(world)
-
-        def again(*first: Any) -> None:
-            for function, event in chain([first], deliveries if trouble is hang else []):
-                world.handle(function, event)
-
-        for number, (function, event) in enumerate(deliveries):
-            if number == delivery:
-                world.trouble_happens(trouble, at, partial(again, function, event))
-                try:
-                    world.handle(function, event)
-                except Exception:  # noqa: BLE001 - whatever the trouble turned into
-                    assert len(world.calls) > at  # it died of the trouble, not of something before it
-                finally:
-                    world.trouble_at = -1
+        for function, event in scenario(world):
             world.handle(function, event)
             calls.append(list(world.calls))
         return calls, fingerprint(world)
 
 
 def search(deploy, scenario, troubles) -> int:
-    """Play a scenario once for every call and trouble; return how many were tried."""
+    """Play a scenario with every trouble at every call, one at a time; return how many were tried.
+
+    The world before a delivery is the same for all troubles of the delivery: a forked process goes on from there.
+    """
     calls, expected = play(deploy, scenario)
     tried = 0
-    for delivery, operations in enumerate(calls):
-        for at, operation in enumerate(operations):
-            for trouble in troubles:
-                if trouble is take_no_entry and operation != "PutEvents":
-                    continue
-                if trouble is die_before and at > 0:
-                    continue  # the same moment as death after the call before it
-                tried += 1
-                _, ended = play(deploy, scenario, trouble, delivery, at)
-                assert ended == expected, f"{trouble.__name__} at {operation}, call {at} of delivery {delivery}"
+    CLOCK.now = START
+    with deploy() as world:
+        deliveries = scenario(world)
+        for number, (function, event) in enumerate(deliveries):
+            for at, operation in enumerate(calls[number]):
+                for trouble in troubles:
+                    if trouble is take_no_entry and operation != "PutEvents":
+                        continue
+                    if trouble is die_before and at > 0:
+                        continue  # the same moment as death after the call before it
+                    tried += 1
+                    rest = partial(go_on, world, chain([(function, event)], deliveries), trouble, at, expected)
+                    failure = in_a_fork(rest)
+                    assert not failure, f"{trouble.__name__} at {operation}, call {at} of delivery {number}:\n{failure}"
+            world.handle(function, event)
     return tried
+
+
+def go_on(world, deliveries: Deliveries, trouble, at: int, expected: dict[str, Any]) -> None:
+    """Have trouble at one call of the next delivery, deliver it again and all that follows, and compare the end."""
+    function, event = next(deliveries)
+
+    def again() -> None:
+        world.handle(function, event)
+        for later in deliveries if trouble is hang else []:
+            world.handle(*later)
+
+    world.trouble_happens(trouble, at, again)
+    try:
+        world.handle(function, event)
+    except Exception:  # noqa: BLE001 - whatever the trouble turned into
+        assert len(world.calls) > at  # it died of the trouble, not of something before it
+    finally:
+        world.trouble_at = -1
+    for later in chain([(function, event)], deliveries):
+        world.handle(*later)
+    assert fingerprint(world) == expected
+
+
+def in_a_fork(check: Callable[[], None]) -> str:
+    """Run a check in a copy of this process; return the traceback of its failure, empty if it holds."""
+    receiver, sender = os.pipe()
+    if os.fork() == 0:
+        try:
+            check()
+        except BaseException:  # noqa: BLE001 - the parent reports it
+            os.write(sender, traceback.format_exc()[-40_000:].encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    with open(receiver, encoding="utf-8", errors="replace") as pipe:  # noqa: PTH123 - a pipe has no path
+        failure = pipe.read()
+    os.wait()
+    return failure
 
 
 @pytest.fixture(autouse=True)
