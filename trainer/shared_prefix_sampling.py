@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 # the usual name
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.generation import (
@@ -44,6 +45,8 @@ OF_ONE_STEP = (
 GRAPHS: dict[str, Callable[..., Callable[[], None]]] = {"cuda": capture}
 # A graph reads keys and values of a fixed length. A longer one reads more than it needs; capturing one takes about 35 ms.
 WINDOW = 128
+# Tokens of a vocabulary that a CPU adds up together.
+BLOCK = 128
 # Tokens between two looks at the ends of completions. A look makes the GPU wait for Python.
 LOOK = 8
 
@@ -257,15 +260,23 @@ class Decoder:
 def draw(scores: Tensor) -> Tensor:
     """Sample a token (B,) from each row of scores (B, V), as softmax and `multinomial` do.
 
-    On a CPU with one random number a row. On a GPU with one for each score, which needs no sum over the scores: the smallest
-    of exponential times with the rates p belongs to each token with the probability p.
+    On a CPU with one random number a row, which selects a block of tokens and a token of the block. On a GPU with one for
+    each score, which needs no sums: the smallest of exponential times with the rates p belongs to each token with the
+    probability p.
     """
     p = scores.softmax(-1)
     if scores.is_cuda:
         return (p / torch.empty_like(p).exponential_()).argmax(-1)
-    up_to = p.cumsum(-1, dtype=torch.float64)
-    level = (1 - torch.rand_like(up_to[:, :1])) * up_to[:, -1:]  # in (0, 1]: never a token of probability 0
-    return torch.searchsorted(up_to, level)[:, 0]
+    missing = -p.shape[1] % BLOCK
+    blocks = (F.pad(p, (0, missing)) if missing else p).unflatten(1, (-1, BLOCK))
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    level = (1 - torch.rand_like(ends[:, :1])) * ends[:, -1:]  # in (0, 1]: never a block of probability 0
+    block = torch.searchsorted(ends, level)
+    inside = blocks.take_along_dim(block[:, :, None], dim=1)[:, 0].cumsum(-1, dtype=torch.float64)
+    begin = F.pad(ends, (1, 0)).take_along_dim(block, dim=1)
+    # Both sums round differently. The limits keep the level within the block, and above tokens of probability 0.
+    level = torch.minimum((level - begin).clamp(min=torch.finfo(torch.float64).tiny), inside[:, -1:])
+    return (block * BLOCK + torch.searchsorted(inside, level))[:, 0]
 
 
 def sample(

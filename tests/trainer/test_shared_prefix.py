@@ -407,6 +407,27 @@ def test_sampling_follows_the_model(tiny, tmp_path):
     assert (frequencies - probabilities).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("vocabulary", [5, 128, 300, 1024])
+def test_a_draw_has_the_probabilities_and_never_an_excluded_token(vocabulary):
+    torch.manual_seed(0)
+    scores = torch.randn(vocabulary) * 2
+    scores[torch.randperm(vocabulary)[: vocabulary // 2]] = -torch.inf
+    scores[-1] = -torch.inf
+    expected = scores.softmax(-1)
+    drawn = shared_prefix_sampling.draw(scores.expand(60_000, -1))
+    found = torch.bincount(drawn, minlength=vocabulary) / len(drawn)
+    assert found.shape == expected.shape
+    assert (found[expected == 0] == 0).all()
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / len(drawn)).sqrt() + 1e-9).all()
+
+
+def test_a_draw_from_one_possible_token_takes_it():
+    for token in (0, 127, 128, 299):
+        scores = torch.full((50, 300), -torch.inf)
+        scores[:, token] = 3.0
+        assert shared_prefix_sampling.draw(scores).unique().tolist() == [token]
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
