@@ -8,6 +8,7 @@ The loss (trainer/run_trainer.py) and sampling (trainer/shared_prefix_sampling.p
 and Transformers only: a test job samples without TRL and PEFT.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -143,7 +144,8 @@ class Packed:
 
     def attend(self, _layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Return the attention output (1, N, H, D) of `query` (1, H, N, D), `key` and `value` (1, H_kv, N, D)."""
-        flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # (N, heads, D)
+        # Under autocast rotary embeddings are fp32. One conversion here replaces one in each product.
+        flat = [each[0].transpose(0, 1).to(value.dtype) for each in (query, key, value)]  # (N, heads, D)
         kernel, types = VARLEN.get(query.device.type, (None, set()))
         if kernel is None or query.dtype not in types:
             return self._by_groups(flat, scaling)
@@ -227,7 +229,7 @@ def attention(qkv: list[Tensor], prefix: list[Tensor] | None, scaling: float, fu
     # The query heads of a key head are stacked. Neither the keys nor the prefix need to be repeated.
     q = q.unflatten(2, (-1, shared)).permute(2, 0, 3, 1, 4).flatten(2, 3)  # (H_kv, G, shared * L, D)
     k, v = (each.permute(2, 0, 1, 3) for each in (k, v))  # (H_kv, G, L, D)
-    mask = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1).repeat(shared, 1)
+    mask = _mask(length, shared, q.dtype, q.device)
     if fused:
         if prefix is not None:
             k, v = (
@@ -237,16 +239,23 @@ def attention(qkv: list[Tensor], prefix: list[Tensor] | None, scaling: float, fu
             mask = F.pad(mask, (len(prefix[1]), 0))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     else:
-        scores = torch.matmul(q * scaling, k.transpose(2, 3)) + mask
+        q = q * scaling
+        scores = torch.matmul(q, k.transpose(2, 3)) + mask
         if prefix is not None:
             far_k, far_v = (each.transpose(0, 1) for each in prefix[1:])  # (H_kv, P, D)
-            far = torch.matmul((q * scaling).flatten(1, 2), far_k.transpose(1, 2)).unflatten(1, (sequences, -1))
+            far = torch.matmul(q.flatten(1, 2), far_k.transpose(1, 2)).unflatten(1, (sequences, -1))
             weights = torch.cat([far, scores], dim=-1).softmax(-1)
             far, near = weights.split([far_k.shape[1], length], dim=-1)
             out = torch.matmul(far.flatten(1, 2), far_v).unflatten(1, (sequences, -1)) + torch.matmul(near, v)
         else:
             out = torch.matmul(scores.softmax(-1), v)
     return out.unflatten(2, (shared, length)).permute(1, 3, 0, 2, 4).reshape(sequences, length, heads, size)
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a model, forward and backward, need the same few
+def _mask(length: int, shared: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what to add to the scores (shared * length, length) of a causal attention."""
+    return torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1).repeat(shared, 1)
 
 
 class SharedPrefix(Protocol):
