@@ -2,11 +2,15 @@
 
 import json
 import re
+import weakref
+from typing import Any
 
 import pytest
+import torch
 
-from trainer import train
+from trainer import models, results, train
 from trainer.job import JobError
+from trainer.run_trainer import SharedPrefixRunTrainer
 from tunedrop.rewards import RewardSpec
 
 NASTY = 'It\'s "quoted", $(touch executed) `touch executed`\nand a second line; \\ é'
@@ -91,7 +95,7 @@ def test_merged_model_answers_like_base_with_adapter(trained, tiny):
         with both.disable_adapter():
             plain = both(ids).logits.log_softmax(-1)
     assert (theirs - plain).abs().max() > 1  # the adapter says something
-    assert (theirs - ours).abs().max() < 0.1  # bf16 has 8 bits of mantissa
+    assert (theirs - ours).abs().mean() < 0.03 * (theirs - plain).abs().mean()  # bf16 has 8 bits of mantissa
     assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
@@ -219,3 +223,37 @@ def test_too_few_rows_for_a_step_is_said(job):
     job.rows(count=1)
     with pytest.raises(JobError, match="1 rows are too few for one step, which takes 2 prompts"):
         train.train(train.parse_flags([]))
+
+
+def test_the_training_model_is_gone_before_the_base_is_loaded_again(job, monkeypatch):
+    """Of an 8B model each copy is 16 GB."""
+    alive = []
+    weights: list[weakref.ref[Any]] = []
+    save, free = results.save, SharedPrefixRunTrainer.free_memory
+
+    def noted(trainer):
+        weights.extend(weakref.ref(each) for each in trainer.model.parameters())
+        free(trainer)
+
+    def counted(*args):
+        alive.append(sum(each() is not None for each in weights))
+        save(*args)
+
+    monkeypatch.setattr(SharedPrefixRunTrainer, "free_memory", noted)
+    monkeypatch.setattr(results, "save", counted)
+    job.config(learnability={"samples": 0}, grpo={"max_steps": 1})
+    job.rows()
+    train.train(train.parse_flags([]))
+    assert len(weights) > 20
+    assert alive == [0]
+
+
+@pytest.mark.parametrize(("gpus", "rank", "device"), [(0, None, "cpu"), (8, None, "cuda:0"), (8, "3", "cuda:3")])
+def test_a_process_has_one_device(monkeypatch, gpus, rank, device):
+    """A model on several GPUs could not sample: the rows of a batch share a cache."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert models.device() == device
