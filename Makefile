@@ -76,11 +76,13 @@ lint: install
 # Two test files at a time. OMP_NUM_THREADS=1 keeps torch's threads from competing for the cores.
 PYTEST = -m pytest -n 2 --dist loadfile
 
-# Runs every test, then the tests without torch with another Python, if one is installed.
+# Runs every test, then the tests without torch with another Python, if one is installed. The trainer's tests come first, in
+# processes of their own: the others need less memory without torch.
 OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
 test: lint browser $(LINT)
 	$(NO_BROWSER)
-	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) $(WITHOUT_BROWSER)
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) tests/trainer
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --ignore=tests/trainer $(WITHOUT_BROWSER)
 	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "tests with another Python skipped, because no other of 3.12 and 3.13 was found")
 	$(NO_BROWSER)
 

@@ -314,17 +314,19 @@ def still_time(monkeypatch):
     monkeypatch.setattr(clock, "now", lambda: CLOCK.now)
 
 
-@pytest.mark.parametrize("scenario", [published, training_failed], ids=lambda scenario: scenario.__name__)
-def test_a_run_survives_death_at_every_call(deploy, scenario, say):
-    tried = search(deploy, scenario, [die_before, die_after])
-    say(f"{tried} crash points of a run that ends {scenario.__name__}")
+# `make soak` searches every scenario.
+
+
+def test_a_run_survives_death_at_every_call(deploy, say):
+    tried = search(deploy, published, [die_before, die_after])
+    say(f"{tried} crash points of a run that ends published")
     assert tried >= 60
 
 
-@pytest.mark.parametrize("scenario", [overwritten, dropped_again_while_stopping], ids=lambda scenario: scenario.__name__)
-def test_a_handler_that_goes_on_after_all_the_others_changes_nothing(deploy, scenario, say):
-    tried = search(deploy, scenario, [hang])
-    say(f"{tried} handlers that went on at the end of a run {scenario.__name__}")
+def test_a_handler_that_goes_on_after_all_the_others_changes_nothing(deploy, say):
+    tried = search(deploy, overwritten, [hang])
+    say(f"{tried} handlers that went on at the end of a run overwritten")
+    assert tried >= 40
 
 
 SCENARIOS = [

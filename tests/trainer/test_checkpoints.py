@@ -96,7 +96,7 @@ def kill(job: Job, after: float) -> None:
     (job.model / "metrics.jsonl").unlink()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))  # `make soak` has 20
 def test_killed_at_a_random_moment_a_run_ends_as_if_nothing_had_happened(durable, uninterrupted, seed):
     kill(durable, random.Random(seed).uniform(0, 0.6))
     assert not (durable.model / "training.json").exists()
