@@ -77,12 +77,13 @@ lint: install
 PYTEST = -m pytest -n 2 --dist loadfile
 
 # Runs every test, then the tests without torch with another Python, if one is installed. The trainer's tests come first, in
-# processes of their own: the others need less memory without torch.
+# processes of their own: the others need less memory without torch. These run in the order of their folders, because xdist's order,
+# files with the most tests first, ends with the longest files.
 OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
 test: lint browser $(LINT)
 	$(NO_BROWSER)
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) tests/trainer
-	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --ignore=tests/trainer $(WITHOUT_BROWSER)
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --no-loadscope-reorder --ignore=tests/trainer $(WITHOUT_BROWSER)
 	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "tests with another Python skipped, because no other of 3.12 and 3.13 was found")
 	$(NO_BROWSER)
 
