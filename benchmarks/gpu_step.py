@@ -315,28 +315,27 @@ def loss(
 
 
 def model_figures(
-    figures: Figures, folder: Path, name: str, config: PretrainedConfig, shapes: list[Shape], flops: float, bandwidth: float
+    figures: Figures, folder: Path, name: str, config: PretrainedConfig, shape: Shape, flops: float, bandwidth: float
 ) -> None:
-    """Measure a model with both trainers, ours first."""
+    """Measure a model in one shape with both trainers, ours first."""
     dtype = torch.bfloat16 if CUDA else torch.float32
-    for shape in shapes:
-        floors = Floors.of(config, shape, bandwidth)
-        figures.say(part="floor", model=name, prompt=shape.prompt, token_ms=1e3 * floors.token,
-                    step_s=floors.token * shape.completion + floors.loss / flops)  # fmt: skip
-        for kind in reversed(TRAINERS):
-            # Without checkpointing where memory allows it, as the memory probe decides.
-            for checkpointing in (False, True) if kind == "shared prefix" else (True,):
-                if figures.late():
-                    figures.say(part="skipped", model=name, trainer=kind, prompt=shape.prompt)
-                    continue
-                free_memory()
-                trainer = build(kind, folder, config, shape, shape.total, dtype, activation_checkpointing=checkpointing)
-                if not checkpointing or kind == "stock TRL":
-                    rollout(figures, trainer, kind, name, shape, floors)
-                label = f"{kind}, checkpointing" if checkpointing else kind
-                micros = [size for size in (16, 64) if size <= shape.total] or [shape.total]
-                loss(figures, trainer, label, name, shape, floors, micros, flops)
-                del trainer
+    floors = Floors.of(config, shape, bandwidth)
+    figures.say(part="floor", model=name, prompt=shape.prompt, token_ms=1e3 * floors.token,
+                step_s=floors.token * shape.completion + floors.loss / flops)  # fmt: skip
+    for kind in reversed(TRAINERS):
+        # Without checkpointing where memory allows it, as the memory probe decides.
+        for checkpointing in (False, True) if kind == "shared prefix" else (True,):
+            if figures.late():
+                figures.say(part="skipped", model=name, trainer=kind, prompt=shape.prompt)
+                continue
+            free_memory()
+            trainer = build(kind, folder, config, shape, shape.total, dtype, activation_checkpointing=checkpointing)
+            if not checkpointing or kind == "stock TRL":
+                rollout(figures, trainer, kind, name, shape, floors)
+            label = f"{kind}, checkpointing" if checkpointing else kind
+            micros = [size for size in (16, 64) if size <= shape.total] or [shape.total]
+            loss(figures, trainer, label, name, shape, floors, micros, flops)
+            del trainer
 
 
 def main() -> None:
@@ -364,7 +363,7 @@ def main() -> None:
         models = {"tiny": TINY} if arguments.tiny else {name: MODELS[name] for name in arguments.models.split(",")}
         for shape in shapes:
             for name, config in models.items():
-                model_figures(figures, Path(folder), name, config, [shape], flops, bandwidth)
+                model_figures(figures, Path(folder), name, config, shape, flops, bandwidth)
         figures.say(part="done")
 
 

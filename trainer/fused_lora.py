@@ -22,6 +22,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from trainer import models
+
 # Names of layers of a block that read the same input, in every decoder that `trainer.shared_prefix_models` supports.
 READ_ONE_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
@@ -92,7 +94,9 @@ class FusedLayers:
         if all(bias is None for bias in biases):
             return None
         sized = zip(biases, self.sizes, strict=True)
-        return torch.cat([torch.zeros(size) if bias is None else bias.detach() for bias, size in sized]).to(self.weight)
+        return torch.cat([self.weight.new_zeros(size) if bias is None else bias.detach() for bias, size in sized]).to(
+            self.weight
+        )
 
     def copies(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the places of s A and B in `first` and `weight`."""
@@ -165,17 +169,13 @@ class FusedLora:
         """
         inside = {id(layer.get_base_layer().weight) for group in self.groups for layer in group.layers}
         others = [each for each in self._model.parameters() if not each.requires_grad and id(each) not in inside]
-        own = [each.data for each in others]
         self.refresh()
+        self._fresh = True
         try:
-            self._fresh = True
-            for each in others:
-                each.data = each.data.to(self._dtype)
-            yield
+            with models.converted(others, self._dtype):
+                yield
         finally:
             self._fresh = False
-            for each, data in zip(others, own, strict=True):
-                each.data = data
 
     def _forward(
         self, layer: LoraLinear, stock: Any, group: FusedLayers, number: int, x: Tensor, *args: Any, **kwargs: Any

@@ -1,6 +1,8 @@
 """Finds and loads the models of a run."""
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,19 @@ def load_model(location: str, **kwargs: Any) -> "PreTrainedModel":
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**load_options(location), use_safetensors=True, **kwargs)
     return model
+
+
+@contextmanager
+def converted(parameters: "Iterable[torch.nn.Parameter]", dtype: "torch.dtype") -> Iterator[None]:
+    """Have these parameters in another type for the block. Their own tensors come back unchanged."""
+    own = [(parameter, parameter.data) for parameter in parameters]
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
 
 
 def test_dtype(merged: str) -> "torch.dtype":

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainer import models
 from trainer.job import JobError
 from trainer.packages import STAGES, import_all
 
@@ -115,8 +116,6 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from peft import PeftModel, __version__
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from trainer import models
 
     target = Path(task["target"])
     tokenizer = AutoTokenizer.from_pretrained(target / "merged", padding_side="left")
@@ -211,18 +210,14 @@ def in_fp32(model: "torch.nn.Module") -> Iterator[None]:
     layers = [module for module in model.modules() if type(module) in kinds]
     large = {id(layer.weight) for layer in layers}
     small = [each for each in model.parameters() if each.is_floating_point() and id(each) not in large]
-    own = [each.data for each in small]
+    for layer in layers:
+        layer.forward = functools.partial(kinds[type(layer)], layer)
     try:
-        for layer in layers:
-            layer.forward = functools.partial(kinds[type(layer)], layer)
-        for each in small:
-            each.data = each.data.float()
-        yield
+        with models.converted(small, torch.float32):
+            yield
     finally:
         for layer in layers:
             del layer.forward
-        for each, data in zip(small, own, strict=True):
-            each.data = data
 
 
 def fidelity(base: "Tensor", both: "Tensor", other: "Tensor") -> dict[str, float]:

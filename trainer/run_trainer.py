@@ -17,6 +17,7 @@ import gc
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,15 +91,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
             )
 
         self._base.forward = forward
-        self._fused = FusedLora(whole, self._compute_type())
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        self._fused = FusedLora(whole, half or self._base.dtype)
         if self.args.device.type == "cuda":
             fuse_norms(self._base)
 
-    def _compute_type(self) -> torch.dtype:
-        """Return the type in which autocast multiplies, the weights' type without autocast."""
-        if self.args.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16 else self._base.dtype
+    def _sampling(self) -> AbstractContextManager[None]:
+        """Return the context of a rollout: the training's type, with the adapter."""
+        autocast: AbstractContextManager[None] = self.accelerator.autocast()
+        return self._fused.rollout() if self._fused.groups else autocast
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As TRL's, but shuffles groups instead of sequences: a micro-batch holds whole groups."""
@@ -141,7 +142,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         generate = functools.partial(self._base.generate, custom_generate=functools.partial(sample, **ended))
         self._base.generate = generate
         try:
-            with self._fused.rollout() if self._fused.groups else self.accelerator.autocast():
+            with self._sampling():
                 return super()._generate_single_turn(*args, **kwargs)
         finally:
             del self._base.generate
@@ -389,7 +390,7 @@ class SharedPrefixRunTrainer(_RunMethods, SharedPrefixGRPOTrainer):
         config = copy.copy(self.generation_config)
         config.max_new_tokens = self.args.max_completion_length
         self.model.train()  # in evaluation mode, 4-bit layers repack their weights
-        with torch.no_grad(), self._fused.rollout() if self._fused.groups else self.accelerator.autocast():
+        with torch.no_grad(), self._sampling():
             Decoder(self._base, prompts, None, LogitsProcessorList(), StoppingCriteriaList(), config).step()
 
 
