@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.validation.terms import Terms
 from pipeline.validation.validate import Submission, read_config, validate
-from tunedrop.dataset.readers import BLOCK_BYTES
+from tunedrop.dataset.batches import BLOCK_BYTES
 
 REPEATS = 3
 HELD_OUT = 256

@@ -1,19 +1,25 @@
 """The rows of a training job: the file that they are in, and the rows whose prompts fit."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer import folders
 from trainer.job import JobError
+from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import prompt_limit
+from tunedrop.dataset.messages import Message, tools_of
 from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.dataset.rows import Row, read_rows
 from tunedrop.problems import Problem, RejectedError
+from tunedrop.rewards.default import choose_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 EVALUATED_ROWS = 64
 SHOWN_PROBLEMS = 20
 
@@ -70,10 +76,26 @@ def load_rows(path: Path, config: RunConfig, max_samples: int | None) -> list[Ro
     return rows
 
 
-def prompt_tokens(prompt: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> int:
-    """Return a prompt's tokens, chat template included."""
-    kwargs = config.grpo.get("chat_template_kwargs") or {}
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs))
+def with_rewards(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """Return the config; without rewards, with those that fit the rows' answers. A validated run's config names its own."""
+    if config.rewards:
+        return config
+    choice = choose_rewards(rows[:EVALUATED_ROWS], job_permissions())
+    log.info("rewards=%s because %s", [spec.model_dump(exclude_defaults=True) for spec in choice.rewards], choice.reason)
+    return config.model_copy(update={"rewards": choice.rewards})
+
+
+def chat_ids(prompt: list[Message], tokenizer: "PreTrainedTokenizerBase", kwargs: dict[str, Any]) -> list[int]:
+    """Return a prompt's token ids: the chat template, with the prompt's tools, up to the beginning of the answer."""
+    ids: list[int] = tokenizer.apply_chat_template(
+        prompt, tools=tools_of(prompt), add_generation_prompt=True, return_dict=False, **kwargs
+    )
+    return ids
+
+
+def prompt_tokens(prompt: list[Message], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> int:
+    """Return the number of a prompt's tokens, chat template included."""
+    return len(chat_ids(prompt, tokenizer, config.grpo.get("chat_template_kwargs") or {}))
 
 
 def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: RunConfig) -> Dataset:

@@ -35,6 +35,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from trainer import checkpoints
 from trainer.checkpoints import SAVING, Checkpoint, Record
+from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
 from trainer.fused_norms import fuse_norms
 from trainer.progress import SAMPLE_CHARACTERS, memory_gb
@@ -253,14 +254,16 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
 
     def complete(self, prompts: Sequence[Any], samples: int) -> list[list[int]]:
         """Return the token ids of one completion per prompt, as training samples. Each prompt is there `samples` times."""
-        ids: list[list[int]] = self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, samples)[0]
-        return ids
+        return self._generate_single_turn(self._tokenize_prompts(prompts)[0], None, {}, samples)[0]  # type: ignore[no-any-return]
+
+    def _tokenize_prompts(self, prompts: Sequence[Any]) -> Any:
+        """Tokenize prompts with their own tools (`messages.tools`); TRL gives all prompts the same."""
+        return [chat_ids(prompt, self.processing_class, self.chat_template_kwargs) for prompt in prompts], None, {}
 
     def completions_at_once(self) -> int:
         """Return how many completions to sample at a time: as many as in a rollout, on a GPU as many as fit."""
         rollout: int = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        tokens = tokens_that_fit(self.model.config)
-        if tokens is None:
+        if (tokens := tokens_that_fit(self.model.config)) is None:
             return rollout
         fitting = min(tokens // (self.prompt_limit + self.args.max_completion_length), MOST_AT_ONCE)
         size: int = max(rollout, fitting // self.num_generations * self.num_generations)

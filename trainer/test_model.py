@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trainer import container, folders, models
+from trainer.dataset import chat_ids, with_rewards
 from trainer.engines import Completion, Decoding, Engine
 from trainer.job import JobError, failure_reported, set_up_logging
 from trainer.permissions import job_permissions
@@ -53,11 +54,10 @@ def complete(
     results: list[list[Completion] | str] = ["not completed"] * len(tests)
     for at, test in enumerate(tests):
         try:
-            text = tokenizer.apply_chat_template(test.prompt, add_generation_prompt=True, tokenize=False, **kwargs)
+            ids = chat_ids(test.prompt, tokenizer, kwargs)
         except Exception as error:  # noqa: BLE001 - a chat template is a program; the other tests go on
             results[at] = f"the chat template does not accept this conversation: {error}"
             continue
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if engine.context and len(ids) + limit > engine.context:
             results[at] = (
                 f"{len(ids)} tokens of prompt and {limit} of completion exceed the model's context of {engine.context}"
@@ -250,6 +250,7 @@ def run() -> Path:
         raise JobError("A test job needs the channels 'run' (config.json) and 'inference_testing' (inference_tests.json).")
     config = parse_run_config(json.loads(config_file.read_bytes()))
     tests = parse_tests(tests_file.read_bytes(), config, job_permissions())
+    config = with_rewards(config, [test.columns | {"prompt": test.prompt, "answer": test.reference} for test in tests])
     location, merged = models.locate(config.model), tuned_model()
     dtype = models.test_dtype(merged)
     base, base_probe = run_tests(location, tests, config, "base", dtype)

@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
-from trainer.dataset import dataset_file, fit_prompts, heldout_rows, load_rows
+from trainer.dataset import dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
@@ -283,6 +283,7 @@ def train(flags: argparse.Namespace) -> None:
     config = read_config(flags)
     path = dataset_file(flags.dataset_filename)
     rows = load_rows(path, config, flags.max_samples)
+    config = with_rewards(config, rows)
     location = models.locate(config.model)
     log.info("run=%s model=%s data=%s rows=%d", flags.run_id or "-", location, path.name, len(rows))
 

@@ -110,12 +110,18 @@ def receipt_text(receipt: Receipt, data: Path, config: Path | None, tests: Path 
 def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
     if receipt.columns:
         yield "columns", ", ".join(f"{part} from '{column}'" for part, column in receipt.columns.items())
+    if receipt.reward_columns:
+        yield "only rewards see", ", ".join(receipt.reward_columns)
+    if receipt.unused_columns:
+        yield "not used", ", ".join(receipt.unused_columns)
     aside = f", {receipt.rejected.rows} set aside" if receipt.rejected.rows else ""
     yield "rows", f"{receipt.rows} usable, {receipt.heldout} held out{aside}"
     for name in ("prompt", "answer"):
         if length := receipt.stats.get(f"{name}_characters"):
             yield f"{name}s", f"{length['min']:.0f} to {length['max']:.0f} characters, median {length['p50']:.0f}"
     if receipt.rewards:
+        if reason := receipt.rewards.get("reason"):
+            yield "reward", f"{_specs(receipt.rewards['chosen'])}, because {reason}"
         (mean,) = (each["mean"] for each in receipt.rewards["answers"] if each["kind"] == GOLD)
         best = receipt.rewards["best_wrong"]
         yield "rewards", f"the dataset's answers score {mean:.2f} on average"
@@ -125,6 +131,11 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
         if each["hours"]:
             dollars = "" if each["usd"] is None else ", ${:.2f} to ${:.2f}".format(*each["usd"])
             yield "cost", "{}, {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars
+
+
+def _specs(specs: list[dict[str, Any]]) -> str:
+    """Return rewards as a config writes them."""
+    return ", ".join("{" + ", ".join(f"{name}: {value}" for name, value in spec.items()) + "}" for spec in specs)
 
 
 def _count(number: int, noun: str) -> str:

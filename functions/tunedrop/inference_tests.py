@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import YamlLoader
-from tunedrop.dataset.rows import ROLES, Row
+from tunedrop.dataset.messages import ROLES
+from tunedrop.dataset.rows import Row
 from tunedrop.problems import Problem, RejectedError, nearest
 from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, RewardSpec, build_rewards
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_model import make_tiny_model
 
-from benchmarks.chaos import Chaos, bring_up, check
+from benchmarks.chaos import bring_up
 from local_app.stack import STACK_NAME
 from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
@@ -242,19 +242,6 @@ def test_a_run_that_is_stopped_is_cancelled(app, published):
     assert "has ended already: cancelled" in app.tunedrop("stop", "stopped", code=1)
     assert app.tunedrop("logs", "stopped", "--follow") is not None  # returns once the end has been announced
     assert app.deployment.find("stopped").state == RunState.CANCELLED
-
-
-def test_one_kill_of_each_kind_loses_nothing(app, published):
-    chaos = Chaos(app.stack)
-    chaos.drop(app.model)
-    for kind in ("function", "job", "application"):
-        deadline = time.monotonic() + 120
-        while not chaos.kill(kind):
-            assert time.monotonic() < deadline, f"no process of a {kind}"
-            time.sleep(0.05)
-    ended = check(chaos.settle(300))
-    assert ended.total() == 1
-    assert chaos.killed == {"function": 1, "job": 1, "application": 1}
 
 
 def test_down_ends_everything_and_up_goes_on_with_what_was_there(app, published):

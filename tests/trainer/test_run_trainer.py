@@ -36,8 +36,9 @@ HOOKS = {
     "_save_checkpoint": ["model", "trial"],
     "_load_optimizer_and_scheduler": ["checkpoint"],
     "create_model_card": ["model_name"],
+    "_tokenize_prompts": ["prompts"],
 }  # fmt: skip
-METHODS = {"_tokenize_prompts", "_log_metric"}  # that we call
+METHODS = {"_log_metric"}  # that we call
 ATTRIBUTES = {"_tokenizer", "_step", "_buffered_inputs", "_metrics", "_logs", "_entropy_bonus_enabled"}
 OF_MODELS = {"_is_stateful", "_supports_attention_backend", "_attn_implementation"}  # trainer/shared_prefix_models.py
 

@@ -193,7 +193,7 @@ def test_a_file_above_the_size_limit_is_rejected():
         ("cars.txt", "call it .jsonl"),
         ("cars.yml", "a run config ends with .yaml"),
         ("cars.jsonl.zip", "pack it with gzip alone"),
-        ("cars.parquet.gz", "JSON Lines, JSON and CSV can be gzipped"),
+        ("cars.parquet.gz", "JSON Lines, JSON, CSV and TSV can be gzipped"),
         ("cars.pkl", "never opened"),
         ("cars.what", "give the file the suffix"),
         ("cars", "give the file the suffix"),
@@ -203,7 +203,10 @@ def test_an_unknown_format_gets_the_known_ones_and_a_conversion(name, hint):
     problem = refuse(name, 1)
     assert problem is not None
     assert problem.code == "UNKNOWN_FORMAT"
-    assert problem.message == "the file's format is not one of .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet"
+    assert (
+        problem.message
+        == "the file's format is not one of .jsonl, .json, .csv, .tsv, .jsonl.gz, .json.gz, .csv.gz, .tsv.gz, .parquet"
+    )
     assert hint in problem.hint
 
 

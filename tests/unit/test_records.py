@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunedrop.config.parse import parse_run_config
-from tunedrop.dataset import readers
+from tunedrop.dataset import batches, readers
 from tunedrop.dataset.readers import DATA_SUFFIXES, suffix_of
 from tunedrop.dataset.rows import read_rows
 from tunedrop.problems import Problem
@@ -162,7 +162,7 @@ BROKEN = [
     ("t.jsonl", '{"prompt":[{"role":"user"}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
     ("t.jsonl", '{"prompt":[{"role":["user"],"content":"q"}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
     ("t.jsonl", '{"prompt":[{"role":"user","content":null}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
-    ("t.jsonl", '{"prompt":[{"role":"user","content":[{"image":"b"}]}],"answer":"a"}', [("BAD_MESSAGES", 1)], 0),
+    ("t.jsonl", '{"prompt":[{"role":"user","content":[{"image":"b"}]}],"answer":"a"}', [("MEDIA", 1)], 0),
     (
         "t.jsonl",
         '{"messages":[{"role":"user","content":"q"},{"role":"system","content":"s"},{"role":"assistant","content":"a"}]}',
@@ -252,7 +252,7 @@ def test_where_a_block_ends_changes_nothing(tmp_path_factory, records, kind, siz
     data = json.dumps(records, indent=indent) if "array" in kind else "\n".join(dumped)
     whole = read(folder, "t.json", data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK_BYTES", size)
+        patch.setattr(batches, "BLOCK_BYTES", size)
         assert sorted(map(str, read(folder, "t.json", data))) == sorted(map(str, whole))
 
 
@@ -261,7 +261,7 @@ def test_where_a_block_ends_changes_nothing(tmp_path_factory, records, kind, siz
 def test_any_bytes_are_rows_or_problems(tmp_path_factory, data, size):
     folder = tmp_path_factory.mktemp("t")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK_BYTES", size)
+        patch.setattr(batches, "BLOCK_BYTES", size)
         for suffix in (".jsonl", ".csv", ".jsonl.gz"):
             items = read(folder, f"t{suffix}", data)
             assert all(isinstance(item, Problem | dict) for item in items)
@@ -269,8 +269,8 @@ def test_any_bytes_are_rows_or_problems(tmp_path_factory, data, size):
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
 def test_a_row_that_never_ends_ends_the_reading(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(batches, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(batches, "BLOCK_BYTES", 100)
     start = "[" if name == "t.json" else ""
     *_, problem = read(
         tmp_path, name, start + '{"question":"q","answer":"a"}\n{"question":"' + "q" * 5000 + '","answer":"a"}'

@@ -70,7 +70,7 @@ MISTAKES = [
     ("lora: {lora_dropout: 1.0}", "CONFIG_VALUE", "lora.lora_dropout", "below 1"),
     ("grpo: 3", "CONFIG_VALUE", "grpo", "dictionary"),
     ("lora: {r: x}", "CONFIG_VALUE", "lora.r", "valid integer"),
-    ("rewards: []", "CONFIG_VALUE", "rewards", "at least 1"),
+    ("rewards: 3", "CONFIG_VALUE", "rewards", "list"),
     ("rewards: [{type: exact}]", "CONFIG_VALUE", "rewards.0", "did you mean 'exact_match'"),
     ("rewards: [{type: regex}]", "CONFIG_VALUE", "rewards.0.pattern", "required"),
     ("rewards: [{type: length}, {type: length}]", "CONFIG_VALUE", None, "two rewards are called 'length'"),

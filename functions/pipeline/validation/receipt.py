@@ -34,6 +34,8 @@ class Receipt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     fixes: list[str] = []
     rejected: RejectedRows = RejectedRows()
     columns: dict[str, str] = {}
+    reward_columns: list[str] = []
+    unused_columns: list[str] = []
     stats: dict[str, Any] = {}
     tokens: dict[str, Any] = {}
     examples: list[dict[str, str]] = []

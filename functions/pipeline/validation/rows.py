@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 from xxhash import xxh3_64_intdigest
 
+from pipeline.validation.columns import check_columns
 from pipeline.validation.receipt import RejectedRows, Tally
 from pipeline.validation.section import Section
 from pipeline.validation.split import Split
@@ -56,9 +57,9 @@ def read_rows(
         records = Records(data, suffix, config)
         broken = _read(records, split, survey, config.max_bad_rows, folder / "rejected.jsonl")
         heldout, sample = split.finish()
-        surveyed = survey.finish(sample, records.roles, records.variants)
-    counts = {"rows": split.rows, "heldout": len(heldout), "columns": next(iter(records.variants), {})}
-    sections = [tokenizer, broken, Section(counts, [], []), surveyed]
+        surveyed = survey.finish(sample, records.roles)
+    counts = {"rows": split.rows, "heldout": len(heldout)}
+    sections = [tokenizer, broken, Section(counts, [], []), check_columns(records, sample, config), surveyed]
     trained = split.rows - len(heldout) - survey.dropped
     return RowsRead(sections, sample, heldout, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
 

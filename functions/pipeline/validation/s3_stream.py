@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
-from tunedrop.dataset.readers import BLOCK_BYTES, suffix_of
+from tunedrop.dataset.batches import BLOCK_BYTES
+from tunedrop.dataset.readers import suffix_of
 
 CHUNK_BYTES = 1024**2
 CHUNKS_AHEAD = 16

@@ -84,10 +84,8 @@ class Survey:
         self._problems.append(unusable_tokenizer(self._config, error))
         self._counter = self._counting = None
 
-    def finish(
-        self, sample: Sequence[Row], roles: Collection[tuple[str, ...]], variants: Sequence[dict[str, str]]
-    ) -> Section:
-        """Return the section. `roles` are the orders of roles in the rows, `variants` the columns that they come from."""
+    def finish(self, sample: Sequence[Row], roles: Collection[tuple[str, ...]]) -> Section:
+        """Return the section. `roles` are the orders of roles in the rows."""
         stats: dict[str, Any] = {}
         tokens: dict[str, Any] = {}
         warnings: list[str] = []
@@ -99,7 +97,7 @@ class Survey:
                 "duplicates": self._duplicates.result(),
                 "tests_in_training": tests,
             }
-            warnings += [*_duplicates(stats["duplicates"]), *_overlap(tests), *_variants(variants)]
+            warnings += [*_duplicates(stats["duplicates"]), *_overlap(tests)]
             tokens, more = self._finish_tokens(sample, roles)
             warnings += more
         return Section({"stats": stats, "tokens": tokens, "examples": self._examples}, self._problems, warnings)
@@ -108,7 +106,7 @@ class Survey:
         if self._counting is None:
             return {}, []
         try:
-            self._problems += self._counting.refused(roles)
+            self._problems += [*self._counting.refused(roles), *self._counting.without_tools(sample)]
             return self._counting.result(sample)
         except TokenizerError as error:
             self._give_up(error)
@@ -134,12 +132,6 @@ def _overlap(tests: Sequence[str]) -> Iterator[str]:
             f"inference tests with the prompt of a training row: {len(tests)} ({shown}); "
             "such tests measure memory, not learning"
         )
-
-
-def _variants(variants: Sequence[dict[str, str]]) -> Iterator[str]:
-    if len(variants) > 1:
-        shown = "; ".join(str(columns) for columns in variants[:3])
-        yield f"the rows have their prompt and answer in different columns: {shown}"
 
 
 def _question(test: InferenceTest) -> str:

@@ -64,6 +64,12 @@ def compile_template(source: str) -> Any:
     return environment.from_string(source)
 
 
+def _tools(prompt: list[dict[str, str]]) -> list[Any] | None:
+    """Return the tools that a prompt's first message carries as JSON (`messages.tools`)."""
+    tools: list[Any] | None = json.loads(prompt[0]["tools"]) if "tools" in prompt[0] else None
+    return tools
+
+
 class ChatTokenizer:
     """A tokenizer and its chat template."""
 
@@ -85,7 +91,9 @@ class ChatTokenizer:
     def render(self, prompts: list[Any]) -> list[str]:
         """Return prompts as the model reads them, up to the beginning of its answer."""
         return [
-            self._template.render(messages=prompt, add_generation_prompt=True, **self._names, **self._kwargs)
+            self._template.render(
+                messages=prompt, tools=_tools(prompt), add_generation_prompt=True, **self._names, **self._kwargs
+            )
             for prompt in prompts
         ]
 

@@ -112,7 +112,7 @@ class PromptTokens:
     def add(self, rows: Sequence[Row], sizes: Sequence[int]) -> list[tuple[int, int]]:
         """Count the prompts whose texts' bytes exceed the limit; return index and tokens of each prompt that is too long."""
         room = self.limit - SLACK
-        long = [n for n, size in enumerate(sizes) if size + len(rows[n]["prompt"]) * self._per_message > room]
+        long = [n for n, size in enumerate(sizes) if size + self._overhead(rows[n]["prompt"]) > room]
         if not long:
             return []
         if self._counter.seconds > COUNTING_SECONDS:
@@ -124,6 +124,23 @@ class PromptTokens:
         self._longest = max(self._longest, *counts)
         self._over += len(over)
         return over
+
+    def _overhead(self, prompt: Sequence[dict[str, str]]) -> int:
+        """Return at most how many tokens a prompt has beside its texts: of the template, and of the tools."""
+        return len(prompt) * self._per_message + 2 * len(prompt[0].get("tools", ""))
+
+    def without_tools(self, sample: Sequence[Row]) -> list[Problem]:
+        """Return a problem if prompts have tools and the chat template does not show them to the model."""
+        prompt = next((row["prompt"] for row in sample if "tools" in row["prompt"][0]), None)
+        if prompt is None:
+            return []
+        plain = [{"role": message["role"], "content": message["content"]} for message in prompt]
+        shown, bare = self._counter.render([prompt, plain])
+        if shown != bare:
+            return []
+        message = f"the rows have tools, and the chat template of '{self._config.model}' does not show tools to the model"
+        hint = "use a model whose template does, or describe the tools in the prompts and leave the column out"
+        return [Problem("TOOLS_UNSEEN", message, hint, key="model")]
 
     def refused(self, roles: Collection[tuple[str, ...]]) -> list[Problem]:
         """Return a problem for each of the dataset's orders of roles that the chat template refuses."""

@@ -7,7 +7,7 @@ the receipt is the sections put together. docs/receipt.md explains it.
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.validation.cost import Work, estimate
 from pipeline.validation.model_files import ModelFiles, check_model, parameters_of
@@ -21,9 +21,11 @@ from tunedrop.config.parse import load_run_config
 from tunedrop.config.rules import check_instances, config_warnings
 from tunedrop.config.schedule import check_steps, fit_batches
 from tunedrop.dataset.readers import refuse, suffix_of
+from tunedrop.dataset.rows import CANONICAL
 from tunedrop.inference_tests import InferenceTest, dump_tests, parse_tests, tests_from_rows
 from tunedrop.problems import Problem, RejectedError
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, build_rewards
+from tunedrop.rewards.default import choose_rewards
 
 # GRPO on a single row teaches nothing that a test could show.
 MIN_ROWS = 2
@@ -80,15 +82,23 @@ def validate(submission: Submission, terms: Terms) -> Receipt:
     if refused := refuse(submission.name, submission.size):
         return assemble([*sections, _problems(refused)])
     sections.append(_problems(*check_instances(submission.config, config.compute.instance_type, terms.image)))
-    rewards, problems = _build_rewards(config, terms.permissions) if accepts(sections) else ([], [])
-    tests, more = _read_tests(submission.tests, config, terms.permissions)
-    sections.append(_problems(*problems, *more))
+    accepted = accepts(sections)
+    tests, problems = _read_tests(submission.tests, config, terms.permissions)
+    sections.append(_problems(*problems))
     model = submission.model.folder if submission.model else None
     rows = read_rows(submission.open(), suffix_of(submission.name), config, tests, model, submission.folder)
     sections += rows.sections
+    chosen: dict[str, Any] = {}
+    if not config.rewards and rows.sample:
+        choice = choose_rewards(rows.sample, terms.permissions)
+        config = config.model_copy(update={"rewards": choice.rewards})
+        chosen = {"chosen": [spec.model_dump(exclude_defaults=True) for spec in choice.rewards], "reason": choice.reason}
+        sections.append(Section({}, [], choice.warnings))
+    rewards, problems = _build_rewards(config, terms.permissions) if accepted else ([], [])
+    sections.append(_problems(*problems))
     if rewards:
         tried = check_rewards(rewards, rows.sample, config, tests, trained_rows=rows.trained)
-        sections.append(Section({"rewards": tried.receipt}, tried.problems, tried.warnings))
+        sections.append(Section({"rewards": chosen | tried.receipt}, tried.problems, tried.warnings))
     if rows.trained > 0:
         parameters = parameters_of(config.model, submission.model)
         work = Work(rows.trained, len(tests) or len(rows.heldout), *rows.mean_tokens, parameters)
@@ -153,5 +163,6 @@ def _complete(
         hint = "upload a test file, or set heldout_fraction above 0"
         problems.append(Problem("NO_TESTS", "there are no inference tests", hint))
     (folder / "inference_tests.json").write_bytes(dump_tests(tests))
+    config = config.model_copy(update={"columns": CANONICAL})
     (folder / "config.json").write_text(config.model_dump_json(indent=1))
     return Section({"inference_tests": len(tests)}, problems, [])

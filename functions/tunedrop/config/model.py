@@ -30,10 +30,15 @@ def _seconds(value: Any) -> Any:
 
 
 class Columns(_Section):
-    """The columns that hold the prompt and the answer. Without a name, Tunedrop guesses the column."""
+    """The columns that the model sees. Without a name, Tunedrop guesses columns by their names (docs/datasets.md)."""
 
-    prompt: str | None = None
-    answer: str | None = None
+    prompt: str | None = Field(
+        default=None,
+        description="A column, a dotted path (`extra_info.question`), or a template with columns in braces "
+        '(`"{passage}\n\nQuestion: {question}"`), which alone decides what the model sees.',
+    )
+    answer: str | None = Field(default=None, description="A column or a dotted path (`reference_answer.final_answer`).")
+    ignore: list[str] = Field(default=[], description="Columns that the model need not see.")
 
 
 class Lora(BaseModel):
@@ -159,10 +164,10 @@ class RunConfig(_Section):
     rewards: Annotated[
         list[RewardSpec],
         Field(
-            min_length=1,
-            description="Training raises the weighted sum of these rewards, and the inference tests score by it.",
+            description="Training raises the weighted sum of these rewards, and the inference tests score by it. Without "
+            "rewards, Tunedrop chooses one that fits the dataset's answers.",
         ),
-    ] = [RewardSpec(type="exact_match")]
+    ] = []
     lora: Lora = Lora()
     grpo: dict[str, Any] = Field(default={}, validate_default=True, description="TRL's `GRPOConfig` fields.")
     compute: Compute = Compute()
@@ -192,6 +197,10 @@ class RunConfig(_Section):
     def _grpo(cls, values: dict[str, Any]) -> dict[str, Any]:
         check_fields("grpo", values, MANAGED_GRPO)
         return GRPO_DEFAULTS | values
+
+    def reward_columns(self) -> set[str]:
+        """Return the columns of the dataset that the rewards read, `*` for all columns."""
+        return {column for spec in self.rewards for column in spec.columns}
 
     def grpo_value(self, key: str) -> Any:
         """Return a `grpo` field's value: the config's, else our default, else TRL's (None if TRL has no default)."""

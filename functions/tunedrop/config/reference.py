@@ -90,7 +90,7 @@ def config_defaults() -> str:
     """Return a valid YAML config with every key, its default and its meaning.
 
     TRL's and PEFT's fields are commented out (`#key: value`) unless Tunedrop has a default of its own. Rewards are commented
-    out, too, except for the default one.
+    out, too.
     """
     config = RunConfig(model="SmolLM2-135M-Instruct")
     lines = ["# Every key is optional. These are the defaults. A # without a space after it comments out a key."]
@@ -100,7 +100,7 @@ def config_defaults() -> str:
         lines += ["", *_comment(help_text)]
         match name:
             case "rewards":
-                lines += ["rewards:", f"  - {{type: {config.rewards[0].type}, weight: {config.rewards[0].weight}}}"]
+                lines += ["rewards: []"]
                 lines += _comment(
                     f"All types take {', '.join(list(RewardSpec.model_fields)[1:])}. The types and their own parameters:",
                     2,

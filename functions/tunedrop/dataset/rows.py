@@ -1,11 +1,12 @@
 """Reads a dataset of any accepted shape as canonical rows.
 
-A canonical row is `{"id": str, "prompt": [{"role", "content"}, …], "answer": str, …extra columns}`. Canonical rows read back
-unchanged: the trainer reads a user's file and the file that the Lambda prepared with the same code.
+A canonical row is `{"id": str, "prompt": [{"role", "content"}, …], "answer": str, …other columns}`. With `CANONICAL`
+as the config's columns, canonical rows read back unchanged: the trainer reads a user's file and the file that the Lambda
+prepared with the same code.
 """
 
 import io
-import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from operator import itemgetter
@@ -14,36 +15,22 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tunedrop.config.model import RunConfig
-from tunedrop.dataset.readers import Broken, read_batches, refuse, suffix_of
+from tunedrop.config.model import Columns, RunConfig
+from tunedrop.dataset import messages, options
+from tunedrop.dataset.answers import read_answer
+from tunedrop.dataset.bad_row import BadRowError
+from tunedrop.dataset.batches import Broken
+from tunedrop.dataset.columns import MISSING, OWN, Shape, guess_shape, template_fields, value_at
+from tunedrop.dataset.prompts import check_record, check_seen, compose, naming_hint, prompt_value
+from tunedrop.dataset.readers import read_batches, refuse, suffix_of
 from tunedrop.problems import Problem, nearest
+from tunedrop.rewards.registry import ALL_COLUMNS
+from tunedrop.rewards.sample import ACCEPTED
 
 Row = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
-# Column names of the prompt and the answer, best first, compared without case, spaces, `_` and `-`.
-PROMPT_NAMES = ("prompt", "question", "query", "instruction", "problem", "messages", "input", "text")
-ANSWER_NAMES = (
-    "answer referenceanswer groundtruth rewardmodel expectedanswer expectedoutput output response completion solution "
-    "target expected reference label description"
-).split()
-OWN = frozenset({"id", "prompt", "answer"})
+CANONICAL = Columns(prompt="{prompt}", answer="answer")
 KNOWN_SHAPES = 1000
-SHOWN = 60
-
-
-class Shape(NamedTuple):
-    """The roles of a row's columns: the names of the columns of prompt, answer and input, None without such a column."""
-
-    prompt: str | None
-    answer: str | None
-    input: str | None  # only in instruction tables
-    extra: tuple[str, ...]
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns that a canonical row is made from, by part."""
-        named = {"prompt": self.prompt, "answer": self.answer, "input": self.input}
-        return {name: column for name, column in named.items() if column}
+HEAD_ROWS = 1024
 
 
 class RejectedRow(NamedTuple):
@@ -68,24 +55,43 @@ class Rows(NamedTuple):
     failed: list[Problem]
 
 
+class _Reading(NamedTuple):
+    """How to read rows with the same columns: their shape, and what the first of these rows show about their options.
+
+    `first_option` is the number of the first option in answers, 0 or 1. `listed`: the prompts list the options already.
+    """
+
+    shape: Shape
+    first_option: int = 0
+    listed: bool = False
+
+
 class Records:
     """The rows of one open file, and the columns that they come from."""
 
     def __init__(self, file: io.BufferedReader, suffix: str, config: RunConfig):
-        self._taken: dict[tuple[str | None, ...], dict[str, str]] = {}
+        self.notes: Counter[str] = Counter()  # how the file was read, with the number of rows
+        self.extra: dict[str, None] = {}  # the columns that are neither prompt nor answer
+        self.most_options = 0
+        self._taken: dict[tuple[Any, ...], dict[str, str]] = {}
         self._file = file
         self._suffix = suffix
         self._config = config
+        self._kept = config.reward_columns()
         self._system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        self._shapes: dict[tuple[str, ...], Shape] = {}
+        self._readings: dict[tuple[str, ...], _Reading] = {}
         self._orders: set[tuple[str, ...]] = set()  # valid orders of roles
 
     def batches(self) -> Iterator[Rows]:
         """Read the file in batches. A batch has every one of its records as a row or as a rejected record."""
-        for values, number, lines in read_batches(self._file, self._suffix):
+        for values, number, lines, notes in read_batches(self._file, self._suffix):
+            self.notes.update(notes)
             if not number:
                 yield Rows([], [], [], [], [], [value.problem for value in values])
                 continue
+            if number == 1 and (problem := self._no_header(values[0])):
+                yield Rows([], [], [], [], [], [problem])
+                return
             regular = self._regular(values, number)
             if regular:
                 yield Rows(regular[0], list(range(number, number + len(values))), list(lines or []), regular[1], [], [])
@@ -94,14 +100,14 @@ class Records:
             for index, value in enumerate(values):
                 line = lines[index] if lines else None
                 try:
-                    row, text = self._canonical(value, number + index)
-                except _BadRowError as error:
+                    row, prompt = self._canonical(value, number + index, values)
+                except BadRowError as error:
                     problem = msgspec.structs.replace(error.problem, line=line, row=number + index)
                     record = value.text.decode(errors="replace") if isinstance(value, Broken) else value
                     batch.rejected.append(RejectedRow(problem, record))
                     continue
                 batch.rows.append(row)
-                batch.texts.append(text)
+                batch.texts.append(prompt)
                 batch.numbers.append(number + index)
                 batch.lines.append(line)
             yield batch
@@ -117,30 +123,42 @@ class Records:
         """The columns that the usable rows come from, by part: one mapping or several, the first row's first."""
         return list(self._taken.values())
 
+    def _no_header(self, first: Any) -> Problem | None:
+        """Return a problem if a table's first line is a row: no column is known, and one name is not like a name."""
+        if not self._suffix.startswith((".csv", ".tsv")) or type(first) is not dict:
+            return None
+        shape = guess_shape(tuple(first), self._config)
+        names = [name for name in first if len(name) > 40 or name.rstrip().endswith("?") or name.strip().isdecimal()]
+        if shape.prompt or not names:
+            return None
+        shown = ", ".join(f"'{name[: messages.SHOWN]}'" for name in list(first)[:4])
+        hint = "add a first line with the columns' names, such as: question,answer"
+        return Problem("NO_HEADER", f"the first line seems to be a row, not the names of columns: {shown}", hint, line=1)
+
     def _regular(self, values: list[Any], number: int) -> tuple[list[Row], list[str]] | None:
-        """Return a batch's rows and texts as `_canonical` does, if all rows have one shape and no mistake; else None.
+        """Return a batch's rows and texts as `_canonical` does, if all rows have one plain shape and no mistake; else None.
 
         Whole columns go through loops in C: files of millions of rows are quick.
         """
         if set(map(type, values)) != {dict} or len(names := set(map(tuple, values))) != 1:
             return None
-        shape = self._shape(names.pop())
+        shape = self._reading(names.pop(), values).shape
         columns = values[0].keys()
-        if shape.prompt not in columns or shape.input or (shape.answer and shape.answer not in columns):
+        if not shape.plain or not {shape.prompt, shape.answer or shape.prompt} <= columns or self._keeps(shape):
             return None
         prompts: list[Any] = list(map(itemgetter(shape.prompt), values))
-        answers: list[Any] | None = [_answer(value[shape.answer]) for value in values] if shape.answer else None
+        answers: list[Any] | None = list(map(itemgetter(shape.answer), values)) if shape.answer else None
         kinds = set(map(type, prompts))
         if kinds == {str}:
             texts = last = prompts
-            prompts = [[{"role": "user", "content": text}] for text in texts]
+            prompts = [[{"role": "user", "content": each}] for each in texts]
         elif kinds == {list} and (grouped := self._conversations(prompts, answers)):
             prompts, contents, answers = grouped
             last = [group[-1] for group in contents]
             texts = list(map("\0".join, contents))
         else:
             return None
-        if not answers or set(map(type, answers)) != {str} or _any_blank(answers) or _any_blank(last):
+        if not answers or set(map(type, answers)) != {str} or _any_blank(answers) or _any_blank(last) or _unusual(texts):
             return None
         if self._system:
             prompts = [prompt if prompt[0]["role"] == "system" else self._system + prompt for prompt in prompts]
@@ -152,18 +170,23 @@ class Records:
         for name in shape.extra:
             for row, value in zip(rows, values, strict=True):
                 row[name] = value[name]
-        self._take(shape)
+        self._take(shape, "")
         return rows, texts
+
+    def _keeps(self, shape: Shape) -> bool:
+        """Return whether rewards read the prompt's or the answer's column by its own name."""
+        return not self._kept.isdisjoint({shape.prompt, shape.answer, ALL_COLUMNS} - OWN)
 
     def _conversations(
         self, prompts: list[list[Any]], answers: list[Any] | None
     ) -> tuple[list[list[Any]], list[tuple[str, ...]], list[Any]] | None:
         """Return what `_conversation` returns, if all prompts are plain messages in a valid order; else None."""
-        messages = list(chain.from_iterable(prompts))
+        each_message = list(chain.from_iterable(prompts))
         try:
-            roles = list(map(itemgetter("role"), messages))
-            texts = list(map(itemgetter("content"), messages))
-            plain = set(map(type, texts)) == {str} and set(map(len, messages)) == {2} and set(roles).issubset(ROLES)
+            roles = list(map(itemgetter("role"), each_message))
+            texts = list(map(itemgetter("content"), each_message))
+            plain = set(map(type, texts)) == {str} and set(map(len, each_message)) == {2}
+            plain = plain and set(roles).issubset(messages.ROLES)
         except (TypeError, KeyError, IndexError):
             return None
         lengths = list(map(len, prompts))
@@ -179,87 +202,147 @@ class Records:
             answers = [group[-1] for group in contents]
             contents = [group[:-1] for group in contents]
             prompts = [prompt[:-1] for prompt in prompts]
-        if any(map(_wrong_order, orders)):
+        if any(map(messages.wrong_order, orders)):
             return None
         self._remember(orders)
         return prompts, contents, answers
 
-    def _canonical(self, record: Any, number: int) -> tuple[Row, str]:
-        """Return a record as a canonical row, and its prompt's text. Raises _BadRowError."""
+    def _canonical(self, record: Any, number: int, batch: list[Any]) -> tuple[Row, str]:
+        """Return a record as a canonical row, and its prompt's text. Raises BadRowError."""
         if type(record) is not dict:
-            raise _BadRowError(record.problem if isinstance(record, Broken) else _not_an_object(record))
-        shape = self._shape(tuple(record))
-        value, answer = record.get(shape.prompt), record.get(shape.answer)
-        if type(value) is list:
-            prompt, texts, answer = self._conversation(value, answer)
-        elif type(value) is str:
-            detail = record.get(shape.input) if shape.input else None
-            text = f"{value}\n\n{detail}" if isinstance(detail, str) and detail.strip() else value
-            prompt, texts = [{"role": "user", "content": text}], [text]
-        else:
-            raise _BadRowError(self._missing("prompt", shape, record))
+            raise _bad(record.problem) if isinstance(record, Broken) else _not_an_object(record)
+        reading = self._reading(tuple(record), batch)
+        shape = reading.shape
+        check_record(record, shape)
+        choices = self._options(record, shape)
+        prompt, last = self._prompt(record, reading, choices)
+        texts = [message["content"] for message in prompt]
         if not texts[-1] or texts[-1].isspace():
-            raise _BadRowError(Problem("EMPTY_PROMPT", "the prompt is empty", "every row needs a prompt"))
-        answer = _answer(answer)
-        if answer is None:
-            raise _BadRowError(self._missing("answer", shape, record))
-        if not answer or answer.isspace():
-            hint = "every row needs an answer that rewards can compare with"
-            raise _BadRowError(Problem("EMPTY_ANSWER", "the answer is empty", hint))
+            raise BadRowError("EMPTY_PROMPT", "the prompt is empty", "every row needs a prompt")
+        check_seen(record, shape, "\n".join(texts))
         if self._system and prompt[0]["role"] != "system":
-            prompt = self._system + prompt
-        row = {"id": _id(record.get("id"), number), "prompt": prompt, "answer": answer}
+            prompt = [*self._system, *prompt]
+        if shape.tools and record[shape.tools]:
+            prompt = [prompt[0] | {"tools": messages.tools(record[shape.tools])}, *prompt[1:]]
+        row = {"id": _id(record.get("id"), number), "prompt": prompt}
+        row |= self._answer(record, reading, choices, last)
         for name in shape.extra:
             row[name] = record[name]
-        self._take(shape)
+        if self._keeps(shape):
+            row |= {name: record[name] for name in shape[:2] if name and name in record and name not in OWN}
         return row, "\0".join(texts)
 
-    def _conversation(self, value: list[Any], answer: Any) -> tuple[list[dict[str, str]], list[str], Any]:
-        """Return messages as a prompt, their texts, and the answer: without an answer column, the last message is it."""
-        prompt, roles, texts = _messages(value)
-        if answer is None and roles[-1] == "assistant":  # OpenAI chat rows
-            answer, prompt, roles = texts.pop(), prompt[:-1], roles[:-1]
-        if roles not in self._orders:
-            if problem := _wrong_order(roles):
-                raise _BadRowError(problem)
-            self._remember({roles})
-        return prompt, texts, answer
+    def _answer(
+        self, record: dict[str, Any], reading: _Reading, choices: options.Options | None, last: str | None
+    ) -> dict[str, Any]:
+        """Return the row's `answer`, and the accepted answers if there are several. `last`: an assistant's last message."""
+        shape, value = reading.shape, last
+        if value is None and shape.answer:
+            value = value_at(record, shape.answer)
+        found = read_answer(None if value is MISSING else value, shape.answer or "")
+        if found.text is None:
+            raise self._missing("answer", shape, record)
+        if not found.text or found.text.isspace():
+            raise BadRowError(
+                "EMPTY_ANSWER", "the answer is empty", "every row needs an answer that rewards can compare with"
+            )
+        self._take(shape, "" if choices else found.key)
+        if choices:
+            return {"answer": options.letter_of(value, choices, reading.first_option)}
+        return {"answer": found.text} | ({ACCEPTED: found.accepted} if found.accepted else {})
+
+    def _options(self, record: dict[str, Any], shape: Shape) -> options.Options | None:
+        """Return the row's options; None where the row has none."""
+        if not shape.options or all(record.get(name) in (None, "", [], {}) for name in shape.options):
+            return None
+        found = options.read_options(record, shape.options, shape.option_labels)
+        self.most_options = max(self.most_options, len(found.texts))
+        return found
+
+    def _prompt(
+        self, record: dict[str, Any], reading: _Reading, choices: options.Options | None
+    ) -> tuple[list[messages.Message], Any]:
+        """Return a row's prompt, and its answer where the prompt's last message is the answer."""
+        shape, answer = reading.shape, None
+        lines = choices.lines if choices and not reading.listed else ""
+        value = prompt_value(record, shape, lines)
+        if type(value) is str and (held := messages.from_text(value)):
+            self.notes["prompts that hold a chat template's marks or messages as JSON, read as messages"] += 1
+            value = held
+        if type(value) is list:
+            has_answer = shape.answer is not None and record.get(shape.answer) is not None
+            prompt, answer = self._conversation(value, has_answer)
+            prompt = [*prompt[:-1], prompt[-1] | {"content": compose(record, shape, prompt[-1]["content"], lines)}]
+        elif type(value) is str:
+            prompt = [{"role": "user", "content": compose(record, shape, value, lines)}]
+        else:
+            raise self._missing("prompt", shape, record)
+        if shape.history and record[shape.history]:
+            before = messages.history(record[shape.history])
+            prompt = [*prompt[:-1], *before, prompt[-1]]
+            if problem := messages.wrong_order(tuple(message["role"] for message in prompt)):
+                raise _bad(problem)
+        if shape.system and record[shape.system] and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": messages.system(record[shape.system])}, *prompt]
+        self._remember({tuple(message["role"] for message in prompt)})
+        return prompt, answer
+
+    def _conversation(self, value: list[Any], has_answer: bool) -> tuple[list[messages.Message], Any]:
+        """Return messages as a prompt, and the answer: without an answer column, the last message is it."""
+        prompt, roles, texts = messages.messages_of(value)
+        answer = None
+        if not has_answer and roles[-1] == "assistant":  # OpenAI chat rows
+            answer, prompt, roles = texts[-1], prompt[:-1], roles[:-1]
+        if roles not in self._orders and (problem := messages.wrong_order(roles)):
+            raise _bad(problem)
+        return prompt, answer
 
     def _remember(self, orders: set[tuple[str, ...]]) -> None:
         if len(self._orders) < KNOWN_SHAPES:
             self._orders |= orders
 
-    def _take(self, shape: Shape) -> None:
-        if shape[:3] not in self._taken and len(self._taken) < KNOWN_SHAPES:
-            self._taken[shape[:3]] = shape.columns
+    def _take(self, shape: Shape, key: str) -> None:
+        known = (*shape[:-1], key)
+        if known not in self._taken and len(self._taken) < KNOWN_SHAPES:
+            columns = shape.columns
+            self._taken[known] = columns | {"answer": f"{columns['answer']}.{key}"} if key else columns
+            self.extra.update(dict.fromkeys(shape.extra))
 
-    def _shape(self, names: tuple[str, ...]) -> Shape:
-        """Return the shape of rows with these columns."""
-        if names not in self._shapes:
-            if len(self._shapes) >= KNOWN_SHAPES:  # the column names are data: none will come again
-                self._shapes.clear()
-            self._shapes[names] = guess_shape(names, self._config)
-        return self._shapes[names]
+    def _reading(self, names: tuple[str, ...], batch: list[Any]) -> _Reading:
+        """Return how to read rows with these columns. The batch's rows with these columns decide what names do not say."""
+        if names not in self._readings:
+            if len(self._readings) >= KNOWN_SHAPES:  # the column names are data: none will come again
+                self._readings.clear()
+            reading = _Reading(guess_shape(names, self._config))
+            if reading.shape.options:
+                reading = self._with_options(reading, [row for row in batch if type(row) is dict and tuple(row) == names])
+            self._readings[names] = reading
+        return self._readings[names]
 
-    def _missing(self, part: str, shape: Shape, record: dict[str, Any]) -> Problem:
-        code, names = f"NO_{part.upper()}", ", ".join(map(str, record))[:200]
+    def _with_options(self, reading: _Reading, rows: list[dict[str, Any]]) -> _Reading:
+        shape, pairs, listed = reading.shape, [], []
+        for row in rows[:HEAD_ROWS]:
+            try:
+                if choices := self._options(row, shape):
+                    pairs.append((value_at(row, shape.answer) if shape.answer else None, choices))
+                    prompt = self._prompt(row, reading._replace(listed=True), None)[0]
+                    listed.append(choices.shown_in(prompt[-1]["content"]))
+            except BadRowError:
+                continue
+        return _Reading(shape, options.first_number(pairs), bool(listed) and all(listed))
+
+    def _missing(self, part: str, shape: Shape, record: dict[str, Any]) -> BadRowError:
+        code, names = f"NO_{part.upper()}", ", ".join(name[: messages.SHOWN] for name in map(str, record))[:200]
         column = shape.columns.get(part)
         if column in record:
             kind = "null" if record[column] is None else type(record[column]).__name__
             expected = "a string or messages" if part == "prompt" else "a string"
-            return Problem(code, f"the {part} in '{column}' is {kind}, not {expected}", f"give every row its {part}")
+            return BadRowError(code, f"the {part} in '{column}' is {kind}, not {expected}", f"give every row its {part}")
         if column:
-            return Problem(
-                code, f"the config names the column '{column}', and the row has only: {names}", nearest(column, record)
-            )
-        return Problem(
-            code, f"no column for the {part} among: {names}", f"name the column in the config: columns: {{{part}: …}}"
-        )
-
-
-class _BadRowError(Exception):
-    def __init__(self, problem: Problem):
-        self.problem = problem
+            missing = next((field for field in template_fields(column) if value_at(record, field) is MISSING), column)
+            message = f"the config names the column '{missing}', and the row has only: {names}"
+            return BadRowError(code, message, nearest(missing, record))
+        return BadRowError(code, f"no column for the {part} among: {names}", naming_hint(part, record))
 
 
 def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
@@ -275,71 +358,13 @@ def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
             yield from batch.failed
 
 
-def guess_shape(names: tuple[str, ...], config: RunConfig) -> Shape:
-    """Return the columns of prompt, answer and, in instruction tables, input. The config's names win."""
-    by_name = {re.sub(r"[\s_-]", "", str(name)).casefold(): name for name in names}
-    prompt = config.columns.prompt or next((by_name[name] for name in PROMPT_NAMES if name in by_name), None)
-    answer = config.columns.answer or next(
-        (by_name[name] for name in ANSWER_NAMES if name in by_name and by_name[name] != prompt), None
-    )
-    detail = by_name.get("input") if prompt and prompt == by_name.get("instruction") else None
-    used = OWN | {prompt, answer, detail}
-    return Shape(prompt, answer, detail, tuple(name for name in names if name not in used))
+# What may be messages, media, or a chat template's marks in a prompt: `messages.from_text` looks closer.
+_UNUSUAL = ("<|", "<image>", "<video>", "<audio>", "<start_of_turn>", "[INST]", "<\uff5c", "[{", "[ {", "[\n")
 
 
-def _messages(value: list[Any]) -> tuple[list[dict[str, str]], tuple[str, ...], list[str]]:
-    """Return messages with only role and content, their roles, and their contents."""
-    try:
-        roles = tuple([message["role"] for message in value])
-        texts = [message["content"] for message in value]
-        hash(roles)  # raises TypeError if a role is a list or an object
-        plain = sum(map(len, value)) == 2 * len(value) and set(map(type, texts)) == {str}
-    except (TypeError, KeyError):
-        plain = False
-    if plain and "developer" not in roles:
-        return value, roles, texts
-    if not value:
-        raise _BadRowError(Problem("EMPTY_PROMPT", "the prompt has no messages", "every row needs a prompt"))
-    messages = [_message(message, number) for number, message in enumerate(value, 1)]
-    return messages, tuple([message["role"] for message in messages]), [message["content"] for message in messages]
-
-
-def _message(message: Any, number: int) -> dict[str, str]:
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        shown = ", ".join(map(str, message))[:SHOWN] if isinstance(message, dict) else f"a {type(message).__name__}"
-        text = f"message {number} needs a role and a content, and has: {shown}"
-        raise _BadRowError(Problem("BAD_MESSAGES", text, 'a message is {"role": "user", "content": "…"}'))
-    role, content = message["role"], message["content"]
-    if isinstance(content, list):  # content parts, as in OpenAI's and Nova's rows
-        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if not isinstance(content, str) or not isinstance(role, str):
-        part = "role" if isinstance(content, str) else "content"
-        raise _BadRowError(
-            Problem("BAD_MESSAGES", f"the {part} of message {number} is not a string", "Tunedrop trains on text only")
-        )
-    # OpenAI's newer models call the system message "developer".
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _wrong_order(roles: tuple[str, ...]) -> Problem | None:
-    """Return the problem with the order of a prompt's roles, or None."""
-    unknown = next((role for role in roles if role not in ROLES), None)
-    if unknown is not None:
-        message = f"the role '{unknown[:SHOWN]}' is not one of {', '.join(ROLES)}"
-        return Problem("BAD_MESSAGES", message, nearest(unknown, ROLES))
-    order = ", ".join(roles[:8]) + (", …" if len(roles) > 8 else "")
-    turns = roles[1:] if roles[:1] == ("system",) else roles
-    if "system" in turns:
-        return Problem("ROLE_ORDER", f"a system message must come first; the roles are: {order}", "move it to the beginning")
-    if not turns or turns[-1] != "user":
-        hint = "the model answers the last user message"
-        return Problem("ROLE_ORDER", f"the prompt must end with a user message; the roles are: {order or 'none'}", hint)
-    if turns[0] != "user":
-        return Problem(
-            "ROLE_ORDER", f"the first turn must be the user's; the roles are: {order}", "remove the turns before it"
-        )
-    return None
+def _unusual(prompts: list[str]) -> bool:
+    joined = "\0".join(prompts)
+    return any(mark in joined for mark in _UNUSUAL)
 
 
 def _any_blank(texts: list[str]) -> bool:
@@ -350,18 +375,10 @@ def _id(value: Any, number: int) -> str:
     return f"row-{number}" if value is None else str(value)
 
 
-def _answer(value: Any) -> str | None:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and "ground_truth" in value:  # SageMaker RLVR and verl: reward_model.ground_truth
-        value = value["ground_truth"]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
-        value = value[0].get("content")  # TRL's conversational completion
-    if value is None or isinstance(value, str):
-        return value
-    return msgspec.json.encode(value).decode()
+def _bad(problem: Problem) -> BadRowError:
+    return BadRowError(problem.code, problem.message, problem.hint)
 
 
-def _not_an_object(value: Any) -> Problem:
+def _not_an_object(value: Any) -> BadRowError:
     hint = 'each row is an object such as {"prompt": "…", "answer": "…"}'
-    return Problem("NOT_AN_OBJECT", f"expected an object with columns, got a {type(value).__name__}", hint)
+    return BadRowError("NOT_AN_OBJECT", f"expected an object with columns, got a {type(value).__name__}", hint)

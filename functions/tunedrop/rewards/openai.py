@@ -130,7 +130,10 @@ def _calculate(node: Any, values: dict[str, float]) -> float:
             raise RewardError(f"'{ast.unparse(node)}' cannot be calculated")
 
 
-@reward(measures=lambda parameters, _: "answer" if "item." in str(parameters) else "content")
+@reward(
+    measures=lambda parameters, _: "answer" if "item." in str(parameters) else "content",
+    reads=lambda parameters: re.findall(r"item\.(\w+)", str(parameters)),
+)
 def openai_grader(sample: Sample, *, grader: Annotated[dict[str, Any], AfterValidator(_checked)]) -> float:
     """The score of an OpenAI grader: a `string_check`, a `text_similarity`, or a `multi` of these. `grader` is its JSON.
 

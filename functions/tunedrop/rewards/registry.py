@@ -7,7 +7,7 @@ score or None, or a list of these for a batch. The docstring is the reward's hel
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -53,6 +53,7 @@ class RewardType:
     repeatable: bool
     form: Callable[[Parameters], Form] | None
     file: str | None
+    reads: Callable[[Parameters], Iterable[str]]
 
     @property
     def per_batch(self) -> bool:
@@ -71,6 +72,11 @@ class RewardType:
 
 
 REWARDS: dict[str, RewardType] = {}
+ALL_COLUMNS = "*"
+
+
+def _named_column(parameters: Parameters) -> list[str]:
+    return [parameters["column"]] if parameters.get("column") else []
 
 
 def reward(
@@ -83,6 +89,7 @@ def reward(
     repeatable: bool = True,
     form: Callable[[Parameters], Form] | None = None,
     file: str | None = None,
+    reads: Callable[[Parameters], Iterable[str]] = _named_column,
 ) -> Callable[[Function], Function]:
     """Register a function as a reward type. All other code reads a reward's traits; no other code lists reward names.
 
@@ -96,6 +103,7 @@ def reward(
     - `repeatable`: False where a second call costs money and may return another score.
     - `form`: the form that the reward asks for; the preflight puts answers into it.
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.
+    - `reads`: the columns that the reward reads beside `answer`, ALL_COLUMNS where its code may read any column.
     """
 
     def register(function: Function) -> Function:
@@ -111,6 +119,7 @@ def reward(
             repeatable=repeatable,
             form=form,
             file=file,
+            reads=reads,
         )
         return function
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from tunedrop.rewards.permissions import RewardPermissions
-from tunedrop.rewards.registry import Need, reward
+from tunedrop.rewards.registry import ALL_COLUMNS, Need, reward
 from tunedrop.rewards.sample import RewardError, Sample
 from tunedrop.rewards.wire import Request, read_response, sample_ids, write_request
 
@@ -42,6 +42,7 @@ def _in_batches(
 
 
 @reward(
+    reads=lambda _: [ALL_COLUMNS],
     name="lambda",
     measures="answer",
     waits=True,
@@ -116,6 +117,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 @reward(
+    reads=lambda _: [ALL_COLUMNS],
     measures="answer",
     waits=True,
     batch_dependent=True,
@@ -246,6 +248,7 @@ def judge(
 
 
 @reward(
+    reads=lambda _: [ALL_COLUMNS],
     measures="answer",
     batch_dependent=True,
     file="file",

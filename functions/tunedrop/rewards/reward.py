@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
-from tunedrop.rewards.sample import TRAINER_COLUMNS, RewardError, Sample, distinct, make_samples
+from tunedrop.rewards.sample import ACCEPTED, TRAINER_COLUMNS, RewardError, Sample, distinct, make_samples
 from tunedrop.rewards.spec import RewardSpec, check_names
 
 
@@ -68,7 +68,7 @@ class Reward:
     def _call_function(self, samples: list[Sample]) -> Sequence[Any]:
         try:
             if not self.per_batch:
-                return [self._function(*samples, **self.parameters)]
+                return [self._best(*samples)]
             values = self._function(samples, self._permissions, **self.parameters)
         except (Exception, SystemExit) as error:  # a user's file may call exit(), which must not end the job as a success
             if self.spec.reward_file and len(samples) > 1:
@@ -80,6 +80,14 @@ class Reward:
             result = f"{len(values)} scores" if isinstance(values, Sequence) else f"a {type(values).__name__}"
             raise RewardError(f"reward '{self.__name__}' returned {result} for {_rows(samples)}")
         return values
+
+    def _best(self, sample: Sample) -> Any:
+        """Return the sample's score: the best one where the row accepts several answers."""
+        accepted = sample.columns.get(ACCEPTED)
+        if not accepted or self.spec.reward_type.measures != "answer":
+            return self._function(sample, **self.parameters)
+        scores = [self._function(sample._replace(answer=answer), **self.parameters) for answer in accepted]
+        return max((score for score in scores if score is not None), default=None)
 
     def _checked(self, value: Any, sample: Sample) -> float | None:
         if value is None:

@@ -9,6 +9,10 @@ Message = dict[str, Any]
 TRAINER_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "prompt_ids", "environments"})
 
 
+# The column with all answers that a row accepts, if these are several.
+ACCEPTED = "accepted_answers"
+
+
 class RewardError(Exception):
     """A reward cannot score, or returned something other than a score.
 
@@ -110,14 +114,35 @@ def content_text(content: Any) -> str:
     return "" if content is None else str(content)
 
 
-def final_answer(completion: str) -> str:
-    """Return the completion's final answer.
+def final_answer(text: str) -> str:
+    r"""Return the final answer of a completion, or of a row's answer.
 
-    The final answer is the content of the last `<answer>` element. Without such an element, it is the text after the last
-    `</think>`; without that mark, the whole text.
+    The final answer is the content of the last `<answer>` element, else the text after the last `</think>`, else the whole
+    text. In this part, a last line `#### …` (GSM8K) or the last `\boxed{…}` is the final answer.
     """
-    tagged = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    return (tagged[-1] if tagged else completion.rpartition("</think>")[2]).strip()
+    end = text.rfind("</answer>")
+    begin = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    part = (text[begin + len("<answer>") : end] if begin >= 0 else text.rpartition("</think>")[2]).strip()
+    last_line = part.rpartition("\n")[2].strip()
+    if last_line.startswith("####") and last_line.strip("# "):
+        return last_line.strip("# ")
+    return _boxed(part) or part
+
+
+def _boxed(text: str) -> str:
+    r"""Return the content of the last `\boxed{…}`, empty without one."""
+    mark = r"\boxed{"
+    begin = text.rfind(mark)
+    if begin < 0:
+        return ""
+    depth, start = 1, begin + len(mark)
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            content = text[start : start + brace.start()].strip()
+            inner = re.fullmatch(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", content)
+            return inner[1].strip() if inner else content
+    return ""
 
 
 def fenced(text: str, languages: str) -> str | None:

@@ -56,6 +56,11 @@ class RewardSpec(BaseModel):
         parameter = self.reward_type.file
         return self.parameters[parameter] if parameter else None
 
+    @property
+    def columns(self) -> set[str]:
+        """The columns of the dataset that the reward reads beside `answer`, `*` for all columns."""
+        return set(self.reward_type.reads(self.parameters))
+
     def measures(self, columns: Mapping[str, Any]) -> Measure:
         """Return what the reward measures with its parameters, in a row that has these columns."""
         measures = self.reward_type.measures

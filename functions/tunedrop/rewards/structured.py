@@ -75,6 +75,26 @@ def json_schema(
 
 
 @reward(measures="answer")
+def json_match(sample: Sample, *, partial: bool = True) -> float | None:
+    """1.0 when the final answer is the JSON value of the row's answer, in any order of keys.
+
+    With `partial`, an object scores the share of the keys, of both objects, that have equal values. Abstains when the row's
+    answer is not JSON.
+    """
+    expected = _read(final_answer(sample.answer))
+    if expected is _INVALID:
+        return None
+    value = _read(final_answer(sample.completion))
+    if value is _INVALID:
+        return 0.0
+    if value == expected or not partial or not isinstance(value, dict) or not isinstance(expected, dict):
+        return float(value == expected)
+    keys = value.keys() | expected.keys()
+    equal: int = sum(value.get(key, _INVALID) == expected.get(key, _INVALID) for key in keys)
+    return equal / len(keys)
+
+
+@reward(measures="answer")
 def tool_call(sample: Sample, *, partial: bool = True) -> float:
     """1.0 when the completion makes exactly the tool calls of the row's answer, in any order.
 

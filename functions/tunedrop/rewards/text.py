@@ -51,8 +51,8 @@ def _size(text: str, unit: Unit) -> int:
 @reward(measures="answer")
 def exact_match(sample: Sample, *, normalize: bool = True) -> float:
     """1.0 when the final answer is the row's answer. `normalize` ignores case, spacing and outer punctuation."""
-    answer = final_answer(sample.completion)
-    return float(_normal(answer) == _normal(sample.answer) if normalize else answer == sample.answer)
+    answer, expected = final_answer(sample.completion), final_answer(sample.answer)
+    return float(_normal(answer) == _normal(expected) if normalize else answer == expected)
 
 
 @reward(measures="answer")
@@ -64,7 +64,7 @@ def numeric(
     Abstains when the row's answer has no number. The numbers may differ by `tolerance`, or by the share `relative` of the
     row's number.
     """
-    expected, number = _last_number(sample.answer), _last_number(final_answer(sample.completion))
+    expected, number = (_last_number(final_answer(text)) for text in (sample.answer, sample.completion))
     if expected is None:
         return None
     return float(number is not None and abs(number - expected) <= max(tolerance, relative * abs(expected)))
@@ -94,7 +94,7 @@ def math(sample: Sample) -> float | None:
         expressions: list[object] = parse(wrapped, parsing_timeout=seconds)
         return expressions
 
-    expected = read(sample.answer)
+    expected = read(final_answer(sample.answer))
     if not expected:
         return None
     return float(verify(expected, read(final_answer(sample.completion)), timeout_seconds=seconds))
@@ -106,7 +106,7 @@ def multiple_choice(sample: Sample, *, choices: Annotated[str, Field(pattern=r"^
 
     A choice is a letter alone, `(B)`, `B.`, `\\boxed{B}` or `the answer is B`. The last choice counts.
     """
-    expected, choice = _choice(sample.answer, choices), _choice(final_answer(sample.completion), choices)
+    expected, choice = (_choice(final_answer(text), choices) for text in (sample.answer, sample.completion))
     return None if expected is None else float(choice == expected)
 
 
@@ -122,6 +122,7 @@ def _choice(text: str, choices: str) -> str | None:
     )
     if not named:  # a letter with a mark at the beginning of a line: "B) Paris", "(B) Paris", "B. Paris"
         named = re.findall(rf"(?m)^\s*[*(\[]*{letter}[)\].:*]", text)
+        named = named if len({name.upper() for name in named}) == 1 else []  # a list of all options chooses none
     return str(named[-1]).upper() if named else None
 
 

@@ -1,0 +1,74 @@
+"""A row's answer as a text, and the other answers that a row accepts."""
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tunedrop.dataset.bad_row import BadRowError
+from tunedrop.dataset.columns import normal
+from tunedrop.dataset.messages import calls
+
+# The key of the answer in an object: of verl and SageMaker RLVR, of Nova, of TriviaQA (value) and of SQuAD (text).
+_KEYS = ("ground_truth", "final_answer", "answer", "value", "text")
+_MORE = ("aliases", "normalized_aliases")
+
+
+class Answer(NamedTuple):
+    """An answer's text, all accepted answers if there are several, and the key of the object that held the answer."""
+
+    text: str | None
+    accepted: list[str] = []  # noqa: RUF012 - nothing writes to the default, and a NamedTuple has no factories
+    key: str = ""
+
+
+def read_answer(value: Any, column: str) -> Answer:
+    """Return the answer in a column's value. `text` is None for null. Raises BadRowError for an object without an answer."""
+    if isinstance(value, str) or value is None:
+        return Answer(value)
+    if isinstance(value, dict):
+        return _of_object(value, column)
+    if isinstance(value, list):
+        return _of_list(value, column)
+    return Answer(_json(value))
+
+
+def _of_object(value: dict[str, Any], column: str) -> Answer:
+    key = next((key for key in _KEYS if value.get(key) is not None), None)
+    if normal(column) == "rewardmodel" and "ground_truth" not in value:
+        shown = ", ".join(map(str, value))[:80]
+        hint = "verl's reward_model needs ground_truth; or name the answer in the config: columns: {answer: …}"
+        raise BadRowError("NO_ANSWER", f"reward_model has no ground_truth; it has: {shown}", hint)
+    # An object with more keys than an answer and its aliases may be the JSON that the model has to give.
+    known = {
+        *_KEYS[:4],
+        *_MORE,
+        "answer_start",
+        "type",
+        "matched_wiki_entity_name",
+        "normalized_value",
+        "normalized_matched_wiki_entity_name",
+    }
+    if key is None or (key != "ground_truth" and not set(value) - {"text"} <= known):
+        return Answer(_json(value))
+    inner = read_answer(value[key], "answers")
+    more = [alias for name in _MORE for alias in value.get(name) or []]
+    accepted = list(dict.fromkeys([*(inner.accepted or [inner.text or ""]), *map(str, more)]))
+    return Answer(inner.text, accepted if len(accepted) > 1 else [], key)
+
+
+def _of_list(value: list[Any], column: str) -> Answer:
+    if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":  # TRL's completion
+        message = value[0]
+        if message.get("tool_calls") and not message.get("content"):
+            return Answer(_json(calls(message["tool_calls"])))
+        return Answer(message.get("content"))
+    texts = [_json(each) for each in value if isinstance(each, str | int | float)]
+    is_answers = any(word in normal(column) for word in ("answer", "groundtruth", "alias"))
+    if is_answers and texts and len(texts) == len(value):
+        accepted = list(dict.fromkeys(texts))
+        return Answer(accepted[0], accepted if len(accepted) > 1 else [])
+    return Answer(_json(value))
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -1,0 +1,212 @@
+"""Which columns of a dataset make the prompt and the answer: by the config, else by the columns' names.
+
+Names are compared without case, spaces, `_` and `-`. The names are those of the datasets on public hubs, and of the
+fine-tuning formats of OpenAI, Amazon Bedrock, Amazon Nova, Anthropic, verl, TRL, LLaMA-Factory, ms-swift and Axolotl.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tunedrop.config.model import RunConfig
+
+# Best first.
+PROMPT_NAMES = (
+    "prompt question query instruction problem messages conversations conversation dialog dialogue contents input text "
+    "sentence utterance"
+).split()
+ANSWER_NAMES = (
+    "answer referenceanswer groundtruth rewardmodel expectedanswer correctanswer expectedoutput answerkey answers output "
+    "response completion solution target expected reference correctoption correct cop gold goldanswer goldenanswers "
+    "finalanswer label labels class intent sentiment description"
+).split()
+CONTEXT_NAMES = (
+    "context passage passages document documents article paragraph paragraphs background story ctx text sqlcontext "
+    "evidence facts table schema"
+).split()
+OPTIONS_NAMES = "choices options candidates endings alternatives answerchoices answeroptions multiplechoiceoptions".split()
+SYSTEM_NAMES = "system systemprompt systemmessage systeminstruction".split()
+HISTORY_NAMES = ["history"]
+TOOLS_NAMES = "tools functions availabletools".split()
+MEDIA_NAMES = "image images img picture pictures photo video videos audio audios".split()
+# A column that says whether a row's answer is right, as in KTO's datasets.
+MARK_NAMES = "label iscorrect correct correctness isgood accepted".split()
+# Names of an option's own column, before its letter or number: option_a, choice1, opa, ending0.
+_OPTION_COLUMN = re.compile(r"(?:option|choice|candidate|ending|alternative|answer|opt|op|sol)?([a-j]|\d)")
+OWN = frozenset({"id", "prompt", "answer"})
+_FIELD = re.compile(r"\{([^{}]+)\}")
+MISSING = object()
+
+
+def normal(name: Any) -> str:
+    """Return a column's name without case, spaces, `_` and `-`."""
+    return re.sub(r"[\s_-]", "", str(name)).casefold()
+
+
+class Shape(NamedTuple):
+    """The roles of a row's columns: names of columns, None or empty without such a column.
+
+    `prompt` and `answer` may be dotted paths, and `prompt` a template with columns in braces. A template alone decides the
+    user's message: the columns in `question` then have no role. `options` is one column, or one column for each option with
+    their letters or numbers in `option_labels`. `question` has the columns that may belong to the question and have no role.
+    """
+
+    prompt: str | None
+    answer: str | None
+    instruction: str | None = None
+    contexts: tuple[str, ...] = ()
+    input: str | None = None
+    options: tuple[str, ...] = ()
+    option_labels: tuple[str, ...] = ()
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    media: tuple[str, ...] = ()
+    mark: str | None = None
+    rejected: str | None = None
+    question: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether one column is the prompt and at most one other column is the answer."""
+        return not any(self[2:-1]) and not _is_template(self.prompt)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that the prompt and the answer come from, by part."""
+        parts = {
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "system": self.system,
+            "instruction": self.instruction,
+            "context": ", ".join(self.contexts),
+            "input": self.input,
+            "options": ", ".join(self.options),
+            "history": self.history,
+            "tools": self.tools,
+        }
+        return {part: column for part, column in parts.items() if column}
+
+
+def guess_shape(names: Sequence[str], config: RunConfig) -> Shape:
+    """Return the roles of columns. The config's names win."""
+    named = config.columns
+    free = {normal(name): name for name in names if name not in named.ignore}
+    labels, options = _option_columns([name for name in names if name not in named.ignore])
+
+    def take(known: Sequence[str]) -> str | None:
+        return next((free.pop(name) for name in known if name in free), None)
+
+    for name in (named.prompt, named.answer, *options):
+        free.pop(normal(name), None)
+    prompt = named.prompt or take(PROMPT_NAMES)
+    preference = "chosen" in free and "rejected" in free
+    answer = named.answer or take(ANSWER_NAMES)
+    if answer in names and (text := _label_text(answer, free)) and not named.answer:
+        free.pop(normal(text))
+        answer = text
+    mark = next((free[name] for name in MARK_NAMES if name in free), None)
+    roles: dict[str, Any] = {
+        "prompt": prompt,
+        "answer": answer,
+        "rejected": free["rejected"] if preference and not answer else None,
+        "mark": mark if answer else None,
+        "media": tuple(free[name] for name in MEDIA_NAMES if name in free),
+    }
+    if _is_template(prompt):
+        roles |= _template_roles(prompt, names)
+    else:
+        is_instruction = normal(prompt) == "instruction"
+        roles |= {
+            "instruction": None if is_instruction else take(["instruction"]),
+            "input": take(["input"]),
+            "options": options or (((one := take(OPTIONS_NAMES)) and (one,)) or ()),
+            "option_labels": labels,
+            "system": take(SYSTEM_NAMES),
+            "history": take(HISTORY_NAMES),
+            "tools": take(TOOLS_NAMES),
+        }
+        roles["contexts"] = tuple(column for name in CONTEXT_NAMES if (column := take([name])))
+        roles["question"] = () if named.prompt else tuple(free[name] for name in PROMPT_NAMES if name in free)
+    used = OWN | {prompt, answer}
+    return Shape(**roles, extra=tuple(name for name in names if name not in used))
+
+
+def _is_template(prompt: str | None) -> bool:
+    return prompt is not None and "{" in prompt
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the columns and paths in a template's braces."""
+    return _FIELD.findall(template)
+
+
+def _template_roles(template: Any, names: Sequence[str]) -> dict[str, Any]:
+    """A template shows options in a list of letters, for which the answer becomes a letter."""
+    options = tuple(field for field in template_fields(template) if normal(field) in OPTIONS_NAMES and field in names)
+    return {"options": options[:1]}
+
+
+def _option_columns(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the letters or numbers of columns that hold one option each, and these columns."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        if match := _OPTION_COLUMN.fullmatch(normal(name)):
+            stem = normal(name)[: -len(match[1])]
+            # Single lowercase letters are often numbers of a task ("a", "b"); A, B, C, D are options.
+            if stem or str(name).isupper():
+                groups.setdefault(stem + ("0" if match[1].isdigit() else "a"), []).append((match[1].upper(), name))
+    for group in groups.values():
+        first = group[0][0]
+        expected = [chr(ord(first) + index) for index in range(len(group))]
+        if len(group) > 1 and first in "A01" and [label for label, _ in group] == expected:
+            labels, columns = zip(*group, strict=True)
+            return labels, columns
+    return (), ()
+
+
+def _label_text(answer: str | None, free: Mapping[str, str]) -> str | None:
+    """Return the column with the names of an answer column that holds numbers: label_text for label."""
+    return next((free[name] for end in ("text", "name", "str") if (name := normal(answer) + end) in free), None)
+
+
+def value_at(record: Mapping[str, Any], path: str) -> Any:
+    """Return the value of a column or at a dotted path (`reference_answer.final_answer`); MISSING without one."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for part in path.split("."):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            return MISSING
+    return value
+
+
+def fill(template: str, record: Mapping[str, Any], replaced: Mapping[str, str]) -> Any:
+    """Return a template with columns in place of their names. A template of one column alone returns the column's value.
+
+    `replaced` has texts for some columns. Returns MISSING if the record lacks a column.
+    """
+    if (one := _FIELD.fullmatch(template)) and one[1] not in replaced:
+        return value_at(record, one[1])
+    values = {field: replaced.get(field, value_at(record, field)) for field in template_fields(template)}
+    if MISSING in values.values():
+        return MISSING
+    return _FIELD.sub(lambda match: text(values[match[1]]), template)
+
+
+def text(value: Any) -> str:
+    """Return a value as a prompt shows it: texts as they are, lists of texts as paragraphs, other values as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return "\n\n".join(value)
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,102 @@
+"""The reward of a run whose config names none: chosen by the dataset's answers, so that a right answer can earn it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tunedrop.rewards.permissions import RewardPermissions
+from tunedrop.rewards.sample import ACCEPTED, final_answer
+from tunedrop.rewards.spec import RewardSpec
+
+# Share of the answers that must be of a kind.
+MOST = 0.95
+# Up to so many words, a model can give an answer word for word.
+SHORT_WORDS = 8
+_NUMBER = re.compile(r"[^\w]*[-+]?[\d.,]*\d\s*(?:%|[^\W\d]{1,12})?\W*")
+_LATEX = re.compile(r"\\(?:d?frac|sqrt|boxed|pi|text|left|cdot|infty|begin)|\$[^$]+\$|\^\{?\w|\bx\s*=")
+_OPTION_LINE = re.compile(r"(?m)^\(?([A-Z])[).:]\s*\S")
+TESTS_COLUMNS = ("tests", "test_list", "test_cases", "unit_tests", "public_tests", "input_output")
+
+
+class Choice(NamedTuple):
+    """The chosen rewards, the reason, and warnings about what they cannot teach."""
+
+    rewards: list[RewardSpec]
+    reason: str
+    warnings: list[str] = []  # noqa: RUF012 - nothing writes to the default, and a NamedTuple has no factories
+
+
+def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermissions) -> Choice:
+    """Return the reward for canonical rows (a sample of the dataset) without `rewards` in the config."""
+    finals = [final_answer(row["answer"]) for row in rows]
+    if _share(finals, _is_calls) and any("tools" in row["prompt"][0] for row in rows):
+        return _choice("tool_call", "the answers are calls of the rows' tools")
+    column = next((name for name in TESTS_COLUMNS if all(row.get(name) for row in rows)), None)
+    if column and permissions.allow_code:
+        return _choice("code_tests", f"the column '{column}' has tests for programs", column=column)
+    if letters := _letters(rows, finals):
+        return _choice("multiple_choice", "the answers are letters of options in the prompts", choices=letters)
+    if _share(finals, _NUMBER.fullmatch):
+        return _choice("numeric", "the final answers are numbers")
+    if sum(bool(_LATEX.search(row["answer"])) for row in rows) >= len(rows) / 5 and _share(finals, _is_short):
+        return _choice("math", "the answers are mathematical expressions")
+    if _share(finals, _is_json):
+        return _choice("json_match", "the answers are JSON")
+    if any(row.get(ACCEPTED) for row in rows) and _share(finals, _is_short):
+        return _choice("exact_match", "the rows accept several short answers, and one of them is enough")
+    if _share(finals, _is_short):
+        return _choice("exact_match", "the answers are short")
+    return _free_text(finals, permissions, column)
+
+
+def _choice(type_: str, reason: str, **parameters: Any) -> Choice:
+    return Choice([RewardSpec.model_validate({"type": type_} | parameters)], reason)
+
+
+def _free_text(finals: Sequence[str], permissions: RewardPermissions, tests: str | None) -> Choice:
+    lengths = sorted(len(final.split()) for final in finals)
+    reason = f"the answers are texts of {lengths[len(lengths) // 2]} words in the middle, too long to be given word for word"
+    if permissions.judge_model:
+        return _choice("judge", reason, model=permissions.judge_model)
+    if tests:
+        way = f"code_tests scores programs by the column '{tests}', if the stack allows it (AllowCodeRewards)"
+    else:
+        way = "a judge knows a good answer (stack parameter RewardJudgeModel); keywords or a python reward can check facts"
+    warning = f"the reward 'similarity' teaches the wording of the dataset's answers, not whether an answer is right; {way}"
+    return _choice("similarity", reason)._replace(warnings=[warning])
+
+
+def _share(finals: Sequence[str], kind: Any) -> bool:
+    return sum(bool(kind(final)) for final in finals) >= MOST * len(finals)
+
+
+def _is_short(text: str) -> bool:
+    return len(text.split()) <= SHORT_WORDS and len(text) <= 80
+
+
+def _letters(rows: Sequence[Mapping[str, Any]], finals: Sequence[str]) -> str:
+    """Return the letters of the rows' options, empty if the answers are not letters of options in the prompts."""
+    if not _share(finals, lambda final: re.fullmatch(r"\(?[A-Z][).]?", final)):
+        return ""
+    shown = [set(_OPTION_LINE.findall(row["prompt"][-1]["content"])) for row in rows]
+    listed = [final.strip("().") in letters for final, letters in zip(finals, shown, strict=True)]
+    last = max((letter for letters in shown for letter in letters), default="")
+    return "".join(map(chr, range(ord("A"), ord(last) + 1))) if sum(listed) >= MOST * len(rows) and last > "A" else ""
+
+
+def _is_json(text: str) -> bool:
+    if text[:1] not in {"{", "["}:
+        return False
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_calls(text: str) -> bool:
+    if not _is_json(text):
+        return False
+    value = json.loads(text)
+    calls = value if isinstance(value, list) else [value]
+    return bool(calls) and all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls)
