@@ -13,7 +13,7 @@ import click
 import msgspec
 import yaml
 
-from pipeline.validation.candidates import GOLD
+from pipeline.validation.candidates import GOLD, PARAPHRASES
 from pipeline.validation.model_files import ModelFiles
 from pipeline.validation.receipt import Receipt
 from pipeline.validation.terms import Terms
@@ -90,9 +90,9 @@ def receipt_text(receipt: Receipt, data: Path, config: Path | None, tests: Path 
     lines = [f"{name + ':':{width}}{value}" for name, value in facts]
     lines += [_colour(_error(problem, data, config, tests), "red") for problem in receipt.errors[:SHOWN]]
     total = sum(receipt.error_counts.values())
-    if total > SHOWN:
+    if (rest := total - sum(problem.count for problem in receipt.errors[:SHOWN])) > 0:
         by_code = ", ".join(f"{code} {count}" for code, count in receipt.error_counts.items())
-        lines.append(_colour(f"{total - SHOWN} more errors; all errors by code: {by_code}", "red"))
+        lines.append(_colour(f"{rest} more errors; all errors by code: {by_code}", "red"))
     lines += [_colour(f"warning: {warning}", "yellow") for warning in receipt.warnings]
     if receipt.fixes:
         lines += ["Automatic corrections:", *(f"  {fix}" for fix in receipt.fixes)]
@@ -120,17 +120,23 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
         if length := receipt.stats.get(f"{name}_characters"):
             yield f"{name}s", f"{length['min']:.0f} to {length['max']:.0f} characters, median {length['p50']:.0f}"
     if receipt.rewards:
-        if reason := receipt.rewards.get("reason"):
-            yield "reward", f"{_specs(receipt.rewards['chosen'])}, because {reason}"
-        (mean,) = (each["mean"] for each in receipt.rewards["answers"] if each["kind"] == GOLD)
-        best = receipt.rewards["best_wrong"]
-        yield "rewards", f"the dataset's answers score {mean:.2f} on average"
-        kind = best["kind"].replace("_", " ")
-        yield "best wrong answer", f"{kind}, {best['score']:.2f} vs {best['gold_score']:.2f} ({best['row']})"
+        yield from _reward_facts(receipt.rewards)
     for each in receipt.cost.get("instances", []):
         if each["hours"]:
             dollars = "" if each["usd"] is None else ", ${:.2f} to ${:.2f}".format(*each["usd"])
             yield "cost", "{}, {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars
+
+
+def _reward_facts(rewards: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if reason := rewards.get("reason"):
+        yield "reward", f"{_specs(rewards['chosen'])}, because {reason}"
+    means = {each["kind"]: each["mean"] for each in rewards["answers"]}
+    yield "rewards", f"the dataset's answers score {means[GOLD]:.2f} on average"
+    if paraphrases := [f"{words} {means[kind]:.2f}" for kind, words in PARAPHRASES.items() if kind in means]:
+        yield "paraphrases", ", ".join(paraphrases)
+    best = rewards["best_wrong"]
+    kind = best["kind"].replace("_", " ")
+    yield "best wrong answer", f"{kind}, {best['score']:.2f} vs {best['gold_score']:.2f} ({best['row']})"
 
 
 def _specs(specs: list[dict[str, Any]]) -> str:
@@ -156,4 +162,5 @@ def _error(problem: Problem, data: Path, config: Path | None, tests: Path | None
     else:
         file = data
     place = f"{file}:{problem.line}" if problem.line else f"{file}, row {problem.row}" if problem.row else str(file)
-    return f"{place}: {problem.code}: {problem.message}" + (f" ({problem.hint})" if problem.hint else "")
+    extent = f" [{problem.extent}]" if problem.extent else ""
+    return f"{place}: {problem.code}: {problem.message}" + (f" ({problem.hint})" if problem.hint else "") + extent

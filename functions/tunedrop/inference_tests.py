@@ -1,8 +1,8 @@
 """Inference tests: prompts for the base model and the tuned model, checks of their completions, and the results.
 
 A test file is `{"evaluations": [{"id", "prompt", "description"}, …]}`; `description` is the expected answer. A bare list,
-JSON Lines, YAML and CSV are accepted too; `parse_tests` detects the format from the content. A test may have `messages`
-in place of `prompt`, `reference_answer` in place of `description`, and
+JSON Lines, YAML and CSV are accepted too; `parse_tests` detects the format from the content. Prompt and expected answer are
+read as those of a dataset's row, with the same names of columns. Beside them, a test may have
 
 - `checks`: rewards, each with `at_least` (1.0), and `{type: latency, maximum: seconds}`. The test passes when all checks
   pass. A test without checks passes when every reward of the run with a positive weight gives 1.0;
@@ -15,17 +15,19 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import Columns, RunConfig
 from tunedrop.config.parse import YamlLoader
-from tunedrop.dataset.messages import ROLES
-from tunedrop.dataset.rows import Row
-from tunedrop.problems import Problem, RejectedError, nearest
+from tunedrop.dataset.bad_row import BadRowError
+from tunedrop.dataset.columns import OWN, PROMPT_NAMES, normal, template_fields
+from tunedrop.dataset.rows import Records, Row
+from tunedrop.problems import Problem, RejectedError
 from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, RewardSpec, build_rewards
 
 MAX_TESTS_BYTES = 32 * 1024**2
@@ -108,13 +110,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Case(msgspec.Struct):
-    """A test as written in a test file."""
+    """The keys of a test that are not columns of a dataset's row."""
 
     id: str | int | None = None
-    prompt: str | None = None
-    messages: list[dict[str, str]] | None = None
-    description: str | int | float | None = None
-    reference_answer: str | int | float | None = None
     tags: list[str] = []
     weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     must_pass: bool = False
@@ -147,15 +145,19 @@ def parse_tests(raw: bytes, config: RunConfig, permissions: RewardPermissions = 
         hint = 'expected {"evaluations": [{"id", "prompt", "description"}]} as JSON or YAML, JSON Lines, or CSV'
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise RejectedError([Problem("TESTS_SYNTAX", f"the inference tests cannot be read: {reason}", hint)]) from None
+    rows = Records(config.model_copy(update={"columns": _columns(cases, config)}))
     tests: list[InferenceTest] = []
     problems: list[Problem] = []
     ids: set[str] = set()
     for row, case in enumerate(cases, 1):
         name = f"inference test {row}" + (f" ('{case['id']}')" if isinstance(case, dict) and case.get("id") else "")
         try:
-            test = _inference_test(case, row, config, permissions, from_text)
+            test = _inference_test(case, row, rows, permissions, from_text)
         except _CaseError as error:
             problems.append(Problem("BAD_TEST", f"{name}: '{error.key}': {error}", row=row, key=error.key or None))
+            continue
+        except BadRowError as error:
+            problems.append(Problem("BAD_TEST", f"{name}: {error}", error.problem.hint, row=row))
             continue
         if test.id in ids:
             problems.append(
@@ -176,7 +178,7 @@ def _cases(text: str) -> tuple[list[Any], bool]:
     if start not in {"{", "["}:
         header = text.strip().split("\n", 1)[0]
         delimiter = max(",;\t", key=header.count)
-        if {"prompt", "messages"} & {name.strip(' "\r') for name in header.split(delimiter)}:
+        if {normal(name.strip(' "\r')) for name in header.split(delimiter)} & set(PROMPT_NAMES):
             return [
                 _csv_case(row) for row in csv.DictReader(io.StringIO(text.strip()), delimiter=delimiter, strict=True)
             ], True
@@ -192,7 +194,7 @@ def _cases(text: str) -> tuple[list[Any], bool]:
 
 
 def _evaluations(decoded: Any) -> list[Any]:
-    if isinstance(decoded, dict) and "evaluations" not in decoded and {"prompt", "messages"} & set(decoded):
+    if isinstance(decoded, dict) and "evaluations" not in decoded and {normal(name) for name in decoded} & set(PROMPT_NAMES):
         return [decoded]  # JSON Lines with a single line
     cases = decoded.get("evaluations") if isinstance(decoded, dict) else decoded
     if not isinstance(cases, list):
@@ -201,58 +203,53 @@ def _evaluations(decoded: Any) -> list[Any]:
 
 
 def _csv_case(row: dict[str | Any, Any]) -> dict[str, Any]:
-    """Return a CSV row as a case. Empty cells are left out, lists and objects are JSON, other columns go to `columns`."""
+    """Return a CSV row as a case. Empty cells are left out, lists and objects are JSON."""
     if None in row:
-        raise ValueError(f"the row of '{row.get('id') or row.get('prompt')}' has more fields than the header")
+        raise ValueError(f"the row of '{row.get('id') or next(iter(row.values()))}' has more fields than the header")
     filled = {str(name).strip(): value for name, value in row.items() if value not in {None, ""}}
-    case: dict[str, Any] = {name: value for name, value in filled.items() if name in KEYS}
+    case: dict[str, Any] = dict(filled)
     if "tags" in case:
         case["tags"] = [tag.strip() for tag in case["tags"].replace(";", ",").split(",") if tag.strip()]
-    for name in {"messages", "checks", "columns"} & set(case):
+    for name in {"checks", "columns"} & set(case):
         case[name] = msgspec.json.decode(case[name])
-    others = {name: value for name, value in filled.items() if name not in KEYS}
-    return case | ({"columns": case.get("columns", {}) | others} if others else {})
+    return case
 
 
-def _inference_test(
-    case: Any, row: int, config: RunConfig, permissions: RewardPermissions, from_text: bool
-) -> InferenceTest:
-    if isinstance(case, dict) and (unknown := [str(key) for key in case if key not in KEYS]):
-        raise _CaseError(unknown[0], f"is not a key of a test: {nearest(unknown[0], KEYS)}")
+def _columns(cases: Sequence[Any], config: RunConfig) -> Columns:
+    """Return the config's columns if the tests have them. Tests may have other names than the dataset."""
+    names = {name for case in cases if isinstance(case, dict) for name in case}
+    named = [config.columns.prompt, config.columns.answer]
+    used = {field.split(".")[0] for name in named if name for field in (template_fields(name) or [name])}
+    return config.columns if used and used <= names else Columns()
+
+
+def _inference_test(case: Any, number: int, rows: Records, permissions: RewardPermissions, from_text: bool) -> InferenceTest:
+    if not isinstance(case, dict):
+        raise _CaseError("", f"a test is an object, not a {type(case).__name__}")
+    record = {str(name): value for name, value in case.items() if name == "id" or name not in KEYS}
+    for name in record.keys() - set(KEYS):
+        if close := get_close_matches(name, KEYS, n=1, cutoff=0.8):
+            raise _CaseError(name, f"is not a key of a test: did you mean '{close[0]}'?")
     try:
-        fields = msgspec.convert(case, _Case, strict=not from_text)
+        fields = msgspec.convert({name: case[name] for name in KEYS if name in case}, _Case, strict=not from_text)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         raise _CaseError(path.strip("`.").split("[")[0].split(".")[0], reason) from None
     if not math.isfinite(fields.weight):
         raise _CaseError("weight", "must be a finite number")
-    reference = fields.reference_answer if fields.reference_answer is not None else fields.description
-    messages = _prompt(fields)
-    if reference is None:
-        raise _CaseError("description", "needs the expected answer (or use 'reference_answer')")
+    row, _ = rows.row(record, number, [record])
     build_checks(fields.checks, permissions)
-    if config.system_prompt and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return InferenceTest(
-        id=f"test-{row}" if fields.id is None else str(fields.id),
-        prompt=messages,
-        reference=str(reference),
+        id=f"test-{number}" if fields.id is None else str(fields.id),
+        prompt=row["prompt"],
+        reference=row["answer"],
         tags=fields.tags,
         weight=fields.weight,
         must_pass=fields.must_pass,
         samples=fields.samples,
         checks=fields.checks,
-        columns=fields.columns,
+        columns={name: value for name, value in row.items() if name not in OWN} | fields.columns,
     )
-
-
-def _prompt(case: _Case) -> list[dict[str, str]]:
-    messages = case.messages or ([{"role": "user", "content": case.prompt}] if case.prompt else [])
-    if messages and all(message.get("role") in ROLES and message.get("content") for message in messages):
-        return messages
-    if case.messages:
-        raise _CaseError("messages", "needs a list of {role, content}")
-    raise _CaseError("prompt", "needs a text (or use 'messages')")
 
 
 def build_checks(checks: Sequence[dict[str, Any]], permissions: RewardPermissions) -> list[Check | Latency]:
@@ -273,13 +270,12 @@ def build_checks(checks: Sequence[dict[str, Any]], permissions: RewardPermission
 
 def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
     """Make inference tests from held-out rows, for a dataset without a test file."""
-    own = {"id", "prompt", "answer"}
     return [
         InferenceTest(
             id=row["id"],
             prompt=row["prompt"],
             reference=row["answer"],
-            columns={name: value for name, value in row.items() if name not in own},
+            columns={name: value for name, value in row.items() if name not in OWN},
         )
         for row in rows
     ]

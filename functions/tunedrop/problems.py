@@ -10,6 +10,8 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """One mistake in a dataset, a config or inference tests: a line of a receipt.
 
     `line` is the line of a text file and `row` the record, both counted from 1. `key` is a dotted config key or a column.
+    Of `count` rows with the same mistake, `line` and `row` are those of the first one. `places` are the lines of the first
+    few, or their rows in a format without lines.
     """
 
     code: str
@@ -18,11 +20,22 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     line: int | None = None
     row: int | None = None
     key: str | None = None
+    count: int = 1
+    places: list[int] = []
+
+    @property
+    def extent(self) -> str:
+        """How many rows have the mistake, and the first of them; empty for one row."""
+        if self.count == 1:
+            return ""
+        shown = ", ".join(map(str, self.places)) + (", …" if self.count > len(self.places) else "")
+        return f"{self.count} rows: {'lines' if self.line else 'rows'} {shown}"
 
     def __str__(self) -> str:
         """Return one line: position, message, hint."""
         position = f"line {self.line}: " if self.line else f"row {self.row}: " if self.row else ""
-        return f"{position}{self.message}" + (f" ({self.hint})" if self.hint else "")
+        extent = f" [{self.extent}]" if self.extent else ""
+        return f"{position}{self.message}" + (f" ({self.hint})" if self.hint else "") + extent
 
 
 class RejectedError(Exception):

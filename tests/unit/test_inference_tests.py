@@ -90,16 +90,17 @@ def test_one_line_of_json_lines_and_other_csv_columns():
 @pytest.mark.parametrize(
     ("change", "key", "words"),
     [
-        ({"description": None}, "description", "needs the expected answer"),
-        ({"prompt": None}, "prompt", "needs a text"),
+        ({"description": None}, None, "the answer in 'description' is null"),
+        ({"prompt": None}, None, "the prompt in 'prompt' is null"),
         ({"wieght": 1}, "wieght", "did you mean 'weight'?"),
-        ({"prompt": 3}, "prompt", "Expected `str | null`, got `int`"),
+        ({"prompt": 3}, None, "the prompt in 'prompt' is int"),
+        ({"choices": ["x", "z"]}, None, "'y' is none of the options A to B"),
         ({"weight": 0}, "weight", "Expected `float` > 0.0"),
         ({"samples": 0}, "samples", "Expected `int` >= 1"),
         ({"samples": 1000}, "samples", "Expected `int` <= 64"),
         ({"must_pass": "yes"}, "must_pass", "Expected `bool`, got `str`"),
         ({"tags": "math"}, "tags", "Expected `array`"),
-        ({"messages": [{"role": "x", "content": "y"}]}, "messages", "{role, content}"),
+        ({"prompt": [{"role": "x", "content": "y"}]}, None, "the role 'x' is not one of"),
         ({"checks": [{"type": "contians"}]}, "checks", "did you mean 'contains'?"),
         ({"checks": [{"type": "contains", "txt": "a"}]}, "checks", "no parameter 'txt'"),
         ({"checks": [{"type": "contains", "at_least": "high"}]}, "checks", "at_least: Input should be a valid number"),
@@ -114,7 +115,7 @@ def test_a_problem_names_the_broken_test_and_its_key(change, key, words):
         parse(GOOD, GOOD | {"id": "bad"} | change, GOOD | {"id": "fine"})
     (problem,) = caught.value.problems
     assert (problem.code, problem.row, problem.key) == ("BAD_TEST", 2, key)
-    assert problem.message.startswith(f"inference test 2 ('bad'): '{key}': ")
+    assert problem.message.startswith("inference test 2 ('bad'): " + (f"'{key}': " if key else ""))
     assert words in problem.message
 
 
@@ -147,6 +148,39 @@ def test_not_utf8_duplicate_ids_and_no_tests():
         parse(GOOD, GOOD)
     with pytest.raises(RejectedError, match="no evaluations"):
         parse()
+
+
+ASKED = [{"role": "user", "content": "2+2?"}]
+AS_IN_DATASETS = {
+    "question.jsonl": '{"question": "2+2?", "answer": "4"}\n{"question": "2+2?", "answer": 4}',
+    "chat.jsonl": json.dumps({"messages": [*ASKED, {"role": "assistant", "content": "4"}]}),
+    "sharegpt.json": json.dumps([{"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}]),
+    "nova.jsonl": json.dumps({"messages": ASKED, "reference_answer": {"final_answer": "4"}}),
+    "header.csv": "question,expected_answer\n2+2?,4\n",
+    "semicolons.csv": "Frage-Nr;Question;Answer\n7;2+2?;4\n",
+    "list.yaml": "- {question: '2+2?', answer: 4}",
+}
+
+
+@pytest.mark.parametrize("name", AS_IN_DATASETS)
+def test_prompts_and_answers_are_those_of_a_datasets_rows(name):
+    config = parse_run_config({"model": "m"})
+    tests = parse_tests(AS_IN_DATASETS[name].encode(), config)
+    assert {(test.prompt[0]["content"], test.reference) for test in tests} == {("2+2?", "4")}
+
+
+def test_options_are_shown_and_the_answer_is_a_letter():
+    (test,) = parse({"question": "Which?", "choices": ["x", "y"], "answer": 1})
+    assert (test.prompt[-1]["content"], test.reference) == ("Which?\n\nA. x\nB. y", "B")
+    assert parse_tests(dump_tests([test]), CONFIG) == [test]
+
+
+def test_the_datasets_columns_are_those_of_tests_that_have_them():
+    config = parse_run_config({"model": "m", "columns": {"prompt": "{a} plus {b}?", "answer": "sum"}})
+    tests = parse_tests(b'[{"a": 1, "b": 2, "sum": 3}]', config)
+    assert (tests[0].prompt[0]["content"], tests[0].reference) == ("1 plus 2?", "3")
+    tests = parse_tests(json.dumps([GOOD]).encode(), config)
+    assert (tests[0].prompt[0]["content"], tests[0].reference) == ("x", "y")
 
 
 def test_held_out_rows_are_tests_with_their_columns():

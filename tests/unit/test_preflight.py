@@ -224,10 +224,24 @@ def test_an_answer_that_holds_unit_tests_is_not_expected_to_win():
     assert [warning[:43] for warning in found.warnings] == ["reward 'code_tests' gave 0 to every answer,"]
 
 
-def test_rewards_for_form_alone_are_never_refused():
-    found = tried(capitals(), [reward("regex", pattern="^never$"), reward("length", maximum=10_000)])
+def test_a_reward_that_every_answer_earns_is_refused():
+    found = tried(capitals(), [reward("length", maximum=10_000), reward("regex", pattern="ipsum", weight=0.1)])
+    assert [problem.code for problem in found.problems] == ["REWARD_CONSTANT"]
+    assert "all score 1 on average" in found.problems[0].message
+
+
+def test_a_reward_that_only_the_datasets_words_earn_is_named():
+    rows = [row(n, f"{n} + 1?", f"{n} and 1 make\n#### {n + 1}") for n in range(8)]
+    found = tried(rows, [reward("contains")])
     assert found.problems == []
-    assert len(found.warnings) == 2
+    assert any("(final answer alone) score 0.00 ('1')" in warning for warning in found.warnings)
+    assert not any("word for word" in warning for warning in tried(rows, [reward("numeric")]).warnings)
+
+
+def test_rewards_for_form_alone_are_never_refused():
+    found = tried(capitals(), [reward("regex", pattern="^never$"), reward("length", minimum=1, maximum=10_000)])
+    assert found.problems == []
+    assert ["regex" in warning for warning in found.warnings] == [True]
 
 
 def test_a_row_may_have_columns_named_as_trls_lists():
@@ -245,7 +259,9 @@ def test_the_receipt_shows_the_best_wrong_answer_and_each_reward():
     assert (best["kind"], best["text"], best["score"], best["gold_score"]) == ("echo", "Is it Rome?", 0.5, 1.0)
     assert (best["row"], best["gold"]) == ("r0", "Rome")
     contains = found.receipt["by_reward"]["contains"]
-    assert contains["mean"] == {"gold": 1.0, "empty": 0.0, "other_row": 0.0, "echo": 1.0, "long": 0.0}
+    assert contains["mean"] == dict.fromkeys(["gold", "final", "sentence", "spaced", "echo"], 1.0) | dict.fromkeys(
+        ["empty", "other_row", "long"], 0.0
+    )
     assert (contains["lowest"], contains["highest"], contains["abstained"]) == (0.0, 1.0, 0.0)
     assert 0 <= contains["p50_ms"] <= contains["p95_ms"]
     json.dumps(found.receipt, allow_nan=False)

@@ -136,8 +136,14 @@ def test_similar_datasets_without_a_mistake_give_no_warning(check, rows, config,
 
 def test_the_first_hundred_errors_are_listed_and_all_are_counted(check):
     found = check([{"question": "?"}] * 150 + [{"answer": "!"}] * 50)
-    assert [error.line for error in found.errors] == list(range(1, 101))
+    assert [(error.line, error.count, error.places) for error in found.errors] == [
+        (1, 150, [1, 2, 3]),
+        (151, 50, [151, 152, 153]),
+    ]
     assert found.error_counts == {"NO_ANSWER": 150, "NO_PROMPT": 50}
+    found = check([{f"question {number}": "?"} for number in range(150)])
+    assert [error.line for error in found.errors] == list(range(1, 101))
+    assert found.error_counts == {"NO_PROMPT": 150}
 
 
 @pytest.mark.parametrize(("share", "ok"), [(0.0, False), (0.05, False), (0.1, True), (0.5, True)])

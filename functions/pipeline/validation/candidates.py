@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards.registry import Form
+from tunedrop.rewards.sample import final_answer
 
 # The dataset's own answer, and the kinds of wrong answers with the words that messages use for them.
 GOLD = "gold"
@@ -17,6 +18,8 @@ WRONG = {
     "long": "a long meaningless text",
     "form_only": "the form without an answer",
 }
+# Right answers in other words than the dataset's.
+PARAPHRASES = {"final": "final answer alone", "sentence": "in a sentence", "spaced": "other spacing"}
 _FILLER = (
     "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor incididunt ut labore et dolore".split()
 )
@@ -26,19 +29,24 @@ _NO_REASONING = "First I read the question."
 
 
 class Candidate(NamedTuple):
-    """A completion that the preflight scores: the index of its row, its kind (GOLD or a key of WRONG), and its text."""
+    """A completion that the preflight scores: the index of its row, its kind, and its text.
+
+    The kind is GOLD, a key of PARAPHRASES or a key of WRONG.
+    """
 
     row: int
     kind: str
     text: str
 
 
-def candidates(rows: Sequence[Row], config: RunConfig) -> Iterator[Candidate]:
-    """Yield the candidates of each row: the row's answer first, then wrong answers of every kind that the rows allow."""
+def candidates(rows: Sequence[Row], config: RunConfig, *, paraphrased: bool) -> Iterator[Candidate]:
+    """Yield each row's candidates: its answer, paraphrases if asked, and wrong answers of every kind that the rows allow."""
     words = -(-int(config.grpo_value("max_completion_length")) // len(_FILLER)) * _FILLER
     for index, row in enumerate(rows):
         form = asked_form(config, row)
         yield Candidate(index, GOLD, in_form(form, row["answer"], row))
+        for kind, paraphrase in _paraphrases(row["answer"]) if paraphrased else ():
+            yield Candidate(index, kind, in_form(form, paraphrase, row))
         yield Candidate(index, "empty", "")
         answers = (other["answer"] for other in [*rows[index + 1 :], *rows[:index]])
         other = next((answer for answer in answers if _folded(answer) != _folded(row["answer"])), None)
@@ -48,6 +56,14 @@ def candidates(rows: Sequence[Row], config: RunConfig) -> Iterator[Candidate]:
         yield Candidate(index, "long", " ".join(words))
         if form != Form():
             yield Candidate(index, "form_only", in_form(form, "…", row))
+
+
+def _paraphrases(answer: str) -> Iterator[tuple[str, str]]:
+    final = final_answer(answer)
+    yield "final", final
+    if "\n" not in final:
+        yield "sentence", f"The answer is {final}."
+    yield "spaced", f" {'  '.join(answer.split(' '))}\n"
 
 
 def _folded(text: str) -> str:

@@ -1,17 +1,18 @@
 """The preflight scores answers before a job starts: the dataset's answers must win against wrong ones.
 
-For a few rows, the rewards score the row's answer (*gold*), an empty answer, another row's answer, a copy of the prompt, a
-long meaningless text, and the bare form that the run asks for. Rewards that prefer a wrong answer would train the model
-to give that answer. Rewards that score all answers alike would train nothing.
+For a few rows, the rewards score the row's answer (*gold*), paraphrases of it, an empty answer, another row's answer, a
+copy of the prompt, a long meaningless text, and the bare form that the run asks for. Rewards that prefer a wrong answer
+would train the model to give that answer. Rewards that score all answers alike would train nothing. Rewards that only the
+words of the dataset earn teach little.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from math import ceil, isclose
+from math import ceil, inf, isclose
 from statistics import fmean, median
 from typing import Any, NamedTuple, TypeVar
 
-from pipeline.validation.candidates import GOLD, WRONG, Candidate, asked_form, candidates, in_form
+from pipeline.validation.candidates import GOLD, PARAPHRASES, WRONG, Candidate, asked_form, candidates, in_form
 from pipeline.validation.section import Section
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import generated_answers, generation_batch
@@ -25,7 +26,7 @@ T = TypeVar("T")
 Scores = list[float | None]
 Totals = list[tuple[Candidate, float]]
 
-# Rows where a reward calls a service or starts processes. A row has up to six candidates: this bounds the preflight's cost.
+# Rows where a reward calls a service or starts processes. A row has up to six candidates then: this bounds the cost.
 FEW_ROWS = 4
 # A wrong answer that ties with gold in more than this share of the rows deserves a warning. A few ties happen by chance.
 TIES = 1 / 2
@@ -82,10 +83,12 @@ def _check(
     receipt = _receipt(rewards, rows, trial, totals, config, trained_rows)
     warnings = [warning for reward in rewards for warning in _reward_warnings(reward, trial, receipt)]
     # Only rewards that compare with the row's answer must prefer that answer. A run may also pay for form alone.
+    if free := _free(totals):
+        return Section(receipt, [*unstable, free], warnings)
     comparing = [reward for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
     if not comparing:
         return Section(receipt, unstable, warnings)
-    warnings += _tie_warnings(totals)
+    warnings += [*_tie_warnings(totals), *_literal_warnings(totals)]
     if constant := _constant(totals):
         return Section(receipt, [*unstable, constant], warnings)
     paid_wrong = list(_paid_wrong(totals))
@@ -117,7 +120,11 @@ def _columns(row: Row) -> dict[str, Any]:
 def _score_candidates(rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig) -> Trial:
     """Score all candidates, one row per call. Raises RewardError, as the training job would."""
     names = [reward.__name__ for reward in rewards]
-    trial = Trial(list(candidates(rows, config)), {name: [] for name in names}, {name: [] for name in names})
+    # A service or a program takes long, and a user's code may look at something else than words.
+    paraphrased = not any(reward.per_batch or reward.spec.reward_type.external for reward in rewards)
+    trial = Trial(
+        list(candidates(rows, config, paraphrased=paraphrased)), {name: [] for name in names}, {name: [] for name in names}
+    )
     for index, row in enumerate(rows):
         texts = [candidate.text for candidate in trial.candidates if candidate.row == index]
         for reward in rewards:  # in the config's order: a reward's gate has just scored the same candidates
@@ -208,6 +215,15 @@ def _constant(totals: Totals) -> Problem | None:
     return Problem("REWARD_CONSTANT", message, hint, key="rewards")
 
 
+def _free(totals: Totals) -> Problem | None:
+    """Return a problem if an empty answer and another row's answer score what the row's own answer does."""
+    means = {kind: fmean(kind_totals) for kind, kind_totals in _by_kind(totals).items()}
+    if means[GOLD] <= 0 or not all(isclose(means.get(kind, -inf), means[GOLD]) for kind in ("empty", "other_row")):
+        return None
+    message = f"an empty answer, another row's answer and the row's own answer all score {means[GOLD]:.3g} on average"
+    return Problem("REWARD_CONSTANT", message, "add a reward that compares with the row's answer", key="rewards")
+
+
 def _paid_wrong(totals: Totals) -> Iterator[Problem]:
     gold = fmean(_by_kind(totals)[GOLD])
     for kind, mean in _winners(totals).items():
@@ -255,6 +271,18 @@ def _tie_warnings(totals: Totals) -> Iterator[str]:
             yield f"in {sum(wins)} of {len(wins)} rows, {words} scores at least as high as the row's answer: {_FIXES[kind]}"
 
 
+def _literal_warnings(totals: Totals) -> Iterator[str]:
+    """Warn if the dataset's answers earn the rewards only word for word."""
+    means = {kind: fmean(kind_totals) for kind, kind_totals in _by_kind(totals).items()}
+    texts = {candidate.kind: candidate.text for candidate, _ in reversed(totals)}
+    for kind in ("final", "spaced"):
+        if kind in means and means[kind] < means[GOLD] / 2:
+            yield (
+                f"the dataset's answers score {means[GOLD]:.2f}, and the same answers ({PARAPHRASES[kind]}) score "
+                f"{means[kind]:.2f} ('{texts[kind].strip()[:60]}'): a model must give the answers word for word"
+            )
+
+
 # ---- receipt ----------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +290,7 @@ def _receipt(
     rewards: Sequence[Reward], rows: Sequence[Row], trial: Trial, totals: Totals, config: RunConfig, trained_rows: int
 ) -> dict[str, Any]:
     gold = _gold(totals)
-    wrong = [(candidate, total) for candidate, total in totals if candidate.kind != GOLD]
+    wrong = [(candidate, total) for candidate, total in totals if candidate.kind in WRONG]
     best, score = max(wrong, key=lambda pair: pair[1] - gold[pair[0].row])
     return {
         "rows": len(rows),

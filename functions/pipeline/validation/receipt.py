@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -12,10 +11,11 @@ from tunedrop.problems import Problem
 
 VERSION = 1
 LISTED_ERRORS = 100
+SHOWN_PLACES = 3
 
 
 class RejectedRows(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The broken rows that an accepted dataset goes without: how many, the first hundred problems, and counts by code."""
+    """The broken rows that an accepted dataset lacks: how many, the first hundred different problems, counts by code."""
 
     rows: int = 0
     problems: list[Problem] = []
@@ -45,21 +45,37 @@ class Receipt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     inference_tests: int = 0
 
 
-@dataclass
 class Tally:
-    """Problems of millions of rows: the first hundred in full, and counts of all by code."""
+    """Problems of millions of rows: the first hundred different ones, and counts of all by code."""
 
-    listed: list[Problem] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[tuple[str, str, str], Problem] = {}
+        self._times: Counter[tuple[str, str, str]] = Counter()
+        self._places: dict[tuple[str, str, str], list[int]] = {}
 
     def add(self, *problems: Problem) -> None:
         """Add problems."""
-        self.counts.update(problem.code for problem in problems)
-        self.listed += problems[: LISTED_ERRORS - len(self.listed)]
+        for problem in problems:
+            self.counts[problem.code] += 1
+            known = (problem.code, problem.message, problem.hint)
+            if known not in self._first:
+                if len(self._first) == LISTED_ERRORS:
+                    continue
+                self._first[known], self._places[known] = problem, []
+            self._times[known] += 1
+            if len(self._places[known]) < SHOWN_PLACES and (place := problem.line or problem.row):
+                self._places[known].append(place)
 
-    def __add__(self, other: "Tally") -> "Tally":
-        """Return both tallies as one, this one's problems first."""
-        return Tally((self.listed + other.listed)[:LISTED_ERRORS], self.counts + other.counts)
+    @property
+    def listed(self) -> list[Problem]:
+        """The first hundred different problems. Rows with the same mistake are one problem with their count."""
+        return [
+            problem
+            if self._times[known] == 1
+            else msgspec.structs.replace(problem, count=self._times[known], places=self._places[known])
+            for known, problem in self._first.items()
+        ]
 
 
 def accepts(sections: Sequence[Section]) -> bool:

@@ -10,7 +10,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pipeline.validation.columns import check_columns
-from pipeline.validation.receipt import RejectedRows, Tally
+from pipeline.validation.receipt import LISTED_ERRORS, RejectedRows, Tally
 from pipeline.validation.section import Section
 from pipeline.validation.split import Split
 from pipeline.validation.survey import Survey
@@ -54,8 +54,8 @@ def read_rows(
         counter, tokenizer = stack.enter_context(_tokenizer(model, config))
         split = stack.enter_context(Split(folder, config.heldout_fraction))
         survey = Survey(config, tests, counter)
-        records = Records(data, suffix, config)
-        broken = _read(records, split, survey, config.max_bad_rows, folder / "rejected.jsonl")
+        records = Records(config)
+        broken = _read(records.batches(data, suffix), split, survey, config.max_bad_rows, folder / "rejected.jsonl")
         heldout, sample = split.finish()
         surveyed = survey.finish(sample, records.roles)
     counts = {"rows": split.rows, "heldout": len(heldout)}
@@ -87,7 +87,7 @@ def _tokenizer(model: Path | None, config: RunConfig) -> Iterator[tuple[TokenCou
             counter.close()
 
 
-def _read(records: Records, split: Split, survey: Survey, allowed: float, aside: Path) -> Section:
+def _read(batches: Iterator[Rows], split: Split, survey: Survey, allowed: float, aside: Path) -> Section:
     """Take every row to the split and the survey; return the section about broken rows.
 
     Up to the share `allowed`, broken rows go into the file `aside`. A larger share of them rejects the dataset.
@@ -95,7 +95,7 @@ def _read(records: Records, split: Split, survey: Survey, allowed: float, aside:
     errors, rejected, rows = Tally(), Tally(), 0
     encode = msgspec.json.Encoder().encode
     with aside.open("wb") as file:
-        for batch in records.batches():
+        for batch in batches:
             errors.add(*batch.failed)
             rejected.add(*(bad.problem for bad in batch.rejected))
             rows += len(batch.rows) + len(batch.rejected)
@@ -110,16 +110,17 @@ def _read(records: Records, split: Split, survey: Survey, allowed: float, aside:
                 errors.add(Problem("TOO_LARGE", message, "upload a sample of them"))
                 break
     count = rejected.counts.total()
+    counts, listed = errors.counts, errors.listed
     if count > allowed * rows:
-        errors, rejected = errors + rejected, Tally()
+        counts, listed, rejected = counts + rejected.counts, [*listed, *rejected.listed][:LISTED_ERRORS], Tally()
     return Section(
         {
-            "error_counts": errors.counts,
+            "error_counts": counts,
             "rejected": RejectedRows(
                 rows=rejected.counts.total(), problems=rejected.listed, counts=dict(sorted(rejected.counts.items()))
             ),
         },
-        errors.listed,
+        listed,
         [f"broken rows set aside in rejected.jsonl: {count} of {rows}"] if rejected.counts else [],
     )
 

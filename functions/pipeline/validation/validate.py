@@ -148,6 +148,24 @@ def _read_tests(
         return [], error.problems
 
 
+def _no_tests(draft: Receipt, config: RunConfig) -> Problem:
+    """Return why no row could be held out as an inference test, and what to do."""
+    if not config.heldout_fraction:
+        message, hint = (
+            "there is no test file, and heldout_fraction is 0",
+            "upload a test file, or set heldout_fraction to 0.1",
+        )
+    elif draft.stats["duplicates"]["exact"] + draft.stats["duplicates"]["same_prompt"] >= draft.rows - 1:
+        message = f"all {draft.rows} rows have the same prompt: no other prompt is left to test with"
+        hint = "add rows with other prompts, or upload a test file"
+    else:
+        message = (
+            f"heldout_fraction {config.heldout_fraction:g} of {draft.rows} rows is less than one prompt with all its rows"
+        )
+        hint = "upload a test file, raise heldout_fraction, or add rows"
+    return Problem("NO_TESTS", message, hint)
+
+
 def _complete(
     draft: Receipt, config: ResolvedConfig, rows: RowsRead, tests: Sequence[InferenceTest], folder: Path
 ) -> Section:
@@ -160,8 +178,7 @@ def _complete(
     problems = check_steps(config, rows.trained)
     tests = tests or tests_from_rows(rows.heldout)
     if not tests:
-        hint = "upload a test file, or set heldout_fraction above 0"
-        problems.append(Problem("NO_TESTS", "there are no inference tests", hint))
+        problems.append(_no_tests(draft, config))
     (folder / "inference_tests.json").write_bytes(dump_tests(tests))
     config = config.model_copy(update={"columns": CANONICAL})
     (folder / "config.json").write_text(config.model_dump_json(indent=1))

@@ -67,29 +67,27 @@ class _Reading(NamedTuple):
 
 
 class Records:
-    """The rows of one open file, and the columns that they come from."""
+    """Reads records as canonical rows, and knows the columns that the rows come from."""
 
-    def __init__(self, file: io.BufferedReader, suffix: str, config: RunConfig):
+    def __init__(self, config: RunConfig):
         self.notes: Counter[str] = Counter()  # how the file was read, with the number of rows
         self.extra: dict[str, None] = {}  # the columns that are neither prompt nor answer
         self.most_options = 0
         self._taken: dict[tuple[Any, ...], dict[str, str]] = {}
-        self._file = file
-        self._suffix = suffix
         self._config = config
         self._kept = config.reward_columns()
         self._system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
         self._readings: dict[tuple[str, ...], _Reading] = {}
         self._orders: set[tuple[str, ...]] = set()  # valid orders of roles
 
-    def batches(self) -> Iterator[Rows]:
-        """Read the file in batches. A batch has every one of its records as a row or as a rejected record."""
-        for values, number, lines, notes in read_batches(self._file, self._suffix):
+    def batches(self, file: io.BufferedReader, suffix: str) -> Iterator[Rows]:
+        """Read a file in batches. A batch has every one of its records as a row or as a rejected record."""
+        for values, number, lines, notes in read_batches(file, suffix):
             self.notes.update(notes)
             if not number:
                 yield Rows([], [], [], [], [], [value.problem for value in values])
                 continue
-            if number == 1 and (problem := self._no_header(values[0])):
+            if number == 1 and suffix.startswith((".csv", ".tsv")) and (problem := self._no_header(values[0])):
                 yield Rows([], [], [], [], [], [problem])
                 return
             regular = self._regular(values, number)
@@ -100,7 +98,7 @@ class Records:
             for index, value in enumerate(values):
                 line = lines[index] if lines else None
                 try:
-                    row, prompt = self._canonical(value, number + index, values)
+                    row, prompt = self.row(value, number + index, values)
                 except BadRowError as error:
                     problem = msgspec.structs.replace(error.problem, line=line, row=number + index)
                     record = value.text.decode(errors="replace") if isinstance(value, Broken) else value
@@ -125,7 +123,7 @@ class Records:
 
     def _no_header(self, first: Any) -> Problem | None:
         """Return a problem if a table's first line is a row: no column is known, and one name is not like a name."""
-        if not self._suffix.startswith((".csv", ".tsv")) or type(first) is not dict:
+        if type(first) is not dict:
             return None
         shape = guess_shape(tuple(first), self._config)
         names = [name for name in first if len(name) > 40 or name.rstrip().endswith("?") or name.strip().isdecimal()]
@@ -136,7 +134,7 @@ class Records:
         return Problem("NO_HEADER", f"the first line seems to be a row, not the names of columns: {shown}", hint, line=1)
 
     def _regular(self, values: list[Any], number: int) -> tuple[list[Row], list[str]] | None:
-        """Return a batch's rows and texts as `_canonical` does, if all rows have one plain shape and no mistake; else None.
+        """Return a batch's rows and texts as `row` does, if all rows have one plain shape and no mistake; else None.
 
         Whole columns go through loops in C: files of millions of rows are quick.
         """
@@ -207,8 +205,11 @@ class Records:
         self._remember(orders)
         return prompts, contents, answers
 
-    def _canonical(self, record: Any, number: int, batch: list[Any]) -> tuple[Row, str]:
-        """Return a record as a canonical row, and its prompt's text. Raises BadRowError."""
+    def row(self, record: Any, number: int, batch: list[Any]) -> tuple[Row, str]:
+        """Return a record as a canonical row, and its prompt's text. Raises BadRowError.
+
+        `number` is the record's number, and `batch` has it and its neighbours.
+        """
         if type(record) is not dict:
             raise _bad(record.problem) if isinstance(record, Broken) else _not_an_object(record)
         reading = self._reading(tuple(record), batch)
@@ -352,7 +353,7 @@ def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
         yield problem
         return
     with path.open("rb") as file:
-        for batch in Records(file, suffix, config).batches():
+        for batch in Records(config).batches(file, suffix):
             yield from batch.rows
             yield from (rejected.problem for rejected in batch.rejected)
             yield from batch.failed
