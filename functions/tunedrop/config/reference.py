@@ -89,7 +89,8 @@ def _values(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(name: str, common: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = REWARDS[name].parameters.model_json_schema()
+    # A variant has the type's parameters, and may have more.
+    parameters = (REWARDS[name].variant or REWARDS[name]).parameters.model_json_schema()
     definitions.update(parameters.pop("$defs", {}))
     return {
         "title": name,

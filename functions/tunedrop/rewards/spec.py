@@ -44,7 +44,7 @@ class RewardSpec(BaseModel):
     @property
     def reward_type(self) -> RewardType:
         """The registered reward, with its traits."""
-        return REWARDS[self.type]
+        return REWARDS[self.type].for_parameters(self.model_extra or {})
 
     @property
     def parameters(self) -> Parameters:
