@@ -128,6 +128,21 @@ def test_any_change_of_content_is_a_new_run(world, change):
     assert second.run_id != first.run_id
 
 
+def test_target_modules_that_the_model_lacks_reject_the_run(world):
+    header = json.dumps(
+        {"model.layers.0.self_attn.q_proj.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
+    )
+    weights = len(header).to_bytes(8, "little") + header.encode() + bytes(16)
+    world.put("models/base/model.safetensors", weights)
+    for target, state in (("q_proj", RunState.VALIDATED), ("c_attn", RunState.REJECTED)):
+        world.put("training_data/cars.yaml", f"lora: {{target_modules: [{target}]}}".encode())
+        run = world.drop()
+        assert run.state == state
+    (error,) = world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
+    assert (error["code"], error["key"]) == ("CONFIG_VALUE", "lora.target_modules")
+    assert error["message"].endswith("the model has no module 'c_attn'")
+
+
 def test_an_older_event_never_overrides_a_newer_upload(world):
     old = world.upload_event(UPLOAD, sequencer="0055AED6DCD90281E5")
     new = world.upload_event(UPLOAD, b'{"question": "a", "answer": "b"}\n' * 9, sequencer="0055AED6DCD90281E51")

@@ -5,10 +5,14 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from release import fields
 from tunedrop.config.fields import MANAGED_GRPO, MANAGED_LORA, config_fields
+from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import load_run_config
+from tunedrop.config.schedule import fit_batches
 from tunedrop.problems import RejectedError
 
 GIVEN = [(section, name) for section in ("grpo", "lora") for name in config_fields()[section]]
@@ -40,6 +44,7 @@ VALUES: dict[str, Any] = {
     "torch_compile_backend": None,
     "torch_compile_mode": None,
 }
+REFUSED = object()
 # What another field must be for this one to be accepted, by Tunedrop or by TRL.
 TOGETHER: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
@@ -117,6 +122,57 @@ def test_every_field_arrives_with_the_value_that_the_yaml_gave(configs, tmp_path
         assert sorted(arrived) == sorted(value)
     else:
         assert arrived == value
+
+
+def values_of(field: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values of a field's types, right and wrong: what a range, a choice or a nested mapping forbids is drawn too."""
+    numbers = [1.5, *(field[key] for key in field if key.lower().endswith("imum"))]
+    texts = st.sampled_from([*field.get("choices", []), "x", "", "1", '{"a": 1}', "{", "none", "pissa_niter_4"])
+    keys = st.sampled_from([*field.get("keys", {}), "x"])
+    drawn: dict[str, st.SearchStrategy[Any]] = {
+        "bool": st.booleans(),
+        "int": st.integers(-2, 20) | st.integers() | st.sampled_from(numbers),
+        "float": st.floats(0, 3) | st.floats() | st.sampled_from(numbers),
+        "str": texts,
+        "list": st.lists(st.sampled_from(["q_proj", "v_proj", "a"]) | st.integers(0, 3) | st.just([0, 4]), max_size=3),
+        "dict": st.dictionaries(keys, st.integers(0, 2) | texts | st.booleans() | st.lists(texts, max_size=2), max_size=3),
+        "null": st.none(),
+    }
+    return st.one_of(*(drawn[kind] for kind in field["types"]), st.sampled_from([True, 1, "x", None, [], {}]))
+
+
+@st.composite
+def drawn_configs(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
+    """Configs with one to four fields each of `grpo` and `lora`, and sometimes the fields that go together."""
+    chosen = draw(st.lists(st.sampled_from(FREE), min_size=2, max_size=8, unique=True))
+    config: dict[str, dict[str, Any]] = {"grpo": {}, "lora": {}}
+    for section, name in chosen:
+        config[section] |= TOGETHER.get(name, {}) if draw(st.booleans()) else {}
+        config[section][name] = draw(values_of(config_fields()[section][name]))
+    return config
+
+
+def accepted(given_config: dict[str, dict[str, Any]]) -> RunConfig:
+    """Return the config of what validation accepts: without the fields that it refuses."""
+    while True:
+        try:
+            return fit_batches(load_run_config(json.dumps(given_config).encode(), default_model="base"))[0]
+        except RejectedError as error:
+            for problem in error.problems:
+                section, name = str(problem.key).split(".")[:2]
+                if given_config[section].pop(name, REFUSED) is REFUSED:
+                    given_config[section].clear()  # a rule names the key to change, which may not be the one that is set
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(given_config=drawn_configs())
+@pytest.mark.filterwarnings("ignore")
+def test_what_validation_accepts_the_pinned_packages_construct(configs, given_config):
+    config = accepted(given_config)
+    # A machine without a GPU: check_instances refuses TF32 there.
+    if not config.grpo.get("tf32"):
+        configs["grpo"](**config.grpo | {"output_dir": "unused", "report_to": [], "use_cpu": True})
+    configs["lora"](task_type="CAUSAL_LM", **config.lora.peft_kwargs())
 
 
 @pytest.mark.parametrize(("section", "name"), FREE)

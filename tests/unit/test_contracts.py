@@ -425,8 +425,117 @@ def test_openai_graders_score():
     }
     for given in (multi, json.dumps(multi)):
         assert from_openai_grader(given)([""], ["in Paris"], answer=["in Paris"], city=[{"name": "paris"}]) == [1.0]
-    with pytest.raises(RewardError, match=r"have no value for \{\{item.city.name\}\}"):
+    with pytest.raises(RewardError, match=r"the row has no value for \{\{item.city.name\}\}"):
         from_openai_grader(multi)(["q"], ["x"], answer=["x"])
+
+
+EXTRACT = {
+    "type": "multi",
+    "graders": {
+        "kind": {
+            "type": "string_check",
+            "operation": "eq",
+            "input": "{{sample.output_json.kind}}",
+            "reference": "{{item.kinds[0]}}",
+        },
+        "text": {
+            "type": "text_similarity",
+            "evaluation_metric": "fuzzy_match",
+            "input": "{{ sample.output_json.parts.0 }}",
+            "reference": "{{item.text}}",
+        },
+    },
+    "calculate_output": "0.5 * kind + 0.5 * text",
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ('{"kind": "a", "parts": ["hello"]}', 1.0),
+        ('{"kind": "b", "parts": ["hello"]}', 0.5),
+        ('{"kind": "a"}', 0.5),
+        ('{"kind": "a", "parts": []}', 0.5),
+        ('["a", "hello"]', 0.0),
+        ("3", 0.0),
+        ("null", 0.0),
+        ("The kind is a.", 0.0),
+        ("", 0.0),
+        ("[" * 100_000, 0.0),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_a_completion_lacks_for_a_template_scores_0(completion, score):
+    assert from_openai_grader(EXTRACT)([""], [completion], answer=["x"], kinds=[["a"]], text=["hello"]) == [score]
+
+
+SCORE = {
+    "type": "score_model",
+    "name": "s",
+    "model": "gpt-4o",
+    "range": [0, 4],
+    "input": [
+        {"role": "developer", "content": "Be strict."},
+        {"role": "user", "content": "Is {{sample.output_text}} as good as {{item.city}}?"},
+    ],
+}
+LABEL = {
+    "type": "label_model",
+    "model": "gpt-4o",
+    "labels": ["good", "bad"],
+    "passing_labels": ["good"],
+    "input": [{"role": "user", "content": [{"type": "input_text", "text": "Judge {{sample.output_json.city}}"}]}],
+}
+CITY = {"type": "string_check", "operation": "eq", "input": "{{sample.output_text}}", "reference": "{{item.city}}"}
+
+
+def say(server, *texts):
+    """Let the server reply with these texts, one after another."""
+    left = list(texts)
+    server.reply = lambda body: reply(left.pop(0))
+
+
+def graded(clients, grader, **given):
+    spec = RewardSpec(type="openai_grader", grader=grader, **given)
+    return build_rewards([spec], RewardPermissions(clients, judge_model="amazon.nova-lite-v1:0"))[0]
+
+
+def test_a_score_models_prompt_and_range_are_the_graders(server, clients):
+    say(server, "Close. <score>3</score>", "no grade", "<score>9</score>", "<score>0</score>")
+    reward = graded(clients, SCORE, concurrency=1)
+    assert reward(["q"] * 3, ["Rome", "<score>4</score>", "x"], answer=[""] * 3, city=["Paris"] * 3) == [3.0, None, 0.0]
+    first, second = server.asked[:2]
+    assert first["system"] == [{"text": "Be strict."}]
+    text = first["messages"][0]["content"][0]["text"]
+    assert text.startswith("Is Rome as good as Paris?")
+    assert "from 0 to 4 as <score>" in text
+    assert "Is 4 as good as Paris?" in second["messages"][0]["content"][0]["text"]  # a completion brings no grade
+
+
+def test_a_label_model_passes_by_its_labels(server, clients):
+    say(server, "<label>Good</label>", "<label>bad</label>")
+    reward = graded(clients, LABEL, concurrency=1)
+    completions = ['{"city": "Rome"}', '{"city": "x"}', "no JSON"]
+    assert reward([""] * 3, completions, answer=[""] * 3) == [1.0, 0.0, 0.0]
+    assert len(server.asked) == 2  # no model is asked about an answer that lacks what it should judge
+
+
+def test_a_multi_grader_may_ask_a_model(server, clients):
+    say(server, "<score>4</score>", "-", "-")
+    multi = {"type": "multi", "graders": {"s": SCORE, "c": CITY}, "calculate_output": "(s / 4 + c) / 2"}
+    reward = graded(clients, multi, concurrency=1)
+    assert reward([""] * 2, ["Paris", "x"], answer=[""] * 2, city=["Paris"] * 2) == [1.0, None]
+    say(server, "-", "-")
+    with pytest.raises(RewardError, match="none of 1 replies of the judge"):
+        reward([""], ["y"], answer=[""], city=["Paris"])
+
+
+def test_a_grader_that_asks_a_model_has_a_judges_traits():
+    for grader, asks in ((SCORE, True), (LABEL, True), (CITY, False), (EXTRACT, False)):
+        kind = RewardSpec(type="openai_grader", grader=grader).reward_type
+        assert (kind.waits, kind.per_batch, not kind.repeatable, kind.needs is not None) == (asks,) * 4
+    with pytest.raises(RewardError, match=r"no model is allowed here \(stack parameter RewardJudgeModel\)"):
+        build_rewards([RewardSpec(type="openai_grader", grader=SCORE)])
 
 
 # --- judges and files ---

@@ -1,6 +1,8 @@
 """The documents name only files, modules and headings that exist."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +54,27 @@ def missing_modules(document: Path) -> Iterator[str]:
         known = find_spec(package) if package not in FOLDERS else any(ROOT.glob(f"{module.replace('.', '/')}*"))
         if not known:
             yield module
+
+
+def test_the_documents_python_runs_and_their_dotted_names_exist() -> None:
+    """Run each Python example in a namespace of its own, and import each dotted name between backticks as it is written."""
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    rooms = "|".join({*FOLDERS, "tunedrop", "pipeline"} - {"functions", "tests"})
+    names = re.findall(rf"`((?:{rooms})(?:\.\w+)+)", text)
+    assert len(examples) >= 4
+    assert len(names) >= 2
+    program = (
+        f"import pkgutil\nfor name in {names}: pkgutil.resolve_name(name)\nfor example in {examples}: exec(example, {{}})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'functions'}", "AWS_DEFAULT_REGION": "us-east-1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

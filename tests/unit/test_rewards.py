@@ -30,6 +30,7 @@ from tunedrop.rewards.sample import Sample, final_answer
 CASES_BY_ID = {
     f"{kind}-{index}": (kind, *case) for kind, cases in reward_cases.CASES.items() for index, case in enumerate(cases)
 }
+MODEL = {"type": "score_model", "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
 OWN = """
 def reward(completions, answer, **_):
     return [float(turns[-1]["content"] == right) for turns, right in zip(completions, answer)]
@@ -291,7 +292,11 @@ def test_a_wrong_number_of_scores_fails(monkeypatch, scores):
         ({"type": "python", "file": "../x.py"}, "pattern"),
         ({"type": "judge", "model": "m", "scale": [10, 0]}, "must rise, but goes from 10 to 0"),
         ({"type": "lambda", "function_arn": "not an arn"}, "pattern"),
-        ({"type": "openai_grader", "grader": {"type": "score_model"}}, "'score_model' cannot be imported"),
+        ({"type": "openai_grader", "grader": {"type": "python"}}, "'python' cannot be imported: use string_check"),
+        ({"type": "openai_grader", "grader": {"type": "score_model"}}, "score_model needs 'input'"),
+        ({"type": "openai_grader", "grader": MODEL | {"range": [1, 0]}}, "two rising numbers"),
+        ({"type": "openai_grader", "grader": MODEL | {"type": "label_model", "labels": ["a"]}}, "needs 'labels'"),
+        ({"type": "openai_grader", **grader(operation="eq", input="{{sample.text}}")}, "one of output_text, output_json"),
         ({"type": "openai_grader", **grader(operation="like2")}, "did you mean 'like'"),
         ({"type": "openai_grader", **grader(evaluation_metric="meteor")}, "no evaluation_metric 'meteor': valid keys"),
         ({"type": "openai_grader", **grader(operation="eq", input="{{env.X}}")}, "must begin with item or sample"),

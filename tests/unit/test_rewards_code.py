@@ -71,9 +71,71 @@ def test_tests_come_from_the_row(tests):
         assert reward()([""], [ADD], answer=[tests]) == [1.0]
 
 
-def test_a_row_without_tests_fails_the_reward():
-    with pytest.raises(RewardError, match="needs unit tests"):
-        reward()([""], [ADD], answer=[""])
+ECHO = "print(int(input()) + 1)"
+LOOP = "import sys\nfor line in sys.stdin:\n    print(line.strip()[::-1])"
+SOLUTION = "class Solution:\n    def add(self, a, b):\n        return a + b"
+CHECK = "METADATA = {}\ndef check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 0) == 0"
+UNITTEST = (
+    "import unittest\nclass TestAdd(unittest.TestCase):\n    def test_it(self):\n        self.assertEqual(add(1, 2), 3)"
+)
+FORMS = [
+    # tests as a row has them, other columns, a right program, a wrong program
+    (["assert add(1, 2) == 3"], {}, ADD, "def add(a, b):\n    return 0"),
+    ("['assert add(1, 2) == 3', 'assert add(2, 2) == 4']", {}, ADD, "def add(a, b):\n    return 0"),
+    (["import math", "x = 1", "assert add(x, math.ceil(1.5)) == 3"], {}, ADD, "def add(a, b):\n    return 0"),
+    ("def test_one():\n    assert add(1, 2) == 3\n\ndef test_two():\n    assert add(0, 0) == 0", {}, ADD, "add = max"),
+    ("def verify(value):\n    if value != 3:\n        raise ValueError\nverify(add(1, 2))", {}, ADD, "def add(a, b): pass"),
+    (CHECK, {"entry_point": "add"}, ADD, "def add(a, b):\n    return 0"),
+    (f"{CHECK}\ncheck(add)", {}, ADD, "def add(a, b):\n    return 0"),
+    (CHECK, {"entry_point": "Solution().add"}, SOLUTION, SOLUTION.replace("a + b", "a - b")),
+    (CHECK, {"answer": ADD}, ADD, "def add(a, b):\n    return 0"),  # the row's own program names the function
+    (UNITTEST, {}, ADD, "def add(a, b):\n    return 0"),
+    ({"inputs": ["1\n", "5\n"], "outputs": ["2\n", "6"]}, {}, ECHO, "print(2)"),
+    ('{"inputs": ["1\\n"], "outputs": ["2\\n"]}', {}, ECHO, "print(1)"),
+    ("{'inputs': ['1'], 'outputs': ['2']}", {}, ECHO, "input()"),
+    ({"inputs": [["ab", "cd"]], "outputs": [["ba", "dc"]]}, {}, LOOP, ECHO),
+    ([{"input": "3", "output": "4", "testtype": "stdin"}], {}, f"{ECHO}\nexit()", "raise SystemExit(4)"),
+    ({"input": "1", "output": "2"}, {}, "import sys\nsys.stdout.buffer.write(b'2  \\n\\n')", "print('2.0')"),
+    ({"fn_name": "add", "inputs": [[1, 2], [2, 2]], "outputs": [3, [4]]}, {}, ADD, "def add(a, b):\n    return 0"),
+    ({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}, {}, SOLUTION, "class Solution: pass"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tests", "columns", "right", "wrong"), FORMS, ids=[str(tests)[:40] for tests, *_ in FORMS])
+def test_every_form_of_tests_tells_a_right_program_from_a_wrong_one(tests, columns, right, wrong):
+    row = {"answer": ""} | columns | {"tests": tests}
+    programs = [right, f"Here:\n```python\n{right}\n```", wrong, ""]
+    scores = reward(partial=False)([""] * 4, programs, **{name: [value] * 4 for name, value in row.items()})
+    assert scores == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_rows_list_of_solutions_is_its_first_program():
+    assert reward()([""], ['["print(2)", "print(3)"]'], answer=[""], tests=[[{"input": "", "output": "2"}]]) == [1.0]
+
+
+NO_TESTS = [
+    # what a row has in the place of tests, words of the error
+    ("", "needs unit tests"),
+    ([], "needs unit tests"),
+    ("91", "'91' tests nothing"),
+    ("print(add(1, 2))", "tests nothing"),
+    (["import math", "x = 3"], "tests nothing"),
+    ("assert True", "tests nothing"),
+    ("(1, 2)", "tests nothing"),
+    ("def helper(value):\n    assert value", "tests nothing"),
+    ("class Check:\n    pass", "tests nothing"),
+    ("The answer is 4.", "must be Python statements, but 'The answer is 4.' is not"),
+    ({"public": 1}, r"must have inputs and outputs, but \{'public': 1\} has public"),
+    ({"inputs": ["1"], "outputs": []}, "as many outputs as inputs"),
+    ([3], "must be Python statements or an object with inputs and outputs, not 3"),
+    (CHECK, "add a column 'entry_point'"),
+]
+
+
+@pytest.mark.parametrize(("tests", "words"), NO_TESTS, ids=[str(tests)[:40] for tests, _ in NO_TESTS])
+def test_what_is_no_test_fails_the_reward_and_never_passes(tests, words):
+    with pytest.raises(RewardError, match=words):
+        reward()([""], [ADD], answer=["unused"], tests=[tests])
 
 
 def test_a_program_has_no_network_and_sees_no_other_process():

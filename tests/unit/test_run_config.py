@@ -71,6 +71,30 @@ MISTAKES = [
     ("grpo: 3", "CONFIG_VALUE", "grpo", "dictionary"),
     ("lora: {r: x}", "CONFIG_VALUE", "lora.r", "valid integer"),
     ("rewards: 3", "CONFIG_VALUE", "rewards", "list"),
+    ("grpo: {num_iterations: 99999999999999999999}", "CONFIG_VALUE", "grpo.num_iterations", "at most 64 bits"),
+    ("grpo: {deepspeed: zero2}", "CONFIG_VALUE", "grpo.deepspeed", "the jobs have no deepspeed"),
+    ("grpo: {deepspeed: {zero_optimization: {stage: 2}}}", "CONFIG_VALUE", "grpo.deepspeed", "the jobs have no deepspeed"),
+    ("grpo: {use_liger_kernel: true}", "CONFIG_VALUE", "grpo.use_liger_kernel", "no liger-kernel"),
+    ("grpo: {optim: galore_adamw}", "CONFIG_VALUE", "grpo.optim", "must be one of adamw_torch, "),
+    ("grpo: {accelerator_config: acc.json}", "CONFIG_VALUE", "grpo.accelerator_config", "no file of that name"),
+    (
+        "grpo: {accelerator_config: {split_batch: true}}",
+        "CONFIG_VALUE",
+        "grpo.accelerator_config",
+        "did you mean 'split_batches'",
+    ),
+    ("grpo: {lr_scheduler_kwargs: '{broken'}", "CONFIG_VALUE", "grpo.lr_scheduler_kwargs", "must be a mapping"),
+    ("grpo: {scale_rewards: 1}", "CONFIG_VALUE", "grpo.scale_rewards", "must be bool or str, not int"),
+    ("grpo: {seed: -1}", "CONFIG_VALUE", "grpo.seed", "at least 0"),
+    ("lora: {layers_to_transform: [a]}", "CONFIG_VALUE", "lora.layers_to_transform", "must be int, not str"),
+    ("lora: {eva_config: {rho: 0.5}}", "CONFIG_VALUE", "lora.eva_config", "'rho' must be at least 1"),
+    ("lora: {megatron_config: {a: 1}}", "CONFIG_VALUE", "lora.megatron_config", "no Megatron-LM"),
+    ("lora: {init_lora_weights: pissa_niter_x}", "CONFIG_VALUE", "lora.init_lora_weights", "must be one of"),
+    ("rewards: exact_match", "CONFIG_VALUE", "rewards", "must be a list of rewards"),
+    ("rewards: {type: exact_match}", "CONFIG_VALUE", "rewards", "must be a list of rewards"),
+    ("rewards: [exact_match]", "CONFIG_VALUE", "rewards.0", "write {type: exact_match}"),
+    ("rewards: [accuracy_reward]", "CONFIG_VALUE", "rewards.0", "write {type: math}"),
+    ("rewards: [{type: accuracy}]", "CONFIG_VALUE", "rewards.0", "write {type: math}"),
     ("rewards: [{type: exact}]", "CONFIG_VALUE", "rewards.0", "did you mean 'exact_match'"),
     ("rewards: [{type: regex}]", "CONFIG_VALUE", "rewards.0.pattern", "required"),
     ("rewards: [{type: length}, {type: length}]", "CONFIG_VALUE", None, "two rewards are called 'length'"),
@@ -166,6 +190,55 @@ RULES = [
         "a list of module names",
         "lora: {layers_to_transform: [0], target_modules: [q_proj]}",
     ),
+    (
+        "grpo: {logging_steps: 1.5}",
+        "grpo.logging_steps",
+        "a whole number of steps",
+        "grpo: {logging_steps: 0.5}",
+    ),
+    ("grpo: {save_steps: 2.5}", "grpo.save_steps", "a whole number of steps", "grpo: {save_steps: 2.0}"),
+    (
+        "grpo: {fp16_full_eval: true, bf16_full_eval: true}",
+        "grpo.fp16_full_eval",
+        "exclude each other",
+        "grpo: {bf16_full_eval: true}",
+    ),
+    (
+        "grpo: {accelerator_config: {use_configured_state: true}}",
+        "grpo.accelerator_config",
+        "a script has made",
+        "grpo: {accelerator_config: '{\"split_batches\": false}'}",
+    ),
+    (
+        "grpo: {vllm_importance_sampling_mode: token_truncate, vllm_importance_sampling_clip_max: null}",
+        "grpo.vllm_importance_sampling_clip_max",
+        "that truncates needs",
+        "grpo: {vllm_importance_sampling_mode: token_truncate}",
+    ),
+    (
+        "lora: {target_modules: []}",
+        "lora.target_modules",
+        "an adapter needs modules",
+        "lora: {target_modules: [], target_parameters: [experts.gate_up_proj]}",
+    ),
+    (
+        "lora: {layers_pattern: layers, target_modules: [q_proj]}",
+        "lora.layers_pattern",
+        "set layers_to_transform too",
+        "lora: {layers_pattern: layers, layers_to_transform: 1, target_modules: [q_proj]}",
+    ),
+    (
+        "lora: {init_lora_weights: loftq}",
+        "lora.loftq_config",
+        "needs loftq_config",
+        "lora: {init_lora_weights: loftq, loftq_config: {loftq_bits: 4}}",
+    ),
+    (
+        "lora: {use_bdlora: {target_modules_bd_a: [q_proj], target_modules_bd_b: [q_proj]}}",
+        "lora.use_bdlora",
+        "no module in common",
+        "lora: {use_bdlora: {target_modules_bd_a: [q_proj], target_modules_bd_b: [o_proj]}}",
+    ),
     ("lora: {lora_bias: true}", "lora.lora_bias", "layers with biases only", "lora: {lora_bias: false}"),
 ]
 
@@ -233,6 +306,10 @@ INSTANCES = [
     ("grpo: {bf16: true}", ["ml.p3.2xlarge"], ["grpo.bf16"]),
     ("grpo: {bf16: true}", ["ml.g6e.4xlarge", "ml.p4d.24xlarge"], []),
     ("grpo: {fp16: true}", ["ml.g4dn.xlarge"], []),
+    ("grpo: {bf16_full_eval: true}", ["ml.g4dn.xlarge"], ["grpo.bf16_full_eval"]),
+    ("grpo: {tf32: true}", ["ml.g4dn.xlarge", "ml.m5.xlarge"], ["grpo.tf32", "grpo.tf32"]),
+    ("grpo: {tf32: true}", ["ml.g5.xlarge"], []),
+    ("grpo: {tf32: false}", ["ml.m5.xlarge"], []),
     ("grpo: {generation_batch_size: 8}", ["ml.g5.12xlarge"], ["grpo.generation_batch_size"]),
     ("grpo: {generation_batch_size: 32}", ["ml.g5.12xlarge"], []),
 ]
@@ -399,8 +476,11 @@ def test_the_schema_accepts_what_the_model_accepts():
     Draft202012Validator.check_schema(config_schema())
     accepted = [fine for *_, fine in RULES] + [text for text, _ in FIXES + WARNINGS] + [config_defaults()]
     accepted += ["rewards: [{type: length}, {type: regex, pattern: a, clip: [0, 1], only_if: length}]"]
+    accepted += ["grpo: {scale_rewards: false}", "grpo: {scale_rewards: batch, fsdp: true}", "grpo: {logging_steps: 5}"]
+    accepted += ["lora: {init_lora_weights: pissa_niter_16}", "lora: {init_lora_weights: false}"]
     accepted += ["compute: {instance_type: ml.g5.xlarge, max_runtime: 3h, spot: true}", "lora: {r: 8, use_dora: true}"]
     for text in accepted:
+        load(text)
         # An editor reads numbers as YAML 1.2 does.
         given = yaml.safe_load(text.replace("1e-9", "1.0e-9").replace("1e-05", "1.0e-05")) or {}
         assert [error.message for error in SCHEMA.iter_errors(given)] == [], text
@@ -410,8 +490,10 @@ def test_the_schema_accepts_what_the_model_accepts():
     "text", [text for text, code, key, _ in MISTAKES if code != "CONFIG_SYNTAX" and key and "nan" not in text]
 )
 def test_the_schema_marks_what_the_model_refuses(text):
-    # An editor knows ranges and patterns, not rules in code.
-    assert "clip: [1, 0]" in text or not SCHEMA.is_valid(yaml.safe_load(text))
+    # An editor knows ranges and patterns, not rules in code, JSON in a text, or the size of a number in a machine.
+    assert any(each in text for each in ("clip: [1, 0]", "{broken", "999999999999")) or not SCHEMA.is_valid(
+        yaml.safe_load(text)
+    )
 
 
 def test_the_schema_explains_every_key():

@@ -9,9 +9,11 @@ import click
 from local_app.stack import StackError
 from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.dataset.readers import refuse
+from tunedrop.problems import RejectedError
 from tunedrop_cli.check import check_file, receipt_json, receipt_text
 from tunedrop_cli.options import FILE, FOLDER
 from tunedrop_cli.output import print_raw
+from tunedrop_cli.translate import translate, written
 
 
 @click.command()
@@ -19,15 +21,35 @@ from tunedrop_cli.output import print_raw
 @click.option(
     "--schema", "what", flag_value="schema", help="Print the JSON Schema with which editors complete a run config."
 )
-def config(what: str) -> None:
-    """Print a run config with every key.
+@click.option(
+    *("--from", "source"),
+    type=FILE,
+    help="Translate a config of TRL, Axolotl, verl, ms-swift or Unsloth (YAML), or SageMaker's hyperparameters (JSON).",
+)
+def config(what: str, source: Path | None) -> None:
+    """Print a run config: every key, or a translated config.
 
-    A comment explains each key, and each key has its default value.
+    A comment explains each key, and each key has its default value. With --from, the config goes to standard output, and
+    each key of FILE that it leaves out, with the reason, to standard error.
 
     \b
     Example: tunedrop config --defaults > cars.yaml
+    Example: tunedrop config --from axolotl.yaml > cars.yaml
     """
+    if source is not None:
+        _translate(source)
+        return
     print_raw(json.dumps(config_schema(), indent=1) if what == "schema" else config_defaults())
+
+
+def _translate(source: Path) -> None:
+    try:
+        translation = translate(source.read_bytes())
+    except RejectedError as error:
+        raise click.BadParameter(str(error), param_hint="--from") from None
+    print_raw(written(translation, source.name).rstrip("\n"))
+    for name, reason in translation.left_out.items():
+        click.echo(f"left out: {name}: {reason}", err=True)
 
 
 @click.command()

@@ -18,6 +18,7 @@ from pipeline.runs import clock
 from pipeline.runs.states import RETRYABLE, Run, RunState, run_id
 from pipeline.settings import Settings, ValidateSettings
 from pipeline.validation.model_files import READ_FILES, ModelFiles
+from pipeline.validation.modules import ALL_LINEAR, HEADER_BYTES, header_bytes
 from pipeline.validation.receipt import Receipt
 from pipeline.validation.s3_stream import Download
 from pipeline.validation.terms import Prices, Terms
@@ -133,10 +134,21 @@ def _fetch_model(config: RunConfig, folder: Path, settings: ValidateSettings, aw
     for name, limit in READ_FILES.items():
         if name in items:
             (folder / name).write_bytes(aws.read(settings.data_bucket, f"{prefix}{name}", limit) or b"")
+    if config.lora.target_modules != ALL_LINEAR:
+        for name in items:
+            if name.endswith(".safetensors") and "/" not in name:
+                (folder / name).write_bytes(_read_header(aws, settings.data_bucket, f"{prefix}{name}"))
     sizes = {name: item["Size"] for name, item in items.items()}
     tags = {name: item["ETag"] for name, item in items.items()}
     model = ModelFiles(sizes, folder, f"s3://{settings.data_bucket}/{prefix}")
     return model, msgspec.json.encode(tags, order="deterministic").decode()
+
+
+def _read_header(aws: Aws, bucket: str, key: str) -> bytes:
+    """Return the header of a safetensors file; the file itself may have many gigabytes."""
+    start = aws.read(bucket, key, 8) or b""
+    length = min(header_bytes(start), HEADER_BYTES)
+    return aws.read(bucket, key, length) or b""
 
 
 def _fetch_rewards(config: RunConfig, beside: str, folder: Path, settings: ValidateSettings, aws: Aws) -> list[bytes]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pipeline.validation.modules import check_targets
 from pipeline.validation.tokens import TOKENIZER_FILES
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import check_lengths
@@ -18,7 +19,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 
 
 class ModelFiles(NamedTuple):
-    """A base model's files: sizes in bytes by name, a folder with READ_FILES, and the user's location of them."""
+    """A base model's files: sizes in bytes by name, a folder with READ_FILES, and the user's location of them.
+
+    Where the config names `lora.target_modules`, the folder has the weights' files too, at least their headers.
+    """
 
     sizes: dict[str, int]
     folder: Path
@@ -39,7 +43,8 @@ def check_model(config: RunConfig, model: ModelFiles) -> list[Problem]:
     contents = {name: _object(model.folder / name) for name in sorted(names)}
     context = (contents["config.json"] or {}).get("max_position_embeddings")
     lengths = check_lengths(config, context) if isinstance(context, int) else []
-    return [*_unsafe(config.model, model.sizes, contents), *lengths]
+    targets = check_targets(config, model.folder, multimodal="text_config" in (contents["config.json"] or {}))
+    return [*_unsafe(config.model, model.sizes, contents), *lengths, *targets]
 
 
 def missing_files(names: Collection[str]) -> list[str]:

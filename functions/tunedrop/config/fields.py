@@ -6,6 +6,7 @@ TRL and PEFT rejects a misspelt key or a wrong type.
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,12 @@ MANAGED_GRPO = frozenset(
 MANAGED_LORA = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config".split()
 )
+# Fields that need a package which the jobs do not have.
+NOT_INSTALLED = {
+    "deepspeed": "the jobs have no deepspeed: leave it out (LoRA trains data-parallel), or shard a large model with fsdp",
+    "use_liger_kernel": "the jobs have no liger-kernel: leave it out",
+    "megatron_config": "the jobs have no Megatron-LM: leave it out",
+}
 # TRL's defaults suit full fine-tuning. These suit LoRA on a small dataset.
 GRPO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-5,
@@ -49,7 +56,9 @@ _RANGES: dict[str, tuple[Callable[[float, float], bool], str]] = {
 def config_fields() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the fields by section: `{"grpo": {name: {"types", "choices"?, "default"?, "help", …}}, "lora": {…}}`.
 
-    The keys `minimum`, `exclusiveMinimum`, `maximum` and `exclusiveMaximum` of a field are those of JSON Schema.
+    The keys `minimum`, `exclusiveMinimum`, `maximum` and `exclusiveMaximum` of a field are those of JSON Schema. `items` are
+    the types of a list's items, and `keys` the fields of a nested mapping. `pattern` matches further strings beside the
+    choices. `json`: a string must be a JSON object.
     """
     fields: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(__file__).with_name("trl_fields.json").read_bytes())
     return fields
@@ -62,10 +71,10 @@ def check_fields(section: str, values: dict[str, Any], managed: frozenset[str]) 
     for key, value in values.items():
         if key not in fields:
             hint = nearest(str(key), set(fields) - managed)
-            mistakes.append(_mistake("config_key", str(key), hint))
+            mistakes.append(_mistake("config_key", str(key), hint, value))
             continue
-        reason = "is set by Tunedrop; remove it" if key in managed else _wrong(value, fields[key])
-        if reason:
+        reason = "is set by Tunedrop; remove it" if key in managed else NOT_INSTALLED.get(key) if value else None
+        if reason := reason or _wrong(value, fields[key]):
             mistakes.append(_mistake("config_value", key, reason, value))
     if mistakes:
         raise ValidationError.from_exception_data(section, mistakes)
@@ -78,18 +87,61 @@ def _mistake(kind: str, key: str, message: str, value: Any = None) -> InitErrorD
 
 def _wrong(value: Any, field: dict[str, Any]) -> str | None:
     """Return what is wrong with a field's value, or None."""
-    kinds, kind = field["types"], "null" if value is None else type(value).__name__
-    if kind not in kinds and not (kind == "int" and "float" in kinds):
-        return f"must be {' or '.join(kinds)}, not {kind}"
-    if isinstance(value, str) and value not in field.get("choices", [value]):
-        close = nearest(value, field["choices"])
-        return f"must be one of {', '.join(field['choices'])}" + (f" ({close})" if close.startswith("did") else "")
-    if kind in {"int", "float"}:
-        return _out_of_range(value, field)
+    if isinstance(value, str) and field.get("json"):
+        return _wrong_json(value, field)
+    if reason := _wrong_type(value, field["types"]):
+        return reason
+    match value:
+        case str():
+            return _wrong_choice(value, field)
+        case list():
+            return next(filter(None, (_wrong_type(item, field.get("items", [])) for item in value)), None)
+        case dict():
+            return _wrong_keys(value, field["keys"]) if "keys" in field else None
+        case bool() | None:
+            return None
+        case _:
+            return _out_of_range(value, field)
+
+
+def _wrong_type(value: Any, kinds: list[str]) -> str | None:
+    """Return what is wrong with a value's type. No `kinds`: every type is right."""
+    kind = "null" if value is None else type(value).__name__
+    if not kinds or kind in kinds or (kind == "int" and "float" in kinds):
+        return None
+    return f"must be {' or '.join(kinds)}, not {kind}"
+
+
+def _wrong_choice(value: str, field: dict[str, Any]) -> str | None:
+    choices = field.get("choices", [value])
+    if value in choices or ("pattern" in field and re.fullmatch(field["pattern"], value)):
+        return None
+    close = nearest(value, choices)
+    return f"must be one of {', '.join(choices)}" + (f" ({close})" if close.startswith("did") else "")
+
+
+def _wrong_json(value: str, field: dict[str, Any]) -> str | None:
+    try:
+        content = json.loads(value)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        return "must be a mapping: a job has no file of that name"
+    return _wrong(content, field)
+
+
+def _wrong_keys(values: dict[Any, Any], fields: dict[str, dict[str, Any]]) -> str | None:
+    for key, value in values.items():
+        if key not in fields:
+            return f"has no key '{key}': {nearest(str(key), fields)}"
+        if reason := _wrong(value, fields[key]):
+            return f"'{key}' {reason}"
     return None
 
 
 def _out_of_range(value: float, field: dict[str, Any]) -> str | None:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "must be a number of at most 64 bits"
     if not math.isfinite(value):
         return "must be a finite number"
     for name, (holds, words) in _RANGES.items():

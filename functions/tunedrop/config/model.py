@@ -29,6 +29,13 @@ def _seconds(value: Any) -> Any:
     return hours * 3600 + minutes * 60 + seconds
 
 
+def _listed(rewards: Any) -> Any:
+    """Refuse one reward without its list, as people paste it."""
+    if isinstance(rewards, str | dict):
+        raise ValueError("must be a list of rewards: begin each with '- ', as in - {type: exact_match}")
+    return rewards
+
+
 class Columns(_Section):
     """The columns that the model sees. Without a name, Tunedrop guesses columns by their names (docs/datasets.md)."""
 
@@ -49,7 +56,9 @@ class Lora(BaseModel):
     load_in_4bit: bool = Field(default=False, description="Load the base model in 4 bits (QLoRA); needs a GPU instance.")
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     lora_alpha: Annotated[int, Field(ge=1)] = 32
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Annotated[
+        str | list[str], BeforeValidator(lambda value: "all-linear" if value is None else value)  # null is PEFT's default
+    ] = "all-linear"
 
     @model_validator(mode="after")
     def _check(self) -> "Lora":
@@ -163,6 +172,7 @@ class RunConfig(_Section):
     columns: Columns = Columns()
     rewards: Annotated[
         list[RewardSpec],
+        BeforeValidator(_listed),
         Field(
             description="Training raises the weighted sum of these rewards, and the inference tests score by it. Without "
             "rewards, Tunedrop chooses one that fits the dataset's answers.",

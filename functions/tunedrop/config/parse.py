@@ -1,5 +1,6 @@
 """A config file's bytes to a `RunConfig`, and its mistakes in a user's words."""
 
+import json
 import re
 from typing import Any
 
@@ -8,7 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from tunedrop.config.model import RunConfig
 from tunedrop.config.rules import check_rules
+from tunedrop.config.synonyms import is_section, place_of
 from tunedrop.problems import Problem, RejectedError, nearest
+from tunedrop.rewards.synonyms import reward_like, written
 
 MAX_CONFIG_BYTES = 256 * 1024
 
@@ -48,7 +51,7 @@ def load_run_config(raw: bytes, *, default_model: str) -> RunConfig:
     Raises RejectedError with a Problem for every mistake: `CONFIG_SYNTAX` with its line, or `CONFIG_KEY` or `CONFIG_VALUE`
     with the dotted key.
     """
-    return parse_run_config({"model": default_model} | _mapping(raw))
+    return parse_run_config({"model": default_model} | load_mapping(raw))
 
 
 def parse_run_config(values: dict[Any, Any]) -> RunConfig:
@@ -62,8 +65,8 @@ def parse_run_config(values: dict[Any, Any]) -> RunConfig:
     return config
 
 
-def _mapping(raw: bytes) -> dict[Any, Any]:
-    """Return the mapping in a YAML file. Raises RejectedError with `CONFIG_SYNTAX`."""
+def load_mapping(raw: bytes) -> dict[Any, Any]:
+    """Return the mapping in a YAML or JSON file, empty for an empty file. Raises RejectedError with `CONFIG_SYNTAX`."""
     if len(raw) > MAX_CONFIG_BYTES:
         raise _syntax(f"the config has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are accepted")
     try:
@@ -95,15 +98,38 @@ def _valid_keys(path: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+def _place(path: tuple[int | str, ...], value: Any) -> str | None:
+    """Return where a key of another framework stands in a run config; None for a name that no framework has."""
+    key = str(path[-1])
+    place = place_of(".".join(map(str, path))) or place_of(key)
+    if place is None:
+        foreign = isinstance(value, dict) and (is_section(str(key)) or any(place_of(f"{key}.{each}") for each in value))
+        return "`tunedrop config --from FILE` translates the config of another framework" if foreign else None
+    if place.key is None:
+        return f"leave it out: {place.reason}"
+    section, _, name = place.key.rpartition(".")
+    line = f"{name}: {_shown(name, value)}"
+    return f"here it is {place.key}: write {section}: {{{line}}}" if section else f"write {line} at the top of the config"
+
+
+def _shown(name: str, value: Any) -> str:
+    """Return a value of another framework's key as a config has it, in a line."""
+    if name == "rewards" and isinstance(value, list):
+        return f"[{', '.join(written(reward_like(str(each)) or {'type': '...'}) for each in value)}]"
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else "…"
+
+
 def _problem(detail: Any) -> Problem:
     """Return a pydantic error in a user's words."""
     path: tuple[int | str, ...] = detail["loc"]
     key = ".".join(map(str, path)) or None
     if detail["type"] == "extra_forbidden":
-        return Problem("CONFIG_KEY", f"unknown key '{key}'", nearest(str(path[-1]), _valid_keys(path[:-1])), key=key)
+        hint = _place(path, detail["input"]) or nearest(str(path[-1]), _valid_keys(path[:-1]))
+        return Problem("CONFIG_KEY", f"unknown key '{key}'", hint, key=key)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "config_key":
-        return Problem("CONFIG_KEY", f"unknown key '{key}'", message, key=key)
+        return Problem("CONFIG_KEY", f"unknown key '{key}'", _place(path, detail["input"]) or message, key=key)
     if "input" in detail and not isinstance(detail["input"], dict | list | RunConfig):
         message += f", got {detail['input']!r}"[:200]
     return Problem("CONFIG_VALUE", f"{key}: {message}" if key else message, key=key)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
+from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, NOT_INSTALLED, config_fields
 from tunedrop.config.model import Lora, RunConfig
 from tunedrop.rewards import REWARDS, RewardSpec
 
@@ -62,19 +62,35 @@ def _fields(section: str, managed: frozenset[str], ours: dict[str, Any]) -> dict
     for name, field in config_fields()[section].items():
         if name in managed:
             continue
-        entry = {"description": field["help"], "type": [_JSON_TYPES[kind] for kind in field["types"]]}
-        entry |= {key: value for key, value in field.items() if key.lower().endswith("imum")}
-        if "choices" in field:
-            others = [kind for kind in entry.pop("type") if kind != "string"]
-            entry["anyOf"] = [{"enum": field["choices"]}, *({"type": kind} for kind in others)]
+        entry = {"description": field["help"]} | ({"enum": [None, False]} if name in NOT_INSTALLED else _values(field))
         if name in ours or "default" in field:
             entry["default"] = ours.get(name, field.get("default"))
         properties[name] = entry
     return properties
 
 
+def _values(field: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of a field's values."""
+    kinds = [_JSON_TYPES[kind] for kind in field["types"]]
+    limits = {key: value for key, value in field.items() if key.lower().endswith("imum")}
+    if "json" in field:
+        limits["pattern"] = r"^\s*\{"
+    if "items" in field:
+        limits["items"] = {"type": [_JSON_TYPES[kind] for kind in field["items"]]}
+    if "keys" in field:
+        limits |= {
+            "properties": {name: _values(each) for name, each in field["keys"].items()},
+            "additionalProperties": False,
+        }
+    if "choices" not in field:
+        return {"type": kinds} | limits
+    strings = [{"enum": field["choices"]}, *([{"pattern": f"^({field['pattern']})$"}] if "pattern" in field else [])]
+    return limits | {"anyOf": [*strings, *({"type": kind} for kind in kinds if kind != "string")]}
+
+
 def _reward(name: str, common: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    parameters = REWARDS[name].parameters.model_json_schema()
+    # A variant has the type's parameters, and may have more.
+    parameters = (REWARDS[name].variant or REWARDS[name]).parameters.model_json_schema()
     definitions.update(parameters.pop("$defs", {}))
     return {
         "title": name,

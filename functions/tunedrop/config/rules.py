@@ -1,5 +1,6 @@
 """Rules between a config's values: contradictions, instance types that cannot run the config, and unusual values."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,25 @@ from tunedrop.rewards import check_names
 
 def _targets(config: RunConfig) -> list[str]:
     return [config.lora.target_modules] if isinstance(config.lora.target_modules, str) else config.lora.target_modules
+
+
+def _lora(config: RunConfig, key: str) -> Any:
+    return config.lora.peft_kwargs().get(key)
+
+
+def _clip_max(config: RunConfig) -> float | None:
+    """Return vllm_importance_sampling_clip_max, which TRL replaces by its older name's value if a config has that."""
+    cap: float | None = config.grpo_value("vllm_importance_sampling_cap")
+    return config.grpo_value("vllm_importance_sampling_clip_max") if cap is None else cap
+
+
+def _part_of_a_step(steps: float) -> bool:
+    return steps > 1 and steps != int(steps)
+
+
+def _mapping(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Return a field's mapping; a text holds it as JSON."""
+    return json.loads(value) if isinstance(value, str) else value or {}
 
 
 # What TRL, Transformers and PEFT refuse only once a GPU runs: the key to change, the condition, and the reason.
@@ -68,10 +88,40 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "only workers prefetch: set dataloader_num_workers too",
     ),
     (
+        "grpo.logging_steps",
+        lambda config: _part_of_a_step(config.grpo_value("logging_steps")),
+        "must be a whole number of steps, or below 1 (a share of the run's steps)",
+    ),
+    (
+        "grpo.save_steps",
+        lambda config: _part_of_a_step(config.grpo_value("save_steps")),
+        "must be a whole number of steps, or below 1 (a share of the run's steps)",
+    ),
+    (
+        "grpo.fp16_full_eval",
+        lambda config: config.grpo_value("fp16_full_eval") and config.grpo_value("bf16_full_eval"),
+        "fp16_full_eval and bf16_full_eval exclude each other: turn one of them off",
+    ),
+    (
+        "grpo.accelerator_config",
+        lambda config: _mapping(config.grpo_value("accelerator_config")).get("use_configured_state"),
+        "use_configured_state needs a state that a script has made before: leave it out",
+    ),
+    (
+        "grpo.vllm_importance_sampling_clip_max",
+        lambda config: (
+            config.grpo_value("vllm_importance_sampling_correction")
+            and config.grpo_value("vllm_importance_sampling_mode").endswith("_truncate")
+            and config.grpo_value("vllm_importance_sampling_clip_min") is None
+            and _clip_max(config) is None
+        ),
+        "a vllm_importance_sampling_mode that truncates needs vllm_importance_sampling_clip_min or …_clip_max",
+    ),
+    (
         "grpo.vllm_importance_sampling_clip_min",
         lambda config: (
             (low := config.grpo_value("vllm_importance_sampling_clip_min")) is not None
-            and (high := config.grpo_value("vllm_importance_sampling_clip_max")) is not None
+            and (high := _clip_max(config)) is not None
             and low >= high
         ),
         "must be below vllm_importance_sampling_clip_max",
@@ -85,13 +135,37 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "lora.target_modules",
         lambda config: (
             isinstance(config.lora.target_modules, str)
-            and (config.lora.peft_kwargs().get("layers_to_transform") or config.lora.peft_kwargs().get("layers_pattern"))
+            and (_lora(config, "layers_to_transform") is not None or _lora(config, "layers_pattern") is not None)
         ),
         "must be a list of module names if layers_to_transform or layers_pattern selects layers",
     ),
     (
+        "lora.target_modules",
+        lambda config: not config.lora.target_modules and not _lora(config, "target_parameters"),
+        "an adapter needs modules: name some, or write all-linear",
+    ),
+    (
+        "lora.layers_pattern",
+        lambda config: _lora(config, "layers_pattern") and _lora(config, "layers_to_transform") is None,
+        "says where the layers are that layers_to_transform selects: set layers_to_transform too",
+    ),
+    (
+        "lora.loftq_config",
+        lambda config: _lora(config, "init_lora_weights") == "loftq" and not _lora(config, "loftq_config"),
+        "init_lora_weights: loftq needs loftq_config, such as {loftq_bits: 4}",
+    ),
+    (
+        "lora.use_bdlora",
+        lambda config: (
+            not set(_mapping(_lora(config, "use_bdlora")).get("target_modules_bd_a") or []).isdisjoint(
+                _mapping(_lora(config, "use_bdlora")).get("target_modules_bd_b") or []
+            )
+        ),
+        "target_modules_bd_a and target_modules_bd_b must have no module in common",
+    ),
+    (
         "lora.lora_bias",
-        lambda config: config.lora.peft_kwargs().get("lora_bias"),
+        lambda config: _lora(config, "lora_bias"),
         "PEFT merges these biases into layers with biases only, and most models have layers without: turn lora_bias off",
     ),
 ]
@@ -132,9 +206,13 @@ def _check_gpus(config: RunConfig, name: str) -> Iterator[Problem]:
     if config.lora.load_in_4bit and count == 0:
         hint = "choose an instance type with a GPU, such as ml.g5.xlarge, or turn it off"
         yield _instance_problem("lora.load_in_4bit", f"lora.load_in_4bit needs a GPU and {name} has none", hint)
-    if config.grpo_value("bf16") and not has_bf16(name):
-        hint = "set fp16 instead, or choose ml.g5 or newer"
-        yield _instance_problem("grpo.bf16", f"the GPUs of {name} do not compute in bf16", hint)
+    for key, number in (("bf16", "bf16"), ("bf16_full_eval", "bf16"), ("tf32", "TF32")):
+        # CPUs compute in bf16. TF32 is a format of the GPUs that compute in bf16.
+        if config.grpo_value(key) and (not has_bf16(name) or (key == "tf32" and count == 0)):
+            hint = (
+                "leave it out, or choose ml.g5 or newer" if key == "tf32" else "set fp16 instead, or choose ml.g5 or newer"
+            )
+            yield _instance_problem(f"grpo.{key}", f"{name} does not compute in {number}", hint)
     processes = config.compute.instance_count * (count or 1)
     batch, group = generation_batch(config, processes), config.grpo_value("num_generations")
     once = config.grpo_value("per_device_train_batch_size") * processes

@@ -1,6 +1,6 @@
-"""OpenAI's grader JSON as a reward: `string_check`, `text_similarity`, and `multi`, which combines graders in a formula.
+"""OpenAI's grader JSON as a reward: `string_check`, `text_similarity`, `score_model`, `label_model`, and `multi`.
 
-A config with any other grader (`score_model`, `label_model`, `python`) is refused with the grader's name.
+A `multi` combines graders in a formula. A config with any other grader (`python`, `endpoint`) is refused with its type.
 """
 
 import ast
@@ -9,20 +9,26 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from tunedrop.problems import nearest
-from tunedrop.rewards.registry import reward
-from tunedrop.rewards.sample import RewardError, Sample
+from tunedrop.rewards.bedrock import ATTEMPTS, converse, score_in
+from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
+from tunedrop.rewards.registry import Need, Parameters, reward
+from tunedrop.rewards.sample import RewardError, Sample, content_text
 from tunedrop.rewards.text import rouge_score, similar
 
 _TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
 # Names of an item's expected answer in OpenAI's templates. A row keeps the expected answer as `answer`.
 _ANSWERS = frozenset("answer correct_answer expected_answer ground_truth label reference reference_answer target".split())
+_MODEL_TYPES = frozenset({"score_model", "label_model"})
+_OUTPUTS = ("output_text", "output_json", "output_tools")
+MAX_TOKENS = 1000  # of a model's reason and grade
 _CHECKS: dict[str, Callable[[str, str], bool]] = {
     "eq": lambda text, reference: text == reference,
     "ne": lambda text, reference: text != reference,
@@ -75,23 +81,56 @@ def _checked(grader: dict[str, Any]) -> dict[str, Any]:
             _checked(each)
         _formula(grader.get("calculate_output"), set(graders))
         return grader
+    if kind in _MODEL_TYPES:
+        return _checked_model(grader)
     choices: dict[Any, tuple[str, Collection[str]]] = {
         "string_check": ("operation", _CHECKS),
         "text_similarity": ("evaluation_metric", _METRICS),
     }
     if kind not in choices:
-        raise ValueError(f"graders of type '{kind}' cannot be imported: use string_check, text_similarity or multi")
-    key, known = choices[kind]
-    if grader.get(key) not in known:
-        raise ValueError(f"{kind} has no {key} '{grader.get(key)}': {nearest(str(grader.get(key)), known)}")
+        known = ", ".join([*choices, *sorted(_MODEL_TYPES)])
+        raise ValueError(f"graders of type '{kind}' cannot be imported: use {known} or multi, or a python reward")
+    key, known_values = choices[kind]
+    if grader.get(key) not in known_values:
+        raise ValueError(f"{kind} has no {key} '{grader.get(key)}': {nearest(str(grader.get(key)), known_values)}")
     for part in ("input", "reference"):
-        text = grader.get(part)
-        if not isinstance(text, str):
+        if not isinstance(grader.get(part), str):
             raise ValueError(f"{kind} needs a text for '{part}'")
-        for name in _TEMPLATE.findall(text):
-            if name.split(".")[0] not in {"item", "sample"}:
-                raise ValueError(f"the template {{{{{name}}}}} must begin with item or sample")
+        _check_template(grader[part])
     return grader
+
+
+def _checked_model(grader: dict[str, Any]) -> dict[str, Any]:
+    """Return a grader that asks a model. Raises ValueError for what its prompt or its grade lacks."""
+    kind, messages = grader["type"], grader.get("input")
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
+    ):
+        raise ValueError(f"{kind} needs 'input': a list of messages with role and content")
+    for message in messages:
+        _check_template(content_text(message["content"]))
+    if kind == "score_model":
+        bounds = grader.get("range", [0, 1])
+        numbers = isinstance(bounds, list | tuple) and all(type(bound) in {int, float} for bound in bounds)
+        if not numbers or len(bounds) != 2 or bounds[0] >= bounds[1]:
+            raise ValueError(f"score_model needs a 'range' of two rising numbers, not {bounds}")
+        return grader
+    labels, passing = grader.get("labels"), grader.get("passing_labels")
+    if not isinstance(labels, list) or not isinstance(passing, list) or not passing or not set(passing) <= set(labels):
+        raise ValueError("label_model needs 'labels', and 'passing_labels' that are some of them")
+    return grader
+
+
+def _check_template(text: str) -> None:
+    """Raise ValueError for a value that no row or completion has."""
+    for name in _TEMPLATE.findall(text):
+        space, _, part = name.partition(".")
+        if space not in {"item", "sample"} or not part:
+            raise ValueError(f"the template {{{{{name}}}}} must begin with item or sample, and name a value of it")
+        if space == "sample" and part.partition(".")[0] not in _OUTPUTS:
+            raise ValueError(f"the template {{{{{name}}}}} must name one of {', '.join(_OUTPUTS)} of the sample")
 
 
 def _formula(text: Any, names: set[str]) -> ast.expr:
@@ -130,40 +169,132 @@ def _calculate(node: Any, values: dict[str, float]) -> float:
             raise RewardError(f"'{ast.unparse(node)}' cannot be calculated")
 
 
-@reward(
-    measures=lambda parameters, _: "answer" if "item." in str(parameters) else "content",
-    reads=lambda parameters: re.findall(r"item\.(\w+)", str(parameters)),
-)
-def openai_grader(sample: Sample, *, grader: Annotated[dict[str, Any], AfterValidator(_checked)]) -> float:
-    """The score of an OpenAI grader: a `string_check`, a `text_similarity`, or a `multi` of these. `grader` is its JSON.
+Grader = Annotated[dict[str, Any], AfterValidator(_checked)]
 
-    `{{sample.output_text}}` is the completion. `{{item.NAME}}` is a column of the row, or the row's answer.
+
+def _measures(parameters: Parameters, _: Mapping[str, Any]) -> Literal["answer", "content"]:
+    return "answer" if "item." in str(parameters) else "content"
+
+
+def _reads(parameters: Parameters) -> list[str]:
+    return re.findall(r"item\.(\w+)", str(parameters))
+
+
+@reward(measures=_measures, reads=_reads)
+def openai_grader(sample: Sample, *, grader: Grader) -> float:
+    """The score of an OpenAI grader. `grader` is its JSON.
+
+    The types are `string_check`, `text_similarity`, `score_model`, `label_model`, and `multi`, a formula of these.
+    `{{sample.output_text}}` is the completion. `{{item.NAME}}` is a column of the row, or the row's answer. Where the
+    completion lacks what a template names, such as `{{sample.output_json.NAME}}` of a text that is no JSON, the score is 0.
     """
-    return _grade(grader, sample)
+    score = _grade(grader, sample, NO_PERMISSIONS)
+    assert score is not None  # only a model abstains
+    return score
 
 
-def _grade(grader: dict[str, Any], sample: Sample) -> float:
+def _asks_a_model(grader: Any) -> bool:
+    """Whether a grader of a config, which may have mistakes, asks a model."""
+    if not isinstance(grader, dict):
+        return False
+    parts = grader.get("graders")
+    return grader.get("type") in _MODEL_TYPES or (isinstance(parts, dict) and any(map(_asks_a_model, parts.values())))
+
+
+@reward(
+    name="openai_grader",
+    when=lambda given: _asks_a_model(given.get("grader")),
+    measures=_measures,
+    reads=_reads,
+    waits=True,
+    repeatable=False,
+    needs=Need(
+        lambda permissions, _: bool(permissions.judge_model),
+        "RewardJudgeModel",
+        "asks a model for the grade, and no model is allowed here",
+    ),
+)
+def openai_model_grader(
+    samples: Sequence[Sample],
+    permissions: RewardPermissions,
+    *,
+    grader: Grader,
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 8,
+) -> list[float | None]:
+    """The score of an OpenAI grader that asks a model: `score_model`, `label_model`, or a `multi` with one of these.
+
+    The stack's judge answers in place of the model that the grader names. A score is in the grader's `range`; a label is
+    1.0 if it is one of `passing_labels`, else 0.0. After a reply without a grade, the reward asks once more, then abstains.
+    A batch without any grade fails.
+    """
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        scores = list(pool.map(lambda sample: _grade(grader, sample, permissions), samples))
+    if samples and all(score is None for score in scores):
+        raise RewardError(f"none of {len(samples)} replies of the judge {permissions.judge_model} has a grade")
+    return scores
+
+
+def _grade(grader: dict[str, Any], sample: Sample, permissions: RewardPermissions) -> float | None:
+    """Return a grader's score; None where a model gave no grade."""
     if grader["type"] == "multi":
-        values = {name: _grade(each, sample) for name, each in grader["graders"].items()}
-        return _calculate(_formula(grader["calculate_output"], set(values)), values)
+        values = {name: _grade(each, sample, permissions) for name, each in grader["graders"].items()}
+        grades = {name: value for name, value in values.items() if value is not None}
+        return _calculate(_formula(grader["calculate_output"], set(values)), grades) if len(grades) == len(values) else None
+    if grader["type"] in _MODEL_TYPES:
+        return _asked(grader, sample, permissions)
     text, reference = (_filled(grader[part], sample) for part in ("input", "reference"))
+    if text is None or reference is None:
+        return 0.0
     if grader["type"] == "string_check":
         return float(_CHECKS[grader["operation"]](text, reference))
     return _METRICS[grader["evaluation_metric"]](text, reference)
 
 
-def _filled(template: str, sample: Sample) -> str:
-    def value(match: re.Match[str]) -> str:
-        space, *path = match[1].split(".")
-        node: Any = _output(sample, path[0]) if space == "sample" else {**_item(sample, path[0])}
+def _asked(grader: dict[str, Any], sample: Sample, permissions: RewardPermissions) -> float | None:
+    """Return a model's score; None for replies without a grade."""
+    # A completion must not contain the tags of a grade.
+    sample = sample._replace(completion=re.sub(r"</?(score|label)>", "", sample.completion))
+    low, high = grader.get("range", (0, 1))
+    texts = [(message["role"], _filled(content_text(message["content"]), sample)) for message in grader["input"]]
+    if any(text is None for _, text in texts):
+        return float(low) if grader["type"] == "score_model" else 0.0
+    system = "\n\n".join(str(text) for role, text in texts if role in {"system", "developer"})
+    question = "\n\n".join(str(text) for role, text in texts if role not in {"system", "developer"})
+    if grader["type"] == "score_model":
+        form = f"Give your reason in one sentence, then the score from {low:g} to {high:g} as <score>number</score>."
+    else:
+        form = f"Give your reason in one sentence, then one of {', '.join(grader['labels'])} as <label>…</label>."
+    for _ in range(ATTEMPTS):
+        reply = converse(permissions, permissions.judge_model, f"{question}\n\n{form}", system=system, max_tokens=MAX_TOKENS)
+        grade = score_in(reply, low, high) if grader["type"] == "score_model" else _passing(reply, grader)
+        if grade is not None:
+            return grade
+    return None
+
+
+def _passing(reply: str, grader: dict[str, Any]) -> float | None:
+    """Return whether the label in a reply is a passing one; None for a reply without one of the labels."""
+    named = re.findall(r"<label>\s*(.*?)\s*</label>", reply, re.DOTALL)
+    label = next((label for label in grader["labels"] if named and label.casefold() == named[-1].casefold()), None)
+    return None if label is None else float(label in grader["passing_labels"])
+
+
+def _filled(template: str, sample: Sample) -> str | None:
+    """Return a template with its values; None if the completion lacks one. Raises RewardError if the row lacks one."""
+    values: dict[str, str] = {}
+    for name in _TEMPLATE.findall(template):
+        space, *path = re.findall(r"\w+", name)  # item.choices[0] and item.choices.0
+        node: Any = _output(sample, path.pop(0)) if space == "sample" else _item(sample, path[0])
         try:
-            for part in path if space == "item" else path[1:]:
+            for part in path:
                 node = node[int(part)] if isinstance(node, list) else node[part]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise RewardError(f"the row and the completion have no value for {match[0]}") from None
-        return node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)
-
-    return _TEMPLATE.sub(value, template)
+            if space == "sample":
+                return None
+            raise RewardError(f"the row has no value for {{{{{name}}}}}") from None
+        values[name] = node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)
+    return _TEMPLATE.sub(lambda match: values[match[1]], template)
 
 
 def _item(sample: Sample, name: str) -> dict[str, Any]:
@@ -171,13 +302,12 @@ def _item(sample: Sample, name: str) -> dict[str, Any]:
 
 
 def _output(sample: Sample, name: str) -> Any:
+    """Return what a completion is to a template: text, tool calls or JSON (None for a text that is no JSON)."""
     if name == "output_text":
         return sample.completion
     if name == "output_tools":
         return [call for turn in sample.turns for call in turn.get("tool_calls") or []]
-    if name == "output_json":
-        try:
-            return json.loads(sample.completion)
-        except ValueError:
-            return {}
-    raise RewardError(f"sample has no '{name}': use output_text, output_json or output_tools")
+    try:
+        return json.loads(sample.completion)
+    except (ValueError, RecursionError):
+        return None

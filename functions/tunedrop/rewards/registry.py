@@ -8,7 +8,7 @@ score or None, or a list of these for a batch. The docstring is the reward's hel
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, create_model
@@ -54,6 +54,12 @@ class RewardType:
     form: Callable[[Parameters], Form] | None
     file: str | None
     reads: Callable[[Parameters], Iterable[str]]
+    when: Callable[[Parameters], bool] | None
+    variant: "RewardType | None" = None
+
+    def for_parameters(self, given: Parameters) -> "RewardType":
+        """Return the type with the traits that a config's parameters give it: the variant, where it applies."""
+        return self.variant if self.variant and self.variant.when and self.variant.when(given) else self
 
     @property
     def per_batch(self) -> bool:
@@ -90,6 +96,7 @@ def reward(
     form: Callable[[Parameters], Form] | None = None,
     file: str | None = None,
     reads: Callable[[Parameters], Iterable[str]] = _named_column,
+    when: Callable[[Parameters], bool] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function as a reward type. All other code reads a reward's traits; no other code lists reward names.
 
@@ -104,11 +111,12 @@ def reward(
     - `form`: the form that the reward asks for; the preflight puts answers into it.
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.
     - `reads`: the columns that the reward reads beside `answer`, ALL_COLUMNS where its code may read any column.
+    - `when`: the function is a variant of the type `name`, which is registered before, for the parameters that it accepts.
     """
 
     def register(function: Function) -> Function:
         type_ = name or function.__name__
-        REWARDS[type_] = RewardType(
+        registered = RewardType(
             name=type_,
             function=function,
             parameters=_parameters_model(type_, function),
@@ -120,7 +128,9 @@ def reward(
             form=form,
             file=file,
             reads=reads,
+            when=when,
         )
+        REWARDS[type_] = replace(REWARDS[type_], variant=registered) if when else registered
         return function
 
     return register

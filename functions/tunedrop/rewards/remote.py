@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
+from tunedrop.rewards.bedrock import ATTEMPTS, aws_client, converse, score_in
 from tunedrop.rewards.permissions import RewardPermissions
 from tunedrop.rewards.registry import ALL_COLUMNS, Need, reward
 from tunedrop.rewards.sample import RewardError, Sample
@@ -73,7 +74,7 @@ def reward_lambda(
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _client(permissions, "lambda")
+    client = aws_client(permissions, "lambda")
 
     def send(body: Any) -> Any:
         try:
@@ -95,12 +96,6 @@ def reward_lambda(
 
 def _dumps(payload: Any) -> bytes:
     return json.dumps(payload, default=str).encode()  # a Parquet column may hold dates
-
-
-def _client(permissions: RewardPermissions, service: str) -> Any:
-    if permissions.client is None:
-        raise RewardError(f"the reward calls AWS ({service}), but has no AWS client here")
-    return permissions.client(service)
 
 
 def _safe_url(url: str) -> str:
@@ -214,9 +209,6 @@ def judge(
 
     After a reply without a grade on the scale, the reward asks once more, then abstains. A batch without any grade fails.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = _client(permissions, "bedrock-runtime")
     low, high = scale
 
     def grade(sample: Sample) -> float | None:
@@ -225,19 +217,10 @@ def judge(
         text = _JUDGE.format(
             low=low, high=high, rubric=rubric, question=sample.question, reference=sample.answer, answer=answer
         )
-        for _ in range(2):
-            try:
-                response = client.converse(
-                    modelId=model,
-                    messages=[{"role": "user", "content": [{"text": text}]}],
-                    inferenceConfig={"maxTokens": max_tokens, "temperature": 0.0},
-                )
-            except (BotoCoreError, ClientError) as error:
-                raise RewardError(f"the judge {model} cannot be called: {error}") from error
-            reply = "".join(part.get("text", "") for part in response["output"]["message"]["content"])
-            grades = re.findall(r"<score>\s*(-?\d+(?:\.\d+)?)\s*</score>", reply)
-            if grades and low <= float(grades[-1]) <= high:
-                return (float(grades[-1]) - low) / (high - low)
+        for _ in range(ATTEMPTS):
+            score = score_in(converse(permissions, model, text, max_tokens=max_tokens), low, high)
+            if score is not None:
+                return (score - low) / (high - low)
         return None
 
     with ThreadPoolExecutor(concurrency) as pool:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from tunedrop.problems import nearest
 from tunedrop.rewards.registry import REWARDS, Measure, Parameters, RewardType
+from tunedrop.rewards.synonyms import reward_like, written
 
 
 class OnlyIf(BaseModel):
@@ -43,7 +44,7 @@ class RewardSpec(BaseModel):
     @property
     def reward_type(self) -> RewardType:
         """The registered reward, with its traits."""
-        return REWARDS[self.type]
+        return REWARDS[self.type].for_parameters(self.model_extra or {})
 
     @property
     def parameters(self) -> Parameters:
@@ -66,10 +67,18 @@ class RewardSpec(BaseModel):
         measures = self.reward_type.measures
         return measures if isinstance(measures, str) else measures(self.parameters, columns)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        """Refuse a bare name: it says what to write."""
+        if isinstance(value, str):
+            raise ValueError(f"must be a mapping with the reward's type: {_hint(value)}")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> "RewardSpec":
         if self.type not in REWARDS:
-            raise ValueError(f"unknown reward '{self.type}': {nearest(self.type, REWARDS)}")
+            raise ValueError(f"unknown reward '{self.type}': {_hint(self.type)}")
         if self.clip is not None and self.clip[0] >= self.clip[1]:
             raise ValueError(f"the lower bound {self.clip[0]:g} must be below the upper bound {self.clip[1]:g}")
         own = self.reward_type.parameters.model_fields
@@ -79,6 +88,12 @@ class RewardSpec(BaseModel):
             raise ValueError(f"reward '{self.type}' has no parameter '{key}': {hint}")
         self.reward_type.parameters.model_validate(self.model_extra or {})
         return self
+
+
+def _hint(name: str) -> str:
+    """Return which entry to write for a reward's name, here or in another framework."""
+    entry = {"type": name} if name in REWARDS else reward_like(name)
+    return f"write {written(entry)}" if entry else nearest(name, REWARDS)
 
 
 def check_names(specs: Sequence[RewardSpec]) -> None:

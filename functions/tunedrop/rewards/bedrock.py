@@ -1,0 +1,42 @@
+"""The model on Bedrock that grades answers (Converse API)."""
+
+import re
+from typing import Any
+
+from tunedrop.rewards.permissions import RewardPermissions
+from tunedrop.rewards.sample import RewardError
+
+# A grader asks once more after a reply without a grade.
+ATTEMPTS = 2
+
+
+def aws_client(permissions: RewardPermissions, service: str) -> Any:
+    """Return the client of an AWS service. Raises RewardError where rewards have no AWS client."""
+    if permissions.client is None:
+        raise RewardError(f"the reward calls AWS ({service}), but has no AWS client here")
+    return permissions.client(service)
+
+
+def converse(permissions: RewardPermissions, model: str, text: str, *, system: str = "", max_tokens: int) -> str:
+    """Return a model's reply to a message, without randomness. Raises RewardError if the model cannot be called."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = aws_client(permissions, "bedrock-runtime")
+    request: dict[str, Any] = {
+        "modelId": model,
+        "messages": [{"role": "user", "content": [{"text": text}]}],
+        "inferenceConfig": {"maxTokens": max_tokens, "temperature": 0.0},
+    }
+    if system:
+        request["system"] = [{"text": system}]
+    try:
+        response = client.converse(**request)
+    except (BotoCoreError, ClientError) as error:
+        raise RewardError(f"the judge {model} cannot be called: {error}") from error
+    return "".join(part.get("text", "") for part in response["output"]["message"]["content"])
+
+
+def score_in(reply: str, low: float, high: float) -> float | None:
+    """Return the last `<score>` of a reply; None if there is none from `low` to `high`."""
+    scores = re.findall(r"<score>\s*(-?\d+(?:\.\d+)?)\s*</score>", reply)
+    return float(scores[-1]) if scores and low <= float(scores[-1]) <= high else None
