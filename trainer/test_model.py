@@ -221,6 +221,7 @@ def outcomes(tests: list[InferenceTest], base: list[ModelResult], tuned: list[Mo
             tags=test.tags,
             weight=test.weight,
             must_pass=test.must_pass,
+            judges=test.judges,
             base=before,
             tuned=after,
         )

@@ -8,6 +8,7 @@ in place of `prompt`, `reference_answer` in place of `description`, and
   pass. A test without checks passes when every reward of the run with a positive weight gives 1.0;
 - `must_pass`: the gate rejects a tuned model that fails the test;
 - `samples`: the number of completions per model (pass@k);
+- `judges`: false for a test whose score does not count in the lift. Validation sets it for tests that repeat a row;
 - `tags`, `weight`, and `columns` (the columns that rewards read beside the answer).
 """
 
@@ -56,6 +57,7 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    judges: bool = True
     samples: int = 1
     checks: list[dict[str, Any]] = []
     columns: dict[str, Any] = {}
@@ -96,6 +98,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    judges: bool = True
 
     @property
     def outcome(self) -> Literal["won", "tied", "lost", "failed"]:
@@ -117,6 +120,7 @@ class _Case(msgspec.Struct):
     tags: list[str] = []
     weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     must_pass: bool = False
+    judges: bool = True
     samples: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)] = 1
     checks: list[dict[str, Any]] = []
     columns: dict[str, Any] = {}
@@ -239,6 +243,7 @@ def _inference_test(
         tags=fields.tags,
         weight=fields.weight,
         must_pass=fields.must_pass,
+        judges=fields.judges,
         samples=fields.samples,
         checks=fields.checks,
         columns=fields.columns,

@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from itertools import count
 from math import comb
 from typing import Any
 
@@ -16,6 +17,8 @@ from pipeline.publish.statistics import Pair, compare, evaluate, interval, neede
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
 
+NUMBERS = count()  # each test asks another question
+
 
 def config(rewards=({"type": "exact_match"},), **gate):
     return parse_run_config({"model": "m", "rewards": list(rewards), "gate": gate})
@@ -29,8 +32,11 @@ def outcomes(*scores: tuple[float | None, float | None], **more: Any) -> list[Ou
             return ModelResult(error="reward 'exact_match' failed")
         return ModelResult(text=str(score), score=score, rewards={"exact_match": score}, passed=score >= 1)
 
-    given = {"prompt": [{"role": "user", "content": "?"}], "reference": "!"} | more
-    return [Outcome(id=f"t{n}", base=answer(base), tuned=answer(tuned), **given) for n, (base, tuned) in enumerate(scores)]
+    def prompt() -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"question {next(NUMBERS)}"}]
+
+    results = [{"base": answer(base), "tuned": answer(tuned)} for base, tuned in scores]
+    return [Outcome(**{"id": f"t{n}", "prompt": prompt(), "reference": "!"} | each | more) for n, each in enumerate(results)]
 
 
 # --- the figures ---
@@ -66,6 +72,33 @@ def test_weights_and_ties_count():
     assert comparison.base_score == pytest.approx(0.5 / 4.5)
     assert comparison.tuned_score == pytest.approx(3.25 / 4.5)
     assert comparison.lift_low < comparison.lift < comparison.lift_high
+
+
+def test_tests_of_one_question_count_once_in_the_interval():
+    """Thirty tests that repeat ten questions are as much evidence as ten tests."""
+    generator = random.Random(0)
+    lifts = [generator.choice([0.0, 1.0]) for _ in range(10)]
+    once = compare([Pair(0, lift) for lift in lifts])
+    thrice = compare([Pair(0, lift, question=f"{n}") for n, lift in enumerate(lifts) for _ in range(3)])
+    assert (thrice.tests, thrice.questions, thrice.wins) == (30, 10, 3 * once.wins)
+    for figure in ("lift", "lift_low", "lift_high", "p_value", "needed"):
+        assert getattr(thrice, figure) == pytest.approx(getattr(once, figure))
+    apart = compare([Pair(0, lift) for lift in lifts for _ in range(3)])
+    assert apart.questions == 30
+    assert apart.lift_low > thrice.lift_low
+
+
+def test_repeating_the_tests_that_were_won_shows_nothing(quick):
+    """Without an improvement, some of twenty questions are won by chance. Asking them again is no evidence."""
+    generator, cases = random.Random(1), 200
+    approved = 0
+    for _ in range(cases):
+        lifts = [generator.choice([-1.0, 1.0]) for _ in range(20)]
+        pairs = [
+            Pair(0.5, 0.5 + lift / 2, question=str(n)) for n, lift in enumerate(lifts) for _ in range(6 if lift > 0 else 5)
+        ]
+        approved += compare(pairs).lift_low > 0
+    assert approved / cases <= 0.06
 
 
 def test_the_span_is_at_least_what_the_scores_show():
@@ -107,9 +140,9 @@ def approval_rate(kinds: dict[tuple[float, float], float], tests: int) -> float:
 
     def chance(counts: tuple[int, ...]) -> float:
         product, left = 1.0, tests
-        for count, probability in zip(counts, probabilities, strict=True):
-            product *= comb(left, count) * probability**count
-            left -= count
+        for number, probability in zip(counts, probabilities, strict=True):
+            product *= comb(left, number) * probability**number
+            left -= number
         return product
 
     def tables(left: int, kinds: int) -> list[tuple[int, ...]]:
@@ -163,6 +196,7 @@ def test_real_lifts_are_seen(quick):
 # --- the gate ---
 
 WON, LOST, TIED = (0, 1), (1, 0), (1, 1)
+ASKED = [{"role": "user", "content": "asked before"}]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +234,27 @@ WON, LOST, TIED = (0, 1), (1, 0), (1, 1)
             "The tests tagged 'math' did not regress.",
         ),
         (outcomes(*[WON] * 30), {"must_not_regress": ["safety"]}, "PENDING", "No inference test has the tag 'safety'"),
+        (outcomes(*[WON] * 30, prompt=ASKED), {}, "PENDING", "1 different questions are not enough evidence to decide"),
+        (
+            outcomes(*[WON] * 30) + outcomes(*[WON] * 5, prompt=ASKED),
+            {},
+            "APPROVED",
+            "a lift of +1.000 over 35 tests of 31 different questions (",
+        ),
+        (outcomes(*[WON] * 30, judges=False) + outcomes(*[TIED] * 30), {}, "REJECTED", "the same as the base model"),
+        (
+            outcomes(*[WON] * 30) + outcomes(*[LOST] * 30, judges=False),
+            {},
+            "APPROVED",
+            "30 of 60 tests do not judge the model",
+        ),
+        (outcomes(*[WON] * 30, judges=False), {}, "PENDING", "None of the 30 tests judges the model"),
+        (
+            outcomes(*[WON] * 30) + outcomes(LOST, judges=False, must_pass=True),
+            {},
+            "REJECTED",
+            "must-pass test",
+        ),
         (outcomes(*[WON] * 30, (0, None)), {}, "PENDING", "1 of 31 tests could not be scored ('t30')"),
         (outcomes(*[WON] * 30, (None, 0), (0, None)), {}, "PENDING", "2 of 32 tests could not be scored"),
     ],
