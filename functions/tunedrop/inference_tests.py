@@ -15,7 +15,8 @@ in place of `prompt`, `reference_answer` in place of `description`, and
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -30,6 +31,8 @@ from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, Rew
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64
+# Columns with the reasoning that leads to a row's answer, in lower case without spaces, `_` and `-`.
+REASONING = {"reasoning", "rationale", "explanation", "thought", "thoughts", "thinking", "chainofthought", "cot"}
 
 
 class Latency(BaseModel):
@@ -72,8 +75,8 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """A model's result in one test, as in `inference.json`.
 
     With several samples, `text` is the first sample's text, `score` and `rewards` are means, `passed` is true when all
-    samples passed, and `samples` has the result of each. `unmet` lists the checks that failed. `error` is the reason for
-    a missing score.
+    samples passed, and `samples` has the result of each. `unmet` lists the checks that failed. `cut`: the limit of tokens
+    ended a completion, not the model. `error` is the reason for a missing score.
     """
 
     text: str = ""
@@ -82,6 +85,7 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     passed: bool | None = None
     unmet: list[str] = []
     tokens: int | None = None
+    cut: bool = False
     seconds: float | None = None
     error: str | None = None
     samples: list["ModelResult"] = []
@@ -99,6 +103,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     must_pass: bool = False
     judges: bool = True
+
+    @property
+    def cut(self) -> bool:
+        """Whether the limit of tokens cut an answer of one of the models."""
+        return self.base.cut or self.tuned.cut
 
     @property
     def outcome(self) -> Literal["won", "tied", "lost", "failed"]:
@@ -287,6 +296,12 @@ def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
         )
         for row in rows
     ]
+
+
+def with_reasoning(answer: str, columns: Mapping[str, Any]) -> str:
+    """Return an expected answer as a model that reasons gives it: after the row's reasoning, if a column has it."""
+    reasoning = [value for name, value in columns.items() if re.sub(r"[\s_-]", "", name).casefold() in REASONING]
+    return "\n".join([*(value for value in reasoning if isinstance(value, str)), answer])
 
 
 def dump_tests(tests: Iterable[InferenceTest]) -> bytes:

@@ -291,6 +291,31 @@ def test_with_a_test_file_every_held_out_row_chooses(check, tmp_path):
     assert len(rows_of(tmp_path / "heldout.jsonl")) == 24
 
 
+LENGTHS = [
+    # the config, what is added to each row, the test's answer, and the words of the warnings
+    ("grpo: {max_completion_length: 16}", {}, "10", []),
+    (
+        "grpo: {max_completion_length: 16}",
+        {"Reasoning": "x" * 20},
+        "10",
+        ["32 of 32 sampled, 0 of 20 inference"],
+    ),
+    ("grpo: {max_completion_length: 16}", {}, "y" * 40, ["0 of 32 sampled, 20 of 20 inference tests; 64 fits them all"]),
+    ("tests: {max_completion_length: 256}", {}, "y" * 255, []),
+    ("tests: {max_completion_length: 256}", {}, "y" * 256, ["257 tokens of the longest", "20 of 20 inference tests; 288"]),
+]
+
+
+@pytest.mark.parametrize(("config", "more", "answer", "words"), LENGTHS)
+def test_limits_below_what_the_expected_answers_need_are_told(check, config, more, answer, words):
+    rows = [row | more for row in many(32)]
+    tests = [{"prompt": f"{n} times 2?", "description": answer} for n in range(20)]
+    found = check(rows, config, tests, model=True)
+    about = [warning for warning in found.warnings if "max_completion_length" in warning]
+    assert len(about) == len(words), about
+    assert all(any(each in warning for warning in about) for each in words), about
+
+
 FEW = [
     # rows, tests, what the warning counts, and what it advises
     (

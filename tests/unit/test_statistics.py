@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from pipeline.publish import statistics
 from pipeline.publish.statistics import Pair, compare, evaluate, interval, needed, sign_test
@@ -263,6 +264,81 @@ def test_the_gate(tests, gate, status, words):
     evaluation = evaluate(tests, config(**gate))
     assert evaluation.verdict.status == status
     assert words in " ".join(evaluation.verdict.reasons)
+
+
+def cut(tests: list[Outcome], model: str = "base") -> list[Outcome]:
+    """The tests with one model's answers cut by the limit."""
+    return [structs.replace(test, **{model: structs.replace(getattr(test, model), cut=True)}) for test in tests]
+
+
+CUT = [
+    # tests, the verdict, and what it says
+    (
+        cut(outcomes(*[WON] * 16)) + outcomes(*[TIED] * 12),
+        "PENDING",
+        "No lift is left without the tests where the limit of tokens cut an answer: raise tests.max_completion_length, so",
+    ),
+    (
+        cut(outcomes(*[WON] * 16)) + outcomes(*[TIED] * 12),
+        "PENDING",
+        "+0.571 of the lift of +0.571 stands on 16 of 28 tests",
+    ),
+    (
+        cut(outcomes(*[WON] * 16)) + outcomes(*[TIED] * 12),
+        "PENDING",
+        "0 of the tuned model). Over the other 12 tests, the lift is +0.000 (95% interval ",
+    ),
+    (
+        cut(outcomes(*[WON] * 30)),
+        "PENDING",
+        "(30 of the base model, 0 of the tuned model). No test has two answers that ended by themselves.",
+    ),
+    (
+        cut(outcomes(*[WON] * 20)) + outcomes(*[WON] * 2, *[LOST] * 1, *[TIED] * 20),
+        "PENDING",
+        "Too little evidence of a lift is left without the tests",
+    ),
+    (
+        cut(outcomes(*[WON] * 5)) + outcomes(*[WON] * 25),
+        "APPROVED",
+        "+0.167 of the lift of +1.000 stands on 5 of 30 tests where the limit of tokens cut an answer (5 of the base model",
+    ),
+    (
+        cut(outcomes(*[LOST] * 3), "tuned") + outcomes(*[WON] * 30),
+        "APPROVED",
+        "-0.091 of the lift of +0.818 stands on 3 of 33 tests where the limit of tokens cut an answer (0 of the base model",
+    ),
+    (cut(outcomes(*[LOST] * 30), "tuned"), "REJECTED", "-1.000 of the lift of -1.000 stands on 30 of 30 tests"),
+    (cut(outcomes(*[WON] * 4)) + outcomes(*[TIED] * 30), "PENDING", "+0.118 of the lift of +0.118 stands on 4 of 34 tests"),
+    (
+        cut(outcomes(*[WON] * 20), "tuned") + outcomes(*[WON] * 20, weight=3.0),
+        "APPROVED",
+        "+0.250 of the lift of +1.000 stands on 20 of 40 tests",
+    ),
+    (cut(outcomes(*[WON] * 30, judges=False)) + outcomes(*[WON] * 30), "APPROVED", "30 of 60 tests do not judge"),
+]
+
+
+@pytest.mark.parametrize(("tests", "status", "words"), CUT)
+def test_a_lift_is_not_made_by_a_limit(tests, status, words):
+    evaluation = evaluate(tests, config())
+    said = " ".join(evaluation.verdict.reasons)
+    assert evaluation.verdict.status == status
+    assert words in said
+    assert said.count("stands on") == any(test.cut and test.judges for test in tests)
+    assert evaluation.cut == {"base": sum(t.base.cut for t in tests), "tuned": sum(t.tuned.cut for t in tests)}
+
+
+def test_without_cut_answers_nothing_is_said_of_a_limit():
+    evaluation = evaluate(outcomes(*[WON] * 17, *[TIED] * 11), config())
+    assert "limit of tokens" not in " ".join(evaluation.verdict.reasons)
+    assert evaluation.ended == evaluation.comparison
+
+
+def test_a_must_pass_test_that_failed_because_it_was_cut_says_so():
+    tests = outcomes(*[WON] * 30) + cut(outcomes(LOST, must_pass=True), "tuned")
+    (reason, _) = evaluate(tests, config()).verdict.reasons
+    assert reason == "The must-pass test 't0' failed: it scores 0.00, not full marks; the limit of tokens cut its answer."
 
 
 def test_a_check_that_is_not_met_says_so():

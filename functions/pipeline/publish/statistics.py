@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from tunedrop.config.model import RunConfig
+from tunedrop.config.model import Gate, RunConfig
 from tunedrop.inference_tests import Outcome
 from tunedrop.questions import prompt_text, question
 
@@ -77,12 +77,18 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """The comparison over the inference tests that judge, by tag and by reward; `failed` counts tests without a score."""
+    """The comparison over the inference tests that judge, by tag and by reward; `failed` counts tests without a score.
+
+    `cut` counts the tests with an answer that the limit of tokens cut, by model. `ended` is the comparison over the tests
+    where both models' answers ended by themselves, None if there is no such test.
+    """
 
     comparison: Comparison
+    ended: Comparison | None
     by_tag: dict[str, Comparison]
     by_reward: dict[str, Comparison]
     passed: dict[str, int]
+    cut: dict[str, int]
     failed: int
     verdict: Verdict
 
@@ -187,10 +193,9 @@ def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
 
     If no scored test judges, the comparison is over all scored tests, and the verdict is not APPROVED.
     """
-    scored = [test for test in tests if test.base.score is not None and test.tuned.score is not None]
-    if not scored:
+    judging = _judging(tests)
+    if not judging:
         raise ValueError(f"none of the {len(tests)} inference tests could be scored")
-    judging = [test for test in scored if test.judges] or scored
     gate = config.gate
     # A reward is 0 to 1, a penalty -1 to 0. `compare` widens the span to the measured scores.
     weights = {reward.label: abs(reward.weight) for reward in config.rewards}
@@ -214,6 +219,8 @@ def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
 
     span = sum(weights.values())
     comparison = compared(judging, total, span)
+    uncut = [test for test in judging if not test.cut]
+    ended = compared(uncut, total, span) if uncut else None
     by_tag = {
         tag: compared([test for test in judging if tag in test.tags], total, span)
         for tag in sorted({tag for test in judging for tag in test.tags})
@@ -221,27 +228,48 @@ def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
     names = [name for name in weights if any(None not in reward(name)(test) for test in judging)]
     return Evaluation(
         comparison=comparison,
+        ended=ended,
         by_tag=by_tag,
         by_reward={name: compared(judging, reward(name), 1.0) for name in names},
         passed={
             "base": sum(test.base.passed is True for test in tests),
             "tuned": sum(test.tuned.passed is True for test in tests),
         },
-        failed=len(tests) - len(scored),
-        verdict=decide(tests, comparison, by_tag, config),
+        cut={"base": sum(test.base.cut for test in tests), "tuned": sum(test.tuned.cut for test in tests)},
+        failed=sum(test.outcome == "failed" for test in tests),
+        verdict=decide(tests, comparison, ended, by_tag, config),
     )
 
 
-def decide(tests: Sequence[Outcome], comparison: Comparison, by_tag: dict[str, Comparison], config: RunConfig) -> Verdict:
-    """Decide whether the tuned model may be used.
+def _judging(tests: Sequence[Outcome]) -> list[Outcome]:
+    """Return the scored tests that judge, or all scored tests if none of them judges."""
+    scored = [test for test in tests if test.base.score is not None and test.tuned.score is not None]
+    return [test for test in scored if test.judges] or scored
+
+
+def _lift(test: Outcome) -> float:
+    assert test.base.score is not None
+    assert test.tuned.score is not None
+    return test.tuned.score - test.base.score
+
+
+def decide(
+    tests: Sequence[Outcome],
+    comparison: Comparison,
+    ended: Comparison | None,
+    by_tag: dict[str, Comparison],
+    config: RunConfig,
+) -> Verdict:
+    """Decide whether the tuned model may be used. The arguments are as in `Evaluation`.
 
     `REJECTED`: a must-pass test failed, a protected tag regressed, or the lift is not above `min_lift`. `PENDING`: there is
-    not enough evidence to decide. `APPROVED`: the lower bound of the lift is above `min_lift`.
+    not enough evidence to decide, or only with the answers that the limit of tokens cut. `APPROVED`: the lower bound of the
+    lift is above `min_lift`, with these answers and without them.
     """
     gate = config.gate
-    bounds = f"{gate.confidence:.0%} interval {comparison.lift_low:+.3f} to {comparison.lift_high:+.3f}"
     repeats = f" of {comparison.questions} different questions" if comparison.questions < comparison.tests else ""
-    lift = f"a lift of {comparison.lift:+.3f} over {comparison.tests} tests{repeats} ({bounds})"
+    lift = f"a lift of {comparison.lift:+.3f} over {comparison.tests} tests{repeats} ({_bounds(comparison, gate)})"
+    cut = list(_on_cut_answers(tests, comparison, ended, gate))
     against = [
         *_failed_must_pass_tests(tests),
         *_regressed_tags(gate.must_not_regress, by_tag),
@@ -256,18 +284,50 @@ def decide(tests: Sequence[Outcome], comparison: Comparison, by_tag: dict[str, C
         *_unscored_tests(tests),
         *_no_judges(tests),
         *_too_little_evidence(comparison, gate.min_lift, lift),
+        *_made_by_the_limit(comparison, ended, gate.min_lift),
     ]
     if against:
-        return Verdict("REJECTED", against)
+        return Verdict("REJECTED", [*against, *cut])
     if missing:
-        return Verdict("PENDING", missing)
-    return Verdict("APPROVED", [f"The tuned model is better: {lift}.", *_kept(tests, gate.must_not_regress)])
+        return Verdict("PENDING", [*missing, *cut])
+    return Verdict("APPROVED", [f"The tuned model is better: {lift}.", *cut, *_kept(tests, gate.must_not_regress)])
+
+
+def _bounds(comparison: Comparison, gate: Gate) -> str:
+    return f"{gate.confidence:.0%} interval {comparison.lift_low:+.3f} to {comparison.lift_high:+.3f}"
+
+
+def _on_cut_answers(tests: Sequence[Outcome], comparison: Comparison, ended: Comparison | None, gate: Gate) -> Iterator[str]:
+    """Say how much of the lift stands on the tests where the limit of tokens cut an answer."""
+    judging = _judging(tests)
+    cut = [test for test in judging if test.cut]
+    if not cut:
+        return
+    part = sum(_lift(test) * test.weight for test in cut) / sum(test.weight for test in judging)
+    base, tuned = sum(test.base.cut for test in cut), sum(test.tuned.cut for test in cut)
+    rest = "No test has two answers that ended by themselves."
+    if ended:
+        rest = f"Over the other {ended.tests} tests, the lift is {ended.lift:+.3f} ({_bounds(ended, gate)})."
+    yield (
+        f"{part:+.3f} of the lift of {comparison.lift:+.3f} stands on {len(cut)} of {len(judging)} tests where the limit of "
+        f"tokens cut an answer ({base} of the base model, {tuned} of the tuned model). {rest}"
+    )
+
+
+def _made_by_the_limit(comparison: Comparison, ended: Comparison | None, min_lift: float) -> Iterator[str]:
+    if comparison.lift_low > min_lift and (ended is None or ended.lift_low <= min_lift):
+        left = "No lift" if ended is None or ended.lift <= min_lift else "Too little evidence of a lift"
+        yield (
+            f"{left} is left without the tests where the limit of tokens cut an answer: raise tests.max_completion_length, "
+            "so that both models can finish."
+        )
 
 
 def _failed_must_pass_tests(tests: Sequence[Outcome]) -> Iterator[str]:
     for test in tests:
         if test.must_pass and test.tuned.error is None and not test.tuned.passed:
             why = "; ".join(test.tuned.unmet) or f"it scores {test.tuned.score:.2f}, not full marks"
+            why += "; the limit of tokens cut its answer" if test.tuned.cut else ""
             yield f"The must-pass test '{test.id}' failed: {why}."
 
 

@@ -31,6 +31,7 @@ class Survey:
         self._counting: PromptTokens | None = None
         self._duplicates = Duplicates()
         self._prompts, self._answers = Counter[int](), Counter[int]()
+        self._tests = tests
         self._repeated = RepeatedTests(tests, config)
 
     def add(self, batch: Rows, encoded: Sequence[bytes], hashes: Sequence[int]) -> None:
@@ -107,7 +108,7 @@ class Survey:
             return {}, []
         try:
             self._problems += self._counting.refused(roles)
-            return self._counting.result(sample)
+            return self._counting.result(sample, self._tests)
         except TokenizerError as error:
             self._give_up(error)
             return {}, []
