@@ -24,7 +24,7 @@ from tunedrop_cli.sample import DATA
 
 def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
     """Return the completions of the test job's engine."""
-    config = parse_run_config({"model": "base", "grpo": {"max_completion_length": tokens}})
+    config = parse_run_config({"model": "base", "tests": {"max_completion_length": tokens}})
     tokenizer = models.load_tokenizer(location)
     engine = Engine(location, tokenizer, Decoding.of(config), models.test_dtype(location))
     texts = []

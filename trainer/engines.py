@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer import models
 from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import limit_of_tests
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +22,22 @@ BATCH_TOKENS = 8192
 
 
 class Completion(NamedTuple):
-    """A model's completion: its text, its number of tokens, and the seconds that its batch took."""
+    """A model's completion: its text, its number of tokens, and the seconds that its batch took.
+
+    `cut`: the limit ended it, not the model.
+    """
 
     text: str
     tokens: int
     seconds: float
+    cut: bool
 
 
 class Decoding(NamedTuple):
-    """How both models decode: at most `limit` tokens. The sampling settings and the seed count for several samples only."""
+    """How both models decode: at most `limit` tokens, fewer where the model's context leaves fewer.
+
+    The sampling settings and the seed count for several samples only.
+    """
 
     limit: int
     seed: int
@@ -38,10 +46,10 @@ class Decoding(NamedTuple):
     top_k: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Decoding":
-        """Return the decoding settings that the run trained with."""
+    def of(cls, config: RunConfig, longest: int = 0) -> "Decoding":
+        """Return the decoding settings that the run trained with, but the tests' limit (`limit_of_tests`)."""
         return cls(
-            limit=int(config.grpo["max_completion_length"]),
+            limit=limit_of_tests(config, longest),
             seed=config.grpo_value("seed"),
             temperature=config.grpo_value("temperature"),
             top_p=config.grpo_value("top_p"),
@@ -82,15 +90,22 @@ class Engine:
         inputs = self._tokenizer.pad({"input_ids": repeated}, padding_side="left", return_tensors="pt").to(
             self._model.device
         )
+        length = inputs["input_ids"].shape[1]
+        limit = min(self.decoding.limit, self.context - length) if self.context else self.decoding.limit
         torch.manual_seed(self.decoding.seed)
         started = time.monotonic()
         with torch.inference_mode():
-            output = self._model.generate(**inputs, max_new_tokens=self.decoding.limit, **settings)
+            output = self._model.generate(**inputs, max_new_tokens=limit, **settings)
         seconds = time.monotonic() - started
-        ids = output[:, inputs["input_ids"].shape[1] :]
+        ids = output[:, length:]
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         tokens = (ids != self._tokenizer.pad_token_id).sum(1).tolist()
-        completions = [Completion(text, count, seconds) for text, count in zip(texts, tokens, strict=True)]
+        end = self._model.generation_config.eos_token_id  # one token, several or none
+        ends = torch.tensor([] if end is None else end, dtype=ids.dtype, device=ids.device)
+        cut = (~torch.isin(ids, ends).any(1)).tolist()
+        completions = [
+            Completion(text, count, seconds, at_limit) for text, count, at_limit in zip(texts, tokens, cut, strict=True)
+        ]
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
 
     def close(self) -> None:

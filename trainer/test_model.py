@@ -2,8 +2,9 @@
 
 The job reads the run config (channel `run`), the tests (`inference_testing`), the base model (`models`, else the hub) and
 the training job's `merged/` (`tuned`). Both models get the same prompts, decoding settings and seeds. A test with one sample
-is decoded greedily; several samples are drawn as in training. The run's rewards score the completions, and so do each test's
-own checks. If a test cannot be completed or scored, its result says why, and the other tests go on.
+is decoded greedily; several samples are drawn as in training. Tests have a limit of tokens of their own, and an answer that
+it cut is marked. The run's rewards score the completions, and so do each test's own checks. If a test cannot be completed or
+scored, its result says why, and the other tests go on.
 
 The job writes to `/opt/ml/model`: `inference.json`, from which publish_results decides the verdict, and
 `evaluation_base.jsonl` and `evaluation_tuned.jsonl`, one line per completion in the format of RFT evaluations. Both models
@@ -28,7 +29,16 @@ from trainer.job import JobError, failure_reported, set_up_logging
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.inference_tests import Check, InferenceTest, Latency, ModelResult, Outcome, build_checks, parse_tests
+from tunedrop.inference_tests import (
+    Check,
+    InferenceTest,
+    Latency,
+    ModelResult,
+    Outcome,
+    build_checks,
+    parse_tests,
+    with_reasoning,
+)
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards, score
 from tunedrop.rewards.wire import write_result
 
@@ -49,7 +59,8 @@ def complete(
 
     `name` is the model's name in the log.
     """
-    kwargs, limit = config.grpo.get("chat_template_kwargs") or {}, engine.decoding.limit
+    kwargs = config.grpo.get("chat_template_kwargs") or {}
+    least = min(engine.decoding.limit, int(config.grpo["max_completion_length"]))
     prompts: dict[int, list[int]] = {}
     results: list[list[Completion] | str] = ["not completed"] * len(tests)
     for at, test in enumerate(tests):
@@ -58,9 +69,9 @@ def complete(
         except Exception as error:  # noqa: BLE001 - a chat template is a program; the other tests go on
             results[at] = f"the chat template does not accept this conversation: {error}"
             continue
-        if engine.context and len(ids) + limit > engine.context:
+        if engine.context and len(ids) + least > engine.context:
             results[at] = (
-                f"{len(ids)} tokens of prompt and {limit} of completion exceed the model's context of {engine.context}"
+                f"{len(ids)} tokens of prompt and {least} of completion exceed the model's context of {engine.context}"
             )
         else:
             prompts[at] = ids
@@ -119,6 +130,7 @@ def scored(
                 passed=not unmet if checks else all(value is None or value >= 1.0 for value in paid),
                 unmet=unmet,
                 tokens=completion.tokens,
+                cut=completion.cut,
                 seconds=round(completion.seconds, 3) if test.timed else None,
             )
         )
@@ -150,12 +162,20 @@ def _mean(samples: list[ModelResult]) -> ModelResult:
         passed=all(sample.passed for sample in samples),
         unmet=next((sample.unmet for sample in samples if sample.unmet), []),
         tokens=sum(sample.tokens or 0 for sample in samples),
+        cut=any(sample.cut for sample in samples),
         samples=samples,
     )
 
 
+def longest_answer(location: str, tests: Sequence[InferenceTest]) -> int:
+    """Return how many tokens of the model's tokenizer the longest expected answer has, its reasoning included."""
+    expected = [with_reasoning(test.reference, test.columns) for test in tests]
+    ids = models.load_tokenizer(location)(expected, add_special_tokens=False)["input_ids"]
+    return max(map(len, ids))
+
+
 def run_tests(
-    location: str, tests: list[InferenceTest], config: RunConfig, name: str, dtype: "torch.dtype"
+    location: str, tests: list[InferenceTest], config: RunConfig, name: str, decoding: Decoding, dtype: "torch.dtype"
 ) -> tuple[list[ModelResult], list[ModelResult]]:
     """Load a model in this type and run the tests and the probe; return the results of both.
 
@@ -163,7 +183,7 @@ def run_tests(
     """
     allowed = job_permissions()
     tokenizer = models.load_tokenizer(location)
-    engine = Engine(location, tokenizer, Decoding.of(config), dtype)
+    engine = Engine(location, tokenizer, decoding, dtype)
     rewards = build_rewards(config.rewards, allowed)
     results = [
         scored(test, completions, rewards, allowed)
@@ -221,6 +241,7 @@ def outcomes(tests: list[InferenceTest], base: list[ModelResult], tuned: list[Mo
             tags=test.tags,
             weight=test.weight,
             must_pass=test.must_pass,
+            judges=test.judges,
             base=before,
             tuned=after,
         )
@@ -229,11 +250,12 @@ def outcomes(tests: list[InferenceTest], base: list[ModelResult], tuned: list[Mo
 
 
 def evaluation_lines(tests: list[InferenceTest], results: list[ModelResult]) -> bytes:
-    """Return one line per scored completion, `{"id", "aggregate_reward_score", "metrics_list"}`."""
+    """Return one line per scored completion, `{"id", "aggregate_reward_score", "metrics_list", "cut"}`."""
     lines = [
         write_result(
             f"{test.id}:{number}" if result.samples else test.id, {"score": sample.score, "rewards": sample.rewards}
         )
+        | {"cut": sample.cut}
         for test, result in zip(tests, results, strict=True)
         if result.error is None
         for number, sample in enumerate(result.samples or [result])
@@ -253,12 +275,13 @@ def run() -> Path:
     config = with_rewards(config, [test.columns | {"prompt": test.prompt, "answer": test.reference} for test in tests])
     location, merged = models.locate(config.model), tuned_model()
     dtype = models.test_dtype(merged)
-    base, base_probe = run_tests(location, tests, config, "base", dtype)
-    tuned, tuned_probe = run_tests(merged, tests, config, "tuned", dtype)
+    decoding = Decoding.of(config, longest_answer(location, tests))
+    base, base_probe = run_tests(location, tests, config, "base", decoding, dtype)
+    tuned, tuned_probe = run_tests(merged, tests, config, "tuned", decoding, dtype)
     result = {
         "base_model": config.model,
         "base_model_license": license_of(location),
-        "generation": {"dtype": str(dtype).removeprefix("torch.")} | Decoding.of(config)._asdict(),
+        "generation": {"dtype": str(dtype).removeprefix("torch.")} | decoding._asdict(),
         "seconds": round(time.monotonic() - started, 1),
         "tests": outcomes(tests, base, tuned),
         "probe": outcomes(probe(config)[0], base_probe, tuned_probe),
@@ -270,7 +293,8 @@ def run() -> Path:
     path = folder / "inference.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
     scores = [[each.score for each in results if each.score is not None] for results in (base, tuned)]
-    log.info("tests=%d base_score=%.4f tuned_score=%.4f", len(tests), *map(fmean, scores))
+    cut = [sum(each.cut for each in results) for results in (base, tuned)]
+    log.info("tests=%d base_score=%.4f tuned_score=%.4f base_cut=%d tuned_cut=%d", len(tests), *map(fmean, scores), *cut)
     return path
 
 

@@ -22,6 +22,8 @@ FIGURES = {
     "won": ("comparison", "wins"),
     "tied": ("comparison", "ties"),
     "lost": ("comparison", "losses"),
+    "cut answers, base": ("cut", "base"),
+    "cut answers, tuned": ("cut", "tuned"),
     "steps": ("training", "steps"),
     "training seconds": ("training", "seconds"),
     "cost in USD": ("cost", "usd"),
@@ -68,12 +70,24 @@ def facts_of_end(deployment: Deployment, run: Run) -> list[Fact]:
         *state,
         ("verdict", result["verdict"]),
         ("score", scores),
+        *_cut_answers(result),
         *(("reason", reason) for reason in result["reasons"]),
         *([] if cost is None else [("cost", f"${cost:.2f}")]),
         ("model", result["artifacts"]["merged_model"]),
         ("model package", result["model_package"]),
         ("report", str(deployment.save_report(run))),
     ]
+
+
+def _cut_answers(result: dict[str, Any]) -> Iterator[Fact]:
+    """Yield the fact about answers that the limit of tokens cut, if there are any. Runs of older versions have no count."""
+    cut = result.get("cut", {})
+    if any(cut.values()):
+        ended = result["ended"]
+        rest = (
+            f"the lift without them is {ended['lift']:+.3f} over {ended['tests']} tests" if ended else "no test without them"
+        )
+        yield "cut answers", f"base {cut['base']}, tuned {cut['tuned']}; {rest}"
 
 
 def _rejection(receipt: dict[str, Any]) -> Iterator[Fact]:

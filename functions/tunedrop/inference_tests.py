@@ -8,13 +8,15 @@ read as those of a dataset's row, with the same names of columns. Beside them, a
   pass. A test without checks passes when every reward of the run with a positive weight gives 1.0;
 - `must_pass`: the gate rejects a tuned model that fails the test;
 - `samples`: the number of completions per model (pass@k);
+- `judges`: false for a test whose score does not count in the lift. Validation sets it for tests that repeat a row;
 - `tags`, `weight`, and `columns` (the columns that rewards read beside the answer).
 """
 
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -32,6 +34,8 @@ from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, Rew
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64
+# Columns with the reasoning that leads to a row's answer, in lower case without spaces, `_` and `-`.
+REASONING = {"reasoning", "rationale", "explanation", "thought", "thoughts", "thinking", "chainofthought", "cot"}
 
 
 class Latency(BaseModel):
@@ -59,6 +63,7 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    judges: bool = True
     samples: int = 1
     checks: list[dict[str, Any]] = []
     columns: dict[str, Any] = {}
@@ -73,8 +78,8 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """A model's result in one test, as in `inference.json`.
 
     With several samples, `text` is the first sample's text, `score` and `rewards` are means, `passed` is true when all
-    samples passed, and `samples` has the result of each. `unmet` lists the checks that failed. `error` is the reason for
-    a missing score.
+    samples passed, and `samples` has the result of each. `unmet` lists the checks that failed. `cut`: the limit of tokens
+    ended a completion, not the model. `error` is the reason for a missing score.
     """
 
     text: str = ""
@@ -83,6 +88,7 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     passed: bool | None = None
     unmet: list[str] = []
     tokens: int | None = None
+    cut: bool = False
     seconds: float | None = None
     error: str | None = None
     samples: list["ModelResult"] = []
@@ -99,6 +105,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
+    judges: bool = True
+
+    @property
+    def cut(self) -> bool:
+        """Whether the limit of tokens cut an answer of one of the models."""
+        return self.base.cut or self.tuned.cut
 
     @property
     def outcome(self) -> Literal["won", "tied", "lost", "failed"]:
@@ -116,6 +128,7 @@ class _Case(msgspec.Struct):
     tags: list[str] = []
     weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     must_pass: bool = False
+    judges: bool = True
     samples: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)] = 1
     checks: list[dict[str, Any]] = []
     columns: dict[str, Any] = {}
@@ -246,6 +259,7 @@ def _inference_test(case: Any, number: int, rows: Records, permissions: RewardPe
         tags=fields.tags,
         weight=fields.weight,
         must_pass=fields.must_pass,
+        judges=fields.judges,
         samples=fields.samples,
         checks=fields.checks,
         columns={name: value for name, value in row.items() if name not in OWN} | fields.columns,
@@ -279,6 +293,12 @@ def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
         )
         for row in rows
     ]
+
+
+def with_reasoning(answer: str, columns: Mapping[str, Any]) -> str:
+    """Return an expected answer as a model that reasons gives it: after the row's reasoning, if a column has it."""
+    reasoning = [value for name, value in columns.items() if re.sub(r"[\s_-]", "", name).casefold() in REASONING]
+    return "\n".join([*(value for value in reasoning if isinstance(value, str)), answer])
 
 
 def dump_tests(tests: Iterable[InferenceTest]) -> bytes:

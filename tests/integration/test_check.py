@@ -93,9 +93,13 @@ def test_the_text_has_a_line_for_each_fact_and_is_plain_in_a_pipe(tmp_path):
             "warning: rows with an earlier row's prompt and another answer: 1 (rows 2 and 14, for example); "
             "a reward can pay only one of the answers"
         ),
+        (
+            "warning: there is no test file, and only 1 different held-out questions judge the model; the gate needs at "
+            "least 20 to decide: add about 266 rows, or upload a test file"
+        ),
         "Automatic corrections:",
         "  grpo.generation_batch_size 12 → 16: a multiple of num_generations (8) and of 8 completions per GPU",
-        "valid: 14 rows, 1 held out, 1 inference test, 0 errors, 3 warnings",
+        "valid: 14 rows, 1 held out, 1 inference test, 0 errors, 4 warnings",
     ]
 
 

@@ -6,7 +6,9 @@ import re
 import boto3
 import pytest
 from click.testing import CliRunner
+from fake_stack import ARTIFACTS
 from rich.console import Console
+from world import WON
 
 from pipeline.publish.index import read_index
 from pipeline.runs.states import RunState
@@ -111,6 +113,32 @@ def test_runs_and_show_are_aligned_columns_without_colour_or_wrapping_in_a_pipe(
     assert expected.items() <= facts.items()
     assert facts["model package"] == run.model_package
     assert not any("\x1b" in line or line != line.rstrip() for line in [header, *rows, *shown])
+
+
+def test_answers_that_the_limit_cut_are_in_every_place(world, tunedrop):
+    """All thirty tests are won, twelve of them because the base model's answer was cut."""
+    world.put("training_data/cars.yaml", b"rewards: [{type: exact_match}]")
+    tests = [test | {"base": test["base"] | {"cut": n < 12, "tokens": 9}} for n, test in enumerate(WON)]
+    run = world.tested(world.trained(world.drop()), tests)
+    result = world.read_json(f"runs/{run.run_id}/result.json")
+    assert (result["cut"], result["ended"]["tests"]) == ({"base": 12, "tuned": 0}, 18)
+    shown = tunedrop("show", "cars")
+    assert re.search(
+        r"^cut answers +base 12, tuned 0; the lift without them is \+1\.000 over 18 tests$", shown, re.MULTILINE
+    )
+    assert "+0.400 of the lift of +1.000 stands on 12 of 30 tests" in shown
+    compared = [line.split() for line in tunedrop("compare", "cars", "cars").splitlines()]
+    assert ["cut", "answers,", "base", "12", "12"] in compared
+    assert "cut after 9 tokens" in world.aws.read(ARTIFACTS, f"runs/{run.run_id}/report.html").decode()
+    assert json.loads(world.sent_events[-1]["Detail"])["cut"] == result["cut"]
+    assert "cut answers: 12 (base), 0 (tuned)" in json.loads(world.notifications[-1]["Message"])["default"]
+
+
+def test_a_lift_that_only_the_limit_made_is_pending(world, tunedrop):
+    world.put("training_data/cars.yaml", b"rewards: [{type: exact_match}]")
+    run = world.tested(world.trained(world.drop()), [test | {"base": test["base"] | {"cut": True}} for test in WON])
+    assert run.verdict == "PENDING"
+    assert "No lift is left without the tests where the limit of tokens cut an answer" in tunedrop("show", "cars")
 
 
 def test_a_terminal_gets_colours(world, tunedrop, monkeypatch):

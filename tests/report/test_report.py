@@ -31,6 +31,24 @@ def test_size_and_what_it_says():
     assert LARGE.count("<svg") == 6
 
 
+def test_answers_that_a_limit_cut_and_tests_that_do_not_judge_are_marked():
+    assert LARGE.count("cut after 9 tokens") == sum(test.base.cut + test.tuned.cut for test in TESTS) > 0
+    assert "Without cut answers" in LARGE
+    assert "answers cut by the limit of tokens" in LARGE
+    assert LARGE.count(">does not judge<") == 1
+    whole = [structs.replace(test, base=structs.replace(test.base, cut=False)) for test in TESTS]
+    assert "cut after" not in made_report(whole)
+    assert "Without cut answers" not in made_report(whole)
+
+
+@pytest.mark.parametrize(("choosing", "own_tests"), [(25, False), (100, True)])
+def test_only_a_test_file_of_its_own_is_a_part_of_a_repeated_run(choosing, own_tests):
+    """Held-out rows as a test file would be tests that repeat rows."""
+    receipt = {"rows": 1000, "heldout": 100, "choosing": choosing, "columns": {}, "stats": {}, "source": {"sha256": ""}}
+    page = made_report(made_tests(3), receipt=receipt | {"warnings": [], "fixes": [], "cost": {}})
+    assert ("--tests tests.json" in page) == own_tests
+
+
 def test_long_answers_are_cut_so_that_the_page_stays_small():
     tuned = ModelResult(text="w " * 20_000, score=0.0)
     long = [structs.replace(test, reference="r" * 50_000, tuned=tuned) for test in made_tests(800)]
@@ -47,6 +65,10 @@ def test_filters_and_search(opened):
         count = sum(test.outcome == name for test in TESTS)
         page.get_by_role("button", name=f"{name.capitalize()} {count}").click()
         expect(cards(page)).to_have_count(count)
+    cut = sum(test.cut for test in TESTS)
+    assert cut
+    page.get_by_role("button", name=f"Cut {cut}").click()
+    expect(cards(page)).to_have_count(cut)
     page.get_by_role("button", name="Lost").click()
     page.get_by_label("Tag").select_option("<b>safety</b>")
     expect(cards(page)).to_have_count(sum(test.outcome == "lost" and "<b>safety</b>" in test.tags for test in TESTS))

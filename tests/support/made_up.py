@@ -28,7 +28,9 @@ def made_tests(count: int) -> list[Outcome]:
         return " ".join(generator.choices(WORDS, k=length))
 
     def answer(text: str, score: float) -> ModelResult:
-        return ModelResult(text=text, score=score, rewards={"exact_match": score}, passed=score >= 1, tokens=9)
+        return ModelResult(
+            text=text, score=score, rewards={"exact_match": score}, passed=score >= 1, tokens=9, cut=text.endswith("brew")
+        )
 
     tests = []
     for number in range(count):
@@ -45,6 +47,7 @@ def made_tests(count: int) -> list[Outcome]:
                 tags=[["easy", "hard", "<b>safety</b>"][number % 3]],
                 must_pass=number == 0,
                 base=answer(base, float(number % 4 == 0)),
+                judges=number != 4,
                 tuned=answer(tuned, float(number % 5 != 1))
                 if number != 3
                 else ModelResult(error=f"reward 'judge' failed: {HOSTILE}"),
@@ -86,6 +89,7 @@ def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
     receipt = {
         "rows": 1000,
         "heldout": 100,
+        "choosing": 25,
         "columns": {"prompt": HOSTILE, "answer": "Answer"},
         "stats": {"mean_prompt_characters": 82.1},
         "source": {"sha256": "ab" * 32},

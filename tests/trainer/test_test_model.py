@@ -49,7 +49,7 @@ def test_both_models_answer_and_are_scored(ask, job, capsys):
     assert (last["reference"], last["tags"], last["weight"], last["must_pass"]) == ("é", ["a"], 2.5, True)
     for test in result["tests"]:
         for model in ("base", "tuned"):
-            assert len(test[model]["text"]) <= 6
+            assert len(test[model]["text"]) <= 12  # the tests' limit is twice the training's
             assert test[model]["score"] == 2.0 * test[model]["rewards"]["length"]
             assert test[model]["passed"] == (test[model]["rewards"]["length"] == 1.0)
     assert [test["base"]["text"] for test in result["tests"]] != [test["tuned"]["text"] for test in result["tests"]]
@@ -61,6 +61,7 @@ def test_both_models_answer_and_are_scored(ask, job, capsys):
         "id": "t1",
         "aggregate_reward_score": first["tuned"]["score"],
         "metrics_list": [{"name": "length", "value": first["tuned"]["rewards"]["length"], "type": "Reward"}],
+        "cut": first["tuned"].get("cut", False),
     }
 
 
@@ -71,6 +72,48 @@ def test_the_probe_asks_both_models_ordinary_questions_without_the_system_prompt
         assert [message["role"] for message in case["prompt"]] == ["user"]
         assert {case["base"]["passed"], case["tuned"]["passed"]} <= {True, False}
         assert len(case["base"]["text"]) <= test_model.PROBE_TOKENS
+
+
+def test_an_answer_that_the_limit_cut_is_marked(ask, job, tiny):
+    """The same greedy model with a smaller limit writes the beginning of the same answer, and is cut where it wrote more."""
+    far = ask(*CASES, CASES[0] | {"id": "drawn", "samples": 4}, tests={"max_completion_length": 60})["tests"]
+    lengths = sorted({test["base"]["tokens"] for test in far[:5]})
+    assert len(lengths) > 1, "the tiny model's answers must differ in length for this test"
+    limit = lengths[0] + 1  # the tokens do not count the end
+    near = ask(*CASES, CASES[0] | {"id": "drawn", "samples": 4}, tests={"max_completion_length": limit})["tests"]
+    for whole, test in zip(far[:5], near[:5], strict=True):
+        for model in ("base", "tuned"):
+            assert whole[model]["text"].startswith(test[model]["text"])
+            assert test[model].get("cut", False) == (whole[model]["tokens"] >= limit)
+    drawn = near[5]["base"]
+    assert drawn.get("cut", False) == any(sample.get("cut", False) for sample in drawn["samples"])
+    marks = {line["id"]: line["cut"] for line in lines(job, "base")}
+    assert marks == {test["id"]: test["base"].get("cut", False) for test in near[:5]} | {
+        f"drawn:{n}": sample.get("cut", False) for n, sample in enumerate(drawn["samples"])
+    }
+
+
+@pytest.mark.parametrize(
+    ("limits", "test", "limit"),
+    [
+        ({}, {}, 12),  # twice the training's
+        ({}, {"description": "x" * 30}, 31),  # the longest expected answer, and its end
+        ({}, {"columns": {"Chain_of thought": "y" * 20}}, 23),  # its reasoning, a line break, the answer and the end
+        ({"tests": {"max_completion_length": 9}}, {"description": "x" * 30}, 9),
+    ],
+)
+def test_tests_have_a_limit_of_their_own(ask, limits, test, limit):
+    result = ask(CASES[0], CASES[1] | {"description": "e"} | test, **limits)
+    assert result["generation"]["limit"] == limit
+    assert all(each["base"]["tokens"] <= limit for each in result["tests"])
+
+
+def test_where_the_context_leaves_less_than_the_limit_it_is_the_limit(ask):
+    """Training allows 6 tokens after a prompt, the tests 100. Three special tokens belong to the prompt of 490 letters."""
+    (test,) = ask(CASES[0] | {"prompt": "x" * 490}, tests={"max_completion_length": 100})["tests"]
+    for model in ("base", "tuned"):
+        assert test[model]["tokens"] <= 512 - 493
+        assert test[model].get("cut", False) == (test[model]["tokens"] == 512 - 493)
 
 
 def test_samples_are_drawn_with_one_seed_and_share_the_prefill(ask, job, capsys):

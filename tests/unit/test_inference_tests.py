@@ -4,7 +4,7 @@ import pytest
 
 from tunedrop import inference_tests
 from tunedrop.config.parse import parse_run_config
-from tunedrop.inference_tests import dump_tests, parse_tests
+from tunedrop.inference_tests import dump_tests, parse_tests, with_reasoning
 from tunedrop.problems import RejectedError
 
 CONFIG = parse_run_config({"model": "m", "system_prompt": "Be brief."})
@@ -37,6 +37,20 @@ def test_parsing_reads_the_tests_that_were_dumped():
     assert [test.id for test in tests] == ["1", "test-2"]
     assert [test.timed for test in tests] == [True, False]
     assert parse_tests(dump_tests(tests), CONFIG) == tests
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({}, "42"),
+        ({"Reasoning": "6 * 7"}, "6 * 7\n42"),
+        ({"chain_of-Thought": "6 * 7", "level": "hard"}, "6 * 7\n42"),
+        ({"reasoning": None}, "42"),
+        ({"seasoning": "salt"}, "42"),
+    ],
+)
+def test_an_expected_answer_comes_after_its_reasoning(columns, text):
+    assert with_reasoning("42", columns) == text
 
 
 YAML = """

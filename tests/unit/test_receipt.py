@@ -12,19 +12,26 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tokenizer_files
 
 from local_app.stack import PROJECT
+from pipeline.publish.statistics import FEW_TESTS
 from pipeline.validation import receipt, rows
 from pipeline.validation.duplicates import Duplicates
 from pipeline.validation.lengths import summary
 from pipeline.validation.model_files import ModelFiles
 from pipeline.validation.s3_stream import S3Stream
-from pipeline.validation.split import MAX_HELDOUT, Split
+from pipeline.validation.split import MAX_HELDOUT, Split, choosing_questions, divide
 from pipeline.validation.terms import Terms
 from pipeline.validation.validate import Submission, read_config, validate
 from tunedrop.dataset import readers
 from tunedrop.dataset.readers import MAX_BYTES, refuse
+from tunedrop.questions import question
 from tunedrop_cli.check import template_defaults
 
-GOOD = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(30)]
+
+def many(count):
+    return [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(count)]
+
+
+GOOD = many(30)
 
 
 def lines(rows) -> bytes:
@@ -66,13 +73,13 @@ def rows_of(file: Path):
 
 
 def test_a_good_dataset_has_no_errors_and_no_warnings(check, tmp_path):
-    found = check(model=True)
+    found = check(many(240), model=True)
     assert found.ok
     assert (found.errors, found.warnings, found.rejected.counts) == ([], [], {})
-    assert (found.rows, found.heldout, found.inference_tests) == (30, 3, 3)
-    assert len(rows_of(tmp_path / "train.jsonl")) == 27
-    assert len(rows_of(tmp_path / "heldout.jsonl")) == 3
-    assert found.stats["prompt_characters"] == {"min": 14, "p50": 16, "p95": 16, "p99": 16, "max": 16, "mean": 15.3}
+    assert (found.rows, found.heldout, found.choosing, found.inference_tests) == (240, 24, 4, 20)
+    assert len(rows_of(tmp_path / "train.jsonl")) == 216
+    assert len(rows_of(tmp_path / "heldout.jsonl")) == 4
+    assert found.stats["prompt_characters"] == {"min": 14, "p50": 18, "p95": 18, "p99": 18, "max": 18, "mean": 17.1}
     assert found.examples[0] == {"id": "row-1", "prompt": "<|user|>What is 0 + 0?<|end|><|assistant|>", "answer": "0"}
 
 
@@ -131,7 +138,7 @@ FINE = [
 def test_similar_datasets_without_a_mistake_give_no_warning(check, rows, config, tests):
     found = check(rows, config, tests, model=True)
     assert (found.ok, found.errors, found.fixes) == (True, [], [])
-    assert [warning for warning in found.warnings if "is short" not in warning] == []
+    assert [words for words in found.warnings if "is short" not in words and "the gate needs" not in words] == []
 
 
 def test_the_first_hundred_errors_are_listed_and_all_are_counted(check):
@@ -158,7 +165,7 @@ def test_bad_rows_up_to_a_share_are_set_aside(check, tmp_path, share, ok):
             (19, "BAD_JSON", '{"question": oops}'),
             (20, "EMPTY_ANSWER", {"question": "?", "answer": ""}),
         ]
-        assert "broken rows set aside in rejected.jsonl: 2 of 20" in found.warnings[-1]
+        assert "broken rows set aside in rejected.jsonl: 2 of 20" in found.warnings
 
 
 def test_a_file_that_is_cut_off_is_refused_whatever_share_may_be_bad(check):
@@ -253,7 +260,6 @@ def test_held_out_rows_are_those_of_the_lowest_rank_in_any_order(tmp_path_factor
     held = write(folder, rows, ranks, fraction, size)
     train = rows_of(folder / "train.jsonl")
     assert Counter(row["id"] for row in held + train) == Counter(row["id"] for row in rows)
-    assert rows_of(folder / "heldout.jsonl") == held
     limit = sorted(ranks)[min(MAX_HELDOUT, round(len(ranks) * fraction))]
     assert all(int(row["rank"]) < limit for row in held)
     assert all(int(row["rank"]) >= limit for row in train)
@@ -261,6 +267,121 @@ def test_held_out_rows_are_those_of_the_lowest_rank_in_any_order(tmp_path_factor
     random.shuffle(both)
     again = write(folder, [row for row, _ in both], [rank for _, rank in both], fraction, size)
     assert sorted(row["id"] for row in again) == sorted(row["id"] for row in held)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 400), max_size=256), st.randoms())
+def test_rows_that_choose_and_rows_that_judge_share_no_question(numbers, random):
+    forms = ["What is {0} + 1?", "what is {0}+1?", "What is {0}.0 + 1 ?"]
+    texts = [random.choice(forms).format(number) for number in numbers]
+    rows = [{"id": str(n), "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(texts)]
+    choosing, judging = divide(rows)
+    one, other = ({question(row["prompt"][0]["content"]) for row in part} for part in (choosing, judging))
+    assert not one & other
+    assert (len(one), len(one | other)) == (choosing_questions(len(set(numbers))), len(set(numbers)))
+    assert sorted((row["id"] for row in choosing + judging), key=int) == [row["id"] for row in rows]
+    assert len(other) >= min(FEW_TESTS, len(set(numbers)))  # what the gate needs comes first
+    again = divide(random.sample(rows, len(rows)))
+    assert {row["id"] for row in again[0]} == {row["id"] for row in choosing}
+
+
+def test_no_held_out_row_that_chooses_is_a_test(check, tmp_path):
+    found = check(many(600))
+    tests = json.loads((tmp_path / "inference_tests.json").read_bytes())["evaluations"]
+    chooses = {row["id"] for row in rows_of(tmp_path / "heldout.jsonl")}
+    assert (found.heldout, found.choosing, found.inference_tests) == (60, 15, 45)
+    assert len(chooses) == 15
+    assert not chooses & {test["id"] for test in tests}
+
+
+def test_with_a_test_file_every_held_out_row_chooses(check, tmp_path):
+    found = check(many(240), tests=[{"prompt": f"{n} times 2?", "description": str(2 * n)} for n in range(20)])
+    assert (found.heldout, found.choosing, found.inference_tests, found.warnings) == (24, 24, 20, [])
+    assert len(rows_of(tmp_path / "heldout.jsonl")) == 24
+
+
+LENGTHS = [
+    # the config, what is added to each row, the test's answer, and the words of the warnings
+    ("grpo: {max_completion_length: 16}", {}, "10", []),
+    (
+        "grpo: {max_completion_length: 16}",
+        {"Reasoning": "x" * 20},
+        "10",
+        ["32 of 32 sampled, 0 of 20 inference"],
+    ),
+    ("grpo: {max_completion_length: 16}", {}, "y" * 40, ["0 of 32 sampled, 20 of 20 inference tests; 64 fits them all"]),
+    ("tests: {max_completion_length: 256}", {}, "y" * 255, []),
+    ("tests: {max_completion_length: 256}", {}, "y" * 256, ["257 tokens of the longest", "20 of 20 inference tests; 288"]),
+]
+
+
+@pytest.mark.parametrize(("config", "more", "answer", "words"), LENGTHS)
+def test_limits_below_what_the_expected_answers_need_are_told(check, config, more, answer, words):
+    rows = [row | more for row in many(32)]
+    tests = [{"prompt": f"{n} times 2?", "description": answer} for n in range(20)]
+    found = check(rows, config, tests, model=True)
+    about = [warning for warning in found.warnings if "max_completion_length" in warning]
+    assert len(about) == len(words), about
+    assert all(any(each in warning for warning in about) for each in words), about
+
+
+FEW = [
+    # rows, tests, what the warning counts, and what it advises
+    (
+        many(100),
+        None,
+        "only 10 different held-out",
+        "add about 100 rows, set heldout_fraction to 0.2, or upload a test file",
+    ),
+    (many(24), None, "only 2 different held-out", "add about 216 rows, or upload a test file"),
+    ([row for row in many(10) for _ in range(40)], None, "only 1 different held-out", "or upload a test file"),
+    (GOOD, [f"{n} times 2?" for n in range(7)], "judge the model: 7;", "to decide: add 13"),
+    (GOOD, [f"{n} times {form}?" for n in range(12) for form in ("2", "2.0")], "judge the model: 12;", "to decide: add 8"),
+    (GOOD, [row["question"].upper() for row in GOOD], "judge the model: 0;", "to decide: add 20"),
+]
+
+
+@pytest.mark.parametrize(("rows", "tests", "counted", "advice"), FEW)
+def test_too_few_judges_are_told_with_how_many_more(check, rows, tests, counted, advice):
+    found = check(rows, tests=tests and [{"prompt": prompt, "description": "0"} for prompt in tests])
+    assert counted in found.warnings[-1]
+    assert advice in found.warnings[-1]
+
+
+CHAT = [{"messages": [*turns, {"role": "assistant", "content": "yes"}]} for n in range(30) for turns in (
+    [SYSTEM, {"role": "user", "content": f"May I, {n:,}?"}],
+)]  # fmt: skip
+REPEATS = [
+    # rows, config, the test that repeats a row, whether it does
+    (GOOD, "", {"prompt": "What is 5 + 5?"}, True),
+    (GOOD, "", {"prompt": "  what IS 5+5.0 ?"}, True),
+    (GOOD, "", {"prompt": "What is 5 + 6?"}, False),
+    (GOOD, "system_prompt: Be kind.", {"prompt": "what is 05 + 05?"}, True),
+    (GOOD, "", {"messages": [SYSTEM, {"role": "user", "content": "What is 5 + 5?"}]}, False),
+    (CHAT, "", {"prompt": "May i, 7?"}, True),
+    (CHAT, "", {"messages": CHAT[7]["messages"][:2]}, True),
+    (CHAT, "", {"messages": [{"role": "system", "content": "Be rude."}, {"role": "user", "content": "May I, 7?"}]}, False),
+    (CHAT, "system_prompt: Be kind.", {"prompt": "May I, 7?"}, True),
+    ([{"question": "Is 1,000 m far?", "answer": "no"}] * 2, "", {"prompt": "is 1000 M far?"}, True),
+]
+
+
+@pytest.mark.parametrize(("rows", "config", "test", "repeats"), REPEATS)
+def test_a_test_that_repeats_a_row_is_told_and_does_not_judge(check, tmp_path, rows, config, test, repeats):
+    config += "\npreflight: {on_failure: warn}"
+    tests = [test | {"id": "one", "description": "10"}, {"id": "two", "prompt": "Why?", "description": "!"}]
+    found = check(rows, config, tests)
+    assert found.stats["tests_in_training"] == (["one"] if repeats else [])
+    assert any("repeat a row's question" in warning and "(one)" in warning for warning in found.warnings) == repeats
+    written = json.loads((tmp_path / "inference_tests.json").read_bytes())["evaluations"]
+    assert [each["judges"] for each in written] == [not repeats, True]
+
+
+def test_every_test_that_repeats_a_row_is_listed(check):
+    tests = [
+        {"id": form, "prompt": form, "description": "10"} for form in ("What is 5 + 5?", "what is 5+5?", "What is 6 + 6?")
+    ]
+    assert check(GOOD, tests=tests).stats["tests_in_training"] == sorted(test["id"] for test in tests)
 
 
 def test_a_small_dataset_keeps_its_order(check, tmp_path):

@@ -15,7 +15,14 @@ from tunedrop.config.instances import gpu, gpus, has_bf16, has_local_disk
 from tunedrop.config.parse import load_run_config, parse_run_config
 from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.config.rules import check_instances, config_warnings
-from tunedrop.config.schedule import check_lengths, check_steps, fit_batches, generation_batch, optimizer_steps
+from tunedrop.config.schedule import (
+    check_lengths,
+    check_steps,
+    fit_batches,
+    generation_batch,
+    limit_of_tests,
+    optimizer_steps,
+)
 from tunedrop.problems import RejectedError
 from tunedrop.rewards import REWARDS
 from tunedrop_cli.main import cli
@@ -445,6 +452,8 @@ WARNINGS = [
     ("grpo: {num_generations: 2}", "noisy advantage"),
     ("grpo: {beta: 1.0}", "close to its base"),
     ("grpo: {max_completion_length: 8}", "cut off"),
+    ("tests: {max_completion_length: 255}", "255 is below grpo.max_completion_length 256: tests will cut more answers"),
+    ("tests: {max_completion_length: 256}", None),
     ("max_seq_length: 512", "leaves prompts 256 tokens"),
     ("lora: {r: 512}", "lora.r 512 is large"),
     ("rewards: [{type: exact_match}, {type: xml_format, weight: 2}]", "more for the format than for the answer"),
@@ -457,6 +466,21 @@ def test_unusual_values_warn(text, words):
     warnings = config_warnings(load(text))
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "longest", "limit"),
+    [
+        ("", 10, 512),
+        ("", 511, 512),
+        ("", 512, 513),
+        ("grpo: {max_completion_length: 12}", 3, 24),
+        ("grpo: {max_completion_length: 12}", 90, 91),
+        ("tests: {max_completion_length: 40}", 90, 40),
+    ],
+)
+def test_tests_have_a_limit_of_their_own(text, longest, limit):
+    assert limit_of_tests(load(text), longest) == limit
 
 
 def test_the_defaults_are_a_config_and_name_every_key():

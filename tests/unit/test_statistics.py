@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from itertools import count
 from math import comb
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from pipeline.publish import statistics
 from pipeline.publish.statistics import Pair, compare, evaluate, interval, needed, sign_test
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
+
+NUMBERS = count()  # each test asks another question
 
 
 def config(rewards=({"type": "exact_match"},), **gate):
@@ -29,8 +33,11 @@ def outcomes(*scores: tuple[float | None, float | None], **more: Any) -> list[Ou
             return ModelResult(error="reward 'exact_match' failed")
         return ModelResult(text=str(score), score=score, rewards={"exact_match": score}, passed=score >= 1)
 
-    given = {"prompt": [{"role": "user", "content": "?"}], "reference": "!"} | more
-    return [Outcome(id=f"t{n}", base=answer(base), tuned=answer(tuned), **given) for n, (base, tuned) in enumerate(scores)]
+    def prompt() -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"question {next(NUMBERS)}"}]
+
+    results = [{"base": answer(base), "tuned": answer(tuned)} for base, tuned in scores]
+    return [Outcome(**{"id": f"t{n}", "prompt": prompt(), "reference": "!"} | each | more) for n, each in enumerate(results)]
 
 
 # --- the figures ---
@@ -66,6 +73,33 @@ def test_weights_and_ties_count():
     assert comparison.base_score == pytest.approx(0.5 / 4.5)
     assert comparison.tuned_score == pytest.approx(3.25 / 4.5)
     assert comparison.lift_low < comparison.lift < comparison.lift_high
+
+
+def test_tests_of_one_question_count_once_in_the_interval():
+    """Thirty tests that repeat ten questions are as much evidence as ten tests."""
+    generator = random.Random(0)
+    lifts = [generator.choice([0.0, 1.0]) for _ in range(10)]
+    once = compare([Pair(0, lift) for lift in lifts])
+    thrice = compare([Pair(0, lift, question=f"{n}") for n, lift in enumerate(lifts) for _ in range(3)])
+    assert (thrice.tests, thrice.questions, thrice.wins) == (30, 10, 3 * once.wins)
+    for figure in ("lift", "lift_low", "lift_high", "p_value", "needed"):
+        assert getattr(thrice, figure) == pytest.approx(getattr(once, figure))
+    apart = compare([Pair(0, lift) for lift in lifts for _ in range(3)])
+    assert apart.questions == 30
+    assert apart.lift_low > thrice.lift_low
+
+
+def test_repeating_the_tests_that_were_won_shows_nothing(quick):
+    """Without an improvement, some of twenty questions are won by chance. Asking them again is no evidence."""
+    generator, cases = random.Random(1), 200
+    approved = 0
+    for _ in range(cases):
+        lifts = [generator.choice([-1.0, 1.0]) for _ in range(20)]
+        pairs = [
+            Pair(0.5, 0.5 + lift / 2, question=str(n)) for n, lift in enumerate(lifts) for _ in range(6 if lift > 0 else 5)
+        ]
+        approved += compare(pairs).lift_low > 0
+    assert approved / cases <= 0.06
 
 
 def test_the_span_is_at_least_what_the_scores_show():
@@ -107,9 +141,9 @@ def approval_rate(kinds: dict[tuple[float, float], float], tests: int) -> float:
 
     def chance(counts: tuple[int, ...]) -> float:
         product, left = 1.0, tests
-        for count, probability in zip(counts, probabilities, strict=True):
-            product *= comb(left, count) * probability**count
-            left -= count
+        for number, probability in zip(counts, probabilities, strict=True):
+            product *= comb(left, number) * probability**number
+            left -= number
         return product
 
     def tables(left: int, kinds: int) -> list[tuple[int, ...]]:
@@ -163,6 +197,7 @@ def test_real_lifts_are_seen(quick):
 # --- the gate ---
 
 WON, LOST, TIED = (0, 1), (1, 0), (1, 1)
+ASKED = [{"role": "user", "content": "asked before"}]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +235,27 @@ WON, LOST, TIED = (0, 1), (1, 0), (1, 1)
             "The tests tagged 'math' did not regress.",
         ),
         (outcomes(*[WON] * 30), {"must_not_regress": ["safety"]}, "PENDING", "No inference test has the tag 'safety'"),
+        (outcomes(*[WON] * 30, prompt=ASKED), {}, "PENDING", "1 different questions are not enough evidence to decide"),
+        (
+            outcomes(*[WON] * 30) + outcomes(*[WON] * 5, prompt=ASKED),
+            {},
+            "APPROVED",
+            "a lift of +1.000 over 35 tests of 31 different questions (",
+        ),
+        (outcomes(*[WON] * 30, judges=False) + outcomes(*[TIED] * 30), {}, "REJECTED", "the same as the base model"),
+        (
+            outcomes(*[WON] * 30) + outcomes(*[LOST] * 30, judges=False),
+            {},
+            "APPROVED",
+            "30 of 60 tests do not judge the model",
+        ),
+        (outcomes(*[WON] * 30, judges=False), {}, "PENDING", "None of the 30 tests judges the model"),
+        (
+            outcomes(*[WON] * 30) + outcomes(LOST, judges=False, must_pass=True),
+            {},
+            "REJECTED",
+            "must-pass test",
+        ),
         (outcomes(*[WON] * 30, (0, None)), {}, "PENDING", "1 of 31 tests could not be scored ('t30')"),
         (outcomes(*[WON] * 30, (None, 0), (0, None)), {}, "PENDING", "2 of 32 tests could not be scored"),
     ],
@@ -208,6 +264,81 @@ def test_the_gate(tests, gate, status, words):
     evaluation = evaluate(tests, config(**gate))
     assert evaluation.verdict.status == status
     assert words in " ".join(evaluation.verdict.reasons)
+
+
+def cut(tests: list[Outcome], model: str = "base") -> list[Outcome]:
+    """The tests with one model's answers cut by the limit."""
+    return [structs.replace(test, **{model: structs.replace(getattr(test, model), cut=True)}) for test in tests]
+
+
+CUT = [
+    # tests, the verdict, and what it says
+    (
+        cut(outcomes(*[WON] * 16)) + outcomes(*[TIED] * 12),
+        "PENDING",
+        "No lift is left without the tests where the limit of tokens cut an answer: raise tests.max_completion_length, so",
+    ),
+    (
+        cut(outcomes(*[WON] * 16)) + outcomes(*[TIED] * 12),
+        "PENDING",
+        "+0.571 of the lift of +0.571 stands on 16 of 28 tests",
+    ),
+    (
+        cut(outcomes(*[WON] * 16)) + outcomes(*[TIED] * 12),
+        "PENDING",
+        "0 of the tuned model). Over the other 12 tests, the lift is +0.000 (95% interval ",
+    ),
+    (
+        cut(outcomes(*[WON] * 30)),
+        "PENDING",
+        "(30 of the base model, 0 of the tuned model). No test has two answers that ended by themselves.",
+    ),
+    (
+        cut(outcomes(*[WON] * 20)) + outcomes(*[WON] * 2, *[LOST] * 1, *[TIED] * 20),
+        "PENDING",
+        "Too little evidence of a lift is left without the tests",
+    ),
+    (
+        cut(outcomes(*[WON] * 5)) + outcomes(*[WON] * 25),
+        "APPROVED",
+        "+0.167 of the lift of +1.000 stands on 5 of 30 tests where the limit of tokens cut an answer (5 of the base model",
+    ),
+    (
+        cut(outcomes(*[LOST] * 3), "tuned") + outcomes(*[WON] * 30),
+        "APPROVED",
+        "-0.091 of the lift of +0.818 stands on 3 of 33 tests where the limit of tokens cut an answer (0 of the base model",
+    ),
+    (cut(outcomes(*[LOST] * 30), "tuned"), "REJECTED", "-1.000 of the lift of -1.000 stands on 30 of 30 tests"),
+    (cut(outcomes(*[WON] * 4)) + outcomes(*[TIED] * 30), "PENDING", "+0.118 of the lift of +0.118 stands on 4 of 34 tests"),
+    (
+        cut(outcomes(*[WON] * 20), "tuned") + outcomes(*[WON] * 20, weight=3.0),
+        "APPROVED",
+        "+0.250 of the lift of +1.000 stands on 20 of 40 tests",
+    ),
+    (cut(outcomes(*[WON] * 30, judges=False)) + outcomes(*[WON] * 30), "APPROVED", "30 of 60 tests do not judge"),
+]
+
+
+@pytest.mark.parametrize(("tests", "status", "words"), CUT)
+def test_a_lift_is_not_made_by_a_limit(tests, status, words):
+    evaluation = evaluate(tests, config())
+    said = " ".join(evaluation.verdict.reasons)
+    assert evaluation.verdict.status == status
+    assert words in said
+    assert said.count("stands on") == any(test.cut and test.judges for test in tests)
+    assert evaluation.cut == {"base": sum(t.base.cut for t in tests), "tuned": sum(t.tuned.cut for t in tests)}
+
+
+def test_without_cut_answers_nothing_is_said_of_a_limit():
+    evaluation = evaluate(outcomes(*[WON] * 17, *[TIED] * 11), config())
+    assert "limit of tokens" not in " ".join(evaluation.verdict.reasons)
+    assert evaluation.ended == evaluation.comparison
+
+
+def test_a_must_pass_test_that_failed_because_it_was_cut_says_so():
+    tests = outcomes(*[WON] * 30) + cut(outcomes(LOST, must_pass=True), "tuned")
+    (reason, _) = evaluate(tests, config()).verdict.reasons
+    assert reason == "The must-pass test 't0' failed: it scores 0.00, not full marks; the limit of tokens cut its answer."
 
 
 def test_a_check_that_is_not_met_says_so():

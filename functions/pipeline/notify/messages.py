@@ -71,13 +71,14 @@ def _headline(event: RunEvent, outcome: str) -> str:
 def _figures(event: RunEvent) -> dict[str, str]:
     if event.detail_type != events.PUBLISHED:
         return {}
-    comparison, cost = event.extra["comparison"], event.extra["cost"]["usd"]
-    return {
+    comparison, cost, cut = event.extra["comparison"], event.extra["cost"]["usd"], event.extra.get("cut", {})
+    figures = {
         "score": f"{comparison['base_score']:.3f} (base) -> {comparison['tuned_score']:.3f} (tuned)",
         "lift": f"{comparison['lift']:+.3f} (interval {comparison['lift_low']:+.3f} to {comparison['lift_high']:+.3f})",
         "tests": f"{comparison['wins']} won, {comparison['ties']} tied, {comparison['losses']} lost",
         "cost": "unknown" if cost is None else f"${cost:.2f}",
     }
+    return figures | {"cut answers": f"{cut['base']} (base), {cut['tuned']} (tuned)"} if any(cut.values()) else figures
 
 
 def _card(

@@ -9,7 +9,7 @@ function filter() {
   const wanted = search.value.toLowerCase().trim();
   let shown = 0;
   cards.forEach((card, at) => {
-    card.hidden = !((!outcome || card.dataset.outcome === outcome) && (!tag?.value || JSON.parse(card.dataset.tags).includes(tag.value)) && words[at].includes(wanted));
+    card.hidden = !((!outcome || card.dataset.outcome === outcome || (outcome === "cut" && "cut" in card.dataset)) && (!tag?.value || JSON.parse(card.dataset.tags).includes(tag.value)) && words[at].includes(wanted));
     shown += !card.hidden;
   });
   document.querySelector("#shown").textContent = `${shown} shown`;

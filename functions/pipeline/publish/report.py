@@ -51,6 +51,7 @@ def render_report(
         receipt=receipt,
         tests=tests,
         shown=shown,
+        cut_tests=sum(test.cut for test in tests),
         outcomes={name: count for name, count in counts.items() if count},
         tags=sorted({tag for test in tests for tag in test.tags}),
         probe={
@@ -68,20 +69,21 @@ def render_report(
         scale=max([abs(each[bound]) for each in compared for bound in ("lift_low", "lift_high")]) or 1.0,
         few_tests=FEW_TESTS,
         folder=result["artifacts"]["report"].removesuffix("report.html"),
-        reproduce=_reproduce(result),
+        # With a test file, all held-out rows choose the checkpoint.
+        reproduce=_reproduce(result, own_tests=receipt.get("choosing") in {None, receipt["heldout"]}),
     )
 
 
-def _reproduce(result: dict[str, Any]) -> str:
-    """Return the commands that repeat the run."""
+def _reproduce(result: dict[str, Any], *, own_tests: bool) -> str:
+    """Return the commands that repeat the run. Without `own_tests`, held-out rows are the tests."""
     bucket, _, key = result["source"].removeprefix("s3://").partition("/")
     name, folder = key.rpartition("/")[2], result["artifacts"]["input"]
     version = f" --version-id {result['source_version']}" if result["source_version"] != "null" else ""
     lines = [
         f"aws s3api get-object --bucket {bucket} --key {shlex.quote(key)}{version} {shlex.quote(name)}",
         f"aws s3 cp {folder}config.json config.yaml",
-        f"aws s3 cp {folder}inference_tests.json tests.json",
-        f"tunedrop drop {shlex.quote(name)} --config config.yaml --tests tests.json --wait",
+        *([f"aws s3 cp {folder}inference_tests.json tests.json"] if own_tests else []),
+        f"tunedrop drop {shlex.quote(name)} --config config.yaml{' --tests tests.json' if own_tests else ''} --wait",
     ]
     return "\n".join(lines)
 

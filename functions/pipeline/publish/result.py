@@ -101,7 +101,7 @@ def model_quality(result: dict[str, Any]) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return a result's part of an event: the long lists are cut, since an event has at most 256 KB."""
-    kept = {key: result[key] for key in ("verdict", "comparison", "passed", "cost", "model_package")}
+    kept = {key: result[key] for key in ("verdict", "comparison", "ended", "passed", "cut", "cost", "model_package")}
     reasons = [reason[:1000] for reason in result["reasons"]]
     if len(reasons) > MOST_REASONS:
         reasons = [*reasons[:MOST_REASONS], f"… and {len(reasons) - MOST_REASONS} more, in the report."]

@@ -13,7 +13,7 @@ from pipeline.validation.section import Section
 from pipeline.validation.terms import Prices, Terms
 from tunedrop.config.instances import Gpu, gpu, gpus
 from tunedrop.config.model import ResolvedConfig
-from tunedrop.config.schedule import generated_answers, generation_batch, optimizer_steps, prompt_limit
+from tunedrop.config.schedule import generated_answers, generation_batch, limit_of_tests, optimizer_steps, prompt_limit
 from tunedrop.problems import Problem
 
 # Minutes around each of the two jobs: start of the container, installation, download and merge of the model.
@@ -181,7 +181,8 @@ def _testing_hours(config: ResolvedConfig, work: Work, card: Gpu) -> Range:
     step = _token_seconds(work.parameters, card, TEST_BATCH)
     ends = []
     for end in (0, 1):
-        tokens = 2 * ceil(work.tests / TEST_BATCH) * _completion(config, work)[end]
+        completion = (_completion(config, work)[0], limit_of_tests(config, 0))[end]
+        tokens = 2 * ceil(work.tests / TEST_BATCH) * completion
         ends.append(tokens * step[end] / 3600 + OVERHEAD_MINUTES[end] / 60)
     return ends[0], ends[1]
 
@@ -202,6 +203,7 @@ def _assumptions(config: ResolvedConfig, work: Work, prices: Prices | None) -> l
     return [
         size,
         f"answers of {low:.0f} tokens (the dataset's mean) to {most:.0f} tokens (max_completion_length)",
+        f"answers to tests of at most {limit_of_tests(config, 0)} tokens",
         f"training reaches {worst:.0%} to {BEST_UTILISATION:.0%} of the GPU's 16-bit arithmetic",
         f"generation reads the weights at {BANDWIDTH[1]:.0%} to {BANDWIDTH[0]:.0%} of the memory's bandwidth",
         f"software adds {TOKEN_SECONDS[0] * 1000:.0f} to {TOKEN_SECONDS[1] * 1000:.0f} ms to each token",

@@ -42,6 +42,7 @@ class Receipt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     rewards: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     heldout: int = 0
+    choosing: int = 0
     inference_tests: int = 0
 
 

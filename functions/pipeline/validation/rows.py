@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 from pipeline.validation.columns import check_columns
 from pipeline.validation.receipt import LISTED_ERRORS, RejectedRows, Tally
 from pipeline.validation.section import Section
-from pipeline.validation.split import Split
+from pipeline.validation.split import Split, divide
 from pipeline.validation.survey import Survey
 from pipeline.validation.tokens import TokenCounter, TokenizerError, unusable_tokenizer
 from tunedrop.config.model import RunConfig
@@ -26,14 +26,15 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class RowsRead(NamedTuple):
-    """The sections of the pass, a sample of the rows, the held-out rows, and the number of rows to train on.
+    """The sections of the pass, a sample of the rows, and the number of rows to train on.
 
+    `judging` are the held-out rows that are inference tests; none if there is a test file.
     `mean_tokens` of a prompt and of an answer are those of the sample, or estimates from characters without a tokenizer.
     """
 
     sections: list[Section]
     sample: list[Row]
-    heldout: list[Row]
+    judging: list[Row]
     trained: int
     mean_tokens: tuple[float, float]
 
@@ -57,11 +58,13 @@ def read_rows(
         records = Records(config)
         broken = _read(records.batches(data, suffix), split, survey, config.max_bad_rows, folder / "rejected.jsonl")
         heldout, sample = split.finish()
+        choosing, judging = (heldout, []) if tests else divide(heldout)
+        (folder / "heldout.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(choosing))
         surveyed = survey.finish(sample, records.roles)
-    counts = {"rows": split.rows, "heldout": len(heldout)}
+    counts = {"rows": split.rows, "heldout": len(heldout), "choosing": len(choosing)}
     sections = [tokenizer, broken, Section(counts, [], []), check_columns(records, sample, config), surveyed]
     trained = split.rows - len(heldout) - survey.dropped
-    return RowsRead(sections, sample, heldout, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
+    return RowsRead(sections, sample, judging, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
 
 
 def _mean_tokens(surveyed: Section, part: str) -> float:

@@ -1,4 +1,8 @@
-"""Splits rows into training and held-out rows. The prompts with the lowest hashes are held out, in any order of rows."""
+"""Splits rows into training and held-out rows. The prompts with the lowest hashes are held out, in any order of rows.
+
+Without a test file, the held-out rows have two tasks: some choose the checkpoint, the others judge it as inference tests.
+Rows that chose a checkpoint cannot judge it, because the best of many checkpoints owes a part of its score to chance.
+"""
 
 import heapq
 import tempfile
@@ -7,25 +11,45 @@ from pathlib import Path
 from typing import Self
 
 import msgspec
+from xxhash import xxh3_64_intdigest
 
+from pipeline.publish.statistics import FEW_TESTS
 from tunedrop.dataset.rows import Row
+from tunedrop.questions import prompt_text, question
 
 MAX_HELDOUT = 256
+MOST_CHOOSING = 64  # the trainer's evaluations use no more rows
 _POOL = MAX_HELDOUT + 1  # one more than can be held out: its rank is the limit
 _ABOVE_ALL = 2**64
 
 
+def choosing_questions(questions: int) -> int:
+    """Return how many of the held-out questions choose the checkpoint: a quarter, if that leaves enough for the gate."""
+    return max(0, min(MOST_CHOOSING, questions // 4, questions - FEW_TESTS))
+
+
+def divide(heldout: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Divide held-out rows into those that choose the checkpoint and those that judge it. No question is in both parts.
+
+    The rows' order in the file does not matter.
+    """
+    by_row = [question(prompt_text(row["prompt"])) for row in heldout]
+    ordered = sorted(set(by_row), key=lambda each: xxh3_64_intdigest(each.encode()))
+    chosen = set(ordered[: choosing_questions(len(ordered))])
+    choosing = [row for row, each in zip(heldout, by_row, strict=True) if each in chosen]
+    return choosing, [row for row, each in zip(heldout, by_row, strict=True) if each not in chosen]
+
+
 class Split:
-    """Writes `train.jsonl` and `heldout.jsonl` while rows come in, and keeps back at most MAX_HELDOUT + 1 rows.
+    """Writes `train.jsonl` while rows come in, and keeps back at most MAX_HELDOUT + 1 rows.
 
     All rows of one prompt have the same rank: no held-out prompt is among the training rows. A row that was kept back comes
-    later in `train.jsonl` than in the dataset. A context manager: the files are complete when it ends after `finish`.
+    later in `train.jsonl` than in the dataset. A context manager: the file is complete when it ends after `finish`.
     """
 
     def __init__(self, folder: Path, fraction: float):
         self._fraction = fraction
         self._train = (folder / "train.jsonl").open("wb")
-        self._heldout = folder / "heldout.jsonl"
         self._encoder = msgspec.json.Encoder()
         self._pool: list[tuple[int, int, int, int]] = []  # a heap of (-rank, -number, place in the file, size)
         self._pooled = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the object
@@ -64,16 +88,14 @@ class Split:
         count = min(MAX_HELDOUT, round(self.rows * self._fraction))
         limit = ranks[count] if count else 0
         sample, heldout = [], []
-        with self._heldout.open("wb") as file:
-            for entry in sorted(self._pool, key=lambda entry: -entry[1]):
-                raw = self._get(entry)
-                row = msgspec.json.decode(raw)
-                sample.append(row)
-                if -entry[0] < limit:
-                    heldout.append(row)
-                    file.write(raw)
-                else:
-                    self._train.write(raw)
+        for entry in sorted(self._pool, key=lambda entry: -entry[1]):
+            raw = self._get(entry)
+            row = msgspec.json.decode(raw)
+            sample.append(row)
+            if -entry[0] < limit:
+                heldout.append(row)
+            else:
+                self._train.write(raw)
         return heldout, sample
 
     def __enter__(self) -> Self:

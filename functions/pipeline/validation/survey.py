@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from pipeline.validation.duplicates import Duplicates
+from pipeline.validation.judges import RepeatedTests
 from pipeline.validation.lengths import summary
 from pipeline.validation.section import Section
 from pipeline.validation.tokens import PromptTokens, TokenCounter, TokenizerError, unusable_tokenizer
@@ -30,8 +31,8 @@ class Survey:
         self._counting: PromptTokens | None = None
         self._duplicates = Duplicates()
         self._prompts, self._answers = Counter[int](), Counter[int]()
-        self._tests = {_question(test): test.id for test in tests}
-        self._trained: set[str] = set()  # the questions of tests that are also rows
+        self._tests = tests
+        self._repeated = RepeatedTests(tests, config)
 
     def add(self, batch: Rows, encoded: Sequence[bytes], hashes: Sequence[int]) -> None:
         """Add a batch of rows, with its prompts' texts as UTF-8 and their hashes."""
@@ -39,9 +40,7 @@ class Survey:
         self._duplicates.add(batch.numbers, hashes, answers)
         self._prompts.update([len(text) - text.count("\0") for text in batch.texts])
         self._answers.update(map(len, answers))
-        if self._tests:
-            questions = {*batch.texts, *(text.partition("\0")[2] for text in batch.texts)}  # without system messages, too
-            self._trained |= self._tests.keys() & questions
+        self._repeated.add(batch.texts, encoded)
         if len(self._examples) < SHOWN_EXAMPLES:
             self._show(batch.rows)
         if self._counter:
@@ -90,7 +89,7 @@ class Survey:
         tokens: dict[str, Any] = {}
         warnings: list[str] = []
         if sample:
-            tests = sorted(self._tests[question] for question in self._trained)
+            tests = self._repeated.ids()
             stats = {
                 "prompt_characters": summary(self._prompts),
                 "answer_characters": summary(self._answers),
@@ -107,7 +106,7 @@ class Survey:
             return {}, []
         try:
             self._problems += [*self._counting.refused(roles), *self._counting.without_tools(sample)]
-            return self._counting.result(sample)
+            return self._counting.result(sample, self._tests)
         except TokenizerError as error:
             self._give_up(error)
             return {}, []
@@ -129,11 +128,6 @@ def _overlap(tests: Sequence[str]) -> Iterator[str]:
     if tests:
         shown = ", ".join(tests[:SHOWN]) + (", …" if len(tests) > SHOWN else "")
         yield (
-            f"inference tests with the prompt of a training row: {len(tests)} ({shown}); "
-            "such tests measure memory, not learning"
+            f"inference tests that repeat a row's question (up to spacing, case and the form of numbers): {len(tests)} "
+            f"({shown}); they measure memory, not learning, and do not judge the model"
         )
-
-
-def _question(test: InferenceTest) -> str:
-    """Return a test's prompt as the text of a row's prompt."""
-    return "\0".join(message["content"] for message in test.prompt if message["role"] != "system")

@@ -15,8 +15,9 @@ import msgspec
 from pipeline.validation.lengths import summary
 from pipeline.validation.token_worker import MEMORY_BYTES
 from tunedrop.config.model import RunConfig
-from tunedrop.config.schedule import prompt_limit
+from tunedrop.config.schedule import limit_of_tests, prompt_limit
 from tunedrop.dataset.rows import Row
+from tunedrop.inference_tests import InferenceTest, with_reasoning
 from tunedrop.problems import Problem
 from tunedrop.sandboxed_process import Worker, WorkerKilledError
 
@@ -153,12 +154,13 @@ class PromptTokens:
                 problems.append(Problem("CHAT_TEMPLATE", message, "change these rows, or use another model", key="model"))
         return problems
 
-    def result(self, sample: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
+    def result(self, sample: Sequence[Row], tests: Sequence[InferenceTest] = ()) -> tuple[dict[str, Any], list[str]]:
         """Return the receipt's `tokens`, with the distribution over a sample of the rows, and the warnings."""
         prompts = self._tokens([row["prompt"] for row in sample])
-        answers = self._counter.count([row["answer"] for row in sample])
-        longest, completion = max(self._longest, *prompts), self._config.grpo_value("max_completion_length")
-        long_answers = sum(count >= completion for count in answers)  # the end of an answer is a token, too
+        answers = self._counter.count([with_reasoning(row["answer"], row) for row in sample])
+        of_tests = self._counter.count([with_reasoning(test.reference, test.columns) for test in tests])
+        longest, completion = max(self._longest, *prompts), int(self._config.grpo_value("max_completion_length"))
+        needed = max(answers + of_tests) + 1  # the end of an answer is a token, too
         tokens: dict[str, Any] = {
             "limit": self.limit,
             "over_limit": self._over,
@@ -168,7 +170,9 @@ class PromptTokens:
             "sample": len(sample),
             "prompt": summary(Counter(prompts)),
             "answer": summary(Counter(answers)),
-            "answers_over_limit": long_answers,
+            "answers_over_limit": sum(count >= completion for count in answers),
+            "tests_over_limit": sum(count >= completion for count in of_tests),
+            "tests_limit": limit_of_tests(self._config, needed - 1),
             "suggested": {},
         }
         warnings = []
@@ -182,12 +186,19 @@ class PromptTokens:
             )
         if self._skipped:
             warnings.append(f"prompts that may be too long and were not counted for lack of time: {self._skipped}")
-        if long_answers:
-            fits = _rounded(max(answers) + 1)
+        if needed > completion:
+            fits = _rounded(needed)
             tokens["suggested"]["max_completion_length"] = fits
+            counts = f"{tokens['answers_over_limit']} of {len(sample)} sampled"
+            counts += f", {tokens['tests_over_limit']} of {len(tests)} inference tests" if tests else ""
             warnings.append(
-                f"answers that do not fit into grpo.max_completion_length {completion}, which the model cannot give: "
-                f"{long_answers} of {len(sample)} sampled; {fits} fits all sampled answers"
+                f"answers, with their reasoning if a column has it, that do not fit into grpo.max_completion_length "
+                f"{completion}, which the model cannot give: {counts}; {fits} fits them all"
+            )
+        if needed > tokens["tests_limit"]:
+            warnings.append(
+                f"tests.max_completion_length {tokens['tests_limit']} is below the {needed} tokens of the longest expected "
+                "answer: tests will cut right answers"
             )
         return tokens, warnings
 

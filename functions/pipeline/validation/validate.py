@@ -5,11 +5,12 @@ the receipt is the sections put together. docs/receipt.md explains it.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.validation.cost import Work, estimate
+from pipeline.validation.judges import judges_from_file, judges_from_rows
 from pipeline.validation.model_files import ModelFiles, check_model, parameters_of
 from pipeline.validation.preflight import check_rewards
 from pipeline.validation.receipt import Receipt, accepts, assemble
@@ -22,7 +23,7 @@ from tunedrop.config.rules import check_instances, config_warnings
 from tunedrop.config.schedule import check_steps, fit_batches
 from tunedrop.dataset.readers import refuse, suffix_of
 from tunedrop.dataset.rows import CANONICAL
-from tunedrop.inference_tests import InferenceTest, dump_tests, parse_tests, tests_from_rows
+from tunedrop.inference_tests import InferenceTest, dump_tests, parse_tests
 from tunedrop.problems import Problem, RejectedError
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, build_rewards
 from tunedrop.rewards.default import choose_rewards
@@ -101,7 +102,7 @@ def validate(submission: Submission, terms: Terms) -> Receipt:
         sections.append(Section({"rewards": chosen | tried.receipt}, tried.problems, tried.warnings))
     if rows.trained > 0:
         parameters = parameters_of(config.model, submission.model)
-        work = Work(rows.trained, len(tests) or len(rows.heldout), *rows.mean_tokens, parameters)
+        work = Work(rows.trained, len(tests) or len(rows.judging), *rows.mean_tokens, parameters)
         cost = estimate(config, work, terms)
         sections.append(Section({"cost": cost.receipt}, cost.problems, cost.warnings))
     draft = assemble(sections)
@@ -166,9 +167,7 @@ def _no_tests(draft: Receipt, config: RunConfig) -> Problem:
     return Problem("NO_TESTS", message, hint)
 
 
-def _complete(
-    draft: Receipt, config: ResolvedConfig, rows: RowsRead, tests: Sequence[InferenceTest], folder: Path
-) -> Section:
+def _complete(draft: Receipt, config: ResolvedConfig, rows: RowsRead, tests: list[InferenceTest], folder: Path) -> Section:
     """Check the dataset as a whole, and write `inference_tests.json` and `config.json`."""
     if not draft.ok:
         return _problems()
@@ -176,10 +175,13 @@ def _complete(
         message = f"the dataset has {draft.rows} usable rows; a run needs at least {MIN_ROWS}"
         return _problems(Problem("NO_ROWS", message, "add rows"))
     problems = check_steps(config, rows.trained)
-    tests = tests or tests_from_rows(rows.heldout)
+    if tests:
+        tests, warnings = judges_from_file(tests, draft.stats["tests_in_training"])
+    else:
+        tests, warnings = judges_from_rows(rows.judging, draft.rows, config.heldout_fraction)
     if not tests:
         problems.append(_no_tests(draft, config))
     (folder / "inference_tests.json").write_bytes(dump_tests(tests))
     config = config.model_copy(update={"columns": CANONICAL})
     (folder / "config.json").write_text(config.model_dump_json(indent=1))
-    return Section({"inference_tests": len(tests)}, problems, [])
+    return Section({"inference_tests": len(tests)}, problems, warnings)

@@ -113,6 +113,17 @@ class Gate(_Section):
     must_not_regress: list[str] = Field(default=[], description="Tags of inference tests whose mean score must not fall.")
 
 
+class Tests(_Section):
+    """How both models answer the inference tests."""
+
+    max_completion_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Limit for an answer in tokens. Default: twice grpo.max_completion_length, or more if the expected "
+        "answers of the tests need it.",
+    )
+
+
 class Preflight(_Section):
     """The trial of the rewards before a job starts: the dataset's own answers against wrong answers."""
 
@@ -181,6 +192,7 @@ class RunConfig(_Section):
     lora: Lora = Lora()
     grpo: dict[str, Any] = Field(default={}, validate_default=True, description="TRL's `GRPOConfig` fields.")
     compute: Compute = Compute()
+    tests: Tests = Tests()
     gate: Gate = Gate()
     preflight: Preflight = Preflight()
     learnability: Learnability = Learnability()

@@ -249,6 +249,11 @@ def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
     yield temperature > 1.5, f"grpo.temperature {temperature:g} is high: most answers will be noise"
     yield group < 4, f"grpo.num_generations {group} is small: a small group gives a noisy advantage"
     yield beta > 0.5, f"grpo.beta {beta:g} is high: the tuned model will stay close to its base"
+    limit = config.tests.max_completion_length
+    yield (
+        limit is not None and limit < completion,
+        f"tests.max_completion_length {limit} is below grpo.max_completion_length {completion}: tests will cut more answers",
+    )
     yield completion < 16, f"grpo.max_completion_length {completion} is short: answers will be cut off"
     room = (config.max_seq_length or math.inf) - completion
     yield config.max_prompt_length > room, f"max_seq_length leaves prompts {room} tokens, fewer than max_prompt_length"

@@ -79,6 +79,16 @@ def prompt_limit(config: RunConfig) -> int:
     return min(config.max_prompt_length, config.max_seq_length - int(config.grpo_value("max_completion_length")))
 
 
+def limit_of_tests(config: RunConfig, longest: int) -> int:
+    """Return how many tokens an answer to an inference test may have.
+
+    `longest` is the number of tokens of the longest expected answer. The default lets a base model finish that training has
+    not taught to be brief: a limit that cuts only its answers would make a lift.
+    """
+    default = max(2 * int(config.grpo_value("max_completion_length")), longest + 1)  # the end of an answer is a token, too
+    return config.tests.max_completion_length or default
+
+
 def check_lengths(config: RunConfig, context: int) -> list[Problem]:
     """Return a problem if the config's lengths exceed the model's context (`max_position_embeddings`, in tokens)."""
     completion = config.grpo_value("max_completion_length")
