@@ -174,7 +174,7 @@ _MISTAKES = (
         "write null, true and false (json.dumps does)",
     ),
     (rb",\s*[}\]]", "a comma comes before the closing brace or bracket", "remove the comma"),
-    (rb"(?m)^\s*(?://|#)|/\*", "JSON has no comments", "remove the comments"),
+    (rb"(?m)^\s*#|//|/\*", "JSON has no comments", "remove the comments"),
     (
         rb"[\x00-\x09\x0b-\x1f]",
         "a text has a tab or another control character as it is",
