@@ -138,7 +138,7 @@ def test_a_record_that_cannot_be_told_is_refused(tmp_path, record, code, words):
 
 
 COLUMNS = [
-    ({"answer": "reference_answer.value"}, {"messages": user("q"), "reference_answer": {"value": 8, "x": 1}}, user("q"), "8"),
+    ({"answer": "reference_answer.value"}, {"messages": user("q"), "reference_answer": {"value": 8}}, user("q"), "8"),
     ({"prompt": "extra.items.0.question"}, {"extra": {"items": [{"question": "q"}]}, "answer": "a"}, user("q"), "a"),
     ({"prompt": "{passage}\n\nSo: {question}"}, {"passage": "p", "question": "q", "answer": "a"}, user("p\n\nSo: q"), "a"),
     ({"prompt": "{premise}: {hypothesis}?"}, {"premise": "p", "hypothesis": "h", "label": 1}, user("p: h?"), "1"),
