@@ -40,7 +40,8 @@ def translate(raw: bytes) -> Translation:
     """
     source = load_mapping(raw)
     for wrapper in WRAPPERS:
-        source = source[wrapper] if isinstance(source.get(wrapper), dict) else source
+        if isinstance(source.get(wrapper), dict):
+            source = {name: value for name, value in source.items() if name != wrapper} | source[wrapper]
     settings = dict(_settings(source))
     config: Values = {}
     sources: dict[str, str] = {}  # the name in the source of each key of the config

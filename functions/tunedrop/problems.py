@@ -46,6 +46,11 @@ class RejectedError(Exception):
         super().__init__("; ".join(map(str, self.problems)))
 
 
+def is_misspelt(name: str, valid: Iterable[str]) -> bool:
+    """Whether a name differs from a valid one by about a letter."""
+    return bool(get_close_matches(name, valid, n=1, cutoff=0.9))
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint: the valid name most like `name`, or the list of valid names."""
     valid = sorted(valid)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from release import fields
-from tunedrop.config.fields import MANAGED_GRPO, MANAGED_LORA, config_fields
+from tunedrop.config.fields import MANAGED_GRPO, MANAGED_LORA, NOT_INSTALLED, config_fields
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import load_run_config
 from tunedrop.config.schedule import fit_batches
@@ -21,9 +21,9 @@ FREE = [each for each in GIVEN if each[1] not in MANAGED_GRPO | MANAGED_LORA]
 # Values for fields whose default says nothing about what they take, or is all that this machine can do.
 VALUES: dict[str, Any] = {
     "accelerator_config": {"split_batches": False},
+    "alora_invocation_tokens": [1, 2],
     "chat_template_kwargs": {"enable_thinking": False},
     "debug": "",
-    "deepspeed": None,
     "fsdp": None,
     "fsdp_config": {"version": 2},
     "generation_kwargs": {"no_repeat_ngram_size": 3},
@@ -100,7 +100,7 @@ def plain(value: Any) -> Any:
 
 
 # Refused by a rule whatever they are set to besides their default, with tests of their own.
-ONLY_DEFAULT = {"auto_find_batch_size", "sync_ref_model"}
+ONLY_DEFAULT = {"auto_find_batch_size", "sync_ref_model", *NOT_INSTALLED}
 
 
 @pytest.mark.parametrize(("section", "name"), [each for each in FREE if each[1] not in ONLY_DEFAULT])
@@ -194,5 +194,7 @@ def test_the_committed_fields_are_those_of_the_installed_versions():
 
 def test_every_bound_and_choice_is_of_a_field():
     known = {name for _, name in GIVEN}
+    for section, name in GIVEN:
+        known |= {f"{name}.{key}" for key in config_fields()[section][name].get("keys", {})}
     assert set(fields.RANGES) <= known
     assert set(fields.CHOICES) <= known

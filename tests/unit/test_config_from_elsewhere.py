@@ -177,6 +177,7 @@ quant_bits: 4
 """
 SAGEMAKER = json.dumps(
     {
+        "TrainingJobName": "sums-1",
         "HyperParameters": {
             "model_id": '"org/small"',
             "epoch": "3",
@@ -189,7 +190,7 @@ SAGEMAKER = json.dumps(
             "instruction_tuned": "False",
             "validation_split_ratio": "0.2",
             "sagemaker_program": "train.py",
-        }
+        },
     }
 )
 # A framework's example, the keys of the run config that it must give, and the names that it must leave out.
@@ -269,7 +270,7 @@ EXAMPLES = {
             "grpo": {"num_train_epochs": 3, "learning_rate": 3e-5, "per_device_train_batch_size": 4},
             "lora": {"r": 20, "target_modules": ["q_proj", "v_proj"], "load_in_4bit": True},
         },
-        "instruction_tuned sagemaker_program",
+        "TrainingJobName instruction_tuned sagemaker_program",
     ),
 }  # fmt: skip
 

@@ -73,6 +73,7 @@ MISTAKES = [
     ("grpo: {bf16: 1}", "CONFIG_VALUE", "grpo.bf16", "must be bool or null, not int"),
     ("grpo: {loss_type: dap}", "CONFIG_VALUE", "grpo.loss_type", "(did you mean 'dapo'?)"),
     ("grpo: {output_dir: /tmp}", "CONFIG_VALUE", "grpo.output_dir", "set by Tunedrop"),
+    ("grpo: {reward_weights: [1.0]}", "CONFIG_VALUE", "grpo.reward_weights", "each entry of rewards has a weight"),
     ("grpo: {eval_strategy: steps}", "CONFIG_VALUE", "grpo.eval_strategy", "set by Tunedrop"),
     ("lora: {lora_dropout: 1.0}", "CONFIG_VALUE", "lora.lora_dropout", "below 1"),
     ("grpo: 3", "CONFIG_VALUE", "grpo", "dictionary"),

@@ -64,20 +64,29 @@ def config_fields() -> dict[str, dict[str, dict[str, Any]]]:
     return fields
 
 
+def free_fields(section: str) -> list[str]:
+    """Return the fields of `grpo` or `lora` that a run config may set."""
+    return sorted(config_fields()[section].keys() - MANAGED_GRPO - MANAGED_LORA)
+
+
 def check_fields(section: str, values: dict[str, Any], managed: frozenset[str]) -> None:
     """Check names, types, choices and ranges of a section's values. Raises ValidationError that lists every mistake."""
     fields = config_fields()[section]
     mistakes = []
     for key, value in values.items():
         if key not in fields:
-            hint = nearest(str(key), set(fields) - managed)
-            mistakes.append(_mistake("config_key", str(key), hint, value))
+            mistakes.append(_mistake("extra_forbidden", str(key), "unknown key", value))
             continue
-        reason = "is set by Tunedrop; remove it" if key in managed else NOT_INSTALLED.get(key) if value else None
+        reason = _managed(key) if key in managed else NOT_INSTALLED.get(key) if value else None
         if reason := reason or _wrong(value, fields[key]):
             mistakes.append(_mistake("config_value", key, reason, value))
     if mistakes:
         raise ValidationError.from_exception_data(section, mistakes)
+
+
+def _managed(key: str) -> str:
+    instead = ": each entry of rewards has a weight of its own" if key == "reward_weights" else ""
+    return f"is set by Tunedrop; remove it{instead}"
 
 
 def _mistake(kind: str, key: str, message: str, value: Any = None) -> InitErrorDetails:

@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tunedrop.config.fields import free_fields
 from tunedrop.config.model import RunConfig
 from tunedrop.config.rules import check_rules
 from tunedrop.config.synonyms import is_section, place_of
-from tunedrop.problems import Problem, RejectedError, nearest
+from tunedrop.problems import Problem, RejectedError, is_misspelt, nearest
 from tunedrop.rewards.synonyms import reward_like, written
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -95,21 +96,26 @@ def _valid_keys(path: tuple[int | str, ...]) -> list[str]:
         section = model.model_fields[part].annotation if part in model.model_fields else None
         if isinstance(section, type) and issubclass(section, BaseModel):
             model = section
-    return list(model.model_fields)
+    if path == ("grpo",):
+        return free_fields("grpo")
+    return [*model.model_fields, *(free_fields("lora") if path == ("lora",) else [])]
 
 
-def _place(path: tuple[int | str, ...], value: Any) -> str | None:
-    """Return where a key of another framework stands in a run config; None for a name that no framework has."""
-    key = str(path[-1])
+def _hint(path: tuple[int | str, ...], value: Any) -> str:
+    """Return where an unknown key belongs: by its name in another framework, else by its spelling."""
+    key, valid = str(path[-1]), _valid_keys(path[:-1])
     place = place_of(".".join(map(str, path))) or place_of(key)
-    if place is None:
-        foreign = isinstance(value, dict) and (is_section(str(key)) or any(place_of(f"{key}.{each}") for each in value))
-        return "`tunedrop config --from FILE` translates the config of another framework" if foreign else None
-    if place.key is None:
+    if place and place.key:
+        section, _, name = place.key.rpartition(".")
+        line = f"{name}: {_shown(name, value)}"
+        return (
+            f"here it is {place.key}: write {section}: {{{line}}}" if section else f"write {line} at the top of the config"
+        )
+    if place and not is_misspelt(key, valid):
         return f"leave it out: {place.reason}"
-    section, _, name = place.key.rpartition(".")
-    line = f"{name}: {_shown(name, value)}"
-    return f"here it is {place.key}: write {section}: {{{line}}}" if section else f"write {line} at the top of the config"
+    if isinstance(value, dict) and (is_section(key) or any(place_of(f"{key}.{each}") for each in value)):
+        return "`tunedrop config --from FILE` translates the config of another framework"
+    return nearest(key, valid)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -125,11 +131,8 @@ def _problem(detail: Any) -> Problem:
     path: tuple[int | str, ...] = detail["loc"]
     key = ".".join(map(str, path)) or None
     if detail["type"] == "extra_forbidden":
-        hint = _place(path, detail["input"]) or nearest(str(path[-1]), _valid_keys(path[:-1]))
-        return Problem("CONFIG_KEY", f"unknown key '{key}'", hint, key=key)
+        return Problem("CONFIG_KEY", f"unknown key '{key}'", _hint(path, detail["input"]), key=key)
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "config_key":
-        return Problem("CONFIG_KEY", f"unknown key '{key}'", _place(path, detail["input"]) or message, key=key)
     if "input" in detail and not isinstance(detail["input"], dict | list | RunConfig):
         message += f", got {detail['input']!r}"[:200]
     return Problem("CONFIG_VALUE", f"{key}: {message}" if key else message, key=key)

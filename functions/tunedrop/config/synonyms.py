@@ -116,6 +116,7 @@ _NAMES = {
 }
 # Settings without a place in a run config: the reason, and their names, where * stands for any text.
 _LEFT_OUT = {
+    "each entry of rewards has a weight of its own": "reward_weights",
     "TRL computes GRPO's loss and its KL term in a way of its own; see grpo.loss_type": """
         actor_rollout_ref.actor.kl_loss_type actor_rollout_ref.actor.loss_agg_mode actor_rollout_ref.actor.policy_loss*
     """,
