@@ -100,7 +100,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
     def _sampling(self) -> AbstractContextManager[None]:
         """Return the context of a rollout: the training's type, with the adapter."""
         autocast: AbstractContextManager[None] = self.accelerator.autocast()
-        return self._fused.rollout() if self._fused.groups else autocast
+        return self._fused.rollout() if self._fused.groups or self._fused.quantized else autocast
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As TRL's, but shuffles groups instead of sequences: a micro-batch holds whole groups."""
