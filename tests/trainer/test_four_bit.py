@@ -1,5 +1,7 @@
 """QLoRA on a CPU with the real bitsandbytes: nf4, double quantisation, bf16 or fp32 compute by the machine."""
 
+from unittest.mock import Mock
+
 import pytest
 import tiny_model
 import torch
@@ -66,16 +68,15 @@ def test_a_rollout_dequantizes_each_weight_once_and_computes_what_peft_does(wide
         log_probs(model),
         {name: each.clone() for name, each in model.state_dict().items() if "quant" not in name},
     )
-    calls = []
-    original = functional.dequantize_4bit
-    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args, **rest: calls.append(1) or original(*args, **rest))
+    dequantize = Mock(wraps=functional.dequantize_4bit)
+    monkeypatch.setattr(functional, "dequantize_4bit", dequantize)
     fused = FusedLora(model, torch.float32)
     for _ in range(2):
         with fused.rollout():
             found = [log_probs(model) for _ in range(3)]
             for each in found:
                 torch.testing.assert_close(each, expected, atol=1e-4, rtol=1e-4)
-    assert len(calls) == 2 * sum(len(layers) for layers in fused.quantized) == 2 * 7 * 2
+    assert dequantize.call_count == 2 * sum(len(layers) for layers in fused.quantized) == 2 * 7 * 2
     assert log_probs(model).equal(expected)  # outside of a rollout nothing has changed
     assert all(model.state_dict()[name].equal(each) for name, each in state.items())
 
