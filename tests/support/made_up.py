@@ -72,7 +72,7 @@ def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
         "verdict": evaluation["verdict"]["status"],
         "reasons": [*evaluation["verdict"]["reasons"], HOSTILE],
         "bounded": True,
-        "training": {"steps": steps, "versions": {"trl": "1"}, "learnability": {"prompts": 64, "dead": 5}, "proofs": PROOFS},
+        "training": {"steps": steps, "versions": {"trl": "1"}, "learnability": {"prompts": 64, "dead": 5}, "sampling": {"taught": 60, "refilled": 7}, "proofs": PROOFS},
         "jobs": {"train": "job", "test": "job"},
         "cost": {"usd": 3.5, "jobs": {"train": job, "test": job | {"billable_seconds": None, "usd": None}}},
         "source": f"s3://data/training_data/{HOSTILE}.jsonl",
