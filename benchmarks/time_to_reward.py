@@ -2,10 +2,15 @@
 
     .venv/bin/python -m benchmarks.time_to_reward
     .venv/bin/python -m benchmarks.time_to_reward --target 0.95 --seeds 5 --micro-batches 12,24,48
+    .venv/bin/python -m benchmarks.time_to_reward --task mixed --micro-batches 48
 
 The run config is the sample's. Every fifth row is held out. After each step, the model answers these rows greedily, and the
 sample's reward scores the completions; this time is not counted. Each trainer runs with its fastest micro-batch size, which
 the benchmark first determines with short runs.
+
+The task `mixed` compares the policies of `sampling`, with the trainer of a run. Of the rows that are not held out, a third
+gets the sample's reward, a third gets 0 and a third gets 1 whatever the model answers. As in a run, the learnability gate's
+completions are known before the first step; their time is not counted.
 """
 
 import argparse
@@ -25,15 +30,19 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trainer import dataset, models
+from trainer import curriculum, dataset, models
+from trainer.checkpoints import Record
+from trainer.curriculum import Curriculum
+from trainer.learnability import FEWEST_PROMPTS
 from trainer.row_rewards import RowReward
-from trainer.run_trainer import SharedPrefixGRPOTrainer
+from trainer.run_trainer import SharedPrefixGRPOTrainer, SharedPrefixRunTrainer
+from tunedrop.config.model import Sampling
 from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tunedrop_cli/sample"
-TRAINERS = {"stock TRL": GRPOTrainer, "shared prefix": SharedPrefixGRPOTrainer}
+TASKS = {"additions": ("stock TRL", "shared prefix"), "mixed": ("uniform", "teach")}
 STEP = 48  # completions per step, as in the sample
 
 
@@ -67,6 +76,29 @@ class HeldOut(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
             control.should_training_stop = True
 
 
+class TwoThirdsFlat(RowReward):
+    """The reward of every third row. The others get 0, or 1, whatever the model answers: they are dead, or solved."""
+
+    def __call__(self, prompts: list[Any], completions: list[Any], row: list[int], **trainer: Any) -> list[float | None]:
+        """Score completions."""
+        scores = super().__call__(prompts, completions, row, **trainer)
+        return [(score, 0.0, 1.0)[index % 3] for index, score in zip(row, scores, strict=True)]
+
+
+def build(kind: str, seed: int, **arguments: Any) -> GRPOTrainer:
+    """Return the trainer of this name; `arguments` are `GRPOTrainer`'s."""
+    if kind in TASKS["additions"]:
+        return (SharedPrefixGRPOTrainer if kind == "shared prefix" else GRPOTrainer)(**arguments)
+    record = Record()
+    teach = Curriculum(record, seed, Sampling().refills) if kind == "teach" else None
+    trainer = SharedPrefixRunTrainer(run={}, record=record, prompt_limit=64, curriculum=teach, **arguments)
+    if teach:
+        asked = [trainer.train_dataset[index] for index in trainer.row_order()[:FEWEST_PROMPTS]]
+        for group in curriculum.sample_groups(trainer, asked):
+            teach.observe(group.row["row"], curriculum.scores(group.rewards, trainer.reward_weights))
+    return trainer
+
+
 def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> HeldOut:
     """Train until the target, or for at most `steps` steps; return the seconds and the held-out rewards of all steps."""
     config = parse_run_config(yaml.safe_load((SAMPLE / "additions.yaml").read_text()))
@@ -75,6 +107,7 @@ def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> He
     location = str(ROOT / ".tunedrop/models" / config.model)
     tokenizer = models.load_tokenizer(location)
     [reward] = build_rewards(config.rewards)
+    row_reward = (TwoThirdsFlat if kind in TASKS["mixed"] else RowReward)(reward, learn)
     watch = HeldOut(held_out, tokenizer, reward, int(config.grpo["max_completion_length"]), target)
     with tempfile.TemporaryDirectory() as folder:
         grpo = config.grpo | {
@@ -89,9 +122,11 @@ def run(kind: str, micro_batch: int, seed: int, steps: int, target: float) -> He
             "save_strategy": "no",
             "report_to": [],
         }
-        trainer = TRAINERS[kind](
+        trainer = build(
+            kind,
+            seed,
             model=models.load_model(location, dtype=models.weights_dtype()),
-            reward_funcs=RowReward(reward, learn),
+            reward_funcs=row_reward,
             args=GRPOConfig(**grpo),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"], "row": index} for index, row in enumerate(learn)]),
             processing_class=tokenizer,
@@ -110,7 +145,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-steps", type=int, default=25)
     parser.add_argument("--micro-batches", default="8,16,24,48", help="micro-batch sizes to try")
-    parser.add_argument("--trainer", choices=TRAINERS, action="append", help="run only this trainer")
+    parser.add_argument("--task", choices=TASKS, default="additions")
+    parser.add_argument("--trainer", choices=sum(TASKS.values(), ()), action="append", help="run only this trainer")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -118,7 +154,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     sizes = [int(part) for part in arguments.micro_batches.split(",")]
     medians = []
-    for kind in arguments.trainer or TRAINERS:
+    for kind in arguments.trainer or TASKS[arguments.task]:
         costs = {size: run(kind, size, 0, 2, 2.0).seconds[-1] for size in sizes} if len(sizes) > 1 else {sizes[0]: 0.0}
         size = min(costs, key=lambda each: costs[each])
         print(f"\n{kind}: micro-batch {size} ({', '.join(f'{each}: {cost:.1f} s' for each, cost in costs.items())})")

@@ -33,17 +33,21 @@ class Alert(NamedTuple):
     evidence: dict[str, float]
 
 
-def find(history: Sequence[Point], formats: Collection[str] = ()) -> list[Alert]:
-    """Return the alerts of the last point. `formats` are the names of the rewards for a completion's format alone."""
+def find(history: Sequence[Point], formats: Collection[str] = (), *, random_prompts: bool = True) -> list[Alert]:
+    """Return the alerts of the last point. `formats` are the names of the rewards for a completion's format alone.
+
+    Prompts that were chosen because their rewards differ, not at random, keep the mean reward where it is: then no alert
+    says that it does not rise.
+    """
     checks: list[Callable[[], Alert | None]] = [
         lambda: non_finite(history),
         lambda: kl_blowup(history),
         lambda: dead_reward(history),
         lambda: truncation(history),
-        lambda: hacking_suspect(history, formats),
         lambda: entropy_collapse(history),
-        lambda: plateau(history),
     ]
+    if random_prompts:
+        checks += [lambda: hacking_suspect(history, formats), lambda: plateau(history)]
     return [alert for check in checks if (alert := check())]
 
 

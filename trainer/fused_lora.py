@@ -8,10 +8,14 @@ weights loses it in the same way. Here one product adds both in fp32 and rounds 
 
 Layers that read the same input (queries, keys and values) are one product. W and B are parts of one matrix, of which the
 layers' own weights are views: there is no second copy of the weights, and nothing is converted in a forward.
+
+Weights in 4 bits stay as they are, and PEFT computes the loss with them. A rollout, which reads all weights for each token,
+dequantizes them once, if a third of the memory suffices for them.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +30,9 @@ from trainer import models
 
 # Names of layers of a block that read the same input, in every decoder that `trainer.shared_prefix_models` supports.
 READ_ONE_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+# The part of the memory that dequantized weights may take. Half is for keys and values (`tokens_that_fit`).
+MOST_OF_MEMORY = 1 / 3
 
 
 class Product(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
@@ -53,16 +60,15 @@ class Product(torch.autograd.Function):  # type: ignore[misc] # torch is untyped
 
 
 class FusedLayers:
-    """LoRA layers that read one input, in a type in which they compute. Their base weights become views of `weight`.
+    """LoRA layers that read one input, in a type in which they compute.
 
     `weight` (out, in + ranks) is [W, B], `first` (ranks, in) is s A, `scaling` (ranks, 1) is s. `blocks` are the rows of
     `weight` and the ranks that belong to each adapter.
     """
 
-    def __init__(self, layers: Sequence[LoraLinear], dtype: torch.dtype):
+    def __init__(self, layers: Sequence[LoraLayer], dtype: torch.dtype):
         self.layers = layers
-        weights = [layer.get_base_layer().weight for layer in layers]
-        self.sizes, self.inputs = [len(weight) for weight in weights], weights[0].shape[1]
+        self.sizes, self.inputs = [layer.out_features for layer in layers], layers[0].in_features
         self.blocks: list[tuple[slice, slice]] = []
         self.scalings: list[float] = []
         firsts, seconds = [], []
@@ -78,16 +84,25 @@ class FusedLayers:
             outputs += size
         self.ranks = -(-ranks // 8) * 8  # GPUs multiply faster if rows begin at multiples of 16 bytes
         self.parameters = firsts + seconds
-        self.weight = weights[0].new_zeros(outputs, self.inputs + self.ranks, dtype=dtype)
-        self.first = weights[0].new_zeros(self.ranks, self.inputs, dtype=dtype)
+        self.weight = firsts[0].new_zeros(outputs, self.inputs + self.ranks, dtype=dtype)
+        self.first = firsts[0].new_zeros(self.ranks, self.inputs, dtype=dtype)
         self.scaling = self.first.new_zeros(self.ranks, 1)
         for (_, rows), scaling in zip(self.blocks, self.scalings, strict=True):
             self.scaling[rows] = scaling
         self.bias = self._biases()
-        for rows, weight in zip(self.weight.split(self.sizes), weights, strict=True):
-            weight.data = rows[:, : self.inputs].copy_(weight.data)
+        for rows, layer in zip(self._base_rows(), layers, strict=True):
+            rows.copy_(dense_weight(layer))
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
+
+    def _base_rows(self) -> list[Tensor]:
+        """Return each layer's rows of W in `weight`."""
+        return [rows[:, : self.inputs] for rows in self.weight.split(self.sizes)]
+
+    def replace_base_weights(self) -> None:
+        """Have the layers' base weights be views of `weight`, which frees their own memory."""
+        for rows, layer in zip(self._base_rows(), self.layers, strict=True):
+            layer.get_base_layer().weight.data = rows
 
     def _biases(self) -> Tensor | None:
         biases = [layer.get_base_layer().bias for layer in self.layers]
@@ -130,55 +145,66 @@ class FusedLayers:
 
 
 class FusedLora:
-    """A PEFT model's LoRA layers, which compute as this module says, in one type. Empty for models with other adapters.
+    """A PEFT model's LoRA layers, which compute as this module says, in one type.
 
-    DoRA, trained biases, adapters of embeddings and 4-bit weights are not fused.
+    `groups` are the layers that are always fused, `quantized` those that are fused in rollouts only. Both are empty for
+    models with other adapters: DoRA, trained biases and adapters of embeddings are not fused.
     """
 
     def __init__(self, model: PeftModel, dtype: torch.dtype):
         self._model, self._dtype = model, dtype
         self._fresh = False
+        self.groups: list[FusedLayers] = []
+        self.quantized: list[list[LoraLayer]] = []
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-        inputs: dict[tuple[str, str], list[LoraLinear]] = {}
+        inputs: dict[tuple[str, str], list[LoraLayer]] = {}
         for name, layer in layers.items():
             parent, _, own = name.rpartition(".")
             together = next((",".join(sorted(names)) for names in READ_ONE_INPUT if own in names), own)
             inputs.setdefault((parent, together), []).append(layer)
-        self.groups = [FusedLayers(group, dtype) for group in inputs.values()] if all(map(_plain, layers.values())) else []
+        if all(map(_plain, layers.values())):
+            self.groups = [FusedLayers(group, dtype) for group in inputs.values()]
+        elif all(_plain(layer) or _four_bit(layer) for layer in layers.values()) and _room(layers.values(), dtype):
+            self.quantized = list(inputs.values())
+        self._copy_adapters = adapter_copier(self.groups)
         for group in self.groups:
-            for number, layer in enumerate(group.layers):
-                layer.forward = functools.partial(self._forward, layer, layer.forward, group, number)
-        places = [group.copies() for group in self.groups]
-        self._places = [place for each in places for part in each for place in part]
-        self._parameters = [parameter for group in self.groups for parameter in group.parameters]
-        self._scalings = [factor for group in self.groups for factor in group.scalings + [1.0] * len(group.scalings)]
+            group.replace_base_weights()
+            self._attach(group)
         if self.groups:
             model.get_base_model().register_forward_pre_hook(lambda *_: self.refresh())
+
+    def _attach(self, group: FusedLayers) -> None:
+        for number, layer in enumerate(group.layers):
+            layer.forward = functools.partial(self._forward, layer, layer.forward, group, number)
 
     def refresh(self) -> None:
         """Copy the adapters' present parameters into the products' matrices. Runs before every forward of the model."""
         if not self._fresh:
-            with torch.no_grad():
-                torch._foreach_copy_(self._places, torch._foreach_mul(self._parameters, self._scalings))
+            self._copy_adapters()
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
         """Run the whole model in this type for the block, in which the adapter does not change.
 
-        The model's own tensors come back unchanged.
+        The model's own tensors come back unchanged. Dequantized weights exist in the block only.
         """
-        inside = {id(layer.get_base_layer().weight) for group in self.groups for layer in group.layers}
-        others = [each for each in self._model.parameters() if not each.requires_grad and id(each) not in inside]
-        self.refresh()
+        own = [FusedLayers(layers, self._dtype) for layers in self.quantized]
+        for group in own:
+            self._attach(group)
+        inside = {id(layer.get_base_layer().weight) for group in self.groups + own for layer in group.layers}
+        frozen = [each for each in self._model.parameters() if each.is_floating_point() and not each.requires_grad]
+        adapter_copier(self.groups + own)()
         self._fresh = True
         try:
-            with models.converted(others, self._dtype):
+            with models.converted((each for each in frozen if id(each) not in inside), self._dtype):
                 yield
         finally:
             self._fresh = False
+            for layer in [layer for group in own for layer in group.layers]:
+                del layer.forward
 
     def _forward(
-        self, layer: LoraLinear, stock: Any, group: FusedLayers, number: int, x: Tensor, *args: Any, **kwargs: Any
+        self, layer: LoraLayer, stock: Any, group: FusedLayers, number: int, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Compute a layer: fused, or as PEFT does where the adapter is off or has dropout, which a rollout has not."""
         dropout = layer.training and any(getattr(each, "p", 0.0) for each in layer.lora_dropout.values())
@@ -188,6 +214,48 @@ class FusedLora:
         return group.forward(number, x)
 
 
+def adapter_copier(groups: Sequence[FusedLayers]) -> Callable[[], None]:
+    """Return a function that copies the adapters' present parameters into the matrices of these products."""
+    copies = [group.copies() for group in groups]
+    places = [place for each in copies for part in each for place in part]
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    scalings = [factor for group in groups for factor in group.scalings + [1.0] * len(group.scalings)]
+
+    def copy() -> None:
+        if places:
+            with torch.no_grad():
+                torch._foreach_copy_(places, torch._foreach_mul(parameters, scalings))
+
+    return copy
+
+
+def dense_weight(layer: LoraLayer) -> Tensor:
+    """Return the base weights (out, in) of a layer, dequantized if they are in 4 bits."""
+    weight = layer.get_base_layer().weight
+    if not _four_bit(layer):
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _low_rank(layer: LoraLayer) -> bool:
+    return not layer.lora_variant and not any(layer.lora_bias.values())
+
+
 def _plain(layer: LoraLayer) -> bool:
     """Return whether a layer is a low-rank matrix beside plain weights."""
-    return type(layer) is LoraLinear and not layer.lora_variant and not any(layer.lora_bias.values())
+    return type(layer) is LoraLinear and _low_rank(layer)
+
+
+def _four_bit(layer: LoraLayer) -> bool:
+    """Return whether a layer is a low-rank matrix beside weights in 4 bits."""
+    return hasattr(getattr(layer.get_base_layer(), "weight", None), "quant_state") and _low_rank(layer)
+
+
+def _room(layers: Iterable[LoraLayer], dtype: torch.dtype) -> bool:
+    """Return whether the weights of these layers take at most a part of the GPU's free memory, or of a CPU's memory."""
+    size = sum(layer.out_features * layer.in_features for layer in layers) * dtype.itemsize
+    on_gpu = torch.cuda.is_available()
+    memory = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return bool(size <= MOST_OF_MEMORY * memory)

@@ -9,9 +9,9 @@ of each prompt update it.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 # The gate may use this share of the run's completions. In a short run it uses FEWEST_PROMPTS, since fewer say nothing.
 SHARE, FEWEST_PROMPTS, MOST_PROMPTS = 0.03, 24, 128
@@ -20,6 +20,8 @@ STRENGTHS = [2.0 ** (power / 2) for power in range(-12, 17)]
 # Rewards that are equal to this many digits count as one value, as in TRL's frac_reward_zero_std.
 DIGITS = 6
 STANDARD_ERRORS = 2.0
+
+Value = TypeVar("Value")
 
 
 class Learnability(NamedTuple):
@@ -60,7 +62,7 @@ def estimate(rewards: Sequence[Sequence[float]], group: int) -> Learnability:
     solved = sum(best > 0 and best in seen[index] for index in flat)
     pooled = sum(seen, Counter())
     prior = {value: count / pooled.total() for value, count in pooled.items()}
-    strength = max(STRENGTHS, key=lambda strength: sum(_log_likelihood(each, prior, strength) for each in seen))
+    strength = max(STRENGTHS, key=lambda strength: sum(log_likelihood(each, prior, strength) for each in seen))
     equal = [_all_equal(each, prior, strength, group) for each in seen]
     return Learnability(
         prompts=len(seen),
@@ -75,9 +77,9 @@ def estimate(rewards: Sequence[Sequence[float]], group: int) -> Learnability:
     )
 
 
-def _log_likelihood(seen: Counter[float], prior: dict[float, float], strength: float) -> float:
+def log_likelihood(seen: Mapping[Value, float], prior: Mapping[Value, float], strength: float) -> float:
     """Return the log of the Dirichlet-multinomial probability of one prompt's rewards, as an ordered sequence."""
-    total = math.lgamma(strength) - math.lgamma(strength + seen.total())
+    total = math.lgamma(strength) - math.lgamma(strength + sum(seen.values()))
     return total + sum(
         math.lgamma(strength * prior[value] + count) - math.lgamma(strength * prior[value]) for value, count in seen.items()
     )

@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,22 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def ordered_samples(
+    prompts: Sequence[Any], completions: Sequence[Any], rewards: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Return completions (messages) without duplicates, the lowest reward first. `rewards` are by function.
+
+    Each is `{"prompt", "completion", "rewards"}`, texts cut to SAMPLE_CHARACTERS, rewards None if they are not finite.
+    """
+    by_completion = [dict(zip(rewards, values, strict=True)) for values in zip(*rewards.values(), strict=True)]
+    samples = {}
+    for prompt, completion, scores in zip(prompts, completions, by_completion, strict=True):
+        texts = [str(messages[-1]["content"])[:SAMPLE_CHARACTERS] for messages in (prompt, completion)]
+        finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        samples[tuple(texts)] = {"prompt": texts[0], "completion": texts[1], "rewards": finite}
+    return sorted(samples.values(), key=lambda each: sum(value or 0.0 for value in each["rewards"].values()))
+
+
 class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Writes `metrics.jsonl` and `tensorboard/` into a folder and logs each logging step, or shows a bar on a terminal."""
 
@@ -156,6 +172,7 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Raises each alert once: writes it to `alerts.jsonl` and to the log, and passes it to `announce`.
 
+    `formats` and `random_prompts` are parameters of `trainer.alerts.find`.
     `samples` returns the latest completions, the lowest reward first. `stop_for` is the alert that should end the training,
     None as long as there is none. `broken`: the adapter's weights are not finite, so the training must end.
     """
@@ -169,8 +186,10 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         stop_on: Collection[str],
         samples: Callable[[], Sequence[dict[str, Any]]],
         announce: Callable[[dict[str, Any]], None],
+        random_prompts: bool,
     ):
         self._path, self._record, self._formats, self._stop_on = path, record, formats, stop_on
+        self._random_prompts = random_prompts
         self._samples, self._announce = samples, announce
         self.stop_for: str | None = None
         self.broken = False
@@ -203,7 +222,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         """Raise the alerts that the step's figures show."""
         if "reward" not in logs:
             return
-        for alert in find(history(state), self._formats):
+        for alert in find(history(state), self._formats, random_prompts=self._random_prompts):
             self._raise(alert, state)
             if alert.code in self._stop_on and self.stop_for is None:
                 self.stop_for = alert.code

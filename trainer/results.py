@@ -89,8 +89,8 @@ def summary(
     from trainer.progress import history
 
     record, state, points = trainer.record, trainer.state, history(trainer.state)
-    gate = record.learnability
-    if gate:
+    gate, curriculum = record.learnability, trainer.curriculum
+    if gate and not curriculum:  # the gate's forecast is for prompts in a random order
         gate = gate | measured(points, gate, trainer.num_generations)
     return {
         "model": config.model,
@@ -103,6 +103,7 @@ def summary(
         "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
         "evaluations": record.evaluations,
         "learnability": gate,
+        "sampling": curriculum.summary() if curriculum else None,
         "alerts": [alert["code"] for alert in record.alerts],
         "rows": len(trainer.train_dataset),
         "rows_dropped": data.dropped + len(record.dropped),

@@ -14,9 +14,8 @@ the picture.
 import copy
 import functools
 import gc
-import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerState
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trl import GRPOTrainer
@@ -35,10 +33,11 @@ from trl.trainer.utils import split_tensor_dict
 
 from trainer import checkpoints
 from trainer.checkpoints import SAVING, Checkpoint, Record
+from trainer.curriculum import ByEpoch, Curriculum
 from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
 from trainer.fused_norms import fuse_norms
-from trainer.progress import SAMPLE_CHARACTERS, memory_gb
+from trainer.progress import memory_gb, ordered_samples
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
 from trainer.shared_prefix_sampling import Decoder, sample, tokens_that_fit
@@ -100,7 +99,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
     def _sampling(self) -> AbstractContextManager[None]:
         """Return the context of a rollout: the training's type, with the adapter."""
         autocast: AbstractContextManager[None] = self.accelerator.autocast()
-        return self._fused.rollout() if self._fused.groups else autocast
+        return self._fused.rollout() if self._fused.groups or self._fused.quantized else autocast
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As TRL's, but shuffles groups instead of sequences: a micro-batch holds whole groups."""
@@ -204,38 +203,28 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         return loss
 
 
-class _ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
-    """TRL's sampler with a new seed for each epoch.
-
-    TRL's sampler continues from the generator's state at the end of the epoch before. A resumed process lacks that state.
-    """
-
-    def __init__(self, sampler: Any, seed: Callable[[], int]):
-        self._sampler = sampler
-        self._seed = seed
-
-    def __iter__(self) -> Iterator[int]:
-        if self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._seed())
-        yield from self._sampler
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
 class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
     """Adds to a `GRPOTrainer` what a run needs: whole checkpoints, resumption, metrics for alerts, public methods.
 
-    `run` and `record` go into the checkpoints' manifests. `prompt_limit` is the most tokens of a prompt. All other arguments
-    are `GRPOTrainer`'s.
+    `run` and `record` go into the checkpoints' manifests. `prompt_limit` is the most tokens of a prompt. `curriculum`
+    chooses the prompts of each rollout, None: a random order. All other arguments are `GRPOTrainer`'s.
     """
 
     train_dataset: Any
     _saving = False
+    _known: tuple[list[list[int]], Tensor] | None = None
 
-    def __init__(self, *args: Any, run: dict[str, Any], record: Record, prompt_limit: int, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        run: dict[str, Any],
+        record: Record,
+        prompt_limit: int,
+        curriculum: Curriculum | None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.run, self.record, self.prompt_limit = run, record, prompt_limit
+        self.run, self.record, self.prompt_limit, self.curriculum = run, record, prompt_limit, curriculum
         # TRL makes an adapter on 4-bit weights bf16, in which small steps get lost. PEFT makes a resumed adapter fp32.
         for weights in self.model.parameters():
             if weights.requires_grad:
@@ -281,18 +270,9 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         self._metrics["train"][name].append(value)
 
     def latest_samples(self) -> list[dict[str, Any]]:
-        """Return the completions of the latest rollout without duplicates, the lowest reward first.
-
-        Each is `{"prompt", "completion", "rewards"}`, texts cut to SAMPLE_CHARACTERS, rewards None if they are not finite.
-        """
+        """Return the completions of the latest rollout as `ordered_samples` does."""
         logs = self._logs
-        rewards = [dict(zip(logs["rewards"], values, strict=True)) for values in zip(*logs["rewards"].values(), strict=True)]
-        samples = {}
-        for prompt, completion, scores in zip(logs["prompt"], logs["completion"], rewards, strict=True):
-            texts = [str(messages[-1]["content"])[:SAMPLE_CHARACTERS] for messages in (prompt, completion)]
-            finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
-            samples[tuple(texts)] = {"prompt": texts[0], "completion": texts[1], "rewards": finite}
-        return sorted(samples.values(), key=lambda each: sum(value or 0.0 for value in each["rewards"].values()))
+        return ordered_samples(logs["prompt"], logs["completion"], logs["rewards"])
 
     def finish_from(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a run that ended with this checkpoint, and let the callbacks write their files again."""
@@ -311,11 +291,31 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    # ---- the curriculum's groups -------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        """As TRL's. A curriculum replaces the rows; their completions and rewards are known then."""
+        if self.curriculum is None:
+            return super()._generate_and_score_completions(inputs)
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        groups = self.curriculum.rollout(self, len(inputs) * ranks // self.num_generations)
+        own = slice(rank * len(inputs), (rank + 1) * len(inputs))
+        ids = [each for group in groups for each in group.ids][own]
+        self._known = ids, torch.cat([group.rewards for group in groups]).to(self.args.device)
+        try:
+            return super()._generate_and_score_completions([group.row for group in groups for _ in group.ids][own])
+        finally:
+            self._known = None
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._known[0], None) if self._known else super()._generate_single_turn(*args, **kwargs)
+
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]) -> Any:
         """As TRL's. Adds the metrics that alerts need: rewards of cut and of finished completions, and the best reward."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        known = self._known
+        rewards = known[1] if known else super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         cut = torch.tensor([not ids or ids[-1] not in ends for ids in completion_ids_list], device=rewards.device)
         cut = self.accelerator.gather(cut)
@@ -334,7 +334,7 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         """Do nothing: TRL writes a model card beside the checkpoints at every save."""
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return _ByEpoch(super()._get_train_sampler(dataset), lambda: self.args.seed + int(self.state.epoch or 0))
+        return ByEpoch(super()._get_train_sampler(dataset), lambda: self.args.seed + int(self.state.epoch or 0))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)

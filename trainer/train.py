@@ -170,6 +170,7 @@ def build_trainer(
     from datasets import Dataset as ArrowDataset
     from peft import LoraConfig
 
+    from trainer.curriculum import Curriculum
     from trainer.row_rewards import row_rewards
     from trainer.run_trainer import SharedPrefixRunTrainer, StockRunTrainer
     from trainer.shared_prefix_models import unsupported
@@ -179,7 +180,7 @@ def build_trainer(
     quantization = models.four_bit() if config.lora.load_in_4bit else {}
     model = models.load_model(location, dtype=models.weights_dtype(), device_map=models.device(), **quantization)
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
-    reason = unsupported(model, arguments, lora)
+    reason, sampling = unsupported(model, arguments, lora), config.sampling
     log.info("trainer=%s", f"stock TRL: {reason}" if reason else "shared prefix")
     return (StockRunTrainer if reason else SharedPrefixRunTrainer)(
         model=model,
@@ -191,6 +192,7 @@ def build_trainer(
         run=run,
         record=record,
         prompt_limit=config.max_prompt_length,
+        curriculum=Curriculum(record, arguments.seed, sampling.refills) if sampling.policy == "teach" else None,
     )
 
 
@@ -219,7 +221,11 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[R
     # The first rows of the training's random order: the first steps will measure the same rows.
     chosen = trainer.row_order()[: learnability.prompts_to_ask(total, policy.samples)]
     completions = sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples)
-    estimate = learnability.estimate([[each.score for each in group] for group in completions], trainer.num_generations)
+    scores = [[each.score for each in group] for group in completions]
+    estimate = learnability.estimate(scores, trainer.num_generations)
+    if trainer.curriculum:
+        for index, group in zip(chosen, scores, strict=True):
+            trainer.curriculum.observe(index, group)
     numbers = estimate.summary() | {"seconds": round(time.monotonic() - began, 1)}
     trainer.record.learnability = numbers
     log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
@@ -320,6 +326,7 @@ def train(flags: argparse.Namespace) -> None:
         stop_on=config.alerts.stop_on,
         samples=trainer.latest_samples,
         announce=announcer(),
+        random_prompts=trainer.curriculum is None,
     )
     bounds = Bounds(
         record,

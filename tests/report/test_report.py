@@ -23,6 +23,7 @@ def test_size_and_what_it_says():
         "ENTROPY_COLLAPSE",
         "Estimate before training",
         "Learnability",
+        "Groups that teach",
         "Merge parity",
         "0.0071",
         "aws s3api get-object",

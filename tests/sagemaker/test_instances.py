@@ -114,7 +114,7 @@ def data(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def trained(
-    local: Any, name: str, batch: int, **changes: Any
+    local: Any, name: str, batch: int, sampling: dict[str, Any] | None = None, **changes: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Train with micro-batches of this size, and return training.json, the metrics and the adapter."""
     from safetensors.torch import load
@@ -130,7 +130,7 @@ def trained(
         "bf16": False,
     }
     config = {"model": "tiny", "rewards": [{"type": "contains", "text": "e"}], "lora": {"r": 4}, "grpo": grpo}
-    config["learnability"] = {"samples": 2}
+    config |= {"learnability": {"samples": 8 if sampling else 2}, "sampling": sampling or {}}
     local.s3.put_object(Bucket="art", Key=f"ranks/{name}.json", Body=json.dumps(config))
     channels = {"trainer": "ranks/trainer/", "models": "ranks/models/", "training": "ranks/training/"}
     channels |= {"code": f"code/{name}/", "run": f"ranks/{name}.json"}
@@ -158,8 +158,22 @@ def test_two_ranks_train_what_one_trains_with_the_same_global_batch(
     local: Any, one_rank: Any, name: str, changes: dict[str, Any]
 ) -> None:
     """The order of a sum differs: float32 rounds it by 1e-7, and Adam's square roots amplify the difference."""
-    told, metrics, adapter = trained(local, name, 8, **changes)
-    expected_told, expected_metrics, expected = one_rank
+    assert_equal(trained(local, name, 8, **changes), one_rank)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("data")
+def test_two_ranks_choose_the_prompts_that_one_chooses(local: Any) -> None:
+    teach = {"policy": "teach", "refills": 2}
+    two = trained(local, "two-teach", 8, teach, Environment={"RANKS": "2"})
+    one = trained(local, "one-teaches", 16, teach)
+    assert two[0]["sampling"] == one[0]["sampling"]
+    assert_equal(two, one)
+
+
+def assert_equal(found: Any, of_one_rank: Any) -> None:
+    told, metrics, adapter = found
+    expected_told, expected_metrics, expected = of_one_rank
     for key in ("steps", "ended", "checkpoint", "evaluations", "alerts", "rows"):
         assert told[key] == expected_told[key], key
     assert told["learnability"]["prompts"] == expected_told["learnability"]["prompts"]

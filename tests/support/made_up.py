@@ -17,6 +17,7 @@ PROOFS = {
     "merge_parity": {"dtype": "bfloat16", "kept": 1.0, "error": 0.02, "mean": 0.0071, "tensors_off": 0},
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
+SECTIONS = {"learnability": {"prompts": 64, "dead": 5}, "sampling": {"taught": 60, "refilled": 7}}
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew".split()
 
 
@@ -72,7 +73,7 @@ def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
         "verdict": evaluation["verdict"]["status"],
         "reasons": [*evaluation["verdict"]["reasons"], HOSTILE],
         "bounded": True,
-        "training": {"steps": steps, "versions": {"trl": "1"}, "learnability": {"prompts": 64, "dead": 5}, "proofs": PROOFS},
+        "training": {"steps": steps, "versions": {"trl": "1"}, "proofs": PROOFS} | SECTIONS,
         "jobs": {"train": "job", "test": "job"},
         "cost": {"usd": 3.5, "jobs": {"train": job, "test": job | {"billable_seconds": None, "usd": None}}},
         "source": f"s3://data/training_data/{HOSTILE}.jsonl",

@@ -143,6 +143,16 @@ def test_each_trouble_is_named_as_soon_as_it_shows(name):
     json.dumps(named[code].evidence, allow_nan=False)
 
 
+def test_chosen_prompts_raise_no_alert_for_a_reward_that_does_not_rise():
+    found = {
+        alert.code
+        for _, history, _ in SICK.values()
+        for length in range(1, len(history) + 1)
+        for alert in alerts.find(history[:length], {"xml_format"}, random_prompts=False)
+    }
+    assert found == {code for code, *_ in SICK.values()} - {"PLATEAU", "HACKING_SUSPECT"}
+
+
 def test_every_code_can_be_named_in_a_config_and_is_tested_here():
     assert {code for code, _, _ in SICK.values()} == set(get_args(AlertCode))
 

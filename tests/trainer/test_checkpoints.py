@@ -33,8 +33,8 @@ GRPO = {
 }
 
 
-def prepare(job: Job) -> Job:
-    job.config(grpo=GRPO, lora={"r": 4, "lora_dropout": 0.1}, learnability={"samples": 0})
+def prepare(job: Job, **config: Any) -> Job:
+    job.config(**{"grpo": GRPO, "lora": {"r": 4, "lora_dropout": 0.1}, "learnability": {"samples": 0}} | config)
     job.rows()
     job.heldout()
     return job
@@ -61,7 +61,11 @@ def results(job: Job) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
     ]
     result = json.loads((job.model / "training.json").read_text())
     adapter = (job.model / "adapter/adapter_model.safetensors").read_bytes()
-    return adapter, metrics, {name: result[name] for name in ("steps", "ended", "checkpoint", "evaluations", "bounded")}
+    return (
+        adapter,
+        metrics,
+        {name: result[name] for name in ("steps", "ended", "checkpoint", "evaluations", "bounded", "sampling")},
+    )
 
 
 def start() -> multiprocessing.process.BaseProcess:
@@ -83,6 +87,18 @@ def train_to_the_end() -> None:
     process = start()
     process.join()
     assert process.exitcode == 0
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and send SIGTERM in this step."""
+
+    def interrupt(_self, _args, state, _control, **_):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bounds, "on_substep_end", interrupt)
+        train_to_the_end()
 
 
 def kill(job: Job, after: float) -> None:
@@ -152,17 +168,30 @@ def test_killed_at_the_worst_moments_a_run_ends_as_if_nothing_had_happened(durab
 
 @pytest.mark.parametrize("step", [3, 6, 10])  # in the middle of a rollout, at the end of an epoch, at the end
 def test_after_sigterm_the_final_adapter_is_bitwise_that_of_an_uninterrupted_run(durable, uninterrupted, step, monkeypatch):
-    def interrupt(_self, _args, state, _control, **_):
-        if state.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bounds, "on_substep_end", interrupt)
-        train_to_the_end()
+    interrupt_at(step, monkeypatch)
     result = durable.training()
     assert (result["steps"], result["stopped"], result["ended"]) == (step, step < 10, "complete" if step == 10 else None)
     train_to_the_end()
     assert results(durable) == results(uninterrupted)
+
+
+def test_the_estimates_of_a_curriculum_and_its_draws_survive_interruptions(tmp_path_factory, tiny, monkeypatch):
+    """Interrupted in the middle of a rollout, and between two."""
+    jobs = []
+    for steps in ((), (3, 6)):
+        job = prepare(
+            Job(tmp_path_factory.mktemp("curriculum"), monkeypatch, tiny),
+            sampling={"policy": "teach", "refills": 2},
+            learnability={"samples": 4},
+        )
+        jobs.append(job)
+        for step in steps:
+            interrupt_at(step, monkeypatch)
+            assert job.training()["steps"] == step
+        train_to_the_end()
+    uninterrupted, interrupted = (results(each) for each in jobs)
+    assert interrupted == uninterrupted
+    assert uninterrupted[2]["sampling"]["refilled"] > 0
 
 
 def torn(path: Path, how: str) -> None:

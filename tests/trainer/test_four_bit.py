@@ -1,11 +1,17 @@
 """QLoRA on a CPU with the real bitsandbytes: nf4, double quantisation, bf16 or fp32 compute by the machine."""
 
+from unittest.mock import Mock
+
 import pytest
 import tiny_model
 import torch
+from bitsandbytes import functional
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
-from trainer import models, train
+from trainer import fused_lora, models, train
+from trainer.fused_lora import FusedLora
 
 from .conftest import Job
 
@@ -34,6 +40,62 @@ def trained(tmp_path_factory, wide):
 def test_the_weights_are_quantised_as_qlora_says(wide):
     weight = models.load_model(str(wide), **models.four_bit()).model.layers[0].mlp.up_proj.weight
     assert (weight.dtype, weight.quant_type, weight.quant_state.nested) == (torch.uint8, "nf4", True)
+
+
+IDS = torch.arange(5, 69).view(4, 16)
+
+
+def adapted(folder, scale=0.1, **load):
+    model = get_peft_model(
+        models.load_model(str(folder), **load), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    )
+    lots = torch.Generator().manual_seed(0)
+    for name, each in model.named_parameters():
+        if "lora_B" in name:
+            each.data = scale * torch.randn(each.shape, generator=lots)
+    return model.train()  # in evaluation mode bitsandbytes repacks the weights
+
+
+@torch.no_grad()
+def log_probs(model):
+    return model(input_ids=IDS).logits.float().log_softmax(-1)
+
+
+def test_a_rollout_dequantizes_each_weight_once_and_computes_what_peft_does(wide, monkeypatch):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = adapted(wide, quantization_config=quantization, dtype=torch.float32)
+    expected, state = (
+        log_probs(model),
+        {name: each.clone() for name, each in model.state_dict().items() if "quant" not in name},
+    )
+    dequantize = Mock(wraps=functional.dequantize_4bit)
+    monkeypatch.setattr(functional, "dequantize_4bit", dequantize)
+    fused = FusedLora(model, torch.float32)
+    for _ in range(2):
+        with fused.rollout():
+            found = [log_probs(model) for _ in range(3)]
+            for each in found:
+                torch.testing.assert_close(each, expected, atol=1e-4, rtol=1e-4)
+    assert dequantize.call_count == 2 * sum(len(layers) for layers in fused.quantized) == 2 * 7 * 2
+    assert log_probs(model).equal(expected)  # outside of a rollout nothing has changed
+    assert all(model.state_dict()[name].equal(each) for name, each in state.items())
+
+
+def test_the_adapter_of_a_rollout_is_the_present_one(wide):
+    model = adapted(wide, **models.four_bit(), dtype=torch.float32)
+    fused = FusedLora(model, torch.float32)
+    for name, each in model.named_parameters():
+        if "lora_B" in name:
+            each.data *= -2
+    expected = log_probs(model)
+    with fused.rollout():
+        torch.testing.assert_close(log_probs(model), expected, atol=0.05, rtol=0.05)
+
+
+def test_without_room_the_weights_stay_in_4_bits(wide, monkeypatch):
+    monkeypatch.setattr(fused_lora, "MOST_OF_MEMORY", 0.0)
+    fused = FusedLora(adapted(wide, **models.four_bit()), torch.float32)
+    assert (fused.groups, fused.quantized) == ([], [])
 
 
 def test_the_merged_model_is_bf16_base_and_adapter_never_4bit_weights(trained, wide):

@@ -248,6 +248,18 @@ RULES = [
         "lora: {use_bdlora: {target_modules_bd_a: [q_proj], target_modules_bd_b: [o_proj]}}",
     ),
     ("lora: {lora_bias: true}", "lora.lora_bias", "layers with biases only", "lora: {lora_bias: false}"),
+    (
+        "{sampling: {policy: teach}, grpo: {shuffle_dataset: false}}",
+        "sampling.policy",
+        "an order of its own",
+        "{sampling: {policy: uniform}, grpo: {shuffle_dataset: false}}",
+    ),
+    (
+        "{sampling: {policy: teach}, grpo: {deepspeed: zero3.json}}",
+        "sampling.policy",
+        "share a model's weights",
+        "{sampling: {policy: uniform}, grpo: {deepspeed: zero3.json}}",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ from tunedrop.inference_tests import Outcome
 # The most characters of answers, and the most tests: they keep a report below 2 MB.
 MOST_TEXT, MOST_TESTS = 1_200_000, 500
 CHART_POINTS = 200
+APART = {"learnability", "proofs", "sampling"}  # sections of training.json with a table of their own
 CURVES = {
     "completion_length": "Completion length (tokens)",
     "kl": "KL divergence from the base model",
@@ -64,7 +65,8 @@ def render_report(
         alerts=alerts,
         learnability=result["training"].get("learnability"),
         proofs=result["training"].get("proofs", {}),
-        figures={name: value for name, value in result["training"].items() if name not in {"learnability", "proofs"}},
+        sampling=result["training"].get("sampling"),
+        figures={name: value for name, value in result["training"].items() if name not in APART},
         charts=charts(metrics),
         scale=max([abs(each[bound]) for each in compared for bound in ("lift_low", "lift_high")]) or 1.0,
         few_tests=FEW_TESTS,

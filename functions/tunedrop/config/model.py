@@ -149,6 +149,19 @@ class Learnability(_Section):
     ] = 0.1
 
 
+class Sampling(_Section):
+    """Which prompts a rollout takes. A group of answers teaches only if their rewards differ."""
+
+    policy: Literal["uniform", "teach"] = Field(
+        default="uniform",
+        description="uniform: in a random order; teach: those whose answers will probably have different rewards.",
+    )
+    refills: Annotated[
+        int,
+        Field(ge=0, le=10, description="With `teach`, how often a rollout replaces its groups that teach nothing."),
+    ] = 1
+
+
 # docs/alerts.md explains the alerts.
 AlertCode = Literal["NON_FINITE", "KL_BLOWUP", "DEAD_REWARD", "TRUNCATION", "HACKING_SUSPECT", "ENTROPY_COLLAPSE", "PLATEAU"]
 
@@ -196,6 +209,7 @@ class RunConfig(_Section):
     gate: Gate = Gate()
     preflight: Preflight = Preflight()
     learnability: Learnability = Learnability()
+    sampling: Sampling = Sampling()
     alerts: Alerts = Alerts()
     notify: Notify = Notify()
     max_prompt_length: Annotated[int, Field(ge=1, description="Limit for a prompt in tokens, chat template included.")] = 512

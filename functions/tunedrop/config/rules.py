@@ -127,6 +127,18 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "must be below vllm_importance_sampling_clip_max",
     ),
     (
+        "sampling.policy",
+        lambda config: config.sampling.policy == "teach" and config.grpo_value("shuffle_dataset") is False,
+        "teach takes the prompts in an order of its own: leave grpo.shuffle_dataset out, or use uniform",
+    ),
+    (
+        "sampling.policy",
+        lambda config: (
+            config.sampling.policy == "teach" and (config.grpo_value("fsdp") or config.grpo_value("deepspeed") is not None)
+        ),
+        "GPUs that share a model's weights must sample the same number of groups, and teach refills any number: use uniform",
+    ),
+    (
         "lora.target_modules",
         lambda config: any(name.endswith("lm_head") for name in _targets(config)),
         "an adapter on lm_head would never be trained: TRL computes log-probabilities from lm_head's own weights",
