@@ -3,10 +3,10 @@
     .venv/bin/python -m benchmarks.learnability
     .venv/bin/python -m benchmarks.learnability --seeds 20 --steps 8
 
-The benchmark uses the demo's task and config. For each seed, the gate samples the base model with different numbers of
-prompts and of completions per prompt. Then the trainer takes some steps with a learning rate of nearly 0, because the model
-must not change: the trainer's groups then come from the same model as the gate's. The benchmark compares each gate's
-prediction with the measured share.
+The benchmark uses the task and config of the sample `additions`. For each seed, the gate samples the base model with
+different numbers of prompts and of completions per prompt. Then the trainer takes some steps with a learning rate of nearly
+0, because the model must not change: the trainer's groups then come from the same model as the gate's. The benchmark
+compares each gate's prediction with the measured share.
 """
 
 import argparse

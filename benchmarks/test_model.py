@@ -8,7 +8,6 @@ Both load two models (here the same weights twice) and decode greedily, with the
 import argparse
 import json
 import time
-from pathlib import Path
 
 from transformers import pipeline
 
@@ -19,7 +18,8 @@ from trainer.engines import Decoding, Engine
 from trainer.test_model import complete
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import InferenceTest
-from tunedrop_cli.sample import DATA
+
+DATA = PROJECT / "tunedrop_cli/sample/additions.jsonl"
 
 
 def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args()
     location = str(base_model.fetch(PROJECT / ".tunedrop" / "models"))
-    questions = [json.loads(line)["question"] for line in Path(DATA).read_text().splitlines()][: options.prompts]
+    questions = [json.loads(line)["question"] for line in DATA.read_text().splitlines()][: options.prompts]
     tests = [
         InferenceTest(id=str(n), prompt=[{"role": "user", "content": text}], reference="")
         for n, text in enumerate(questions)

@@ -1,4 +1,4 @@
-"""Measures the seconds of training until a held-out reward on the demo's task: stock TRL and shared prefix.
+"""Measures the seconds of training until a held-out reward on the sample `additions`: stock TRL and shared prefix.
 
     .venv/bin/python -m benchmarks.time_to_reward
     .venv/bin/python -m benchmarks.time_to_reward --target 0.95 --seeds 5 --micro-batches 12,24,48

@@ -131,10 +131,11 @@ def test_good_rewards_pass_without_warnings(rows, rewards):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_sample_passes_without_warnings(seed):
-    config = load_run_config((SAMPLE / "additions.yaml").read_bytes(), default_model="m")
-    rows: list[Any] = list(read_rows(SAMPLE / "additions.jsonl", config))
-    tests = parse_tests((SAMPLE / "additions.tests.json").read_bytes(), config)
+@pytest.mark.parametrize("name", ["counting", "additions"])
+def test_the_samples_pass_without_warnings(name, seed):
+    config = load_run_config((SAMPLE / f"{name}.yaml").read_bytes(), default_model="m")
+    rows: list[Any] = list(read_rows(SAMPLE / f"{name}.jsonl", config))
+    tests = parse_tests((SAMPLE / f"{name}.tests.json").read_bytes(), config)
     if seed:
         random.Random(seed).shuffle(rows)
     found = check_rewards(build_rewards(config.rewards), rows, config, tests, trained_rows=len(rows))

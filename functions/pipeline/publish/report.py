@@ -37,6 +37,7 @@ def render_report(
     these names. `tests` and `probe` are the outcomes of the inference tests and of the general questions.
     """
     compared = [result["comparison"], *result["by_reward"].values(), *result["by_tag"].values()]
+    compared += [result["ended"]] if result["ended"] else []
     shown = sorted(tests, key=lambda test: abs((test.tuned.score or 0.0) - (test.base.score or 0.0)), reverse=True)[
         :MOST_TESTS
     ]

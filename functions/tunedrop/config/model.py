@@ -225,7 +225,8 @@ class RunConfig(_Section):
     )
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.1,
-        description="Share of rows to keep out of training, at most 256. Without a test file they are the inference tests.",
+        description="Share of rows to keep out of training, at most 256 rows. They choose the checkpoint; without a test "
+        "file, most of them are the inference tests instead.",
     )
 
     @field_validator("grpo")
