@@ -83,7 +83,9 @@ def test_the_text_has_a_line_for_each_fact_and_is_plain_in_a_pipe(tmp_path):
         "rows:              14 usable, 1 held out",
         "prompts:           27 to 48 characters, median 30",
         "answers:           1 to 13 characters, median 4",
+        "reward:            {type: exact_match}, because the answers are short",
         "rewards:           the dataset's answers score 1.00 on average",
+        "paraphrases:       final answer alone 1.00, in a sentence 0.00, other spacing 1.00",
         "best wrong answer: empty, 0.00 vs 1.00 (row-1)",
         "cost:              ml.g6e.4xlarge, 0.1 to 0.4 hours",
         "cost:              ml.g5.4xlarge, 0.1 to 0.4 hours",
@@ -105,10 +107,10 @@ def test_the_text_has_a_line_for_each_fact_and_is_plain_in_a_pipe(tmp_path):
 
 def test_many_errors_are_counted_by_code_after_the_first_twenty(tmp_path):
     data = tmp_path / "cars.jsonl"
-    data.write_text('{"question": "?"}\n' * 25 + '{"answer": "!"}\n' * 5)
+    data.write_text("".join(f'{{"question {n}": "?"}}\n' for n in range(25)) + '{"question": "?"}\n' * 5)
     said = CliRunner().invoke(cli, ["check", str(data)])
     assert said.exit_code == 1
     lines = said.output.splitlines()
-    assert [line for line in lines if ": NO_ANSWER: " in line][19].startswith(f"{data}:20: NO_ANSWER: ")
-    assert "10 more errors; all errors by code: NO_ANSWER 25, NO_PROMPT 5" in lines
+    assert [line for line in lines if ": NO_PROMPT: " in line][19].startswith(f"{data}:20: NO_PROMPT: ")
+    assert "10 more errors; all errors by code: NO_ANSWER 5, NO_PROMPT 25" in lines
     assert lines[-1] == "rejected: 0 rows, 0 held out, 0 inference tests, 30 errors, 1 warning"

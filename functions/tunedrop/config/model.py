@@ -37,7 +37,7 @@ def _listed(rewards: Any) -> Any:
 
 
 class Columns(_Section):
-    """The columns that the model sees. Without a name, Tunedrop guesses columns by their names (docs/datasets.md)."""
+    """The columns that the model sees. Without a name, Tunedrop guesses columns by their names (docs/receipt.md)."""
 
     prompt: str | None = Field(
         default=None,
