@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from tunedrop.problems import Problem
 
 BLOCK_BYTES = 64 * 1024  # fits a core's cache, because several passes read a block
-BATCH_ROWS = 1024
+BATCH_ROWS = 128
 MAX_ROW_BYTES = 16 * 1024**2
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from tunedrop.dataset.batches import BATCH_ROWS, BLOCK_BYTES, MAX_ROW_BYTES, Batch, Broken, failure
+from tunedrop.dataset.batches import BLOCK_BYTES, Batch, Broken, failure
 from tunedrop.dataset.json_records import JsonReader
 from tunedrop.dataset.parquet import ParquetError, read_parquet
 from tunedrop.dataset.tables import read_table
@@ -130,7 +130,7 @@ def _read_parquet(file: io.BufferedReader) -> Iterator[Batch]:
         for rows, length in read_parquet(file):
             values += rows
             size += length
-            if len(values) >= BATCH_ROWS or size >= MAX_ROW_BYTES:
+            if size >= BLOCK_BYTES:
                 yield Batch(values, row, None)
                 row, size, values = row + len(values), 0, []
     except ParquetError as error:

@@ -359,13 +359,16 @@ def read_rows(path: Path, config: RunConfig) -> Iterator[Row | Problem]:
             yield from batch.failed
 
 
-# What may be messages, media, or a chat template's marks in a prompt: `messages.from_text` looks closer.
-_UNUSUAL = ("<|", "<image>", "<video>", "<audio>", "<start_of_turn>", "[INST]", "<\uff5c", "[{", "[ {", "[\n")
+# What may be messages, media, or a chat template's marks in a prompt, by the first character. `from_text` looks closer.
+_UNUSUAL = {
+    "<": ("<|", "<image>", "<video>", "<audio>", "<start_of_turn>", "<\uff5c"),
+    "[": ("[INST]", "[{", "[ {", "[\n"),
+}
 
 
 def _unusual(prompts: list[str]) -> bool:
-    joined = "\0".join(prompts)
-    return any(mark in joined for mark in _UNUSUAL)
+    joined = "\0".join(prompts)  # a search for one character is many times as fast as one for a mark
+    return any(mark in joined for first, marks in _UNUSUAL.items() if first in joined for mark in marks)
 
 
 def _any_blank(texts: list[str]) -> bool:
