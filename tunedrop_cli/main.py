@@ -41,7 +41,7 @@ def completion(shell: str) -> None:
 
 for command in (
     *(local.up, local.down, local.env, local.interrupt, local.demo),
-    *(inputs.config, inputs.check),
+    *(inputs.config, inputs.check, inputs.init),
     *(runs.drop, runs.runs, runs.show, runs.watch, runs.compare, runs.open_, runs.logs, runs.stop),
     *(operations.event, operations.redrive, operations.doctor, completion),
 ):

@@ -1,7 +1,8 @@
-"""Commands that need no stack: print a run config, and validate a dataset."""
+"""Commands that need no stack: print or propose a run config, and validate a dataset."""
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.dataset.readers import refuse
 from tunedrop.problems import RejectedError
 from tunedrop_cli.check import check_file, receipt_json, receipt_text
+from tunedrop_cli.init import config_text, propose
 from tunedrop_cli.options import FILE, FOLDER
 from tunedrop_cli.output import print_raw
 from tunedrop_cli.translate import translate, written
@@ -75,3 +77,33 @@ def check(file: Path, config: Path | None, tests: Path | None, model: Path | Non
     print_raw(receipt_json(receipt) if as_json else "\n".join(receipt_text(receipt, file, config, tests)))
     if not receipt.ok:
         sys.exit(1)
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--model", type=FOLDER, help="Base model folder: its tokenizer counts tokens.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write.  [default: FILE's name, .yaml]"
+)
+@click.option("--yes", is_flag=True, help="Take every proposal, without questions.")
+def init(file: Path, model: Path | None, output: Path | None, yes: bool) -> None:
+    """Look at a dataset, and write a commented run config for it.
+
+    The config says which columns the model sees, the reward and the reason for it, the form of an answer, and limits from
+    token counts. Where the file leaves something open, the command asks. Exit codes: 0 written, 1 rejected, 2 wrong usage.
+
+    \b
+    Example: tunedrop init cars.jsonl && tunedrop drop cars.jsonl --config cars.yaml
+    """
+    if problem := refuse(file.name, size=0):
+        raise click.BadParameter(f"{file.name}: {problem}", param_hint="FILE")
+    target = output or file.with_name(f"{file.name.removesuffix('.gz').rpartition('.')[0]}.yaml")
+    if target.exists():
+        raise click.UsageError(f"{target} exists: remove it, or pass --output")
+    with tempfile.TemporaryDirectory() as folder:
+        proposal = propose(file, model, Path(folder), lambda decision: yes or click.confirm(decision.question, default=True))
+    print_raw("\n".join(receipt_text(proposal.receipt, file, target, None)))
+    if not proposal.receipt.ok:
+        sys.exit(1)
+    target.write_text(config_text(proposal, file.name))
+    click.echo(f"wrote {target}")
