@@ -255,10 +255,10 @@ RULES = [
         "{sampling: {policy: uniform}, grpo: {shuffle_dataset: false}}",
     ),
     (
-        "{sampling: {policy: teach}, grpo: {deepspeed: zero3.json}}",
+        "{sampling: {policy: teach}, grpo: {fsdp: full_shard}}",
         "sampling.policy",
         "share a model's weights",
-        "{sampling: {policy: uniform}, grpo: {deepspeed: zero3.json}}",
+        "{sampling: {policy: uniform}, grpo: {fsdp: full_shard}}",
     ),
 ]
 

@@ -133,9 +133,7 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
     ),
     (
         "sampling.policy",
-        lambda config: (
-            config.sampling.policy == "teach" and (config.grpo_value("fsdp") or config.grpo_value("deepspeed") is not None)
-        ),
+        lambda config: config.sampling.policy == "teach" and config.grpo_value("fsdp"),
         "GPUs that share a model's weights must sample the same number of groups, and teach refills any number: use uniform",
     ),
     (
