@@ -174,7 +174,7 @@ CONVERSIONS: dict[str, Callable[[Any, Values], Any]] = {
     "actor_rollout_ref.actor.ppo_mini_batch_size": _accumulation,
     "actor_rollout_ref.actor.kl_loss_coef": _kl,
     "data.truncation": lambda value, _: (
-        {"left": "truncate", "error": "reject"}.get(value)
+        {"left": "truncate", "error": "reject"}.get(str(value))
         or _if(False, value, "Tunedrop drops, rejects or cuts a long prompt on its left")
     ),
 }
