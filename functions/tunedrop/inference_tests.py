@@ -15,7 +15,6 @@ read as those of a dataset's row, with the same names of columns. Beside them, a
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -34,7 +33,7 @@ from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, Rew
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64
-# Columns with the reasoning that leads to a row's answer, in lower case without spaces, `_` and `-`.
+# Columns with the reasoning that leads to a row's answer, as `normal` writes their names.
 REASONING = {"reasoning", "rationale", "explanation", "thought", "thoughts", "thinking", "chainofthought", "cot"}
 
 
@@ -297,7 +296,7 @@ def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
 
 def with_reasoning(answer: str, columns: Mapping[str, Any]) -> str:
     """Return an expected answer as a model that reasons gives it: after the row's reasoning, if a column has it."""
-    reasoning = [value for name, value in columns.items() if re.sub(r"[\s_-]", "", name).casefold() in REASONING]
+    reasoning = [value for name, value in columns.items() if normal(name) in REASONING]
     return "\n".join([*(value for value in reasoning if isinstance(value, str)), answer])
 
 

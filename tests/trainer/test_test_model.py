@@ -164,7 +164,7 @@ def test_checks_say_what_is_not_met(ask):
 def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
     """One prompt is longer than the model's context, one row lacks the column that its reward reads."""
     terms = {"columns": {"terms": ["e"]}}
-    long = {"id": "long", "prompt": "x" * 600, "description": ""} | terms
+    long = {"id": "long", "prompt": "x" * 600, "description": "e"} | terms
     result = ask(
         *[case | terms for case in CASES], long, CASES[0] | {"id": "bare"}, rewards=[{"type": "keywords", "column": "terms"}]
     )

@@ -187,7 +187,7 @@ def test_graded_scores_that_only_scatter_are_not_an_improvement(quick, tests):
 
 
 def test_real_lifts_are_seen(quick):
-    """The demo's lift is nearly always seen, with as many tests; smaller ones need more."""
+    """A large lift is nearly always seen with 28 tests; smaller ones need more."""
     better = {(0.0, 1.0): 0.62, (1.0, 1.0): 0.38}
     assert approval_rate(better, 28) > 0.99
     some = {(0.0, 1.0): 0.25, (1.0, 0.0): 0.05, (1.0, 1.0): 0.7}

@@ -44,8 +44,8 @@ def additions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def counting() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return rows and tests that ask for the number after another one."""
-    numbers = list(range(100))
+    """Return rows and tests that ask for the number after a two-digit number."""
+    numbers = list(range(10, 100))
     random.Random(0).shuffle(numbers)
     held_out, training = sorted(numbers[:HELD_OUT_NUMBERS]), sorted(numbers[HELD_OUT_NUMBERS:])
     question = "What is one more than {}?"
