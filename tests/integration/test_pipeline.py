@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from fake_stack import ARTIFACTS, PLAN
 
-from pipeline.runs.states import RunState
+from pipeline.runs.states import RunState, inputs_digest
 from pipeline.settings import ReconcileSettings
 from pipeline.stages.reconcile import reconcile
 
@@ -126,6 +126,20 @@ def test_any_change_of_content_is_a_new_run(world, change):
         world.write("launch_plans/current.json", b'{"digest": "beef"}')
     second = world.drop(body=body) if change == "row" else world.drop()
     assert second.run_id != first.run_id
+
+
+def test_two_datasets_whose_digests_begin_alike_are_two_runs(world, monkeypatch):
+    """The second one must not overwrite the first one's input while its job reads it."""
+    name = "pipeline.stages.validate_dataset.inputs_digest"
+    monkeypatch.setattr(name, lambda *inputs: 12 * "0" + inputs_digest(*inputs)[12:])
+    first = world.drop()
+    before = world.aws.read(ARTIFACTS, f"runs/{first.run_id}/input/train.jsonl")
+    second = world.drop(body=b"".join(b'{"question": "%d?", "answer": "x"}\n' % n for n in range(30)))
+    assert first.run_id.endswith("-000000000000")
+    assert not second.run_id.endswith("-000000000000")
+    assert (first.state, second.state) == (RunState.VALIDATED, RunState.VALIDATED)
+    assert world.aws.read(ARTIFACTS, f"runs/{first.run_id}/input/train.jsonl") == before
+    assert world.drop().run_id == first.run_id
 
 
 def test_target_modules_that_the_model_lacks_reject_the_run(world):

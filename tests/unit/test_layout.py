@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.runs.states import run_id
+from pipeline.runs.states import inputs_digest, run_ids
 from tunedrop.object_keys import JobName, dataset_of, is_dataset, slug
 
 PREFIXES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)
@@ -12,9 +12,12 @@ PREFIXES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)
 
 @given(st.text(), PREFIXES, st.sampled_from(["train", "test"]), st.integers(1, 9999))
 def test_every_dataset_has_a_job_name_that_sagemaker_takes(dataset, prefix, kind, attempt):
-    job = JobName(prefix, kind, run_id(dataset, [b"data"]), attempt)
-    assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", str(job))
-    assert JobName.parse(str(job), prefix) == job
+    ids = run_ids(dataset, inputs_digest(dataset, [b"data"]))
+    assert len(set(ids)) == 5
+    for run_id in ids:
+        job = JobName(prefix, kind, run_id, attempt)
+        assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", str(job))
+        assert JobName.parse(str(job), prefix) == job
 
 
 @pytest.mark.parametrize(
@@ -40,16 +43,16 @@ def test_datasets_and_slugs(key, dataset, expected):
     assert slug(dataset) == expected
 
 
-def test_run_ids_depend_on_every_part_and_on_where_a_part_ends():
-    ids = {
-        run_id("cars", ["a", "b"]),
-        run_id("cars", ["ab", ""]),
-        run_id("cars", ["", "ab"]),
-        run_id("cars", ["a", "c"]),
-        run_id("vans", ["a", "b"]),
+def test_digests_depend_on_every_part_and_on_where_a_part_ends():
+    digests = {
+        inputs_digest("cars", ["a", "b"]),
+        inputs_digest("cars", ["ab", ""]),
+        inputs_digest("cars", ["", "ab"]),
+        inputs_digest("cars", ["a", "c"]),
+        inputs_digest("vans", ["a", "b"]),
     }
-    assert len(ids) == 5
-    assert run_id("cars", ["a", b"b"]) == run_id("cars", ["a", "b"])
+    assert len(digests) == 5
+    assert inputs_digest("cars", ["a", b"b"]) == inputs_digest("cars", ["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,11 @@ MOVES_TO_NEXT_ATTEMPT: dict[RunState, frozenset[RunState]] = {
 SLOT_CHANGES: dict[RunState, str] = {RunState.TRAINING: "ADD", RunState.WAITING: "DELETE"}
 
 
-def run_id(dataset: str, parts: Iterable[bytes | str]) -> str:
-    """Return `<dataset slug>-<12 hex>`: the digest identifies the run's inputs.
+ID_DIGITS = 12
+
+
+def inputs_digest(dataset: str, parts: Iterable[bytes | str]) -> str:
+    """Return the SHA-256 that identifies a run's inputs, in hexadecimal.
 
     `parts` are the data's format and digest, the config, the inference tests, the base model's identity and the trainer's
     digest. Each part is hashed by itself first: moving a byte from one part to the next changes the digest.
@@ -65,11 +68,21 @@ def run_id(dataset: str, parts: Iterable[bytes | str]) -> str:
     digest = hashlib.sha256(dataset.encode())
     for part in parts:
         digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
-    return f"{slug(dataset)}-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
+
+
+def run_ids(dataset: str, digest: str) -> list[str]:
+    """Return the possible ids of a run, `<dataset slug>-<12 hex>`: the first one that no other digest has is the run's.
+
+    Two datasets whose digests begin alike can be made in a minute of computing, so an id alone does not identify a run.
+    """
+    return [f"{slug(dataset)}-{digest[at : at + ID_DIGITS]}" for at in range(0, len(digest) - ID_DIGITS + 1, ID_DIGITS)]
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """A run. Times are ISO 8601 in UTC. `trigger` is the upload (`key@sequencer`) that began the attempt.
+    """A run. Times are ISO 8601 in UTC.
+
+    `digest` identifies the run's inputs. `trigger` is the upload (`key@sequencer`) that began the attempt.
 
     `choices` counts the instance choices that attempts walk through (see `pipeline.jobs.plan.instance_choices`).
     """
@@ -85,6 +98,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     updated: str
     model: str
     plan: str
+    digest: str = ""
     rows: int = 0
     train_job: str | None = None
     test_job: str | None = None
@@ -112,6 +126,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     def backs_off(self) -> bool:
         """Whether the run must not ask for an instance yet."""
         return self.not_before is not None and self.not_before > clock.now()
+
+
+class IdTakenError(Exception):
+    """A run with other inputs got the id in the same moment. The upload's event must be delivered again."""
 
 
 class StaleMoveError(Exception):

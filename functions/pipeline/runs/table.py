@@ -14,7 +14,16 @@ from boto3.dynamodb.conditions import Attr, Key
 from msgspec import structs
 
 from pipeline.runs import clock
-from pipeline.runs.states import MOVES, MOVES_TO_NEXT_ATTEMPT, RETRYABLE, SLOT_CHANGES, Run, RunState, StaleMoveError
+from pipeline.runs.states import (
+    MOVES,
+    MOVES_TO_NEXT_ATTEMPT,
+    RETRYABLE,
+    SLOT_CHANGES,
+    IdTakenError,
+    Run,
+    RunState,
+    StaleMoveError,
+)
 
 RUN, UPLOAD, CAPACITY = "run#", "upload#", "capacity"
 OPEN_UPLOAD = "UPLOAD"  # an unfinished upload's value in the index `open`
@@ -95,13 +104,16 @@ class RunTable:
         """Create a run, or begin the next attempt of a failed run for another upload; return the run in the table.
 
         Identical inputs reuse the existing run in any state, even before its end was announced. `sequencer` is the upload's:
-        only the newest upload of a key begins an attempt, and only during its validation.
+        only the newest upload of a key begins an attempt, and only during its validation. Raises IdTakenError if a run with
+        other inputs has the id.
         """
         try:
             self._table.put_item(Item=_item_of(run), ConditionExpression=Attr("id").not_exists())
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
             existing = self.get(run.run_id)
             assert existing is not None  # runs are never deleted
+            if existing.digest != run.digest:
+                raise IdTakenError(f"{run.run_id} has other inputs") from None
             if existing.state in RETRYABLE and existing.open is None and existing.trigger != run.trigger:
                 return self._next_attempt(existing, run, sequencer)
             return existing

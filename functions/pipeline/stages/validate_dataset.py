@@ -15,7 +15,7 @@ from pipeline.notify.announcements import notify
 from pipeline.notify.events import RunEvent, Upload
 from pipeline.observability import logger
 from pipeline.runs import clock
-from pipeline.runs.states import RETRYABLE, Run, RunState, run_id
+from pipeline.runs.states import RETRYABLE, Run, RunState, inputs_digest, run_ids
 from pipeline.settings import Settings, ValidateSettings
 from pipeline.validation.model_files import READ_FILES, ModelFiles
 from pipeline.validation.modules import ALL_LINEAR, HEADER_BYTES, header_bytes
@@ -170,8 +170,12 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
     last attempt has not ended.
     """
     dataset = object_keys.dataset_of(upload.key)
+    digest = inputs_digest(dataset, [suffix_of(upload.key), fetched.download.identity, *fetched.identity])
+    known = ((name, aws.runs.get(name)) for name in run_ids(dataset, digest))
+    name, existing = next((name, run) for name, run in known if run is None or run.digest == digest)
     run = Run(
-        run_id=run_id(dataset, [suffix_of(upload.key), fetched.download.identity, *fetched.identity]),
+        run_id=name,
+        digest=digest,
         dataset=dataset,
         state=RunState.VALIDATED if receipt.ok else RunState.REJECTED,
         attempt=1,
@@ -185,7 +189,8 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
         rows=receipt.rows,
         reason=None if receipt.ok else _reason(receipt),
     )
-    _store(run, receipt, fetched, settings, aws)
+    if existing is None or existing.failed:  # the jobs of a run that goes on may be reading its input
+        _store(run, receipt, fetched, settings, aws)
     stored = aws.runs.create(run, upload.sequencer)
     if stored.state == RunState.REJECTED and stored.open is not None and stored.trigger != run.trigger:
         announce(stored, settings, aws)  # only an announced run can begin its next attempt
