@@ -1,6 +1,8 @@
 """Datasets as people drop them: what the model sees of their columns, and the reward that the answers can earn."""
 
 import json
+import random
+import string
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from pipeline.validation.receipt import Receipt
 from tunedrop.config.parse import parse_run_config
 from tunedrop.dataset.rows import CANONICAL, read_rows
 from tunedrop.problems import Problem
-from tunedrop.rewards import NO_PERMISSIONS, RewardPermissions
+from tunedrop.rewards import NO_PERMISSIONS, RewardPermissions, build_rewards
 from tunedrop.rewards.default import choose_rewards
 from tunedrop_cli.check import check_file
 
@@ -298,6 +300,21 @@ def test_the_default_reward_fits_the_answers(pairs, reward, parameters, permissi
     (spec,) = choose_rewards(rows, permissions).rewards
     assert spec.type == reward
     assert parameters.items() <= spec.parameters.items()
+
+
+PURE = [choice for choice in CHOICES if choice[1] not in {"judge", "code_tests"}]
+
+
+@pytest.mark.parametrize(("pairs", "reward", "parameters", "permissions"), PURE)
+def test_random_answers_do_not_earn_the_default_reward(pairs, reward, parameters, permissions):
+    rows = [{"prompt": user(question), "answer": answer} for question, answer in pairs]
+    (built,) = build_rewards(choose_rewards(rows, permissions).rewards)
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(string.printable, k=draw.randint(1, 40))) for _ in range(60)]
+    for row in rows:
+        scores = built([row["prompt"]] * 61, [row["answer"], *texts], answer=[row["answer"]] * 61)
+        assert scores[0] == 1.0
+        assert sum(score or 0.0 for score in scores[1:]) / 60 < 0.3
 
 
 def test_a_tool_call_is_asked_for_where_the_rows_have_tools():
