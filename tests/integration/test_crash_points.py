@@ -323,12 +323,6 @@ def test_a_run_survives_death_at_every_call(deploy, say):
     assert tried >= 60
 
 
-def test_a_handler_that_goes_on_after_all_the_others_changes_nothing(deploy, say):
-    tried = search(deploy, overwritten, [hang])
-    say(f"{tried} handlers that went on at the end of a run overwritten")
-    assert tried >= 40
-
-
 SCENARIOS = [
     *(published, rejected, training_failed, untested, no_capacity, refused, overwritten, overwritten_before),
     *(stopped, stopped_while_waiting, dropped_again_while_stopping, untested_for_want_of_capacity),

@@ -166,7 +166,8 @@ def test_killed_at_the_worst_moments_a_run_ends_as_if_nothing_had_happened(durab
     assert results(durable) == results(uninterrupted)
 
 
-@pytest.mark.parametrize("step", [3, 6, 10])  # in the middle of a rollout, at the end of an epoch, at the end
+# In the middle of a rollout; at the end of an epoch and of the run.
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.soak) for step in (6, 10))])
 def test_after_sigterm_the_final_adapter_is_bitwise_that_of_an_uninterrupted_run(durable, uninterrupted, step, monkeypatch):
     interrupt_at(step, monkeypatch)
     result = durable.training()

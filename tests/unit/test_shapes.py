@@ -279,6 +279,7 @@ JUDGE = RewardPermissions(judge_model="m")
 LONG = "The river rises in the mountains and reaches the sea after many days of travel."
 CHOICES = [
     ([("What is 2 + 2?", "4"), ("And 10 / 4?", "2.5")], "numeric", {}, NO_PERMISSIONS),
+    ([("What is 0 + 5?", "5"), ("What is 0 + 6?", "6")], "exact_match", {}, NO_PERMISSIONS),
     ([("How much?", "$1,200"), ("And now?", "15 %")], "numeric", {}, NO_PERMISSIONS),
     ([("How many?", "2 and 2 make 4.\n#### 4")], "numeric", {}, NO_PERMISSIONS),
     ([("How many?", "<think>2 * 2</think><answer>4</answer>")], "numeric", {}, NO_PERMISSIONS),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tunedrop.rewards.permissions import RewardPermissions
 from tunedrop.rewards.sample import ACCEPTED, final_answer
 from tunedrop.rewards.spec import RewardSpec
+from tunedrop.rewards.text import last_number
 
 # Share of the answers that must be of a kind.
 MOST = 0.95
@@ -37,7 +38,7 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
         return _choice("code_tests", f"the column '{column}' has tests for programs", column=column)
     if letters := _letters(rows, finals):
         return _choice("multiple_choice", "the answers are letters of options in the prompts", choices=letters)
-    if _share(finals, _NUMBER.fullmatch):
+    if _share(finals, _NUMBER.fullmatch) and not _echoed(rows, finals):
         return _choice("numeric", "the final answers are numbers")
     if sum(bool(_LATEX.search(row["answer"])) for row in rows) >= len(rows) / 5 and _share(finals, _is_short):
         return _choice("math", "the answers are mathematical expressions")
@@ -69,6 +70,14 @@ def _free_text(finals: Sequence[str], permissions: RewardPermissions, tests: str
 
 def _share(finals: Sequence[str], kind: Any) -> bool:
     return sum(bool(kind(final)) for final in finals) >= MOST * len(finals)
+
+
+def _echoed(rows: Sequence[Mapping[str, Any]], finals: Sequence[str]) -> bool:
+    """Whether most prompts end with the answer's number: `numeric` would pay for a copy of the prompt."""
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    return (
+        sum(last_number(prompt) == last_number(final) for prompt, final in zip(prompts, finals, strict=True)) > len(rows) / 2
+    )
 
 
 def _is_short(text: str) -> bool:

@@ -64,13 +64,14 @@ def numeric(
     Abstains when the row's answer has no number. The numbers may differ by `tolerance`, or by the share `relative` of the
     row's number.
     """
-    expected, number = (_last_number(final_answer(text)) for text in (sample.answer, sample.completion))
+    expected, number = (last_number(final_answer(text)) for text in (sample.answer, sample.completion))
     if expected is None:
         return None
     return float(number is not None and abs(number - expected) <= max(tolerance, relative * abs(expected)))
 
 
-def _last_number(text: str) -> float | None:
+def last_number(text: str) -> float | None:
+    """Return the last number in a text, None without one."""
     numbers = _NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
