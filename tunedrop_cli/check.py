@@ -18,6 +18,7 @@ from pipeline.validation.model_files import ModelFiles
 from pipeline.validation.receipt import Receipt
 from pipeline.validation.terms import Terms
 from pipeline.validation.validate import Submission, read_config, validate
+from tunedrop.plain import one_line
 from tunedrop.problems import Problem
 from tunedrop.rewards import reward_permissions
 from tunedrop_cli.deployment import with_model
@@ -85,15 +86,15 @@ def receipt_json(receipt: Receipt) -> str:
 
 def receipt_text(receipt: Receipt, data: Path, config: Path | None, tests: Path | None) -> list[str]:
     """Return the receipt's lines for people: facts in columns, errors, warnings, corrections, and whether it is valid."""
-    facts = list(_facts(receipt))
+    facts = [(name, one_line(value)) for name, value in _facts(receipt)]
     width = max(len(name) for name, _ in facts) + 2
     lines = [f"{name + ':':{width}}{value}" for name, value in facts]
-    lines += [_colour(_error(problem, data, config, tests), "red") for problem in receipt.errors[:SHOWN]]
+    lines += [_colour(one_line(_error(problem, data, config, tests)), "red") for problem in receipt.errors[:SHOWN]]
     total = sum(receipt.error_counts.values())
     if (rest := total - sum(problem.count for problem in receipt.errors[:SHOWN])) > 0:
         by_code = ", ".join(f"{code} {count}" for code, count in receipt.error_counts.items())
         lines.append(_colour(f"{rest} more errors; all errors by code: {by_code}", "red"))
-    lines += [_colour(f"warning: {warning}", "yellow") for warning in receipt.warnings]
+    lines += [_colour(one_line(f"warning: {warning}"), "yellow") for warning in receipt.warnings]
     if receipt.fixes:
         lines += ["Automatic corrections:", *(f"  {fix}" for fix in receipt.fixes)]
     counts = [

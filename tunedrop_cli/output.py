@@ -7,6 +7,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from tunedrop.plain import printable
+
 console = Console(highlight=False, soft_wrap=True)
 GAP = "  "
 # Colours of cells, by their text.
@@ -22,7 +24,7 @@ Fact = tuple[str, str]  # a label and its value
 
 def print_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), styles: Sequence[str] = ()) -> None:
     """Print rows in aligned columns. `styles` has the style of each row."""
-    lines = [header, *rows] if header else list(rows)
+    lines = [[printable(cell) for cell in line] for line in ([header, *rows] if header else rows)]
     widths = [max(cell_len(line[column]) for line in lines) for column in range(len(lines[0]))] if lines else []
     for number, line in enumerate(lines):
         text = Text(style="dim" if header and number == 0 else styles[number - len(lines)] if styles else "")
@@ -44,7 +46,7 @@ def print_facts(facts: Iterable[Fact]) -> None:
 
 def say(line: str) -> None:
     """Print a step of a longer command."""
-    console.print(line, style="dim", markup=False)
+    console.print(printable(line), style="dim", markup=False)
 
 
 def print_raw(text: object) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.runs.states import FINAL, Run, RunState
+from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
 
 # The jobs print their figures as `name=value` pairs, one line a step.
@@ -36,7 +37,7 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
     if not console.is_terminal:
 
         def write(line: str) -> None:
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)
 
         return _follow(deployment, run, write, lambda _done, _total, text: write(f"  {text}"), every)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -46,7 +47,7 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
 
         def stage(text: str) -> None:
             bar.reset(task, description=text, total=None, text="")
-            bar.console.print(text, markup=False)
+            bar.console.print(printable(text), markup=False)
 
         def progress(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, text=text)

@@ -53,8 +53,8 @@ def forms(arguments):
 def test_a_person_gets_the_verdict_the_numbers_the_cost_and_a_link():
     arguments = message(published(), LINK)
     assert arguments["Subject"] == "APPROVED: Gr??e & Co, score 0.32 -> 0.93"
-    assert forms(arguments)["sms"] == "APPROVED: Größe\n& Co, score 0.32 -> 0.93"
-    assert forms(arguments)["default"].split("\n", 2)[2].splitlines() == [
+    assert forms(arguments)["sms"] == "APPROVED: Größe & Co, score 0.32 -> 0.93"
+    assert forms(arguments)["default"].split("\n", 1)[1].splitlines() == [
         "run cars-0123456789ab, attempt 2",
         "",
         "The tuned model is better.",
@@ -111,7 +111,7 @@ def test_other_ends(detail_type, state, verdict, subject):
     assert attributes == {
         "id": event.detail["id"],
         "run_id": "cars-0123456789ab",
-        "dataset": "Größe\n& Co",
+        "dataset": "Größe & Co",
         "status": state.value,
         "verdict": verdict,
     }

@@ -10,6 +10,7 @@ import msgspec
 
 from local_app.stack import StackError
 from pipeline.runs.states import FINAL, Run, RunState
+from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
 from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, with_deployment
 from tunedrop_cli.output import console, print_facts, print_raw, print_table
@@ -174,7 +175,7 @@ def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
         match = deployment.find(run)
         for job in filter(None, (match.train_job, match.test_job)):
             for line in deployment.log_lines(job, positions):
-                print_raw(line)
+                print_raw(printable(line))
         if not to_the_end or match.open is None:
             return
         time.sleep(1)

@@ -12,11 +12,14 @@ import msgspec
 
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
+from tunedrop.plain import one_line, without_markup
 
 PROGRAMS = ("http", "sqs", "lambda", "firehose")
 SUBJECT_CHARACTERS = 99  # SNS: ASCII without line breaks, fewer than 100 characters
 # The most characters of a reason. SNS accepts 256 KB for a message in all its formats.
 MOST_CHARACTERS = 2_000
+# The most bytes of an event's detail: a message has it once for each kind of program.
+MOST_BYTES = 32_000
 
 
 def outcome_of(event: RunEvent) -> str:
@@ -34,14 +37,23 @@ def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
     """Return the arguments of SNS's Publish about an event; `link` opens the report in a browser."""
     outcome, run, detail = outcome_of(event), event.run, event.detail
     headline, figures = _headline(event, outcome), _figures(event)
-    reasons = [reason[:MOST_CHARACTERS] for reason in event.extra.get("reasons", [run.reason] if run.reason else [])]
+    given = event.extra.get("reasons", [run.reason] if run.reason else [])
+    reasons = [one_line(reason)[:MOST_CHARACTERS] for reason in given]
     links = ({"report": link} if link else {}) | {
         name: uri for name, uri in event.links.items() if not (link and name == "report")
     }
     text = [headline, f"run {run.run_id}, attempt {run.attempt}", "", *reasons]
     text += ["", *(f"{name}: {value}" for name, value in figures.items())] if figures else []
     text += ["", *(f"{name}: {uri}" for name, uri in links.items())]
-    attributes = {"id": detail["id"], "run_id": run.run_id, "dataset": run.dataset, "status": run.state, "verdict": outcome}
+    attributes = {
+        "id": detail["id"],
+        "run_id": run.run_id,
+        "dataset": one_line(run.dataset),
+        "status": run.state,
+        "verdict": outcome,
+    }
+    if len(msgspec.json.encode(detail)) > MOST_BYTES:  # the documents in S3 have all of it
+        detail = {name: value for name, value in detail.items() if name not in event.extra}
     program = msgspec.json.encode({**detail, "verdict": outcome} | ({"report_link": link} if link else {})).decode()
     chat = msgspec.json.encode(_card(event, headline, reasons, figures, links, attributes)).decode()
     forms = {"default": "\n".join(text), "sms": headline, "https": chat} | dict.fromkeys(PROGRAMS, program)
@@ -59,13 +71,14 @@ def _headline(event: RunEvent, outcome: str) -> str:
     """Return a headline, for example `APPROVED: cars, score 0.32 -> 0.93`. Only the dataset's name may contain non-ASCII."""
     if event.detail_type == events.PUBLISHED:
         comparison = event.extra["comparison"]
-        return f"{outcome}: {event.run.dataset}, score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
+        score = f"score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
+        return f"{outcome}: {one_line(event.run.dataset)}, {score}"
     headlines = {
         "DATASET_REJECTED": "Dataset rejected",
         "CANCELLED": "Run stopped",
         "WAITING": "Run waiting for a quota increase",
     }
-    return f"{headlines.get(outcome, 'Run failed')}: {event.run.dataset}"
+    return f"{headlines.get(outcome, 'Run failed')}: {one_line(event.run.dataset)}"
 
 
 def _figures(event: RunEvent) -> dict[str, str]:
@@ -90,24 +103,24 @@ def _card(
     context: dict[str, str],
 ) -> dict[str, Any]:
     """Return a custom notification for chat channels, version 1.0 of its schema."""
-    lines = [*reasons, *(f"*{name}*: {value}" for name, value in figures.items())]
+    lines = [*map(without_markup, reasons), *(f"*{name}*: {value}" for name, value in figures.items())]
     return {
         "version": "1.0",
         "source": "custom",
         "id": event.detail["id"],
         "content": {
             "textType": "client-markdown",
-            "title": headline,
+            "title": without_markup(headline),
             "description": "\n".join(lines)[: 2 * MOST_CHARACTERS],
             "nextSteps": [
                 f"<{uri}|Open the {name}>" if uri.startswith("https:") else f"{name}: {uri}" for name, uri in links.items()
             ],
-            "keywords": [event.run.dataset, context["verdict"]],
+            "keywords": [without_markup(event.run.dataset), context["verdict"]],
         },
         "metadata": {
             "threadId": event.run.run_id,
-            "summary": headline,
+            "summary": without_markup(headline),
             "eventType": event.detail_type,
-            "additionalContext": {name: str(value) for name, value in (context | figures).items()},
+            "additionalContext": {name: without_markup(str(value)) for name, value in (context | figures).items()},
         },
     }

@@ -9,8 +9,9 @@ from pipeline.aws import Aws, error_code
 from pipeline.observability import logger
 from pipeline.runs.states import Run
 from pipeline.settings import PublishSettings
+from tunedrop.plain import one_line
 
-UNREGISTRABLE = re.compile(r"[^\w .:/=+\-@]")  # in a model package's CustomerMetadataProperties
+_UNREGISTRABLE = re.compile(r"[^\w .:/=+\-@]")  # in a model package's CustomerMetadataProperties
 # The approval status of each verdict.
 APPROVAL = {"APPROVED": "Approved", "PENDING": "PendingManualApproval", "REJECTED": "Rejected"}
 
@@ -48,7 +49,7 @@ def register(
     _create_group(settings.model_package_group, aws)
     answer = aws.sagemaker.create_model_package(
         ModelPackageGroupName=settings.model_package_group,
-        ModelPackageDescription=" ".join(description.split())[:1024],
+        ModelPackageDescription=one_line(description)[:1024],
         ModelApprovalStatus=APPROVAL[result["verdict"]],
         ClientToken=f"{run.run_id}-{run.attempt}"[-36:],  # long names differ at their end
         Domain="NATURAL_LANGUAGE_PROCESSING",
@@ -75,10 +76,14 @@ def register(
         ModelMetrics={
             "ModelQuality": {"Statistics": {"ContentType": "application/json", "S3Uri": artifacts["model_quality"]}}
         },
-        # At most 256 characters of a limited set; object keys may contain others.
-        CustomerMetadataProperties={name: UNREGISTRABLE.sub("_", value)[:256] for name, value in properties.items()},
+        CustomerMetadataProperties={name: metadata_value(value) for name, value in properties.items()},
     )
     return str(answer["ModelPackageArn"])
+
+
+def metadata_value(text: str) -> str:
+    """Return a text as CustomerMetadataProperties takes it: 1 to 256 characters of a limited set."""
+    return _UNREGISTRABLE.sub("_", text)[:256] or "_"
 
 
 def _create_group(name: str, aws: Aws) -> None:
