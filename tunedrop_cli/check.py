@@ -48,7 +48,7 @@ def check_file(data: Path, config: Path | None, tests: Path | None, model: Path 
     `model` is the base model's folder. Raises StackError if the config names another model.
     """
     defaults = template_defaults()
-    raw = with_model(config.read_bytes() if config else b"", model.name if model else None)
+    raw = with_model(config.read_bytes() if config else b"", model.resolve().name if model else None)
     parsed, about_config = read_config(raw, defaults["BaseModel"])
     if model is None:
         about_config.warnings.append(NOT_CHECKED)

@@ -23,6 +23,7 @@ from pipeline.runs.table import RUN, RunTable, run_of_item
 from tunedrop import event_bus, object_keys
 from tunedrop.dataset.readers import refuse
 from tunedrop_cli.location import StackLocation
+from tunedrop_cli.model_upload import upload_model
 from tunedrop_cli.redrive import redrive
 
 SAVED_REPORTS = 20  # reports that `save_index` downloads
@@ -61,15 +62,8 @@ class Deployment:
     # --- uploads ---
 
     def upload_model(self, folder: Path) -> str:
-        """Upload a base model's folder to `models/<its name>/`, without the files that exist there; return the name."""
-        prefix = object_keys.model_prefix(folder.name)
-        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.outputs.data_bucket, Prefix=prefix)
-        sizes = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            key = prefix + file.relative_to(folder).as_posix()
-            if sizes.get(key) != file.stat().st_size:
-                self.s3.upload_file(str(file), self.outputs.data_bucket, key)
-        return folder.name
+        """Make `models/<its name>/` equal to a base model's folder; return the name."""
+        return upload_model(self.s3, self.outputs.data_bucket, folder)
 
     def drop(self, data: Path, config: Path | None = None, tests: Path | None = None, model: Path | None = None) -> Run:
         """Upload a dataset after its model, config and tests; return its run when it is validated or rejected.
