@@ -2,34 +2,41 @@
 
     .venv/bin/python -m benchmarks.learnability
     .venv/bin/python -m benchmarks.learnability --seeds 20 --steps 8
+    .venv/bin/python -m benchmarks.learnability --simulate 1000     # how often it stops a task that is merely hard
 
 The benchmark uses the task and config of the sample `additions`. For each seed, the gate samples the base model with
 different numbers of prompts and of completions per prompt. Then the trainer takes some steps with a learning rate of nearly
 0, because the model must not change: the trainer's groups then come from the same model as the gate's. The benchmark
 compares each gate's prediction with the measured share.
+
+`--simulate` needs no model. It runs the gate's own procedure on tasks whose share of groups with a gradient is known: either
+all prompts have the same small chance of a right answer ("same"), or few prompts have an even chance and the others none
+("few").
 """
 
 import argparse
 import logging
 import math
 import os
+import random
 import statistics
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from trainer import checkpoints, dataset, learnability, models, sampling, train
+from trainer import checkpoints, dataset, learnability, learnability_gate, models, sampling, train
 from trainer.progress import history
 from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tunedrop_cli/sample"
-# Prompts, and completions of each. The gate samples 24 prompts in a run as short as the demo.
-GATES = [(24, 2), (24, 4), (12, 8), (24, 8)]
+# Prompts, and completions of each. The gate samples 16 x 8 in most runs.
+GATES = [(24, 2), (24, 4), (8, 8), (16, 8), (24, 8)]
 WITHIN = 10  # points
 NEARLY_ZERO = 1e-12
 
@@ -59,12 +66,79 @@ def run(seed: int, steps: int) -> tuple[list[float], float]:
     return expected, measured
 
 
+GROUP = 8
+FIXED = 24  # prompts of a gate that does not end early
+
+
+def chances(kind: str, share: float, rows: int, lots: random.Random) -> list[float]:
+    """Return each row's chance of a right answer, so that this share of groups of GROUP answers has a gradient."""
+    if kind == "few":
+        return [0.5 * (lots.random() < share / (1 - 2 * 0.5**GROUP)) for _ in range(rows)]
+    low, high = 0.0, 0.5
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if 1 - middle**GROUP - (1 - middle) ** GROUP < share else (low, middle)
+    return [low] * rows
+
+
+class Simulation(NamedTuple):
+    """How one simulated gate ended: stopped or not, the prompts that it asked, its forecast, and that of FIXED prompts."""
+
+    stopped: bool
+    prompts: int
+    forecast: float
+    fixed: float
+
+
+def simulated(kind: str, share: float, groups: int, lots: random.Random) -> Simulation:
+    """Return how the gate ends on a run of this many groups, of whose groups this share has a gradient."""
+    by_row = chances(kind, share, groups, lots)
+    asked = 0
+
+    def sample(rows: list[int], _seed: int) -> list[list[sampling.ScoredCompletion]]:
+        nonlocal asked
+        asked += len(rows)
+        return [
+            [sampling.ScoredCompletion("", float(lots.random() < by_row[row]), {}, cut=False) for _ in range(GROUP)]
+            for row in rows
+        ]
+
+    most = learnability.most_prompts(groups * GROUP, GROUP)
+    answers = learnability_gate.ask(sample, range(groups), most, GROUP, 0.0)
+    estimate = learnability.estimate(learnability_gate.scores_of(answers), GROUP)
+    prompts = asked
+    fixed = learnability.estimate(
+        learnability_gate.scores_of(learnability_gate.ask(sample, range(groups), FIXED, GROUP, None)), GROUP
+    )
+    return Simulation(estimate.learnable == 0, prompts, estimate.expected_nonzero_groups, fixed.expected_nonzero_groups)
+
+
+def simulate(runs: int) -> None:
+    """Print how often the gate stops tasks that are hard, how much it asks, and how far its forecast is off."""
+    print(f"task  groups  with a gradient  stopped  asked of the run's answers  forecast  from {FIXED} prompts")
+    for groups in (24, 60, 240, 600, 3000, 20000):
+        for share in (0.0, max(30 / max(groups, 60), 0.01), 0.1, 0.3, 0.6):
+            for kind in ("same", "few"):
+                lots = random.Random(f"{kind} {groups} {share}")
+                ends = [simulated(kind, share, groups, lots) for _ in range(runs)]
+                stopped, prompts, forecast, fixed = (statistics.fmean(each) for each in zip(*ends, strict=True))
+                print(
+                    f"{kind}  {groups:6}  {share:15.3f}  {stopped:7.1%}  {prompts / groups:26.1%}  {forecast:8.3f}  "
+                    f"{fixed:15.3f}",
+                    flush=True,
+                )
+
+
 def main() -> None:
     """Print the predicted and measured shares for each seed, and the error of each gate."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--simulate", type=int, metavar="RUNS", help="simulate this many runs of each task, without a model")
     arguments = parser.parse_args()
+    if arguments.simulate:
+        simulate(arguments.simulate)
+        return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()

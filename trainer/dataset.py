@@ -18,6 +18,7 @@ from tunedrop.rewards.default import choose_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl import GRPOConfig
 
 log = logging.getLogger(__name__)
 EVALUATED_ROWS = 64
@@ -136,3 +137,13 @@ def fit_prompts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", config: R
     if not kept:
         raise JobError(f"All {len(rows)} prompts exceed the limit of {limit} tokens: raise max_prompt_length.")
     return Dataset(kept, len(rows) - len(kept), truncated, lengths)
+
+
+def check_step(rows: int, arguments: "GRPOConfig", advice: str) -> None:
+    """Raise JobError with this advice if the rows are too few for one step."""
+    prompts = arguments.generation_batch_size // arguments.num_generations
+    if rows < prompts:
+        raise JobError(
+            f"{rows} rows are too few for one step, which takes {prompts} prompts "
+            f"(per_device_train_batch_size * gradient_accumulation_steps * GPUs / num_generations): {advice}."
+        )

@@ -46,6 +46,8 @@ BF16_STEP, FP32_STEPS = 2.0**-7, 1e-5
 # Variables by which torchrun and accelerate describe a group of processes. The fresh process is alone.
 OTHER_PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 SHOWN_LINES = 5
+TINY_RATE = 1e-8  # Adam changes a weight by about the learning rate per step, and an adapter's weights are about 0.01
+NO_GRADIENT = "Use another reward, partial credit, easier rows, or a model that already answers some rows; see metrics.jsonl"
 
 
 class RoundedAwayError(JobError):
@@ -53,16 +55,25 @@ class RoundedAwayError(JobError):
 
 
 def prove(
-    base: str, target: Path, prompts: Sequence[list[dict[str, str]]], *, load_in_4bit: bool, template: dict[str, Any]
+    base: str,
+    target: Path,
+    prompts: Sequence[list[dict[str, str]]],
+    *,
+    load_in_4bit: bool,
+    template: dict[str, Any],
+    history: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the numbers of the proofs for `adapter/` and `merged/` in the folder `target`. Raises JobError if one fails.
 
-    `base`: the base model's folder or hub id. `template`: the chat template's keyword arguments.
+    `base`: the base model's folder or hub id. `template`: the chat template's keyword arguments. `history`: the points of
+    metrics.jsonl up to the saved adapter.
     """
     began = time.monotonic()
     task = {"base": base, "target": str(target.resolve()), "prompts": list(prompts[:PROMPTS]), "template": template}
     measured = fresh_process(task | {"load_in_4bit": load_in_4bit})
-    proofs = check(measured) | {"fresh_process": {"seconds": round(time.monotonic() - began, 1), **measured["versions"]}}
+    proofs = check(measured, history) | {
+        "fresh_process": {"seconds": round(time.monotonic() - began, 1), **measured["versions"]}
+    }
     log.info("proofs %s", json.dumps(proofs))
     return proofs
 
@@ -81,15 +92,16 @@ def fresh_process(task: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-def check(measured: dict[str, Any]) -> dict[str, Any]:
+def check(measured: dict[str, Any], history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the numbers of the proofs from `measure`'s result. Raises JobError if one fails."""
     effect, parity = measured["adapter_effect"], measured["merge_parity"]
     off = parity["tensors_off"]
-    if not 0 < effect["largest"] < float("inf"):
+    if effect["largest"] == 0:
+        raise JobError(f"The adapter does not change the base model's output: {why_unchanged(history)}.")
+    if not effect["largest"] < float("inf"):
         raise JobError(
-            f"The adapter does not change the base model's output (largest difference of a log-probability: "
-            f"{effect['largest']}): the training changed no weight, or made weights NaN. See alerts.jsonl, and check "
-            "learning_rate."
+            "The adapter makes the base model's output NaN or infinite: lower learning_rate or max_grad_norm, and see "
+            "alerts.jsonl."
         )
     if off:
         raise JobError(
@@ -105,6 +117,28 @@ def check(measured: dict[str, Any]) -> dict[str, Any]:
             "if that is next to nothing, raise learning_rate or train for more steps."
         )
     return {"adapter_effect": effect, "merge_parity": parity | {"tensors_off": len(off)}}
+
+
+def why_unchanged(history: Sequence[dict[str, Any]]) -> str:
+    """Return why a training changed no weight, as far as its points of metrics.jsonl show it."""
+
+    def values(name: str) -> list[float]:
+        return [point[name] for point in history if point.get(name) is not None]
+
+    rewards, best, flat, rates = (
+        values(each) for each in ("reward", "reward_best", "frac_reward_zero_std", "learning_rate")
+    )
+    if not history:
+        return "no step was trained up to its checkpoint"
+    if flat and min(flat) == 1:
+        if {*rewards, *best} == {rewards[0]}:
+            given = f"every answer scored {rewards[0]:.4g}"
+        else:
+            given = "the answers of each group got one and the same reward"
+        return f"{given}, so that no group had a gradient. {NO_GRADIENT}"
+    if max(rates, default=0.0) < TINY_RATE:
+        return f"learning_rate was at most {max(rates, default=0.0):.2g}: raise it, or take fewer warmup_steps"
+    return "the metrics show no cause. See alerts.jsonl, and check learning_rate, beta and max_grad_norm"
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

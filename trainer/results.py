@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,13 @@ def save_merged(location: str, dtype: "torch.dtype") -> None:
     merge(PeftModel.from_pretrained(base, str(folders.model_dir() / "adapter")), dtype).save_pretrained(str(merged))
 
 
-def prove(config: "RunConfig", location: str, prompts: list[list[dict[str, str]]]) -> dict[str, Any]:
+def prove(
+    config: "RunConfig", location: str, prompts: list[list[dict[str, str]]], history: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """Return the proofs that the saved model is the trained model. Raises JobError if a proof fails.
 
-    If bf16 does not keep the adapter's effect, `merged/` is written again in fp32.
+    `history`: the points of metrics.jsonl up to the saved adapter. If bf16 does not keep the adapter's effect, `merged/` is
+    written again in fp32.
     """
     import torch
 
@@ -70,6 +74,7 @@ def prove(config: "RunConfig", location: str, prompts: list[list[dict[str, str]]
             prompts,
             load_in_4bit=config.lora.load_in_4bit,
             template=config.grpo.get("chat_template_kwargs") or {},
+            history=history,
         )
 
     try:

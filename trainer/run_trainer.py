@@ -40,11 +40,8 @@ from trainer.fused_norms import fuse_norms
 from trainer.progress import memory_gb, ordered_samples
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
-from trainer.shared_prefix_sampling import Decoder, sample, tokens_that_fit
+from trainer.shared_prefix_sampling import Decoder, sample
 from trainer.token_log_probs import TokenLogProbs
-
-# The most completions that the gate or an evaluation samples at a time.
-MOST_AT_ONCE = 512
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Base
@@ -249,14 +246,9 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         """Tokenize prompts with their own tools (`messages.tools`); TRL gives all prompts the same."""
         return [chat_ids(prompt, self.processing_class, self.chat_template_kwargs) for prompt in prompts], None, {}
 
-    def completions_at_once(self) -> int:
-        """Return how many completions to sample at a time: as many as in a rollout, on a GPU as many as fit."""
-        rollout: int = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        if (tokens := tokens_that_fit(self.model.config)) is None:
-            return rollout
-        fitting = min(tokens // (self.prompt_limit + self.args.max_completion_length), MOST_AT_ONCE)
-        size: int = max(rollout, fitting // self.num_generations * self.num_generations)
-        return size
+    def was_cut(self, ids: list[int]) -> bool:
+        """Return whether the limit of tokens cut a completion: it does not end by itself."""
+        return not ids or ids[-1] not in {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
     def completion_log_probs(self, input_ids: Tensor, attention_mask: Tensor, completion: int) -> Tensor:
         """Return the log-probabilities (B, C) of the last `completion` tokens of sequences (B, P + C), as the loss does."""
@@ -316,8 +308,7 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         """As TRL's. Adds the metrics that alerts need: rewards of cut and of finished completions, and the best reward."""
         known = self._known
         rewards = known[1] if known else super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        cut = torch.tensor([not ids or ids[-1] not in ends for ids in completion_ids_list], device=rewards.device)
+        cut = torch.tensor([self.was_cut(ids) for ids in completion_ids_list], device=rewards.device)
         cut = self.accelerator.gather(cut)
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._log_metric("answers", float(len(totals)))

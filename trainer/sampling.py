@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from trainer.row_rewards import columns
+from trainer.shared_prefix_sampling import tokens_that_fit
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, score
 
@@ -16,27 +17,39 @@ if TYPE_CHECKING:
     from trainer.run_trainer import RunTrainer
 
 
+# The most completions that the gate or an evaluation samples at a time.
+MOST_AT_ONCE = 512
+
+
 class ScoredCompletion(NamedTuple):
-    """A completion's text, and the weighted sum of its rewards."""
+    """A completion's text, the weighted sum of its rewards, each reward (None: no score), and whether the limit cut it."""
 
     text: str
     score: float
+    rewards: dict[str, float | None]
+    cut: bool
 
 
 def sample_completions(
-    trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row], samples: int, *, greedy: bool = False
+    trainer: "RunTrainer",
+    rewards: Sequence[Reward],
+    rows: Sequence[Row],
+    samples: int,
+    *,
+    greedy: bool = False,
+    seed: int = 0,
 ) -> list[list[ScoredCompletion]]:
     """Return `samples` completions for each row, sampled as in training, or greedily.
 
-    The ranks share the rows, and every rank gets all completions. The trainer's random numbers and metrics stay as they
-    were.
+    Calls with another `seed` sample other completions. The ranks share the rows, and every rank gets all completions. The
+    trainer's random numbers and metrics stay as they were.
     """
     ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     repeated = [row for row in rows[rank::ranks] for _ in range(samples)]
-    size = trainer.completions_at_once()
+    size = completions_at_once(trainer)
     completions: list[ScoredCompletion] = []
     with own_random_numbers(), torch.no_grad(), _without_dropout(trainer.model), _decoding(trainer, greedy):
-        torch.manual_seed(trainer.args.seed + rank)
+        torch.manual_seed(trainer.args.seed + rank + ranks * seed)
         for start in range(0, len(repeated), size):
             completions += _batch(trainer, rewards, repeated[start : start + size], samples)
     by_row = [completions[start : start + samples] for start in range(0, len(completions), samples)]
@@ -52,7 +65,21 @@ def _batch(trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row]
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
-    return [ScoredCompletion(text, each["score"]) for text, each in zip(texts, scored, strict=True)]
+    return [
+        ScoredCompletion(text, each["score"], each["rewards"], trainer.was_cut(tokens))
+        for text, each, tokens in zip(texts, scored, ids, strict=True)
+    ]
+
+
+def completions_at_once(trainer: "RunTrainer") -> int:
+    """Return how many completions to sample at a time: as many as in a rollout, on a GPU as many as fit."""
+    arguments, group = trainer.args, trainer.num_generations
+    rollout: int = arguments.per_device_train_batch_size * arguments.steps_per_generation
+    if (tokens := tokens_that_fit(trainer.model.config)) is None:
+        return rollout
+    fitting = min(tokens // (trainer.prompt_limit + arguments.max_completion_length), MOST_AT_ONCE)
+    size: int = max(rollout, fitting // group * group)
+    return size
 
 
 def own_random_numbers() -> AbstractContextManager[None]:

@@ -30,12 +30,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
-from trainer.dataset import dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
+from trainer.dataset import check_step, dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.config.schedule import fit_batches, generated_answers, optimizer_steps
+from tunedrop.config.schedule import fit_batches, optimizer_steps
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 
@@ -196,59 +196,6 @@ def build_trainer(
     )
 
 
-def check_step(rows: int, arguments: "GRPOConfig", advice: str) -> None:
-    """Raise JobError with this advice if the rows are too few for one step."""
-    prompts = arguments.generation_batch_size // arguments.num_generations
-    if rows < prompts:
-        raise JobError(
-            f"{rows} rows are too few for one step, which takes {prompts} prompts "
-            f"(per_device_train_batch_size * gradient_accumulation_steps * GPUs / num_generations): {advice}."
-        )
-
-
-def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row]) -> None:
-    """Estimate before the first step how much the base model can learn, and act as `learnability.policy` says.
-
-    Writes the estimate and the rows to drop into the trainer's record. Raises JobError where the policy is to stop.
-    """
-    from trainer import learnability
-    from trainer.sampling import sample_completions
-
-    policy, began = config.learnability, time.monotonic()
-    if policy.samples == 0:
-        return
-    total = generated_answers(config, len(rows), trainer.accelerator.num_processes)
-    # The first rows of the training's random order: the first steps will measure the same rows.
-    chosen = trainer.row_order()[: learnability.prompts_to_ask(total, policy.samples)]
-    completions = sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples)
-    scores = [[each.score for each in group] for group in completions]
-    estimate = learnability.estimate(scores, trainer.num_generations)
-    if trainer.curriculum:
-        for index, group in zip(chosen, scores, strict=True):
-            trainer.curriculum.observe(index, group)
-    numbers = estimate.summary() | {"seconds": round(time.monotonic() - began, 1)}
-    trainer.record.learnability = numbers
-    log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
-    if policy.policy == "stop" and estimate.expected_nonzero_groups < policy.min_nonzero_groups:
-        raise JobError(
-            f"The base model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
-            f"learnability.min_nonzero_groups ({policy.min_nonzero_groups:.0%}). Of {estimate.prompts} prompts it never "
-            f"solved {estimate.dead:.0%} and always solved {estimate.solved:.0%}. Use rows that the model solves sometimes, "
-            "or rewards that pay for partly right completions."
-        )
-    if policy.policy == "drop":
-        trainer.record.dropped = [str(rows[chosen[index]]["id"]) for index in estimate.flat]
-
-
-def drop_rows(trainer: "RunTrainer", rows: list[Row]) -> None:
-    """Take the rows that the learnability gate dropped out of the training. Raises JobError if too few rows are left."""
-    dropped = set(trainer.record.dropped)
-    if dropped:
-        kept = [index for index, row in enumerate(rows) if str(row["id"]) not in dropped]
-        check_step(len(kept), trainer.args, "set learnability.policy to go_on")
-        trainer.keep_rows(kept)
-
-
 def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row]) -> float | None:
     """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows."""
     from trainer.sampling import sample_completions
@@ -302,6 +249,7 @@ def train(flags: argparse.Namespace) -> None:
     from trainer import checkpoints
     from trainer.announce import announcer
     from trainer.bounds import Bounds
+    from trainer.learnability_gate import check_learnability, drop_rows
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
 
@@ -362,6 +310,7 @@ def save(
 ) -> None:
     """Write the model of the best checkpoint and the summary, with proofs on some of the prompts. Uses the trainer up."""
     from trainer import checkpoints, results
+    from trainer.progress import history
 
     # This process wrote these checkpoints or verified them. The files of other machines are not in this folder.
     saved = checkpoints.whole(folders.checkpoint_dir(), verify=False)
@@ -369,10 +318,11 @@ def save(
         raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
     chosen = checkpoints.best(saved)
     result = results.summary(trainer, config, run_id, data, chosen)
+    points = [point for point in history(trainer.state) if point["step"] <= chosen.step]
     trainer.free_memory()  # for the models that are merged and compared
     results.save(chosen, tokenizer, location, config)
     if trainer.record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
-        result["proofs"] = results.prove(config, location, prompts)
+        result["proofs"] = results.prove(config, location, prompts, points)
     (folders.model_dir() / "training.json").write_text(json.dumps(result, indent=1))
     log.info("saved %s with the adapter of step %d", folders.model_dir(), chosen.step)
 

@@ -188,6 +188,10 @@ class Deployment:
 
     def log_lines(self, job: str, positions: dict[str, str]) -> Iterator[str]:
         """Yield a job's log lines since the last call with the same `positions` (next token by stream)."""
+        yield from (line for _, line in self.log_events(job, positions))
+
+    def log_events(self, job: str, positions: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """Yield a job's log lines as `log_lines` does, each with its stream (one per instance)."""
         try:
             streams = self.logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
         except self.logs.exceptions.ResourceNotFoundException:
@@ -196,7 +200,7 @@ class Deployment:
             while True:
                 more = {"nextToken": positions[stream]} if stream in positions else {}
                 page = self.logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **more)
-                yield from (event["message"].rstrip("\n") for event in page["events"])
+                yield from ((stream, event["message"].rstrip("\n")) for event in page["events"])
                 if not page["events"] or positions.get(stream) == page["nextForwardToken"]:
                     break
                 positions[stream] = page["nextForwardToken"]

@@ -83,7 +83,7 @@ def test_a_budget_for_half_the_steps_ends_with_the_best_model_by_then(job, monke
 
     def evaluate(_trainer, _rewards, rows, _samples):
         clock.now += 3
-        return [ScoredCompletion("", reward) for reward in [next(rewards)] * len(rows)]
+        return [ScoredCompletion("", reward, {}, cut=False) for reward in [next(rewards)] * len(rows)]
 
     monkeypatch.setattr("trainer.sampling._batch", evaluate)
     train.train(train.parse_flags(flags))

@@ -16,6 +16,7 @@ from tunedrop.config.model import RunConfig
 from .conftest import Job
 
 FRESH = proofs.fresh_process  # the fixture `job` replaces it
+HEALTHY = [{"reward": 0.2, "reward_best": 1.0, "frac_reward_zero_std": 0.5, "learning_rate": 1e-5}]
 PROMPTS = [[{"role": "user", "content": f"say {i}"}] for i in range(5)]
 
 
@@ -31,7 +32,7 @@ def trained(tmp_path_factory, tiny):
 
 
 def prove(tiny: Path, target: Path) -> dict[str, Any]:
-    return proofs.prove(str(tiny), target, PROMPTS, load_in_4bit=False, template={})
+    return proofs.prove(str(tiny), target, PROMPTS, load_in_4bit=False, template={}, history=HEALTHY)
 
 
 def test_a_run_ends_with_its_proofs(trained):
@@ -97,14 +98,32 @@ def damaged(trained: Job, folder: Path, how: str) -> Path:
         ("one tensor is another layer's", "1 tensors differ, the first is model.layers.1.mlp.down_proj"),
         ("a single number is wrong", "is not base .* adapter: 1 tensors differ"),
         ("a number is none", "is not base .* adapter: 1 tensors differ"),
-        ("the adapter is zeros", r"does not change the base model's output \(largest difference .*: 0.0\)"),
-        ("the adapter is no numbers", r"does not change the base model's output .*nan"),
+        ("the adapter is zeros", "does not change the base model's output: the metrics show no cause"),
+        ("the adapter is no numbers", "makes the base model's output NaN or infinite: lower learning_rate"),
         ("the adapter counts twice", "14 tensors differ"),
     ],
 )
 def test_a_broken_model_is_caught(trained, tiny, tmp_path, how, message):
     with pytest.raises(JobError, match=message):
         prove(tiny, damaged(trained, tmp_path, how))
+
+
+@pytest.mark.parametrize(
+    ("points", "cause"),
+    [
+        ([], "no step was trained"),
+        ([{"reward": 0.0, "reward_best": 0.0, "frac_reward_zero_std": 1.0}] * 3, "every answer scored 0, so that no group"),
+        ([{"reward": 1.0, "reward_best": 1.0, "frac_reward_zero_std": 1.0}] * 3, "every answer scored 1, so that no group"),
+        ([{"reward": 0.5, "reward_best": 1.0, "frac_reward_zero_std": 1.0}], "each group got one and the same reward"),
+        ([{"reward": 0.0, "reward_best": 0.0, "frac_reward_zero_std": 1.0}, HEALTHY[0]], "the metrics show no cause"),
+        ([HEALTHY[0] | {"learning_rate": 1e-12}] * 2, "learning_rate was at most 1e-12: raise it"),
+        ([HEALTHY[0] | {"learning_rate": 0.0}], "learning_rate was at most 0: raise it, or take fewer warmup_steps"),
+    ],
+)
+def test_an_adapter_without_effect_is_explained_by_the_metrics(points, cause):
+    measured = {"adapter_effect": {"mean": 0.0, "largest": 0.0}, "merge_parity": {"tensors_off": []}, "versions": {}}
+    with pytest.raises(JobError, match=cause):
+        proofs.check(measured, points)
 
 
 def test_files_that_do_not_load_fail_with_the_last_words_of_the_process(trained, tiny, tmp_path):
@@ -131,10 +150,10 @@ def test_output_that_differs_fails_although_the_weights_agree(parity, message):
         "versions": {},
     }
     if message is None:
-        proofs.check(measured)
+        proofs.check(measured, HEALTHY)
     else:
         with pytest.raises(proofs.RoundedAwayError, match=message):
-            proofs.check(measured)
+            proofs.check(measured, HEALTHY)
 
 
 def test_a_config_that_changes_the_output_fails_although_the_weights_agree(trained, tiny, tmp_path):
@@ -170,7 +189,7 @@ def test_a_small_adapter_is_rounded_away_to_the_nearest_and_kept_by_the_chosen_w
 
     results.save_merged(str(tiny), torch.bfloat16)
     config = RunConfig(model="tiny")
-    parity = results.prove(config, str(tiny), PROMPTS)["merge_parity"]
+    parity = results.prove(config, str(tiny), PROMPTS, HEALTHY)["merge_parity"]
     assert 0.95 <= parity["kept"] <= 1.05
     assert parity["error"] <= 0.3
     assert parity["tensors_off"] == 0
@@ -212,3 +231,10 @@ def test_a_corrupted_merge_fails_the_run(job, monkeypatch):
         train.main([])
     assert job.failure().startswith("The merged model is not base + adapter")
     assert not (job.model / "training.json").exists()
+
+
+def test_a_training_that_a_tiny_learning_rate_left_as_it_was_says_so(job):
+    job.config(lora={"r": 4}, learnability={"samples": 0}, grpo={"max_steps": 1, "learning_rate": 1e-30})
+    job.rows()
+    with pytest.raises(JobError, match="does not change the base model's output: learning_rate was at most 1e-30"):
+        train.train(train.parse_flags([]))

@@ -214,7 +214,7 @@ def test_bad_flags_are_named(flags, message):
 def test_a_contradiction_in_the_config_is_the_users_error(job):
     job.config(grpo={"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None})
     job.rows()
-    with pytest.raises(SystemExit, match="At least one of"):
+    with pytest.raises(SystemExit, match="needs vllm_importance_sampling_clip_min or"):
         train.main([])
 
 

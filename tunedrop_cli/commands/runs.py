@@ -12,6 +12,7 @@ from local_app.stack import StackError
 from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.job_log import JobLog
 from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, with_deployment
 from tunedrop_cli.output import console, print_facts, print_raw, print_table
 from tunedrop_cli.results import differences, facts_of_end, facts_of_run
@@ -167,16 +168,22 @@ def open_(deployment: Deployment, run: str | None) -> None:
 def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
     """Print the logs of a run's jobs.
 
+    The output of the container's start, such as pip's, is left out, unless the start fails.
+
     \b
     Example: tunedrop logs cars --follow
     """
     positions: dict[str, str] = {}
+    log = JobLog()
     while True:
         match = deployment.find(run)
         for job in filter(None, (match.train_job, match.test_job)):
-            for line in deployment.log_lines(job, positions):
-                print_raw(printable(line))
+            for stream, message in deployment.log_events(job, positions):
+                for line in log.own_lines(stream, message):
+                    print_raw(printable(line))
         if not to_the_end or match.open is None:
+            for line in log.unfinished_start():
+                print_raw(printable(line))
             return
         time.sleep(1)
 

@@ -8,7 +8,7 @@ against each other, and schedule.py computes batches, steps and lengths.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, check_fields, config_fields
 from tunedrop.rewards import RewardSpec
@@ -136,14 +136,26 @@ class Preflight(_Section):
     ] = 32
 
 
+def _samples(value: int) -> int:
+    """Refuse one answer per row, which has no other answer to differ from."""
+    if value == 1:
+        raise ValueError("must be 0 or at least 2: one answer cannot differ from another")
+    return value
+
+
 class Learnability(_Section):
     """Before training, the base model answers some rows. A row that it always or never gets right teaches nothing."""
 
-    policy: Literal["go_on", "drop", "stop"] = Field(
-        default="go_on",
-        description="go_on; drop the sampled rows that teach nothing; or stop the job if too few groups have a gradient.",
+    policy: Literal["stop_if_nothing_to_learn", "stop", "drop", "go_on"] = Field(
+        default="stop_if_nothing_to_learn",
+        description="The job ends if no sampled row has different rewards. stop: also if too few groups have a gradient; "
+        "drop: also leave out the sampled rows that teach nothing; go_on: train in any case.",
     )
-    samples: Annotated[int, Field(ge=0, le=64, description="Answers per sampled row; 0 turns the check off.")] = 8
+    samples: Annotated[
+        int,
+        Field(ge=0, le=64, description="Answers per sampled row, at least 2; 0 turns the check off."),
+        AfterValidator(_samples),
+    ] = 8
     min_nonzero_groups: Annotated[
         float, Field(ge=0, le=1, description="`stop` stops below this expected share of groups with a gradient.")
     ] = 0.1

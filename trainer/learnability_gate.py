@@ -1,0 +1,180 @@
+"""Asks the base model before the first step, and ends a run in which it has nothing to learn.
+
+    check_learnability(trainer, config, rewards, rows)  →  the record's `learnability` and `dropped`; raises JobError
+    drop_rows(trainer, rows)                            →  a training without the dropped rows
+
+`trainer.learnability` has the statistics.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from trainer import learnability
+from trainer.dataset import check_step
+from trainer.job import REASON_CHARACTERS, JobError
+from trainer.learnability import Learnability
+from trainer.sampling import ScoredCompletion, sample_completions
+from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import generated_answers
+from tunedrop.dataset.rows import Row
+from tunedrop.rewards import Reward
+
+if TYPE_CHECKING:
+    from trainer.run_trainer import RunTrainer
+
+log = logging.getLogger("trainer")
+
+SHOWN_ANSWERS = 3
+# SageMaker adds "AlgorithmError: " and ", exit code: 1" to a failure's reason.
+REASON_ROOM = REASON_CHARACTERS - 40
+TO_GO_ON = "To train all the same, set learnability.policy to go_on."
+
+
+def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row]) -> None:
+    """Estimate before the first step how much the base model can learn, and act as `learnability.policy` says.
+
+    Writes the estimate and the rows to drop into the trainer's record. Raises JobError where nothing can be learned, except
+    with `go_on`, and with `stop` where too little can be learned.
+    """
+    policy, began = config.learnability, time.monotonic()
+    if policy.samples == 0:
+        return
+    total = generated_answers(config, len(rows), trainer.accelerator.num_processes)
+    most = learnability.most_prompts(total, policy.samples)
+    # `drop` judges each row that it asks, and therefore asks as many as it may.
+    threshold = {"stop": policy.min_nonzero_groups, "drop": None}.get(policy.policy, 0.0)
+
+    def sample(chosen: list[int], seed: int) -> list[list[ScoredCompletion]]:
+        return sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples, seed=seed)
+
+    answers = ask(sample, trainer.row_order(), most, trainer.num_generations, threshold)
+    scores = scores_of(answers)
+    estimate = learnability.estimate(scores, trainer.num_generations)
+    if trainer.curriculum:
+        for index, group in zip(answers, scores, strict=True):
+            trainer.curriculum.observe(index, group)
+    numbers = estimate.summary() | {"seconds": round(time.monotonic() - began, 1)}
+    trainer.record.learnability = numbers
+    log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
+    limit = trainer.args.max_completion_length
+    if policy.policy != "go_on" and estimate.learnable == 0:
+        raise JobError(explain(nothing_to_learn(estimate), estimate, list(answers.values()), limit))
+    if policy.policy == "stop" and estimate.expected_nonzero_groups < policy.min_nonzero_groups:
+        too_few = (
+            f"The base model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
+            f"learnability.min_nonzero_groups ({policy.min_nonzero_groups:.0%})."
+        )
+        raise JobError(explain(too_few, estimate, list(answers.values()), limit))
+    if policy.policy == "drop":
+        asked = list(answers)
+        trainer.record.dropped = [str(rows[asked[index]]["id"]) for index in estimate.flat]
+
+
+def ask(
+    sample: Callable[[list[int], int], list[list[ScoredCompletion]]],
+    order: Sequence[int],
+    most: int,
+    group: int,
+    threshold: float | None,
+) -> dict[int, list[ScoredCompletion]]:
+    """Return the base model's answers by row: block by block of prompts, at most `most`, until the answer is clear.
+
+    `sample` returns the answers to rows, for a seed. `order` is the training's order of the rows: the first steps will
+    measure the same rows. Few rows are asked again. `group` and `threshold` are those of `trainer.learnability`; without a
+    threshold, no answer is clear.
+    """
+    answers: dict[int, list[ScoredCompletion]] = {}
+    for start, end in learnability.blocks(most):
+        chosen = [order[place % len(order)] for place in range(start, end)]
+        for index, found in zip(chosen, sample(chosen, start), strict=True):
+            answers.setdefault(index, []).extend(found)
+        if threshold is not None and learnability.estimate(scores_of(answers), group).is_clear(threshold):
+            break
+    return answers
+
+
+def scores_of(answers: Mapping[int, Sequence[ScoredCompletion]]) -> list[list[float]]:
+    """Return the scores of answers by row."""
+    return [[each.score for each in found] for found in answers.values()]
+
+
+def drop_rows(trainer: "RunTrainer", rows: list[Row]) -> None:
+    """Take the rows that the learnability gate dropped out of the training. Raises JobError if too few rows are left."""
+    dropped = set(trainer.record.dropped)
+    if dropped:
+        kept = [index for index, row in enumerate(rows) if str(row["id"]) not in dropped]
+        check_step(len(kept), trainer.args, "set learnability.policy to go_on")
+        trainer.keep_rows(kept)
+
+
+def nothing_to_learn(estimate: Learnability) -> str:
+    """Return what it means that no prompt had answers with different rewards, in sentences."""
+    if estimate.dead == 0:
+        return "Nothing to learn: every answer already gets the best reward."
+    return "Nothing to learn: all answers to each prompt got the same reward, so that no group has a gradient."
+
+
+def explain(finding: str, estimate: Learnability, answers: Sequence[Sequence[ScoredCompletion]], limit: int) -> str:
+    """Return the finding with what each reward gave, three answers with their scores, and the ways out.
+
+    `answers` are by prompt; `limit` is the limit of an answer in tokens. The text has at most REASON_ROOM characters, if the
+    rewards have few names: the answers are cut to what fits.
+    """
+    every = list(chain.from_iterable(answers))
+    before = (
+        f"{finding} Of {estimate.prompts} prompts the base model never solved {estimate.dead:.0%} and always solved "
+        f"{estimate.solved:.0%}, in {len(every)} answers.\nRewards: {'; '.join(given(every))}.\nAnswers and their scores:"
+    )
+    after = f"Ways out: {ways_out(estimate, every, limit)}. {TO_GO_ON}"
+    shown = examples(answers)
+    room = (REASON_ROOM - len(before) - len(after) - 1) // len(shown)
+    lines = [f"{score:.4g}: " for score in (each.score for each in shown)]
+    lines = [line + _quoted(each.text, room - len(line) - 1) for line, each in zip(lines, shown, strict=True)]
+    return "\n".join([before, *lines, after])
+
+
+def given(answers: Sequence[ScoredCompletion]) -> list[str]:
+    """Return for each reward what it gave to the answers, in words."""
+
+    def in_words(scores: Sequence[float]) -> str:
+        if not scores:
+            return "no score"
+        low, high = min(scores), max(scores)
+        return f"always {low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, {fmean(scores):.4g} on average"
+
+    names = list(answers[0].rewards)
+    return [f"{name} {in_words([s for each in answers if (s := each.rewards[name]) is not None])}" for name in names]
+
+
+def examples(answers: Sequence[Sequence[ScoredCompletion]]) -> list[ScoredCompletion]:
+    """Return three different answers to different prompts: those with the lowest, the middle and the highest score."""
+    different = {first.text: first for first, *_ in answers}
+    ordered = sorted(different.values(), key=lambda each: each.score)
+    places = {round(part * (len(ordered) - 1) / (SHOWN_ANSWERS - 1)) for part in range(SHOWN_ANSWERS)}
+    return [ordered[place] for place in sorted(places)]
+
+
+def ways_out(estimate: Learnability, answers: Sequence[ScoredCompletion], limit: int) -> str:
+    """Return what a user can change, in words."""
+    if estimate.dead == 0:
+        return "harder rows; a stricter reward, which tells good answers from better ones"
+    ways = [
+        "another reward, if such answers are right",
+        "partial credit (for example the reward similarity)",
+        "a warm start (as `model`, one that already answers some rows)",
+        "easier rows",
+    ]
+    if cut := sum(each.cut for each in answers):
+        ways.append(f"a higher grpo.max_completion_length: {limit} tokens cut {cut} of {len(answers)} answers")
+    return "; ".join(ways)
+
+
+def _quoted(text: str, room: int) -> str:
+    """Return a text in quotes, on one line, cut to so many characters."""
+    quoted = json.dumps(" ".join(text.split()), ensure_ascii=False)
+    return quoted if len(quoted) <= room else quoted[: max(room - 2, 1)].rstrip("\\") + '…"'
