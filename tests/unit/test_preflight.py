@@ -413,7 +413,7 @@ class Client:
     def converse(self, **request):
         text = request["messages"][0]["content"][0]["text"]
         self.asked.append(text)
-        right = any(f"<answer>\n{city}\n</answer>" in text and f"<reference>\n{city}\n" in text for city in CITIES.values())
+        right = any(f"\n{city}\n</answer " in text and f"\n{city}\n</reference " in text for city in CITIES.values())
         # As a model does, it does not say quite the same each time.
         grade = 9 * right + 0.1 * (next(self.number) % 2)
         return {"output": {"message": {"content": [{"text": f"<score>{grade:.1f}</score>"}]}}}

@@ -56,7 +56,7 @@ class Service:
         return io.BytesIO(json.dumps(results).encode())
 
     def converse(self, messages, **_):
-        right = "<answer>\nParis" in messages[0]["content"][0]["text"]
+        right = "\nParis\n</answer " in messages[0]["content"][0]["text"]
         return {"output": {"message": {"content": [{"text": f"<score>{10 * right}</score>"}]}}}
 
 

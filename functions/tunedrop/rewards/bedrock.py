@@ -8,6 +8,8 @@ from tunedrop.rewards.sample import RewardError
 
 # A grader asks once more after a reply without a grade.
 ATTEMPTS = 2
+# The beginning of a tag that frames a part of a request or a grade.
+_TAG = re.compile(r"<(?=\s*/?\s*(?:answer|score|label|rubric|reference|question)\b)", re.IGNORECASE)
 
 
 def aws_client(permissions: RewardPermissions, service: str) -> Any:
@@ -34,6 +36,11 @@ def converse(permissions: RewardPermissions, model: str, text: str, *, system: s
     except (BotoCoreError, ClientError) as error:
         raise RewardError(f"the judge {model} cannot be called: {error}") from error
     return "".join(part.get("text", "") for part in response["output"]["message"]["content"])
+
+
+def escaped(text: str) -> str:
+    """Return untrusted text whose tags are no tags of a judge's request or reply. A second tag cannot come out of it."""
+    return _TAG.sub("&lt;", text)
 
 
 def score_in(reply: str, low: float, high: float) -> float | None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from tunedrop.problems import nearest
-from tunedrop.rewards.bedrock import ATTEMPTS, converse, score_in
+from tunedrop.rewards.bedrock import ATTEMPTS, converse, escaped, score_in
 from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
 from tunedrop.rewards.registry import Need, Parameters, reward
 from tunedrop.rewards.sample import RewardError, Sample, content_text
@@ -253,8 +253,7 @@ def _grade(grader: dict[str, Any], sample: Sample, permissions: RewardPermission
 
 def _asked(grader: dict[str, Any], sample: Sample, permissions: RewardPermissions) -> float | None:
     """Return a model's score; None for replies without a grade."""
-    # A completion must not contain the tags of a grade.
-    sample = sample._replace(completion=re.sub(r"</?(score|label)>", "", sample.completion))
+    sample = sample._replace(completion=escaped(sample.completion))
     low, high = grader.get("range", (0, 1))
     texts = [(message["role"], _filled(content_text(message["content"]), sample)) for message in grader["input"]]
     if any(text is None for _, text in texts):
