@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -131,8 +132,8 @@ def _wrong_choice(value: str, field: dict[str, Any]) -> str | None:
 
 def _wrong_json(value: str, field: dict[str, Any]) -> str | None:
     try:
-        content = json.loads(value)
-    except ValueError:
+        content = msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
         content = None
     if not isinstance(content, dict):
         return "must be a mapping: a job has no file of that name"

@@ -22,7 +22,7 @@ def _seconds(value: Any) -> Any:
     """Return `3h`, `90m`, `1h30m` or `45s` in seconds. A number is in seconds already."""
     if not isinstance(value, str):
         return value
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip())
+    parts = re.fullmatch(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?", value.strip())
     if not value.strip() or parts is None:
         raise ValueError("must be a duration such as 3h, 90m or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in parts.groups())

@@ -186,7 +186,7 @@ def check_rules(config: RunConfig) -> list[Problem]:
     try:
         check_names(config.rewards)
     except ValueError as error:
-        return [Problem("CONFIG_VALUE", str(error))]
+        return [Problem("CONFIG_VALUE", str(error)[:600])]
     if config.rewards and not any(spec.weight > 0 for spec in config.rewards):
         return [Problem("CONFIG_VALUE", "no reward has a weight above 0: there is nothing to learn")]
     return [Problem("CONFIG_VALUE", f"{key}: {reason}", key=key) for key, broken, reason in RULES if broken(config)]
