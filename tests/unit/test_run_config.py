@@ -247,6 +247,12 @@ RULES = [
         "no module in common",
         "lora: {use_bdlora: {target_modules_bd_a: [q_proj], target_modules_bd_b: [o_proj]}}",
     ),
+    (
+        "lora: {layer_replication: [[0, 1000000000]]}",
+        "lora.layer_replication",
+        "at most 1000 layers",
+        "lora: {layer_replication: [[0, 4], [2, 6]]}",
+    ),
     ("lora: {lora_bias: true}", "lora.lora_bias", "layers with biases only", "lora: {lora_bias: false}"),
     (
         "{sampling: {policy: teach}, grpo: {shuffle_dataset: false}}",

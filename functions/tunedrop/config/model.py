@@ -55,7 +55,7 @@ class Lora(BaseModel):
 
     load_in_4bit: bool = Field(default=False, description="Load the base model in 4 bits (QLoRA); needs a GPU instance.")
     r: Annotated[int, Field(ge=1, le=1024)] = 16
-    lora_alpha: Annotated[int, Field(ge=1)] = 32
+    lora_alpha: Annotated[int, Field(ge=1, le=2**16)] = 32
     target_modules: Annotated[
         str | list[str], BeforeValidator(lambda value: "all-linear" if value is None else value)  # null is PEFT's default
     ] = "all-linear"
@@ -119,6 +119,7 @@ class Tests(_Section):
     max_completion_length: int | None = Field(
         default=None,
         ge=1,
+        le=1_000_000,
         description="Limit for an answer in tokens. Default: twice grpo.max_completion_length, or more if the expected "
         "answers of the tests need it.",
     )
@@ -212,9 +213,11 @@ class RunConfig(_Section):
     sampling: Sampling = Sampling()
     alerts: Alerts = Alerts()
     notify: Notify = Notify()
-    max_prompt_length: Annotated[int, Field(ge=1, description="Limit for a prompt in tokens, chat template included.")] = 512
+    max_prompt_length: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Limit for a prompt in tokens, chat template included.")
+    ] = 512
     max_seq_length: (
-        Annotated[int, Field(ge=2, description="Limit for prompt and completion together, in tokens.")] | None
+        Annotated[int, Field(ge=2, le=1_000_000, description="Limit for prompt and completion together, in tokens.")] | None
     ) = None
     prompt_overflow: Literal["drop", "reject", "truncate"] = Field(
         default="drop", description="What to do with a row whose prompt has more than max_prompt_length tokens."

@@ -18,7 +18,7 @@ def _raise(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the 
 
 
 @contextmanager
-def deadline(seconds: float = SECONDS) -> Iterator[None]:
+def deadline(seconds: float) -> Iterator[None]:
     """Raise DeadlineError if the block takes more than `seconds` of the process's CPU time.
 
     The limit ends Python code and the matching of regular expressions (CPython's `re` handles signals while it matches), and

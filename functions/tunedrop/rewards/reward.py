@@ -91,7 +91,7 @@ class Reward:
         if self.spec.reward_file:  # a user's code may take its time
             return self._best(sample)
         try:
-            with deadline():
+            with deadline(SECONDS):
                 return self._best(sample)
         except DeadlineError:
             self.expired += 1

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
@@ -25,10 +26,19 @@ def validator(schema: dict[str, Any]) -> Any:
 
     Raises ValueError for a schema that is not valid, or refers to something else.
     """
+    try:
+        return _validator(json.dumps(schema))
+    except RecursionError:
+        raise ValueError("not a valid JSON Schema: nested too deeply") from None
+
+
+@lru_cache(64)
+def _validator(text: str) -> Any:
     from jsonschema import SchemaError, validators  # type: ignore[import-untyped]
-    from jsonschema_specifications import REGISTRY
+    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
     from referencing.exceptions import Unresolvable
 
+    schema = json.loads(text)
     kind = schema.get("$schema", "")
     if not isinstance(kind, str):
         raise ValueError("not a valid JSON Schema: $schema is not a text")
@@ -43,8 +53,6 @@ def validator(schema: dict[str, Any]) -> Any:
     except Unresolvable as error:
         message = f"the schema's reference '{error.ref[:200]}' is not a place in the schema: nothing is fetched"
         raise ValueError(f"{message}; put the schema under $defs, and refer to '#/$defs/…'") from None
-    except RecursionError:
-        raise ValueError("not a valid JSON Schema: nested too deeply") from None
     return built
 
 
@@ -102,10 +110,14 @@ def json_schema(
         check = validator(schema)
     except ValueError as error:
         raise RewardError(str(error)) from None
+    from referencing.exceptions import Unresolvable
+
     try:
         return _conformance(check, value, partial)
-    except RecursionError:  # the completion nests deeper than Python can follow
+    except RecursionError:  # the schema or the completion nests deeper than Python can follow
         return 0.0
+    except Unresolvable as error:
+        raise RewardError(f"the schema's reference '{error.ref[:200]}' is not a place in the schema") from None
 
 
 def _conformance(check: Any, value: Any, partial: bool) -> float:
