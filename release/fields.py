@@ -56,11 +56,19 @@ _POSITIVE = """
     learning_rate num_train_epochs logging_steps save_steps adam_epsilon delta repetition_penalty temperature
     sapo_temperature_neg sapo_temperature_pos vllm_server_timeout
 """
+# A generation batch of more completions fits no machine.
+_SIZES = """
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size
+    steps_per_generation num_iterations num_generations dataloader_num_workers dataloader_prefetch_factor lora_alpha
+"""
 _BOUNDS: list[tuple[str, dict[str, float]]] = [
     (_POSITIVE, {"exclusiveMinimum": 0}),
     (_NOT_NEGATIVE, {"minimum": 0}),
     (_AT_LEAST_1, {"minimum": 1}),
     ("num_generations", {"minimum": 2}),
+    (_SIZES, {"maximum": 2**16}),
+    # The longest contexts of models. Validation and the trainer make texts of this length.
+    ("max_completion_length vllm_max_model_length", {"maximum": 1_000_000}),
     ("max_steps", {"minimum": -1}),
     ("min_p top_entropy_quantile label_smoothing_factor ref_model_mixup_alpha", {"minimum": 0, "maximum": 1}),
     ("top_p vllm_gpu_memory_utilization", {"exclusiveMinimum": 0, "maximum": 1}),
@@ -77,7 +85,10 @@ _BOUNDS: list[tuple[str, dict[str, float]]] = [
     ("eva_config.tau", {"minimum": 0, "maximum": 1}),
     ("kasa_config.beta kasa_config.gamma", {"minimum": 0}),
 ]
-RANGES = {name: bounds for names, bounds in _BOUNDS for name in names.split()}
+RANGES: dict[str, dict[str, float]] = {}
+for _names, _bounds in _BOUNDS:
+    for _name in _names.split():
+        RANGES[_name] = RANGES.get(_name, {}) | _bounds
 # Dataclasses that Transformers makes of fields which it annotates as mappings.
 NESTED: dict[str, type] = {"accelerator_config": AcceleratorConfig}
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tunedrop.config.parse import YamlLoader, load_mapping, parse_run_config
+from tunedrop.config.parse import load_mapping, parse_run_config
 from tunedrop.config.synonyms import Place, is_section, place_of
 from tunedrop.problems import RejectedError
 from tunedrop.rewards.synonyms import reward_like
+from tunedrop.yaml_file import YamlError, read_yaml
 
 # Objects in which SageMaker's requests and scripts keep hyperparameters.
 WRAPPERS = ("HyperParameters", "hyperparameters", "hyper_parameters", "Hyperparameters")
@@ -79,8 +80,8 @@ def _scalar(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        read = yaml.load(value, Loader=YamlLoader)  # noqa: S506 - a SafeLoader, made stricter
-    except (yaml.YAMLError, ValueError, RecursionError):
+        read = read_yaml(value)
+    except YamlError:
         return value
     quoted = isinstance(read, str) and value.startswith('"')
     return read if quoted or isinstance(read, bool | int | float | list) else value

@@ -20,16 +20,15 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunedrop.config.model import Columns, RunConfig
-from tunedrop.config.parse import YamlLoader
 from tunedrop.dataset.bad_row import BadRowError
 from tunedrop.dataset.columns import OWN, PROMPT_NAMES, normal, template_fields
 from tunedrop.dataset.rows import Records, Row
 from tunedrop.problems import Problem, RejectedError
 from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, RewardSpec, build_rewards
+from tunedrop.yaml_file import read_yaml
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64
@@ -153,7 +152,7 @@ def parse_tests(raw: bytes, config: RunConfig, permissions: RewardPermissions = 
         raise RejectedError([Problem("TESTS_SYNTAX", f"the test file is larger than {MAX_TESTS_BYTES // 1024**2} MiB")])
     try:
         cases, from_text = _cases(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError, yaml.YAMLError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         hint = 'expected {"evaluations": [{"id", "prompt", "description"}]} as JSON or YAML, JSON Lines, or CSV'
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise RejectedError([Problem("TESTS_SYNTAX", f"the inference tests cannot be read: {reason}", hint)]) from None
@@ -194,7 +193,7 @@ def _cases(text: str) -> tuple[list[Any], bool]:
             return [
                 _csv_case(row) for row in csv.DictReader(io.StringIO(text.strip()), delimiter=delimiter, strict=True)
             ], True
-        return _evaluations(yaml.load(text, Loader=YamlLoader)), False  # noqa: S506 - a SafeLoader, made stricter
+        return _evaluations(read_yaml(text)), False
     try:
         decoded = msgspec.json.decode(text)
     except msgspec.DecodeError:

@@ -17,6 +17,7 @@ from pipeline.observability import logger
 from pipeline.runs import clock
 from pipeline.runs.states import RETRYABLE, Run, RunState, inputs_digest, run_ids
 from pipeline.settings import Settings, ValidateSettings
+from pipeline.validation.internal import INTERNAL
 from pipeline.validation.model_files import READ_FILES, ModelFiles
 from pipeline.validation.modules import ALL_LINEAR, HEADER_BYTES, header_bytes
 from pipeline.validation.receipt import Receipt
@@ -38,6 +39,13 @@ from tunedrop.inference_tests import MAX_TESTS_BYTES
 from tunedrop.rewards import reward_permissions
 
 
+class InternalError(Exception):
+    """Tunedrop failed on a user's files, and has told the user so.
+
+    The error turns on the function's alarm. Lambda's next tries find the upload validated.
+    """
+
+
 class Fetched(NamedTuple):
     """A submission from S3: with the stack's terms, the dataset's download, and the launch plan's digest.
 
@@ -56,6 +64,8 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
 
     None if the object is not a dataset, is gone, or is older than another upload of its key. None, too, if the run's last
     attempt has not ended: `announce_failure` requests the validation again after the end.
+
+    Raises InternalError after the receipt of files that Tunedrop itself failed on is recorded.
     """
     if not object_keys.is_dataset(upload.key):
         logger.info("ignored an object that is not a dataset")
@@ -70,7 +80,12 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             return None
         with fetched.download:
             receipt = validate(fetched.submission, fetched.terms)
-            return record(receipt, fetched, upload, settings, aws)
+            run = record(receipt, fetched, upload, settings, aws)
+    if INTERNAL in receipt.error_counts:
+        raise InternalError(
+            f"Tunedrop failed on the files of {upload.key}: see the receipt, and the stack trace in this log"
+        )
+    return run
 
 
 def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) -> Fetched | None:

@@ -20,6 +20,7 @@ from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
 from tunedrop.rewards import Reward, RewardError
+from tunedrop.rewards.deadline import SECONDS
 from tunedrop.rewards.sample import make_samples
 
 T = TypeVar("T")
@@ -244,6 +245,8 @@ _FIXES = {
 def _reward_warnings(reward: Reward, trial: Trial, receipt: dict[str, Any]) -> Iterator[str]:
     name = reward.__name__
     scores = [score for score in trial.scores[name] if score is not None]
+    if reward.expired:
+        yield f"reward '{name}' abstained on {reward.expired} answers because each took more than {SECONDS:g} s of CPU time"
     if not scores:
         yield f"reward '{name}' abstained on every answer: the rows hold nothing that the reward can compare with"
         return

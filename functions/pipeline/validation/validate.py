@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from pipeline.validation.cost import Work, estimate
+from pipeline.validation.internal import internal
 from pipeline.validation.judges import judges_from_file, judges_from_rows
 from pipeline.validation.model_files import ModelFiles, check_model, parameters_of
 from pipeline.validation.preflight import check_rewards
@@ -27,10 +30,13 @@ from tunedrop.inference_tests import InferenceTest, dump_tests, parse_tests
 from tunedrop.problems import Problem, RejectedError
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, build_rewards
 from tunedrop.rewards.default import choose_rewards
+from tunedrop.sandboxed_process import WorkerKilledError
 
 # GRPO on a single row teaches nothing that a test could show.
 MIN_ROWS = 2
 MAX_REWARD_FILE_BYTES = 1024**2
+# Faults of the machine or of a service, not of a user's files.
+MACHINE_FAULTS = (WorkerKilledError, OSError, BotoCoreError, ClientError)
 # A valid run's input files, which `validate` writes into the submission's folder.
 INPUT_FILES = ("config.json", "train.jsonl", "heldout.jsonl", "inference_tests.json")
 
@@ -62,12 +68,15 @@ class Submission(NamedTuple):
 def read_config(raw: bytes, default_model: str) -> tuple[RunConfig, Section]:
     """Parse a config file, correct its batch sizes, and return the config and the section about it.
 
-    A config with mistakes gives the defaults: then the receipt lists the mistakes of the dataset, too.
+    A config with mistakes gives the defaults: then the receipt lists the mistakes of the dataset, too. So does a config that
+    Tunedrop itself fails on (`INTERNAL`).
     """
     try:
         config, problems = load_run_config(raw, default_model=default_model), []
     except RejectedError as error:
         config, problems = RunConfig(model=default_model), error.problems
+    except Exception as error:  # noqa: BLE001 - every file ends in a receipt
+        config, problems = RunConfig(model=default_model), [internal(error)]
     config, fixes = fit_batches(config)
     return config, Section({"fixes": fixes}, problems, config_warnings(config))
 
@@ -77,7 +86,19 @@ def validate(submission: Submission, terms: Terms) -> Receipt:
 
     If the receipt is `ok`, the submission's folder has INPUT_FILES: `config.json` is the config that the stack's values
     completed. `rejected.jsonl` has the rows that were set aside.
+
+    An exception that no code expects is the problem `INTERNAL` of the receipt: the same files would raise it in every try.
+    Raises MACHINE_FAULTS, after which another try may succeed.
     """
+    try:
+        return _validate(submission, terms)
+    except MACHINE_FAULTS:
+        raise
+    except Exception as error:  # noqa: BLE001 - every file ends in a receipt
+        return assemble([submission.about_config, _problems(internal(error))])
+
+
+def _validate(submission: Submission, terms: Terms) -> Receipt:
     config = resolve(submission.config, terms)
     sections = [submission.about_config, _problems(*_check_files(submission))]
     if refused := refuse(submission.name, submission.size):

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -34,7 +35,21 @@ NOT_INSTALLED = {
     "deepspeed": "the jobs have no deepspeed: leave it out (LoRA trains data-parallel), or shard a large model with fsdp",
     "use_liger_kernel": "the jobs have no liger-kernel: leave it out",
     "megatron_config": "the jobs have no Megatron-LM: leave it out",
+    "megatron_core": "the jobs have no Megatron-LM: leave it out",
+    **dict.fromkeys(
+        "vllm_server_base_url vllm_server_host vllm_model_impl vllm_structured_outputs_regex".split(),
+        "the jobs' image has no vLLM: leave it out",
+    ),
 }
+# Texts that a job compares with the names of the model's own modules and parameters; some are regular expressions.
+MODULE_NAMES = frozenset(
+    "target_modules exclude_modules modules_to_save layers_pattern target_parameters optim_target_modules "
+    "transformer_layer_cls_to_wrap target_modules_bd_a target_modules_bd_b".split()
+)
+# Any other text must be one of the field's choices, or a name. So no text is a path, a host, or a module to import.
+_NAME = re.compile(r"[\w ,+-]{0,200}", re.ASCII)
+# Transformers reads optim_args as numbers and names: `rank=64, scale=0.25`.
+_PATTERNS = {"optim_args": re.compile(r"[\w ,=.+-]{0,500}", re.ASCII)}
 # TRL's defaults suit full fine-tuning. These suit LoRA on a small dataset.
 GRPO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-5,
@@ -78,7 +93,7 @@ def check_fields(section: str, values: dict[str, Any], managed: frozenset[str]) 
             mistakes.append(_mistake("extra_forbidden", str(key), "unknown key", value))
             continue
         reason = _managed(key) if key in managed else NOT_INSTALLED.get(key) if value else None
-        if reason := reason or _wrong(value, fields[key]):
+        if reason := reason or _wrong(value, fields[key]) or _wrong_name(key, value, fields[key]):
             mistakes.append(_mistake("config_value", key, reason, value))
     if mistakes:
         raise ValidationError.from_exception_data(section, mistakes)
@@ -129,10 +144,29 @@ def _wrong_choice(value: str, field: dict[str, Any]) -> str | None:
     return f"must be one of {', '.join(choices)}" + (f" ({close})" if close.startswith("did") else "")
 
 
+def _wrong_name(key: str, value: Any, field: dict[str, Any]) -> str | None:
+    """Return what is wrong with the texts in a value whose type is right: its own, or those of a list or a mapping."""
+    if key in MODULE_NAMES:
+        return None
+    if isinstance(value, str) and field.get("json"):
+        value = msgspec.json.decode(value)
+    match value:
+        case dict():
+            keys = field.get("keys", {})
+            wrong = (_wrong_name(name, each, keys.get(name, {})) for name, each in value.items())
+            return next((f"'{name}' {reason}" for name, reason in zip(value, wrong, strict=True) if reason), None)
+        case list():
+            return next(filter(None, (_wrong_name(key, each, {}) for each in value)), None)
+        case str() if not ({"choices", "pattern"} & field.keys() or _PATTERNS.get(key, _NAME).fullmatch(value)):
+            return "must be a name without '/', ':' and '.': a job opens no file, host or module that a config names"
+        case _:
+            return None
+
+
 def _wrong_json(value: str, field: dict[str, Any]) -> str | None:
     try:
-        content = json.loads(value)
-    except ValueError:
+        content = msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
         content = None
     if not isinstance(content, dict):
         return "must be a mapping: a job has no file of that name"

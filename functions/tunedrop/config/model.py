@@ -22,7 +22,7 @@ def _seconds(value: Any) -> Any:
     """Return `3h`, `90m`, `1h30m` or `45s` in seconds. A number is in seconds already."""
     if not isinstance(value, str):
         return value
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip())
+    parts = re.fullmatch(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?", value.strip())
     if not value.strip() or parts is None:
         raise ValueError("must be a duration such as 3h, 90m or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in parts.groups())
@@ -55,7 +55,7 @@ class Lora(BaseModel):
 
     load_in_4bit: bool = Field(default=False, description="Load the base model in 4 bits (QLoRA); needs a GPU instance.")
     r: Annotated[int, Field(ge=1, le=1024)] = 16
-    lora_alpha: Annotated[int, Field(ge=1)] = 32
+    lora_alpha: Annotated[int, Field(ge=1, le=2**16)] = 32
     target_modules: Annotated[
         str | list[str], BeforeValidator(lambda value: "all-linear" if value is None else value)  # null is PEFT's default
     ] = "all-linear"
@@ -119,6 +119,7 @@ class Tests(_Section):
     max_completion_length: int | None = Field(
         default=None,
         ge=1,
+        le=1_000_000,
         description="Limit for an answer in tokens. Default: twice grpo.max_completion_length, or more if the expected "
         "answers of the tests need it.",
     )
@@ -224,9 +225,11 @@ class RunConfig(_Section):
     sampling: Sampling = Sampling()
     alerts: Alerts = Alerts()
     notify: Notify = Notify()
-    max_prompt_length: Annotated[int, Field(ge=1, description="Limit for a prompt in tokens, chat template included.")] = 512
+    max_prompt_length: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Limit for a prompt in tokens, chat template included.")
+    ] = 512
     max_seq_length: (
-        Annotated[int, Field(ge=2, description="Limit for prompt and completion together, in tokens.")] | None
+        Annotated[int, Field(ge=2, le=1_000_000, description="Limit for prompt and completion together, in tokens.")] | None
     ) = None
     prompt_overflow: Literal["drop", "reject", "truncate"] = Field(
         default="drop", description="What to do with a row whose prompt has more than max_prompt_length tokens."

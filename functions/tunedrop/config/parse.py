@@ -1,10 +1,8 @@
 """A config file's bytes to a `RunConfig`, and its mistakes in a user's words."""
 
 import json
-import re
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from tunedrop.config.fields import free_fields
@@ -13,37 +11,10 @@ from tunedrop.config.rules import check_rules
 from tunedrop.config.synonyms import is_section, place_of
 from tunedrop.problems import Problem, RejectedError, is_misspelt, nearest
 from tunedrop.rewards.synonyms import reward_like, written
+from tunedrop.yaml_file import YamlError, read_yaml
 
 MAX_CONFIG_BYTES = 256 * 1024
-
-
-class YamlLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-5 as a number, and refuses aliases (they can expand without bound) and duplicate keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse aliases."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "anchors and aliases are not accepted",
-                self.peek_event().start_mark,  # type: ignore[no-untyped-call]
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse duplicate keys."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML follows YAML 1.1, which reads "1e-5" as text because it has no dot. A config means the number.
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+MAX_PROBLEMS = 100
 
 
 def load_run_config(raw: bytes, *, default_model: str) -> RunConfig:
@@ -60,7 +31,8 @@ def parse_run_config(values: dict[Any, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise RejectedError([_problem(detail) for detail in error.errors(include_url=False)]) from None
+        details = error.errors(include_url=False)[:MAX_PROBLEMS]  # a hint takes a millisecond
+        raise RejectedError([_problem(detail) for detail in details]) from None
     if problems := check_rules(config):
         raise RejectedError(problems)
     return config
@@ -71,13 +43,11 @@ def load_mapping(raw: bytes) -> dict[Any, Any]:
     if len(raw) > MAX_CONFIG_BYTES:
         raise _syntax(f"the config has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are accepted")
     try:
-        values = yaml.load(raw.decode("utf-8-sig"), Loader=YamlLoader)  # noqa: S506 - a SafeLoader, made stricter
+        values = read_yaml(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _syntax(f"the config is not UTF-8: {error.reason} at byte {error.start}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        message = getattr(error, "problem", None) or str(error) or "nested too deeply"
-        raise _syntax(f"the config is not valid YAML: {message}", mark.line + 1 if mark else None) from None
+    except YamlError as error:
+        raise _syntax(f"the config is not valid YAML: {error}", error.line, error.key) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -85,8 +55,8 @@ def load_mapping(raw: bytes) -> dict[Any, Any]:
     return values
 
 
-def _syntax(message: str, line: int | None = None) -> RejectedError:
-    return RejectedError([Problem("CONFIG_SYNTAX", message, line=line)])
+def _syntax(message: str, line: int | None = None, key: str | None = None) -> RejectedError:
+    return RejectedError([Problem("CONFIG_SYNTAX", message, line=line, key=key)])
 
 
 def _valid_keys(path: tuple[int | str, ...]) -> list[str]:
@@ -126,13 +96,18 @@ def _shown(name: str, value: Any) -> str:
     return text if len(text) <= 80 else "…"
 
 
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def _problem(detail: Any) -> Problem:
     """Return a pydantic error in a user's words."""
-    path: tuple[int | str, ...] = detail["loc"]
+    path: tuple[int | str, ...] = tuple(_short(part) if isinstance(part, str) else part for part in detail["loc"])
     key = ".".join(map(str, path)) or None
     if detail["type"] == "extra_forbidden":
         return Problem("CONFIG_KEY", f"unknown key '{key}'", _hint(path, detail["input"]), key=key)
     message = detail["msg"].removeprefix("Value error, ")
     if "input" in detail and not isinstance(detail["input"], dict | list | RunConfig):
         message += f", got {detail['input']!r}"[:200]
+    message = _short(message, 600)
     return Problem("CONFIG_VALUE", f"{key}: {message}" if key else message, key=key)

@@ -11,6 +11,9 @@ from tunedrop.config.schedule import generation_batch
 from tunedrop.problems import Problem
 from tunedrop.rewards import check_names
 
+# The deepest models have some 130 layers.
+MAX_LAYERS = 1000
+
 
 def _targets(config: RunConfig) -> list[str]:
     return [config.lora.target_modules] if isinstance(config.lora.target_modules, str) else config.lora.target_modules
@@ -24,6 +27,20 @@ def _clip_max(config: RunConfig) -> float | None:
     """Return vllm_importance_sampling_clip_max, which TRL replaces by its older name's value if a config has that."""
     cap: float | None = config.grpo_value("vllm_importance_sampling_cap")
     return config.grpo_value("vllm_importance_sampling_clip_max") if cap is None else cap
+
+
+def _replicates(pairs: list[Any]) -> bool:
+    """Return whether `layer_replication` has pairs of a first layer and an end, and not too many layers."""
+    return (
+        all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(layer) is int for layer in pair)
+            and 0 <= pair[0] < pair[1]
+            for pair in pairs
+        )
+        and sum(end - begin for begin, end in pairs) <= MAX_LAYERS
+    )
 
 
 def _part_of_a_step(steps: float) -> bool:
@@ -174,6 +191,11 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "target_modules_bd_a and target_modules_bd_b must have no module in common",
     ),
     (
+        "lora.layer_replication",
+        lambda config: not _replicates(_lora(config, "layer_replication") or []),
+        f"must be pairs of layers such as [[0, 16], [8, 24]], first below last, of at most {MAX_LAYERS} layers together",
+    ),
+    (
         "lora.lora_bias",
         lambda config: _lora(config, "lora_bias"),
         "PEFT merges these biases into layers with biases only, and most models have layers without: turn lora_bias off",
@@ -186,7 +208,7 @@ def check_rules(config: RunConfig) -> list[Problem]:
     try:
         check_names(config.rewards)
     except ValueError as error:
-        return [Problem("CONFIG_VALUE", str(error))]
+        return [Problem("CONFIG_VALUE", str(error)[:600])]
     if config.rewards and not any(spec.weight > 0 for spec in config.rewards):
         return [Problem("CONFIG_VALUE", "no reward has a weight above 0: there is nothing to learn")]
     return [Problem("CONFIG_VALUE", f"{key}: {reason}", key=key) for key, broken, reason in RULES if broken(config)]

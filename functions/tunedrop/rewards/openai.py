@@ -20,7 +20,7 @@ from tunedrop.problems import nearest
 from tunedrop.rewards.bedrock import ATTEMPTS, converse, escaped, score_in
 from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
 from tunedrop.rewards.registry import Need, Parameters, reward
-from tunedrop.rewards.sample import RewardError, Sample, content_text
+from tunedrop.rewards.sample import RewardError, Sample, content_text, elements
 from tunedrop.rewards.text import rouge_score, similar
 
 _TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
@@ -28,6 +28,7 @@ _TEMPLATE = re.compile(r"{{\s*([\w.\[\]]+)\s*}}")
 _ANSWERS = frozenset("answer correct_answer expected_answer ground_truth label reference reference_answer target".split())
 _MODEL_TYPES = frozenset({"score_model", "label_model"})
 _OUTPUTS = ("output_text", "output_json", "output_tools")
+MAX_FORMULA = 1000  # characters
 MAX_TOKENS = 1000  # of a model's reason and grade
 _CHECKS: dict[str, Callable[[str, str], bool]] = {
     "eq": lambda text, reference: text == reference,
@@ -135,12 +136,12 @@ def _check_template(text: str) -> None:
 
 def _formula(text: Any, names: set[str]) -> ast.expr:
     """Parse a `calculate_output`: numbers, names of graders, + - * / ^ and the functions of `_FUNCTIONS`."""
-    if not isinstance(text, str):
-        raise ValueError("multi needs 'calculate_output': a formula with the graders' names")
+    if not isinstance(text, str) or len(text) > MAX_FORMULA:
+        raise ValueError("multi needs 'calculate_output': a formula with the graders' names, of at most 1,000 characters")
     try:
         tree = ast.parse(text.replace("^", "**"), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"the formula '{text}' cannot be read: {error.msg}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the formula '{text}' cannot be read: {error}") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             if node.id not in names | _FUNCTIONS.keys():
@@ -274,7 +275,7 @@ def _asked(grader: dict[str, Any], sample: Sample, permissions: RewardPermission
 
 def _passing(reply: str, grader: dict[str, Any]) -> float | None:
     """Return whether the label in a reply is a passing one; None for a reply without one of the labels."""
-    named = re.findall(r"<label>\s*(.*?)\s*</label>", reply, re.DOTALL)
+    named = [each.strip() for each in elements(reply, "label")]
     label = next((label for label in grader["labels"] if named and label.casefold() == named[-1].casefold()), None)
     return None if label is None else float(label in grader["passing_labels"])
 

@@ -1,13 +1,17 @@
 """A configured reward: from a config's entry to the scores of a batch."""
 
+import logging
 import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from tunedrop.rewards.deadline import SECONDS, DeadlineError, deadline
 from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
 from tunedrop.rewards.sample import ACCEPTED, TRAINER_COLUMNS, RewardError, Sample, distinct, make_samples
 from tunedrop.rewards.spec import RewardSpec, check_names
+
+logger = logging.getLogger(__name__)
 
 
 class Reward:
@@ -29,6 +33,7 @@ class Reward:
             raise RewardError(f"reward '{self.__name__}' {needs.refusal} (stack parameter {needs.stack_parameter})")
         self._permissions = permissions
         self._function = spec.reward_type.function
+        self.expired = 0  # completions on which the reward abstained because they took too long
         self._last: tuple[list[Sample], list[float | None]] | None = None
 
     def __call__(self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -68,7 +73,7 @@ class Reward:
     def _call_function(self, samples: list[Sample]) -> Sequence[Any]:
         try:
             if not self.per_batch:
-                return [self._best(*samples)]
+                return [self._in_time(*samples)]
             values = self._function(samples, self._permissions, **self.parameters)
         except (Exception, SystemExit) as error:  # a user's file may call exit(), which must not end the job as a success
             if self.spec.reward_file and len(samples) > 1:
@@ -80,6 +85,23 @@ class Reward:
             result = f"{len(values)} scores" if isinstance(values, Sequence) else f"a {type(values).__name__}"
             raise RewardError(f"reward '{self.__name__}' returned {result} for {_rows(samples)}")
         return values
+
+    def _in_time(self, sample: Sample) -> Any:
+        """Return the sample's score; None, and a warning in the log, if the score takes too long."""
+        if self.spec.reward_file:  # a user's code may take its time
+            return self._best(sample)
+        try:
+            with deadline(SECONDS):
+                return self._best(sample)
+        except DeadlineError:
+            self.expired += 1
+            logger.warning(
+                "reward '%s' abstained: a completion of %d characters took more than %g s of CPU time",
+                self.__name__,
+                len(sample.completion),
+                SECONDS,
+            )
+            return None
 
     def _best(self, sample: Sample) -> Any:
         """Return the sample's score: the best one where the row accepts several answers."""

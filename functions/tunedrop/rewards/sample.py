@@ -147,5 +147,24 @@ def _boxed(text: str) -> str:
 
 def fenced(text: str, languages: str) -> str | None:
     """Return the content of the last Markdown code block in one of the `languages` (a regex). None without a block."""
-    blocks = re.findall(rf"```(?:{languages})?[ \t]*\r?\n(.*?)```", text, re.DOTALL)
-    return blocks[-1].strip() if blocks else None
+    last = None
+    end = 0
+    # A search for the end from every opening would take time by the square of the text's length.
+    for opening in re.finditer(rf"```(?:{languages})?[ \t]*+\r?\n", text):
+        if opening.start() < end:
+            continue
+        close = text.find("```", opening.end())
+        if close < 0:
+            break
+        last, end = text[opening.end() : close], close + 3
+    return None if last is None else last.strip()
+
+
+def elements(text: str, tag: str) -> list[str]:
+    """Return the contents of a text's elements `<tag>…</tag>`, in order, in linear time."""
+    found = []
+    end = 0
+    while (begin := text.find(f"<{tag}>", end)) >= 0 and (close := text.find(f"</{tag}>", begin)) >= 0:
+        found.append(text[begin + len(tag) + 2 : close])
+        end = close + len(tag) + 3
+    return found

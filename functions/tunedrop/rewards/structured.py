@@ -1,35 +1,79 @@
 """Rewards for structured completions: JSON, JSON with a schema, and tool calls."""
 
 import json
-import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
 from tunedrop.rewards.registry import reward
-from tunedrop.rewards.sample import RewardError, Sample, fenced, final_answer
+from tunedrop.rewards.sample import RewardError, Sample, elements, fenced, final_answer
 
 _INVALID = object()  # not None, because null is valid JSON
 
 
 def _schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Refuse a broken schema in a config. Where jsonschema is not installed, the training job refuses it."""
-    try:
-        from jsonschema import SchemaError, validators  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        return schema
-    try:
-        validators.validator_for(schema).check_schema(schema)
-    except SchemaError as error:
-        raise ValueError(f"not a valid JSON Schema: {error.message}") from None
+    with suppress(ModuleNotFoundError):
+        validator(schema)
     return schema
+
+
+def validator(schema: dict[str, Any]) -> Any:
+    """Return jsonschema's validator for a schema, which retrieves nothing: a `$ref` names a place in the schema itself.
+
+    Raises ValueError for a schema that is not valid, or refers to something else.
+    """
+    try:
+        return _validator(json.dumps(schema))
+    except RecursionError:
+        raise ValueError("not a valid JSON Schema: nested too deeply") from None
+
+
+@lru_cache(64)
+def _validator(text: str) -> Any:
+    from jsonschema import SchemaError, validators  # type: ignore[import-untyped]
+    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
+    from referencing.exceptions import Unresolvable
+
+    schema = json.loads(text)
+    kind = schema.get("$schema", "")
+    if not isinstance(kind, str):
+        raise ValueError("not a valid JSON Schema: $schema is not a text")
+    check = validators.validator_for(schema)
+    try:
+        check.check_schema(schema)
+        built = check(schema, registry=REGISTRY)
+        for reference in _references(schema):
+            built._resolver.lookup(reference)
+    except SchemaError as error:
+        raise ValueError(f"not a valid JSON Schema: {error.message[:300]}") from None
+    except Unresolvable as error:
+        message = f"the schema's reference '{error.ref[:200]}' is not a place in the schema: nothing is fetched"
+        raise ValueError(f"{message}; put the schema under $defs, and refer to '#/$defs/…'") from None
+    return built
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """Yield all references in a schema."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            yield from (part[key] for key in ("$ref", "$dynamicRef", "$recursiveRef") if isinstance(part.get(key), str))
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
 
 
 def _read(text: str) -> Any:
     """Return the JSON value of a text, which may stand in a code block. `_INVALID` for a text that is not JSON."""
     try:
         # Python's parser also accepts NaN and Infinity, which are not JSON.
-        return json.loads(fenced(text, "json") or text, parse_constant=_refuse)
+        value = json.loads(fenced(text, "json") or text, parse_constant=_refuse)
+        return value if value == value else _INVALID  # noqa: PLR0124 - raises where a comparison would nest too deeply
     except (ValueError, RecursionError):
         return _INVALID
 
@@ -55,8 +99,6 @@ def json_schema(
     With `partial`, JSON that does not conform scores 0.2. An object scores up to 0.8, by the share of the schema's
     properties that conform.
     """
-    from jsonschema import validators
-
     if schema is None:
         schema = _read(sample.answer)
         if not isinstance(schema, dict):
@@ -64,13 +106,28 @@ def json_schema(
     value = _read(final_answer(sample.completion))
     if value is _INVALID:
         return 0.0
-    check = validators.validator_for(schema)
-    if check(schema).is_valid(value):
+    try:
+        check = validator(schema)
+    except ValueError as error:
+        raise RewardError(str(error)) from None
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return _conformance(check, value, partial)
+    except RecursionError:  # the schema or the completion nests deeper than Python can follow
+        return 0.0
+    except Unresolvable as error:
+        raise RewardError(f"the schema's reference '{error.ref[:200]}' is not a place in the schema") from None
+
+
+def _conformance(check: Any, value: Any, partial: bool) -> float:
+    """Return how far a JSON value conforms to a validator's schema."""
+    if check.is_valid(value):
         return 1.0
-    properties: dict[str, Any] | None = schema.get("properties")
+    properties: dict[str, Any] | None = check.schema.get("properties")
     if not partial or not isinstance(value, dict) or not properties:
         return 0.2 if partial else 0.0
-    good: int = sum(name in value and check(each).is_valid(value[name]) for name, each in properties.items())
+    good: int = sum(name in value and check.evolve(schema=each).is_valid(value[name]) for name, each in properties.items())
     return 0.2 + 0.6 * good / len(properties)
 
 
@@ -108,7 +165,7 @@ def tool_call(sample: Sample, *, partial: bool = True) -> float:
         raise RewardError("tool_call needs a row whose answer is a tool call: {name, arguments}")
     made = [call for turn in sample.turns for call in _calls(turn.get("tool_calls"))]
     if not made:
-        tagged = re.findall(r"<tool_call>(.*?)</tool_call>", sample.completion, re.DOTALL)
+        tagged = elements(sample.completion, "tool_call")
         texts = tagged or [final_answer(sample.completion)]
         made = [call for text in texts for call in _calls(_read(text.strip()))]
     unmatched = list(made)

@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tunedrop.rewards.registry import Form, reward
 from tunedrop.rewards.sample import RewardError, Sample, final_answer
@@ -18,8 +18,25 @@ from tunedrop.rewards.sample import RewardError, Sample, final_answer
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Unit = Literal["words", "characters"]
+# Limits of what is compared, in characters and words. Comparing takes time by the product of both lengths.
+MAX_COMPARED = 20_000
+MAX_PARTIAL = 1_000
+MAX_EXPRESSION = 1_000
+
+
+def _compiled(pattern: object) -> object:
+    """Compile a pattern. Raises ValueError for what cannot be compiled, as pydantic does for most."""
+    try:
+        return re.compile(pattern) if isinstance(pattern, str) else pattern
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a valid regular expression: {error}") from None
+
+
+Pattern = Annotated[re.Pattern[str], BeforeValidator(_compiled)]
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+# Powers of powers: sympy would compute numbers of millions of digits.
+_TOWER = re.compile(r"\d\s*(?:\^|\*\*)\s*[{(]*\s*\d+\s*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]*\s*\d{5}|\d{4,}\s*!|!\s*!|\)\s*!")
 _WORD = re.compile(r"\w+")
 # Words without a topic. Two texts that share only such words are not related.
 _STOPWORDS = frozenset(
@@ -80,7 +97,8 @@ def last_number(text: str) -> float | None:
 def math(sample: Sample) -> float | None:
     r"""1.0 when the final answer and the row's answer are mathematically equal: 0.5, 1/2 and \frac{1}{2}; {1,2} and {2,1}.
 
-    math-verify reads LaTeX, `\boxed{}` and plain expressions. Abstains when it cannot read the row's answer.
+    math-verify reads LaTeX, `\boxed{}` and plain expressions. Abstains when it cannot read the row's answer. A final answer
+    of more than 1,000 characters is no expression.
     """
     from math_verify import parse, verify  # type: ignore[import-untyped]
 
@@ -90,6 +108,8 @@ def math(sample: Sample) -> float | None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text: str) -> list[object]:
+        if len(text) > MAX_EXPRESSION or _TOWER.search(text):
+            return []
         # Datasets hold bare LaTeX, which math-verify reads only between dollar signs.
         wrapped = f"${text}$" if "\\" in text and not re.search(r"\$|\\boxed|\\\(|\\\[", text) else text
         expressions: list[object] = parse(wrapped, parsing_timeout=seconds)
@@ -113,16 +133,17 @@ def multiple_choice(sample: Sample, *, choices: Annotated[str, Field(pattern=r"^
 
 def _choice(text: str, choices: str) -> str | None:
     # A lowercase letter is a choice only at the end: "the answer is a", but not "the answer is a cat".
-    letter = rf"([{choices}]|[{choices.lower()}](?=[).]|\W*$))"
+    letter = rf"([{choices}]|[{choices.lower()}](?=[).]|\W*+$))"
     stripped = text.strip(" \n.:()[]*`\"'")
     if re.fullmatch(letter, stripped):
         return stripped.upper()
-    mark = r"[*(\[\"'`]*"
+    mark = r"[*(\[\"'`]*+"
     named = re.findall(
-        rf"(?:(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*{mark}|\\boxed\{{\s*(?:\\text\{{)?){letter}\b", text
+        rf"(?:(?i:answer|option|choice)(?:\s++(?i:is|would be))?\s*+:?\s*+{mark}|\\boxed\{{\s*+(?:\\text\{{)?){letter}\b",
+        text,
     )
     if not named:  # a letter with a mark at the beginning of a line: "B) Paris", "(B) Paris", "B. Paris"
-        named = re.findall(rf"(?m)^\s*[*(\[]*{letter}[)\].:*]", text)
+        named = re.findall(rf"(?m)^[^\S\n]*+[*(\[]*+{letter}[)\].:*]", text)
         named = named if len({name.upper() for name in named}) == 1 else []  # a list of all options chooses none
     return str(named[-1]).upper() if named else None
 
@@ -135,7 +156,7 @@ def contains(sample: Sample, *, text: str | None = None, ignore_case: bool = Tru
 
 
 @reward(measures="form")
-def regex(sample: Sample, *, pattern: re.Pattern[str], full: bool = False) -> float:
+def regex(sample: Sample, *, pattern: Pattern, full: bool = False) -> float:
     """1.0 when `pattern` matches a part of the completion. With `full`, `pattern` must match the whole completion."""
     return float(bool(pattern.fullmatch(sample.completion) if full else pattern.search(sample.completion)))
 
@@ -162,9 +183,13 @@ def xml_format(
         return sum(once) / len(marks)
     if not all(once):
         return 0.0
-    between = r"\s*" if mode == "strict" else ".*"
-    elements = between.join(rf"<{re.escape(tag)}>(?!\s*</{re.escape(tag)}>).*</{re.escape(tag)}>" for tag in tags)
-    return float(bool(re.fullmatch(rf"{between}{elements}{between}", text, re.DOTALL)))
+    places = [text.index(mark) for mark in marks]
+    if places != sorted(places):
+        return 0.0
+    ends = [place + len(mark) for place, mark in zip(places, marks, strict=True)]
+    contents = [text[begin:end] for begin, end in zip(ends[::2], places[1::2], strict=True)]
+    around = [text[begin:end] for begin, end in zip([0, *ends[1::2]], [*places[::2], len(text)], strict=True)]
+    return float(all(map(str.strip, contents)) and (mode == "soft" or not any(map(str.strip, around))))
 
 
 @reward(measures="form", form=lambda _: Form(think=True))
@@ -205,7 +230,9 @@ def overlong_penalty(sample: Sample, *, maximum: Count = 200, buffer: Count = 50
 
 
 @reward(measures="form")
-def repetition_penalty(sample: Sample, *, ngram: Count = 3, max_penalty: Annotated[float, Field(le=0)] = -1.0) -> float:
+def repetition_penalty(
+    sample: Sample, *, ngram: Annotated[int, Field(ge=1, le=100)] = 3, max_penalty: Annotated[float, Field(le=0)] = -1.0
+) -> float:
     """`max_penalty` times the share of the completion's word n-grams that repeat an earlier n-gram (Yeo et al., 2025)."""
     words = _words(sample.completion)
     grams = list(zip(*(words[start:] for start in range(ngram)), strict=False))
@@ -224,11 +251,12 @@ def similarity(
 
 
 def similar(one: str, other: str, method: str = "ratio") -> float:
-    """Return the rapidfuzz similarity of two texts, 0 to 1."""
+    """Return the rapidfuzz similarity of the beginnings of two texts, 0 to 1."""
     from rapidfuzz import fuzz
 
     name = {"ratio": "ratio", "weighted": "WRatio"}.get(method, f"{method}_ratio")
-    return float(getattr(fuzz, name)(_normal(one), _normal(other))) / 100
+    limit = MAX_PARTIAL if method in {"partial", "weighted"} else MAX_COMPARED
+    return float(getattr(fuzz, name)(_normal(one)[:limit], _normal(other)[:limit])) / 100
 
 
 @reward(measures="answer")
@@ -238,13 +266,16 @@ def rouge(
     variant: Literal["1", "2", "3", "4", "5", "l"] = "l",
     measure: Literal["f1", "precision", "recall"] = "f1",
 ) -> float:
-    """ROUGE of the final answer and the row's answer: word n-grams (`1` to `5`), or longest common subsequence (`l`)."""
+    """ROUGE of the final answer and the row's answer: word n-grams (`1` to `5`), or longest common subsequence (`l`).
+
+    The first 20,000 words count.
+    """
     return rouge_score(final_answer(sample.completion), sample.answer, variant, measure)
 
 
 def rouge_score(candidate: str, reference: str, variant: str = "l", measure: str = "f1") -> float:
     """Return ROUGE-N or ROUGE-L (Lin, 2004) of the case-folded words of two texts."""
-    words, expected = _words(candidate), _words(reference)
+    words, expected = (_words(text)[:MAX_COMPARED] for text in (candidate, reference))
     if variant == "l":
         from rapidfuzz.distance import LCSseq
 
@@ -292,9 +323,9 @@ def citations(sample: Sample, *, minimum: Count = 1, column: str | None = None) 
 
     With `column`, a list of the row's sources, the score is multiplied by the share of the cited numbers that exist.
     """
-    cited = {
-        int(number) for group in re.findall(r"\[(\d+(?:\s*,\s*\d+)*)\]", sample.completion) for number in group.split(",")
-    }
+    groups = re.findall(r"\[(\d++(?:\s*+,\s*+\d++)*+)\]", sample.completion)
+    # No row has so many sources that a number needs more than nine digits.
+    cited = {int(number.strip()[:10]) for group in groups for number in group.split(",")}
     if not cited:
         return 0.0
     real = cited if column is None else {number for number in cited if 1 <= number <= len(sample.column(column))}
@@ -311,4 +342,5 @@ def quotes(sample: Sample, *, column: str | None = None, minimum_words: Count = 
     words = " ".join(_words(source if isinstance(source, str) else " ".join(map(str, source))))
     quoted = [_words(text) for text in re.findall(r"[\"“„«]([^\"“”„«»]+)[\"”“»]", sample.completion)]
     quoted = [each for each in quoted if len(each) >= minimum_words]
-    return sum(f" {' '.join(each)} " in f" {words} " for each in quoted) / len(quoted) if quoted else 0.0
+    padded = f" {words} "
+    return sum(f" {' '.join(each)} " in padded for each in quoted) / len(quoted) if quoted else 0.0
