@@ -106,6 +106,7 @@ DATASETS = [
     case("two columns of one name", ".csv", b"question,answer,answer\na,b,c\n", "BAD_CSV"),
     case("a header alone", ".csv", b"question,answer\n", "NO_ROWS"),
     case("a field of 17 MiB", ".csv", lambda: CSV + b'"' + b"x" * 17 * 2**20 + b'",1\n', "BAD_CSV"),
+    case("a million empty lines", ".csv", lambda: CSV + b"\n" * 1_000_001, "BAD_CSV", says="lines are empty"),
     case("a NUL byte in CSV", ".csv", CSV + b"a\0b,c\n"),
     case("100,000 columns", ".csv", b",".join(b"c%d" % n for n in range(100_000)) + b"\n" + b"," * 99_999, "NO_PROMPT"),
     # Parquet

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.reward_cases import CASES
-from tunedrop.rewards import REWARDS, Reward, RewardError, RewardSpec, Sample
+from tunedrop.rewards import NO_PERMISSIONS, REWARDS, Reward, RewardError, RewardSpec, Sample
+from tunedrop.rewards.default import choose_rewards
 
 # CPU seconds of a completion, where the faults that this table has found took minutes. A deadline counts, and is a failure.
 SECONDS = 2.0
@@ -141,6 +142,13 @@ def test_mixed_pieces(name, data):
     pieces = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join)
     repeated = st.tuples(pieces, st.sampled_from([1, 3, 5_000]), pieces).map(lambda part: part[0] * part[1] + part[2])
     check(reward_of(name), data.draw(repeated), CASES[name][0][2])
+
+
+def test_the_default_reward_is_chosen_in_time():
+    for text in [*(TEXTS["repeated"](piece, SIZE) for piece in PIECES), *WHOLE.values()]:
+        started = time.process_time()
+        choose_rewards([{"prompt": [{"role": "user", "content": text}], "answer": text}] * 3, NO_PERMISSIONS)
+        assert time.process_time() - started < SECONDS, text[:20]
 
 
 def test_a_pattern_that_backtracks_without_end_abstains(monkeypatch):

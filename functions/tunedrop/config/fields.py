@@ -46,6 +46,8 @@ MODULE_NAMES = frozenset(
     "target_modules exclude_modules modules_to_save layers_pattern target_parameters optim_target_modules "
     "transformer_layer_cls_to_wrap target_modules_bd_a target_modules_bd_b".split()
 )
+# A mapping that a text holds as JSON must not nest deeper than Python can follow.
+MAX_BRACKETS = 100
 # Any other text must be one of the field's choices, or a name. So no text is a path, a host, or a module to import.
 _NAME = re.compile(r"[\w ,+-]{0,200}", re.ASCII)
 # Transformers reads optim_args as numbers and names: `rank=64, scale=0.25`.
@@ -165,7 +167,7 @@ def _wrong_name(key: str, value: Any, field: dict[str, Any]) -> str | None:
 
 def _wrong_json(value: str, field: dict[str, Any]) -> str | None:
     try:
-        content = msgspec.json.decode(value)
+        content = msgspec.json.decode(value) if len(re.findall(r"[{\[]", value)) <= MAX_BRACKETS else None
     except (msgspec.DecodeError, RecursionError):
         content = None
     if not isinstance(content, dict):

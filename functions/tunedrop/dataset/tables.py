@@ -15,6 +15,9 @@ from tunedrop.problems import Problem
 
 # The limit for one record. Each delimiter takes at least eight bytes of memory.
 MAX_FIELDS = 1_000_000
+# A gzipped file of some megabytes can hold billions of empty lines.
+MAX_EMPTY = 1_000_000
+_EMPTY = {b"\n", b"\r\n"}
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 PEEKED_BYTES = 64 * 1024
 
@@ -26,7 +29,7 @@ class _Lines:
         self._file = file
         self._delimiter = delimiter.encode()
         self._first = True
-        self._bytes = self._fields = 0
+        self._bytes = self._fields = self._empty = 0
 
     def begin_record(self) -> None:
         """Count bytes and fields from here."""
@@ -39,6 +42,9 @@ class _Lines:
         line = self._file.readline(batches.MAX_ROW_BYTES)
         if not line:
             raise StopIteration
+        self._empty += line in _EMPTY
+        if self._empty > MAX_EMPTY:
+            raise csv.Error(f"more than {MAX_EMPTY:,} lines are empty")
         self._bytes += len(line)
         self._fields += line.count(self._delimiter)
         if self._fields > MAX_FIELDS:

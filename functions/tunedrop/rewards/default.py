@@ -14,7 +14,7 @@ from tunedrop.rewards.text import last_number
 MOST = 0.95
 # Up to so many words, a model can give an answer word for word.
 SHORT_WORDS = 8
-_NUMBER = re.compile(r"[^\w]*[-+]?[\d.,]*\d\s*(?:%|[^\W\d]{1,12})?\W*")
+_NUMBER = re.compile(r"[^\w]*+[\d.,]*\d\s*(?:%|[^\W\d]{1,12})?\W*")
 _LATEX = re.compile(r"\\(?:d?frac|sqrt|boxed|pi|text|left|cdot|infty|begin)|\$[^$]+\$|\^\{?\w|\bx\s*=")
 _OPTION_LINE = re.compile(r"(?m)^\(?([A-Z])[).:]\s*\S")
 TESTS_COLUMNS = ("tests", "test_list", "test_cases", "unit_tests", "public_tests", "input_output")
