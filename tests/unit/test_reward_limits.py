@@ -144,6 +144,16 @@ def test_mixed_pieces(name, data):
     check(reward_of(name), data.draw(repeated), CASES[name][0][2])
 
 
+@pytest.mark.parametrize(
+    "formula", ["1 / c", "log(c)", "sqrt(c - 1)", "(c - 1) ^ 0.5", "9 ^ 9 ^ (9 + c)", "exp(9999 + c)", "floor(1, c)"]
+)
+def test_a_formula_without_a_value_abstains(formula):
+    check = {"type": "string_check", "input": "{{sample.output_text}}", "reference": "a", "operation": "eq"}
+    grader = {"type": "multi", "graders": {"c": check}, "calculate_output": formula}
+    reward = Reward(RewardSpec.model_validate({"type": "openai_grader", "grader": grader}))
+    assert reward.score_samples([Sample("b", "")]) == [None]
+
+
 def test_the_default_reward_is_chosen_in_time():
     for text in [*(TEXTS["repeated"](piece, SIZE) for piece in PIECES), *WHOLE.values()]:
         started = time.process_time()

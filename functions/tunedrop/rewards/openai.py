@@ -182,16 +182,15 @@ def _reads(parameters: Parameters) -> list[str]:
 
 
 @reward(measures=_measures, reads=_reads)
-def openai_grader(sample: Sample, *, grader: Grader) -> float:
+def openai_grader(sample: Sample, *, grader: Grader) -> float | None:
     """The score of an OpenAI grader. `grader` is its JSON.
 
     The types are `string_check`, `text_similarity`, `score_model`, `label_model`, and `multi`, a formula of these.
     `{{sample.output_text}}` is the completion. `{{item.NAME}}` is a column of the row, or the row's answer. Where the
     completion lacks what a template names, such as `{{sample.output_json.NAME}}` of a text that is no JSON, the score is 0.
+    Abstains where the formula has no value, such as 1 / 0.
     """
-    score = _grade(grader, sample, NO_PERMISSIONS)
-    assert score is not None  # only a model abstains
-    return score
+    return _grade(grader, sample, NO_PERMISSIONS)
 
 
 def _asks_a_model(grader: Any) -> bool:
@@ -237,11 +236,16 @@ def openai_model_grader(
 
 
 def _grade(grader: dict[str, Any], sample: Sample, permissions: RewardPermissions) -> float | None:
-    """Return a grader's score; None where a model gave no grade."""
+    """Return a grader's score; None where a model gave no grade, or the formula has no value for these grades."""
     if grader["type"] == "multi":
         values = {name: _grade(each, sample, permissions) for name, each in grader["graders"].items()}
         grades = {name: value for name, value in values.items() if value is not None}
-        return _calculate(_formula(grader["calculate_output"], set(values)), grades) if len(grades) == len(values) else None
+        if len(grades) < len(values):
+            return None
+        try:
+            return _calculate(_formula(grader["calculate_output"], set(values)), grades)
+        except (ArithmeticError, ValueError, TypeError):  # 1 / 0, the logarithm of 0, or a power that is no real number
+            return None
     if grader["type"] in _MODEL_TYPES:
         return _asked(grader, sample, permissions)
     text, reference = (_filled(grader[part], sample) for part in ("input", "reference"))
