@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 # Imports at the heads of our modules; all of them are light.
 HEADS = ("msgspec", "psutil", "pydantic", "yaml")
-_REWARDS = ("boto3", "botocore", "jsonschema", "math_verify", "rapidfuzz")
+_REWARDS = ("boto3", "botocore", "jsonschema", "jsonschema_specifications", "math_verify", "rapidfuzz", "referencing")
 _MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 # The later imports of each stage. Packages that others build on come first: the reason then names the package at fault.
 # transformers and trl load their submodules lazily, which is why submodules are listed.
