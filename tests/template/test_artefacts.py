@@ -27,7 +27,7 @@ REWARDS: list[dict[str, Any]] = [
     {"type": "rouge"},
     {"type": "json_schema", "schema": {"type": "integer"}},
     {"type": "numeric"},
-    {"type": "code_tests", "tests": ["assert True"]},
+    {"type": "code_tests", "tests": ["assert len('ab') == 2"]},
 ]
 RUNTIME = load_template()["Globals"]["Function"]["Runtime"]
 
