@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunedrop.config.model import Columns, RunConfig
 from tunedrop.dataset.bad_row import BadRowError
-from tunedrop.dataset.columns import OWN, PROMPT_NAMES, normal, template_fields
+from tunedrop.dataset.columns import OWN, PROMPT_NAMES, REASONING_NAMES, normal, template_fields
 from tunedrop.dataset.rows import Records, Row
 from tunedrop.problems import Problem, RejectedError
 from tunedrop.rewards import NO_PERMISSIONS, RewardError, RewardPermissions, RewardSpec, build_rewards
@@ -32,8 +32,6 @@ from tunedrop.yaml_file import read_yaml
 
 MAX_TESTS_BYTES = 32 * 1024**2
 MAX_SAMPLES = 64
-# Columns with the reasoning that leads to a row's answer, as `normal` writes their names.
-REASONING = {"reasoning", "rationale", "explanation", "thought", "thoughts", "thinking", "chainofthought", "cot"}
 
 
 class Latency(BaseModel):
@@ -295,7 +293,7 @@ def tests_from_rows(rows: Iterable[Row]) -> list[InferenceTest]:
 
 def with_reasoning(answer: str, columns: Mapping[str, Any]) -> str:
     """Return an expected answer as a model that reasons gives it: after the row's reasoning, if a column has it."""
-    reasoning = [value for name, value in columns.items() if normal(name) in REASONING]
+    reasoning = [value for name, value in columns.items() if normal(name) in REASONING_NAMES]
     return "\n".join([*(value for value in reasoning if isinstance(value, str)), answer])
 
 

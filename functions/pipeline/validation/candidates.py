@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunedrop.config.model import RunConfig
+from tunedrop.dataset.columns import REASONING_NAMES, normal
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards.registry import Form
 from tunedrop.rewards.sample import final_answer
@@ -23,8 +24,6 @@ PARAPHRASES = {"final": "final answer alone", "sentence": "in a sentence", "spac
 _FILLER = (
     "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor incididunt ut labore et dolore".split()
 )
-# Columns that hold the reasoning behind an answer, compared without case, spaces, hyphens and underscores.
-_REASONING = ("reasoning", "rationale", "thinking", "thought", "explanation", "chainofthought", "cot")
 _NO_REASONING = "First I read the question."
 
 
@@ -88,8 +87,8 @@ def asked_form(config: RunConfig, row: Mapping[str, Any]) -> Form:
 
 def in_form(form: Form, answer: str, row: Mapping[str, Any]) -> str:
     """Return an answer in a form, with the row's reasoning where the form has room for it. Existing elements stay."""
-    columns = {re.sub(r"[\s_-]", "", name).casefold(): value for name, value in row.items() if isinstance(value, str)}
-    reasoning = next((columns[name] for name in _REASONING if columns.get(name, "").strip()), _NO_REASONING)
+    columns = {normal(name): value for name, value in row.items() if isinstance(value, str)}
+    reasoning = next((columns[name] for name in REASONING_NAMES if columns.get(name, "").strip()), _NO_REASONING)
     text = rf"\boxed{{{answer}}}" if form.boxed and r"\boxed" not in answer else answer
     if not all(f"<{tag}>" in answer for tag in form.tags):
         last = "answer" if "answer" in form.tags else form.tags[-1]

@@ -33,6 +33,8 @@ TOOLS_NAMES = "tools functions availabletools".split()
 MEDIA_NAMES = "image images img picture pictures photo video videos audio audios".split()
 # A column that says whether a row's answer is right, as in KTO's datasets.
 MARK_NAMES = "label iscorrect correct correctness isgood accepted".split()
+# Columns with the reasoning behind an answer.
+REASONING_NAMES = "reasoning rationale thinking thought thoughts explanation chainofthought cot".split()
 # Names of an option's own column, before its letter or number: option_a, choice1, opa, ending0.
 _OPTION_COLUMN = re.compile(r"(?:option|choice|candidate|ending|alternative|answer|opt|op|sol)?([a-j]|\d)")
 OWN = frozenset({"id", "prompt", "answer"})

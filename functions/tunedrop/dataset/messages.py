@@ -73,11 +73,6 @@ def from_text(text: str) -> list[Any] | None:
     raise BadRowError("CHAT_TEMPLATE", f"a chat template was already applied to the prompt: it begins with {mark[0]}", hint)
 
 
-def marked(text: str) -> bool:
-    """Return whether a text has marks of a chat template."""
-    return bool(_MARKS.search(text))
-
-
 def messages_of(value: list[Any]) -> tuple[list[Message], tuple[str, ...], list[str]]:
     """Return messages with only role and content, their roles, and their contents. Raises BadRowError."""
     try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunedrop.dataset.bad_row import BadRowError
-from tunedrop.dataset.columns import MISSING, Shape, fill, normal, text, value_at
+from tunedrop.dataset.columns import Shape, fill, normal, text, value_at
 from tunedrop.dataset.messages import MEDIA_HINT, SHOWN
 
 # A shorter text can stand in a prompt by chance.
@@ -92,8 +92,3 @@ def naming_hint(part: str, record: Mapping[str, Any]) -> str:
         shown = "\\n\\n".join(f"{{{name}}}" for name in texts[:2])
         return f'name the columns in the config: columns: {{prompt: "{shown}", answer: …}}'
     return f"name the column in the config: columns: {{{part}: …}}"
-
-
-def is_missing(value: Any) -> bool:
-    """Return whether a column or path has no value."""
-    return value is None or value is MISSING
