@@ -79,7 +79,7 @@ def train(shape: str, steps: int, folder: Path) -> None:
     data = folder / f"{shape}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in SHAPES[shape]()))
     proposal = propose(data, MODEL, folder, lambda _: True)
-    grpo = proposal.config["grpo"] | {"max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
+    grpo = proposal.config["grpo"] | {"max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 7e-4}
     config = proposal.config | {"model": MODEL.name, "grpo": grpo}
     print(yaml.safe_dump({shape: proposal.config}, sort_keys=False), flush=True)
     (folder / "run").mkdir()
@@ -88,7 +88,6 @@ def train(shape: str, steps: int, folder: Path) -> None:
         "SM_CHANNEL_TRAINING": str(folder),
         "SM_CHANNEL_RUN": str(folder / "run"),
         "SM_CHANNEL_MODELS": str(MODEL),
-        "SM_MODEL_DIR": str(folder / "model"),
         "PYTHONPATH": f"{ROOT / 'functions'}:{ROOT}",
     }
     command = [sys.executable, "-m", "trainer.train", "--dataset-filename", data.name]
@@ -96,8 +95,8 @@ def train(shape: str, steps: int, folder: Path) -> None:
     if job.returncode:
         print("\n".join(job.stderr.strip().splitlines()[-12:]), flush=True)
         return
-    training = json.loads((folder / "model/training.json").read_text())
-    metrics = [json.loads(line) for line in (folder / "model/metrics.jsonl").read_text().splitlines()]
+    training = json.loads((folder / "output/model/training.json").read_text())
+    metrics = [json.loads(line) for line in (folder / "output/model/metrics.jsonl").read_text().splitlines()]
     rewards = [point["reward"] for point in metrics if "reward" in point]
     few = max(1, len(rewards) // 4)
     first, last = statistics.fmean(rewards[:few]), statistics.fmean(rewards[-few:])
