@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+import msgspec
+
 from pipeline.validation.section import Section
 from tunedrop.config.model import RunConfig
-from tunedrop.dataset.columns import normal
+from tunedrop.dataset.columns import is_template, normal
+from tunedrop.dataset.prompts import unseen
 from tunedrop.dataset.rows import Records, Row
 from tunedrop.problems import Problem
 from tunedrop.rewards.registry import ALL_COLUMNS
@@ -33,7 +36,7 @@ def check_columns(records: Records, sample: Sequence[Row], config: RunConfig) ->
     by_rewards = [name for name in rest if ALL_COLUMNS in read or name in read]
     unused = [name for name in rest if name not in by_rewards]
     receipt = {"columns": columns, "reward_columns": by_rewards, "unused_columns": unused}
-    problems = list(_long_texts(unused, sample)) if "{" not in (config.columns.prompt or "") else []
+    problems = list(_long_texts(unused, sample)) if not is_template(config.columns.prompt) else []
     warnings = [f"{note}" + (f": {count}" if count > 1 else "") for note, count in records.notes.items()]
     return Section(receipt, problems, [*warnings, *_variants(variants), *_labels(sample)])
 
@@ -52,13 +55,8 @@ def _long_texts(unused: Sequence[str], sample: Sequence[Row]) -> Iterator[Proble
         if any(part in normal(name) for part in _NOT_THE_QUESTION) or 2 * len(lengths) < len(sample) or not lengths:
             continue
         if median(lengths) >= LONG_TEXT and median(lengths) > median(prompts):
-            yield Problem(
-                "UNSEEN_COLUMN",
-                f"the column '{name}' has long texts, and the model does not see them: the question may be about them",
-                f'decide in the config: columns: {{prompt: "{{{name}}} …"}} shows columns in a template, and '
-                f"columns: {{ignore: [{name}]}} leaves the column out",
-                key=name,
-            )
+            what = "has long texts, and the model does not see them: the question may be about them"
+            yield msgspec.structs.replace(unseen(name, what).problem, key=name)
 
 
 def _labels(sample: Sequence[Row]) -> Iterator[str]:

@@ -11,6 +11,9 @@ from tunedrop.dataset.messages import calls
 # The key of the answer in an object: of verl and SageMaker RLVR, of Nova, of TriviaQA (value) and of SQuAD (text).
 _KEYS = ("ground_truth", "final_answer", "answer", "value", "text")
 _MORE = ("aliases", "normalized_aliases")
+# Other keys of TriviaQA's and SQuAD's answers.
+_OTHERS = "answer_start type matched_wiki_entity_name normalized_value normalized_matched_wiki_entity_name".split()
+_KNOWN = {*_KEYS, *_MORE, *_OTHERS}
 
 
 class Answer(NamedTuple):
@@ -39,16 +42,7 @@ def _of_object(value: dict[str, Any], column: str) -> Answer:
         hint = "verl's reward_model needs ground_truth; or name the answer in the config: columns: {answer: …}"
         raise BadRowError("NO_ANSWER", f"reward_model has no ground_truth; it has: {shown}", hint)
     # An object with more keys than an answer and its aliases may be the JSON that the model has to give.
-    known = {
-        *_KEYS[:4],
-        *_MORE,
-        "answer_start",
-        "type",
-        "matched_wiki_entity_name",
-        "normalized_value",
-        "normalized_matched_wiki_entity_name",
-    }
-    if key is None or (key != "ground_truth" and not set(value) - {"text"} <= known):
+    if key is None or (key != "ground_truth" and not value.keys() <= _KNOWN):
         return Answer(_json(value))
     inner = read_answer(value[key], "answers")
     more = [alias for name in _MORE for alias in value.get(name) or []]

@@ -74,7 +74,7 @@ class Shape(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether one column is the prompt and at most one other column is the answer."""
-        return not any(self[2:-1]) and not _is_template(self.prompt)
+        return not any(self[2:-1]) and not is_template(self.prompt)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -118,7 +118,7 @@ def guess_shape(names: Sequence[str], config: RunConfig) -> Shape:
         "mark": mark if answer else None,
         "media": tuple(free[name] for name in MEDIA_NAMES if name in free),
     }
-    if _is_template(prompt):
+    if is_template(prompt):
         roles |= _template_roles(prompt, names)
     else:
         is_instruction = normal(prompt) == "instruction"
@@ -137,7 +137,8 @@ def guess_shape(names: Sequence[str], config: RunConfig) -> Shape:
     return Shape(**roles, extra=tuple(name for name in names if name not in used))
 
 
-def _is_template(prompt: str | None) -> bool:
+def is_template(prompt: str | None) -> bool:
+    """Return whether a config's `columns.prompt` is a template, with columns in braces."""
     return prompt is not None and "{" in prompt
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunedrop.dataset.bad_row import BadRowError
-from tunedrop.dataset.columns import Shape, fill, normal, text, value_at
+from tunedrop.dataset.columns import Shape, fill, is_template, normal, text, value_at
 from tunedrop.dataset.messages import MEDIA_HINT, SHOWN
 
 # A shorter text can stand in a prompt by chance.
@@ -31,7 +31,7 @@ def prompt_value(record: Mapping[str, Any], shape: Shape, lines: str) -> Any:
     """Return the value of the prompt's column or template; `lines` are the options. MISSING or None without a prompt."""
     if shape.prompt is None:
         return None
-    if "{" in shape.prompt:
+    if is_template(shape.prompt):
         return fill(shape.prompt, record, {shape.options[0]: lines} if lines else {})
     return value_at(record, shape.prompt)
 
@@ -41,7 +41,7 @@ def compose(record: Mapping[str, Any], shape: Shape, question: str, lines: str) 
 
     A context that stands in the question already is not repeated. Raises BadRowError for a context that is not a text.
     """
-    if shape.plain or "{" in (shape.prompt or ""):
+    if shape.plain or is_template(shape.prompt):
         return question
     is_instruction = normal(shape.prompt) == "instruction"
     before = [shape.instruction] if shape.instruction else []
@@ -63,7 +63,7 @@ def _paragraphs(value: Any, name: str) -> str:
         return value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return text(value) if value else ""
-    raise _unseen(name, f"is a {type(value).__name__}, and the model would not see it")
+    raise unseen(name, f"is a {type(value).__name__}, and the model would not see it")
 
 
 def check_seen(record: Mapping[str, Any], shape: Shape, prompt: str) -> None:
@@ -74,10 +74,11 @@ def check_seen(record: Mapping[str, Any], shape: Shape, prompt: str) -> None:
             texts = [message.get("content") if isinstance(message, dict) else message for message in value]
             value = next((each for each in texts if isinstance(each, str)), None)
         if isinstance(value, str) and value.strip() and value.strip() not in prompt and prompt not in value:
-            raise _unseen(name, "may belong to the question, and the model does not see it")
+            raise unseen(name, "may belong to the question, and the model does not see it")
 
 
-def _unseen(name: str, what: str) -> BadRowError:
+def unseen(name: str, what: str) -> BadRowError:
+    """Return the error for a column that the model does not see, and `what` speaks against that."""
     hint = (
         f'decide in the config: columns: {{prompt: "{{{name}}} …"}} shows columns in a template, and '
         f"columns: {{ignore: [{name}]}} leaves the column out"

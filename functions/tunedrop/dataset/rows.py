@@ -72,7 +72,6 @@ class Records:
     def __init__(self, config: RunConfig):
         self.notes: Counter[str] = Counter()  # how the file was read, with the number of rows
         self.extra: dict[str, None] = {}  # the columns that are neither prompt nor answer
-        self.most_options = 0
         self._taken: dict[tuple[Any, ...], dict[str, str]] = {}
         self._config = config
         self._kept = config.reward_columns()
@@ -256,9 +255,7 @@ class Records:
         """Return the row's options; None where the row has none."""
         if not shape.options or all(record.get(name) in (None, "", [], {}) for name in shape.options):
             return None
-        found = options.read_options(record, shape.options, shape.option_labels)
-        self.most_options = max(self.most_options, len(found.texts))
-        return found
+        return options.read_options(record, shape.options, shape.option_labels)
 
     def _prompt(
         self, record: dict[str, Any], reading: _Reading, choices: options.Options | None
@@ -322,11 +319,12 @@ class Records:
 
     def _with_options(self, reading: _Reading, rows: list[dict[str, Any]]) -> _Reading:
         shape, pairs, listed = reading.shape, [], []
+        probe = Records(self._config)  # counts no note of a row that is read again
         for row in rows[:HEAD_ROWS]:
             try:
                 if choices := self._options(row, shape):
                     pairs.append((value_at(row, shape.answer) if shape.answer else None, choices))
-                    prompt = self._prompt(row, reading._replace(listed=True), None)[0]
+                    prompt = probe._prompt(row, reading._replace(listed=True), None)[0]
                     listed.append(choices.shown_in(prompt[-1]["content"]))
             except BadRowError:
                 continue
