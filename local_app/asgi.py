@@ -36,25 +36,34 @@ def server_config(**settings: Any) -> Any:
 
 async def read_body(receive: Receive) -> bytes:
     """Return the whole body of a request."""
-    body, more = b"", True
+    parts, more = [], True
     while more:
         message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    return body
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
-async def answer_json(send: Send, status: int, content: Json, headers: Mapping[str, str] | None = None) -> None:
-    """Answer with a JSON document."""
-    body = json.dumps(content).encode()
-    fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+async def answer(send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> None:
+    """Answer with a document."""
+    fields = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
     encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})
 
 
+async def answer_json(send: Send, status: int, content: Json, headers: Mapping[str, str] | None = None) -> None:
+    """Answer with a JSON document."""
+    await answer(send, status, json.dumps(content).encode(), "application/json", headers)
+
+
 def headers_of(scope: Scope) -> dict[str, str]:
-    """Return the headers of a request, by their names in lower case."""
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    """Return the headers of a request, by their names in lower case. Commas join repeated headers (RFC 9110, 5.2)."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    return headers
 
 
 class ThreadedServer:

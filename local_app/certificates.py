@@ -27,6 +27,7 @@ def make_certificates(folder: Path, host: str) -> Certificates:
     # Docker's containers reach this machine by the last name.
     server = authority.issue_cert(*{host, "localhost", "127.0.0.1", "host.docker.internal"})
     # The authority last: when it exists, all files exist.
+    files.key.touch(0o600)
     server.private_key_pem.write_to_path(files.key)
     server.cert_chain_pems[0].write_to_path(files.chain)
     authority.cert_pem.write_to_path(files.authority)

@@ -10,8 +10,10 @@ The command imports this module, and starts the emulators as processes through i
 import dataclasses
 import functools
 import hashlib
+import ipaddress
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -28,6 +30,8 @@ import psutil
 from local_app.build import Build, build, sam
 from local_app.certificates import certificates, make_certificates
 from local_app.common import MARKER, PROJECT, REGION, STACK_NAME, StackError
+from local_app.credentials import FILE as CREDENTIALS_FILE
+from local_app.credentials import Credentials, post_signed, root_credentials
 from local_app.processes import end, end_of, free_port, is_free, locked, processes_of
 
 __all__ = ["PROJECT", "STACK_NAME", "Outputs", "Stack", "StackError", "read_outputs"]
@@ -73,8 +77,6 @@ class Stack:
     `progress` is called with one line for each step.
     """
 
-    access_key_id = "test"
-    secret_access_key = "test"  # noqa: S105 - the emulator takes any value
     region = REGION
 
     def __init__(
@@ -94,6 +96,11 @@ class Stack:
 
     # ---- for users of a running stack --------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def credentials(self) -> Credentials:
+        """The root credentials of the account. Only this user may read their file."""
+        return root_credentials(self.folder)
+
     @property
     def endpoint(self) -> str:
         """URL of every AWS service except SageMaker."""
@@ -108,12 +115,15 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """The environment in which boto3, `sam` and `python -m release` reach this stack and nothing else."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        return ours | {
+        return ours | self.variables
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables by which AWS's tools reach this stack."""
+        return self.credentials.environment | {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint,
             "AWS_CA_BUNDLE": str(self.tls.authority),
-            "AWS_ACCESS_KEY_ID": self.access_key_id,
-            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,
             "AWS_CONFIG_FILE": os.devnull,
@@ -124,8 +134,8 @@ class Stack:
         """Return this stack's boto3 `client` or `resource` (the `kind`) of a service."""
         import boto3
 
-        session = boto3.Session(self.access_key_id, self.secret_access_key, region_name=self.region)
         endpoint = self.sagemaker_endpoint if service == "sagemaker" else self.endpoint
+        session = boto3.Session(*self.credentials, region_name=self.region)
         return getattr(session, kind)(service, endpoint_url=endpoint, verify=str(self.tls.authority))
 
     def client(self, service: str) -> Any:
@@ -171,10 +181,8 @@ class Stack:
 
     def interrupt(self, job: str) -> None:
         """Take a spot job's machine away, as AWS may: the job starts again from its checkpoints. Raises StackError."""
-        request = urllib.request.Request(f"{self.sagemaker_endpoint}/_tunedrop/interrupt/{job}", method="POST")  # noqa: S310
         try:
-            with urllib.request.urlopen(request, timeout=10):  # noqa: S310 - our own URL
-                pass
+            post_signed(f"{self.sagemaker_endpoint}/_tunedrop/interrupt/{job}", self.credentials, b"{}")
         except urllib.error.HTTPError as error:
             raise StackError(json.load(error)["message"]) from None
 
@@ -182,7 +190,14 @@ class Stack:
 
     def up(self) -> Outputs:
         """Start the servers, build and deploy the changes, and return the outputs. Idempotent."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)  # data, credentials and keys of this user
+        self.logs.mkdir(exist_ok=True)
+        if not ipaddress.ip_address(socket.gethostbyname(self._host)).is_loopback:
+            self._progress(
+                f"listening on {self._host}: whatever reaches this address can send requests; only requests that are signed "
+                f"with the credentials in {self.folder / CREDENTIALS_FILE}, or with a role's, do anything"
+            )
         with locked(self.folder / "lock"):
             started = time.monotonic()
             self._choose_address()
@@ -242,6 +257,7 @@ class Stack:
         options = {
             "aws": ["--tls-dir", str(self.folder / "tls")],
             "sagemaker": [
+                *("--private", str(self.folder)),
                 *("--s3-endpoint", self.endpoint, "--event-sink", f"{own}/events", "--authorizer", f"{own}/authorize"),
             ],
         }

@@ -6,8 +6,10 @@ that moves a private name fails there.
 """
 
 import contextvars
+import hmac
 import json
 import logging
+import secrets
 import stat
 import sys
 from collections.abc import Callable
@@ -244,12 +246,36 @@ def hook_trust_policies() -> None:
     iam_evaluator.evaluate_trust_policy = evaluate_trust_policy
 
 
-def account_of(access_key: str) -> str:
-    """Return the account that a request signed with this key belongs to."""
-    from ministack import app
+def hook_function_credentials() -> None:
+    """Give each function's role session random credentials. MiniStack derives them from the names of function and role."""
+    from ministack.core import lambda_runtime
+    from ministack.services import lambda_svc, sts
 
-    account: str = app._request_account_scope(access_key)
-    return account
+    seed = secrets.token_bytes(32)
+
+    def execution_credentials(config: Json) -> dict[str, str]:
+        account, role = config["FunctionArn"].split(":")[4], config["Role"].rpartition("/")[2]
+        key, secret, token = (
+            hmac.new(seed, f"{part} of {config['FunctionArn']} {role}".encode(), "sha256").hexdigest()
+            for part in ("key", "secret", "token")
+        )
+        credentials = {
+            "AWS_ACCESS_KEY_ID": f"ASIA{key[:16].upper()}",
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_SESSION_TOKEN": token,
+        }
+        name = config["FunctionName"][:64]
+        session = {
+            "Arn": f"arn:aws:sts::{account}:assumed-role/{role}/{name}",
+            "UserId": f"{role}:{name}",
+            "SecretAccessKey": secret,
+            "SessionToken": token,
+        }
+        sts.register_session(credentials["AWS_ACCESS_KEY_ID"], session)
+        return credentials
+
+    lambda_runtime.execution_credentials = execution_credentials
+    lambda_svc.execution_credentials = execution_credentials
 
 
 # ---- CloudWatch ------------------------------------------------------------------------------------------------------

@@ -2,31 +2,31 @@
 
 import base64
 
-from local_app.aws import hooks
-from local_app.common import REGION, Json
+from local_app.aws.signatures import Refused, Signed, check_signature
+from local_app.common import ACCOUNT, REGION, Json
+from local_app.credentials import Credentials
 
 
-def authorize(request: Json) -> Json:
+def authorize(request: Json, root: Credentials) -> Json:
     """Return `{}` if IAM allows a signed request to SageMaker, else the `code` and `message` of AWS's refusal.
 
-    `request["signed"]` is the request (`path`, `headers` as pairs, `body` in base64). `request["checks"]` are the
-    permissions that it needs (`action`, `resource`, and condition keys as `context`).
+    `request["signed"]` is the request (`path`, `headers`, `body` in base64). `request["checks"]` are the permissions that it
+    needs (`action`, `resource`, and condition keys as `context`). `root` are the account's own credentials.
     """
-    from ministack.core import iam_actions, iam_evaluator, responses, router
+    from ministack.core import iam_actions, iam_evaluator, responses
 
     signed = request["signed"]
-    headers = {name.lower(): value for name, value in signed["headers"]}
-    access_key = router.extract_access_key_id(headers, {})
-    responses.set_request_account_id(hooks.account_of(access_key))
+    try:
+        access_key = check_signature(
+            Signed("POST", signed["path"], {}, signed["headers"], base64.b64decode(signed["body"])), root
+        )
+    except Refused as refused:
+        return {"code": refused.code, "message": refused.message}
+    responses.set_request_account_id(ACCOUNT)
     responses.set_request_region(REGION)
-    raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    iam_evaluator.pin_signed_request("POST", signed["path"], {}, raw_headers)
-    iam_evaluator.pin_signed_body(base64.b64decode(signed["body"]))
     for check in request["checks"]:
         action, resource = check["action"], check["resource"]
         denied = iam_evaluator.enforce(access_key, action, "sagemaker", REGION, resource, check["context"])
-        if isinstance(denied, iam_evaluator.AuthError):
-            return {"code": denied.code, "message": denied.message}
         if denied is not None:
             explicit = denied.decision == "Deny"
             message = iam_actions.identity_denial_message(action, denied.principal_arn, resource, explicit)

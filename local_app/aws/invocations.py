@@ -13,7 +13,8 @@ from typing import Any
 from local_app.aws import hooks
 from local_app.aws.iam import rule_may_invoke
 from local_app.aws.state import State
-from local_app.common import ACCOUNT, Json
+from local_app.common import Json
+from local_app.credentials import Credentials
 
 logger = logging.getLogger("pipeline.aws")
 
@@ -27,10 +28,11 @@ class AsyncInvocations:
     AWS's minutes.
     """
 
-    def __init__(self, folder: Path, endpoint: str, state: State) -> None:
+    def __init__(self, folder: Path, endpoint: str, state: State, root: Credentials) -> None:
         self._folder = folder
         self._endpoint = endpoint
         self._state = state
+        self._root = root
         self._ready: queue.Queue[Path] = queue.Queue()
         folder.mkdir(parents=True, exist_ok=True)
         # Each function runs in a process of its own, possibly for minutes. More threads would only overload the machine.
@@ -113,8 +115,8 @@ class AsyncInvocations:
             "ERROR_MESSAGE": message,
         }
         region, account, name = entry["dead_letters"].split(":")[3:6]
-        key = {"aws_access_key_id": ACCOUNT, "aws_secret_access_key": "test"}
-        boto3.client("sqs", endpoint_url=self._endpoint, region_name=region, **key).send_message(
+        session = boto3.Session(*self._root, region_name=region)
+        session.client("sqs", endpoint_url=self._endpoint).send_message(
             QueueUrl=f"{self._endpoint}/{account}/{name}",
             MessageBody=json.dumps(entry["event"]),
             MessageAttributes={k: {"DataType": "String", "StringValue": v} for k, v in attributes.items()},

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 MS_BIND, MS_REC = 0x1000, 0x4000  # <sys/mount.h>
+PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 24, 28, 38  # <linux/prctl.h>
+SECBIT_NOROOT, SECBIT_NOROOT_LOCKED = 0x1, 0x2  # <linux/securebits.h>
 SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40  # <net/if.h>
 
 
@@ -47,6 +49,29 @@ def make_mount_point(path: Path) -> None:
     os.close(parent)
 
 
+def hide(folder: Path, kept: Path) -> None:
+    """Replace a folder's content by the file `kept` in it, in this namespace only."""
+    file = os.open(kept, os.O_PATH)
+    mount("tmpfs", folder, "tmpfs")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.touch()
+    mount(f"/proc/self/fd/{file}", kept, flags=MS_BIND)
+    os.close(file)
+
+
+def drop_capabilities() -> None:
+    """Take root's rights from the next program: it cannot unmount what hides a folder, nor change the machine.
+
+    https://man7.org/linux/man-pages/man7/capabilities.7.html
+    """
+    libc, number = ctypes.CDLL(None), 0
+    while not libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0):
+        number += 1
+    libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT | SECBIT_NOROOT_LOCKED, 0, 0, 0)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        sys.exit("This kernel does not let a process give up its rights (prctl PR_SET_NO_NEW_PRIVS).")
+
+
 def bring_up_loopback() -> None:
     """Bring up `lo`, which is down in a new network namespace; torch's rendezvous uses 127.0.0.1."""
     with socket.socket() as any_socket:
@@ -63,10 +88,13 @@ def main(ml: str, *command: str) -> None:
     if (hosts := Path(ml).with_name("hosts")).exists():  # the names of the job's instances
         mount(str(hosts), Path("/etc/hosts"), flags=MS_BIND)
     mount(ml, opt_ml, flags=MS_BIND)
+    if private := os.environ.pop("TUNEDROP_PRIVATE", ""):  # the local app's folder, with root's credentials
+        hide(Path(private), Path(os.environ["AWS_CA_BUNDLE"]))
     mount("proc", Path("/proc"), "proc")  # /proc shows the job's own processes only
     if os.environ.pop("TUNEDROP_NETWORK_ISOLATION", ""):
         bring_up_loopback()
     os.chdir("/")
+    drop_capabilities()
     try:
         os.execvp(command[0], command)  # noqa: S606 - the request's entry point, without a shell
     except OSError as error:

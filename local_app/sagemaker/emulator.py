@@ -37,7 +37,7 @@ class SageMakerEmulator:
 
     `endpoint_url` serves S3 and CloudWatch Logs of the same account (credentials from boto3's usual places).
     `on_state_change` gets every "SageMaker Training Job State Change" event in order. While it raises, the event is kept and
-    delivered again, also after a restart: at least once, as on AWS.
+    delivered again, also after a restart: at least once, as on AWS. Jobs do not see the folder `private`.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class SageMakerEmulator:
         without_capacity: Collection[str] = (),
         grace: float = 120,
         checkpoint_interval: float = 5,
+        private: Path | None = None,
         region: str = REGION,
         account: str = ACCOUNT,
     ) -> None:
@@ -74,6 +75,7 @@ class SageMakerEmulator:
             without_capacity=without_capacity,
             grace=grace,
             checkpoint_interval=checkpoint_interval,
+            private=private,
         )
         self._registry = ModelRegistry(self._store, arn_prefix)
         self._on_state_change = on_state_change

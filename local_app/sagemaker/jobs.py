@@ -57,12 +57,13 @@ class TrainingJobs:
         without_capacity: Collection[str],
         grace: float,
         checkpoint_interval: float,
+        private: Path | None,
     ) -> None:
         self._store, self._folder, self._services, self._arn_prefix = store, folder, services, arn_prefix
         self._max_instances, self._quotas = max_instances, quotas
         self._without_capacity, self._grace = without_capacity, grace
         self._checkpoint_interval = checkpoint_interval
-        self._sandbox = find_sandbox()
+        self._sandbox = find_sandbox(private)
         self._lock = threading.Lock()  # taken before the store's; guards _processes together with a job's status
         self._processes: dict[str, JobProcess] = {}
         self._threads: dict[str, threading.Thread] = {}

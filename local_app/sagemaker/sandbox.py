@@ -54,9 +54,13 @@ def entry_point(job: Json) -> list[str]:
 class Namespaces:
     """Linux mount and PID namespaces, and a network namespace for a job without network. The job runs with this Python.
 
+    A job does not see the folder `private`, except the CA certificate in it, and has no capabilities.
     When this process dies, even by kill -9, `setpriv` ends `unshare`. `unshare --kill-child` then ends PID 1, and with it
     every process of the job.
     """
+
+    def __init__(self, private: Path | None = None) -> None:
+        self._private = private
 
     def command(
         self, job: Json, ml: Path, environment: dict[str, str], *, network: bool
@@ -78,6 +82,8 @@ class Namespaces:
         fixed = {"PATH": f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         if not network:
             fixed["TUNEDROP_NETWORK_ISOLATION"] = "1"
+        if self._private:
+            fixed["TUNEDROP_PRIVATE"] = str(self._private)
         command = [
             *(_program("setpriv"), "--pdeathsig", "KILL", _program("unshare")),
             *(["--user", "--map-root-user"] if os.geteuid() else []),
@@ -140,10 +146,13 @@ def _program(name: str) -> str:
     return shutil.which(name) or name
 
 
-def find_sandbox() -> Sandbox:
-    """Return the first sandbox in which this machine can run `true`. Raises StartupError without one."""
+def find_sandbox(private: Path | None) -> Sandbox:
+    """Return the first sandbox in which this machine can run `true`. Its jobs do not see the folder `private`.
+
+    Raises StartupError without one.
+    """
     probe = {"TrainingJobName": "probe", "AlgorithmSpecification": {"ContainerEntrypoint": ["true"]}}
-    namespaces = Namespaces()
+    namespaces = Namespaces(private)
     with tempfile.TemporaryDirectory() as folder:
         command, environment = namespaces.command(probe, Path(folder), {}, network=True)
         try:

@@ -1,10 +1,11 @@
 """SageMaker on this machine: an HTTP server that boto3 reaches through AWS_ENDPOINT_URL_SAGEMAKER.
 
-    python -m local_app.sagemaker.server --port 4570 --state-dir .tunedrop/sagemaker --s3-endpoint http://127.0.0.1:4566 \\
-      --event-sink http://127.0.0.1:4566/_tunedrop/events
+    python -m local_app.sagemaker.server --port 4570 --state-dir .tunedrop/sagemaker --s3-endpoint https://127.0.0.1:4566 \\
+      --event-sink https://127.0.0.1:4566/_tunedrop/events --authorizer https://127.0.0.1:4566/_tunedrop/authorize
 
 Training jobs are real processes on this machine (`job_process`). Their state survives a kill (`store`), and each change of
-the state is an EventBridge event. Besides the AWS API, the server has `GET /_tunedrop/health` and
+the state is an EventBridge event. Every request is signed, and IAM decides about the request. The root credentials are the
+environment's. Besides the AWS API, the server has `GET /_tunedrop/health`, which answers everybody, and, for root,
 `POST /_tunedrop/interrupt/<job>` (a spot interruption).
 """
 
@@ -17,17 +18,15 @@ import json
 import logging
 import os
 import signal
-import ssl
 import sys
 import threading
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from local_app.asgi import Application, Receive, Scope, Send, ThreadedServer, answer_json, headers_of, read_body
 from local_app.common import ACCOUNT, REGION, Json
+from local_app.credentials import Credentials, post_signed
 from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.emulator import SageMakerEmulator
 from local_app.sagemaker.permissions import RequiredPermission, required_permissions
@@ -39,36 +38,13 @@ logger = logging.getLogger(__name__)
 Authorizer = Callable[[Json, list[RequiredPermission]], None]
 
 
-def post_json(url: str) -> Callable[[Json], Json]:
-    """Return a function that POSTs JSON to `url` and returns the JSON response; it raises for a status other than 2xx.
-
-    An https URL is verified with AWS_CA_BUNDLE, as boto3 verifies the endpoints.
-    """
-    context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")) if url.startswith("https:") else None
-
-    def post(content: Json) -> Json:
-        request = urllib.request.Request(  # noqa: S310 - the URL is the operator's
-            url, data=json.dumps(content).encode(), headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30, context=context) as response:  # noqa: S310
-            return dict(json.loads(response.read() or b"{}"))
-
-    return post
-
-
-def remote_authorizer(url: str, own_keys: Collection[str]) -> Authorizer:
-    """Return an authorizer that asks the AWS emulator at `url`, whose IAM knows the account's roles.
-
-    A request signed with one of `own_keys` comes from the account itself, which may do everything.
-    """
-    post = post_json(url)
+def remote_authorizer(url: str, root: Credentials) -> Authorizer:
+    """Return an authorizer that asks the AWS emulator at `url`, which verifies signatures and knows the account's roles."""
 
     def authorize(signed: Json, permissions: list[RequiredPermission]) -> None:
-        signature = next((value for name, value in signed["headers"] if name.lower() == "authorization"), "")
-        if any(f"Credential={key}/" in signature for key in own_keys):
-            return
         checks = [permission._asdict() | {"context": dict(permission.context)} for permission in permissions]
-        if refusal := post({"signed": signed, "checks": checks}):
+        question = json.dumps({"signed": signed, "checks": checks}).encode()
+        if refusal := post_signed(url, root, question, os.environ.get("AWS_CA_BUNDLE")):
             raise ServiceError(refusal["code"], refusal["message"])
 
     return authorize
@@ -99,11 +75,19 @@ def _respond(emulator: SageMakerEmulator, authorize: Authorizer | None, scope: S
             raise ServiceError("NotFound", f"There is no {path} here.", 404)
         if headers.get("origin"):  # a web page in the user's browser must not start jobs
             raise ServiceError("AccessDeniedException", "This server does not answer browsers.", 403)
+        signed = {"path": scope["raw_path"].decode("latin-1"), "headers": headers, "body": base64.b64encode(body).decode()}
+
+        def require(*permissions: RequiredPermission) -> None:
+            if authorize:
+                authorize(signed, list(permissions))
+
         prefix, _, job = path.rpartition("/")
         if prefix == "/_tunedrop/interrupt":
+            # An action of no AWS service: policies grant it to nobody but root.
+            require(RequiredPermission("tunedrop:InterruptTrainingJob", f"{emulator.arn_prefix}:training-job/{job}"))
             emulator.interrupt(job)
             return 202, {}
-        return 200, _call(emulator, authorize, path, headers, body)
+        return 200, _call(emulator, require, headers, body)
     except json.JSONDecodeError as error:
         return 400, {"__type": "SerializationException", "message": str(error)}
     except ServiceError as error:
@@ -113,16 +97,12 @@ def _respond(emulator: SageMakerEmulator, authorize: Authorizer | None, scope: S
         return 500, {"__type": "InternalFailure", "message": repr(error)}
 
 
-def _call(
-    emulator: SageMakerEmulator, authorize: Authorizer | None, path: str, headers: dict[str, str], body: bytes
-) -> Json:
+def _call(emulator: SageMakerEmulator, require: Callable[..., None], headers: dict[str, str], body: bytes) -> Json:
     target, _, operation = headers.get("x-amz-target", "").partition(".")
     if target != "SageMaker":
         raise ServiceError("UnknownOperationException", "Expected a header X-Amz-Target: SageMaker.<operation>.")
     request = json.loads(body or b"{}")
-    if authorize:
-        signed = {"path": path, "headers": list(headers.items()), "body": base64.b64encode(body).decode()}
-        authorize(signed, required_permissions(operation, request, emulator.arn_prefix))
+    require(*required_permissions(operation, request, emulator.arn_prefix))
     return emulator.call(operation, request)
 
 
@@ -146,7 +126,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--state-dir", type=Path, required=True, help="folder of the jobs and their state")
     parser.add_argument("--s3-endpoint", required=True, help="URL of the account's S3 and CloudWatch Logs")
     parser.add_argument("--event-sink", required=True, help="URL that gets each state change event by POST")
-    parser.add_argument("--authorizer", help="URL that decides about each signed request (default: allow everything)")
+    parser.add_argument("--authorizer", required=True, help="URL that decides about each signed request")
+    parser.add_argument("--private", type=Path, help="folder that jobs must not see")
     parser.add_argument("--max-instances", type=int, default=4, help="quota of each instance type without a --quota")
     parser.add_argument("--quota", type=_quota, action="append", default=[], metavar="NAME=N", help="a quota, by AWS's name")
     parser.add_argument("--grace", type=float, default=120, help="seconds between SIGTERM and SIGKILL")
@@ -161,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.umask(0o077)  # only this user may read the jobs' data
+    root = Credentials.of_environment()
     end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end.set())
@@ -168,7 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
         emulator = SageMakerEmulator(
             options.state_dir,
             options.s3_endpoint,
-            on_state_change=post_json(options.event_sink),
+            on_state_change=lambda event: post_signed(
+                options.event_sink, root, json.dumps(event).encode(), os.environ.get("AWS_CA_BUNDLE")
+            ),
+            private=options.private,
             max_instances=options.max_instances,
             quotas=dict(options.quota),
             without_capacity=tuple(filter(None, options.no_capacity.split(","))),
@@ -178,9 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except StartupError as error:
         sys.exit(f"The SageMaker emulator cannot start. {error}")
-    own_keys = (os.environ.get("AWS_ACCESS_KEY_ID", options.account), options.account)
-    authorize = remote_authorizer(options.authorizer, own_keys) if options.authorizer else None
-    with emulator, serve(emulator, options.port, options.host, authorize) as server:
+    with emulator, serve(emulator, options.port, options.host, remote_authorizer(options.authorizer, root)) as server:
         logger.info("SageMaker emulator: http://%s:%s, state in %s", options.host, server.port, options.state_dir)
         end.wait()
 

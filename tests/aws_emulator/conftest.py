@@ -20,6 +20,7 @@ import pytest
 
 from local_app.certificates import make_certificates
 from local_app.common import MARKER
+from local_app.credentials import post_signed, root_credentials
 
 Json = dict[str, Any]
 
@@ -46,6 +47,7 @@ class Emulators:
         self.ports = {"aws": free_port(), "sagemaker": free_port()}
         self.url = f"https://127.0.0.1:{self.ports['aws']}"
         self.authority = make_certificates(folder / "tls", "127.0.0.1").authority
+        self.root = root_credentials(folder)
         self.trust = ssl.create_default_context(cafile=self.authority)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -54,15 +56,14 @@ class Emulators:
         command += ["--state-dir", str(self.folder / name)]
         if name == "sagemaker":
             command += ["--s3-endpoint", self.url, "--event-sink", f"{self.url}/_tunedrop/events"]
-            command += ["--authorizer", f"{self.url}/_tunedrop/authorize"]
+            command += ["--authorizer", f"{self.url}/_tunedrop/authorize", "--private", str(self.folder)]
         else:
             command += ["--tls-dir", str(self.folder / "tls")]
         environment = {
             **os.environ,
             "AWS_ENDPOINT_URL_SAGEMAKER": self.url_of("sagemaker"),
             "AWS_CA_BUNDLE": str(self.authority),
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            **self.root.environment,
             "OF_THE_CALLER": "yes",
             MARKER: str(self.folder),
         }
@@ -107,15 +108,14 @@ class Emulators:
     def client(self, service: str, **credentials: str) -> Any:
         """A client with the account's own credentials, or with `credentials`."""
         url = self.url_of("sagemaker" if service == "sagemaker" else "aws")
-        key = credentials or {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+        root = {"aws_access_key_id": self.root.access_key_id, "aws_secret_access_key": self.root.secret_access_key}
+        key = credentials or root
         return boto3.client(service, endpoint_url=url, region_name="us-east-1", verify=str(self.authority), **key)
 
     def post_event(self, event: Any) -> tuple[int, Json]:
-        body = event if isinstance(event, bytes) else json.dumps(event).encode()
-        request = urllib.request.Request(f"{self.url}/_tunedrop/events", data=body)
         try:
-            with urllib.request.urlopen(request, context=self.trust) as answer:
-                return answer.status, json.load(answer)
+            body = event if isinstance(event, bytes) else json.dumps(event).encode()
+            return 200, post_signed(f"{self.url}/_tunedrop/events", self.root, body, str(self.authority))
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 

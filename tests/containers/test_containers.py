@@ -193,7 +193,7 @@ def sagemaker(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     for name, value in app.stack.environment.items():
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
-    monkeypatch.setattr("local_app.sagemaker.jobs.find_sandbox", Docker)
+    monkeypatch.setattr("local_app.sagemaker.jobs.find_sandbox", lambda _private: Docker())
     with SageMakerEmulator(tmp_path / "state", app.stack.endpoint, on_state_change=lambda _: None) as emulator:
         server = serve(emulator)
         yield boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{server.port}")

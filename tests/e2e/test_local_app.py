@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from neighbour import as_nobody, attempts, readable, send
 from tiny_model import make_tiny_model
 
 from benchmarks.chaos import bring_up
@@ -135,6 +137,101 @@ def test_iam_was_enforced_and_denied_nothing(app, published):
         assert any(f"-{name}Role-" in role for role in roles), name
     assert {"s3:PutObject", "sagemaker:CreateTrainingJob", "iam:PassRole"} <= {call["action"] for call in calls}
     assert [call for call in calls if not call["allowed"]] == []
+
+
+def test_a_shell_with_the_printed_variables_reaches_the_application_and_nothing_else(app, published):
+    variables = app.write("shell.sh", app.tunedrop("env", "--shell"))
+    program = "import boto3; print(*(bucket['Name'] for bucket in boto3.client('s3').list_buckets()['Buckets']))"
+    environment = {"PATH": os.environ["PATH"], "AWS_PROFILE": "somebody", "AWS_SESSION_TOKEN": "old"}
+    command = ["sh", "-c", f'. {variables}; exec {sys.executable} -c "{program}"']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert app.stack.outputs.data_bucket in done.stdout.split()
+
+
+def test_another_user_of_this_machine_can_do_nothing(app, published):
+    stack, trust = app.stack, ssl.create_default_context(cafile=app.stack.tls.authority)
+    requests = list(
+        attempts(stack.endpoint, stack.sagemaker_endpoint, stack.outputs.artifact_bucket, stack.credentials.access_key_id)
+    )
+    answers = as_nobody(lambda: {attempt.name: send(attempt, trust) for attempt in requests})
+    assert len(answers) == len(requests)
+    # SNS's own answer to a link without a subscription: the bucket in the host has no part in it.
+    assert b"<UnsubscribeResponse" in answers.pop("Action=Unsubscribe to a bucket's host")[1]
+    assert {name: answer for name, answer in answers.items() if answer[0] not in (400, 403, 404)} == {}
+    unsigned = {name for name, (status, _) in answers.items() if status != 403}
+    assert unsigned <= {name for name in answers if "SageMaker" in name or "interr" in name or "Confirm" in name}
+    assert stack.folder.stat().st_mode & 0o777 == 0o700
+    for private in (stack.folder / "credentials", stack.folder / "aws" / "calls.jsonl", stack.folder / "tls" / "server.key"):
+        assert private.stat().st_mode & 0o077 == 0, private
+    if os.geteuid() == 0:
+        assert as_nobody(lambda: readable(stack.folder)) == []
+    assert app.deployment.find("faq").state == RunState.PUBLISHED  # and nothing was reset
+
+
+def test_a_job_has_its_roles_rights_and_does_not_see_the_application(app, published):
+    """A job that looks for more: the application's folder, its servers' processes, and root's rights in the container."""
+    script = """
+import json, os, subprocess, sys
+import boto3, botocore.exceptions as e
+from pathlib import Path
+
+found = {}
+folder = Path(os.environ["AWS_CA_BUNDLE"]).parent.parent
+found["files"] = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+found["unmounts"] = [subprocess.run(["umount", str(p)], capture_output=True).returncode == 0 for p in (folder, "/proc")]
+inner = f"umount {folder}; ls {folder}"
+inside = subprocess.run(["unshare", "-rm", "sh", "-c", inner], capture_output=True, text=True)
+found["inside"] = "credentials" in inside.stdout
+found["processes"] = [c for p in Path("/proc").glob("[0-9]*/cmdline") if b"local_app" in (c := p.read_bytes())]
+found["caller"] = boto3.client("sts").get_caller_identity()["Arn"]
+calls = {
+    "buckets": lambda: boto3.client("s3").list_buckets(),
+    "users": lambda: boto3.client("iam").create_user(UserName="me"),
+    "functions": lambda: boto3.client("lambda").list_functions(),
+    "test": lambda: boto3.Session("test", "test").client("s3").list_buckets(),
+}
+for name, call in calls.items():
+    try:
+        call()
+        found[name] = "allowed"
+    except e.ClientError as error:
+        found[name] = error.response["Error"]["Code"]
+print("FOUND", json.dumps(found, default=str))
+"""
+    request = app.job_request(published[1].train_job)
+    kept = ("RoleArn", "ResourceConfig", "OutputDataConfig")
+    entry = {"ContainerEntrypoint": ["python"], "ContainerArguments": ["/opt/ml/input/data/code/look.py"]}
+    app.deployment.s3.put_object(Bucket=app.stack.outputs.artifact_bucket, Key="trainer/look/look.py", Body=script)
+    source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{app.stack.outputs.artifact_bucket}/trainer/look/"}
+    create = {name: request[name] for name in kept} | {
+        "TrainingJobName": "tunedrop-train-look-1",
+        "StoppingCondition": {"MaxRuntimeInSeconds": 60},
+        "InputDataConfig": [{"ChannelName": "code", "DataSource": {"S3DataSource": source}}],
+    }
+    specification = request["AlgorithmSpecification"]
+    create["AlgorithmSpecification"] = {name: specification[name] for name in ("TrainingImage", "TrainingInputMode")} | entry
+    sagemaker = app.stack.client("sagemaker")
+    sagemaker.create_training_job(**create)
+    deadline = time.monotonic() + 120
+    while (job := app.job_request("tunedrop-train-look-1"))["TrainingJobStatus"] == "InProgress":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    log = list(app.deployment.log_lines("tunedrop-train-look-1", {}))
+    assert job["TrainingJobStatus"] == "Completed", "\n".join(log)
+    (line,) = [line for line in log if "FOUND" in line]
+    found = json.loads(line.partition("FOUND ")[2])
+    role = request["RoleArn"].rpartition("/")[2]
+    assert found.pop("caller").split("/")[1] == role
+    assert found == {
+        "files": ["tls/ca.pem"],
+        "unmounts": [False, False],
+        "inside": False,
+        "processes": [],
+        "buckets": "AccessDenied",
+        "users": "AccessDenied",
+        "functions": "AccessDeniedException",
+        "test": "InvalidClientTokenId",
+    }
 
 
 def test_the_end_is_notified_and_every_stage_is_on_the_bus(published, listener):

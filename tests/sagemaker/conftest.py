@@ -216,7 +216,7 @@ def local(start: Callable[..., Local]) -> Local:
 
 
 class Sink:
-    """Receives events by POST, as the AWS emulator does. While `broken` is set, it refuses them."""
+    """Receives events by POST, as the AWS emulator does (not while `broken` is set), and authorizes every request."""
 
     def __init__(self) -> None:
         self.events: list[Json] = []
@@ -226,9 +226,10 @@ class Sink:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(503 if sink.broken else 204)
+                event = self.path == "/_tunedrop/events"
+                self.send_response(503 if event and sink.broken else 204)
                 self.end_headers()
-                if not sink.broken:
+                if event and not sink.broken:
                     sink.events.append(json.loads(body))
 
             def log_message(self, *_: object) -> None:
@@ -236,7 +237,9 @@ class Sink:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/_tunedrop/events"
+        self.url, self.authorizer = (
+            f"http://127.0.0.1:{self.server.server_port}/_tunedrop/{path}" for path in ("events", "authorize")
+        )
 
 
 @pytest.fixture
@@ -258,7 +261,7 @@ def command(
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         arguments = ["--port", str(port), "--state-dir", str(tmp_path / "state"), "--s3-endpoint", endpoint]
-        arguments += ["--event-sink", sink.url, "--grace", "2", *options]
+        arguments += ["--event-sink", sink.url, "--authorizer", sink.authorizer, "--grace", "2", *options]
         process = subprocess.Popen([sys.executable, "-m", "local_app.sagemaker.server", *arguments])
         processes.append(process)
         url = f"http://127.0.0.1:{port}"

@@ -145,7 +145,7 @@ def test_a_released_plan_runs_in_a_twin_of_the_container(
     monkeypatch.setenv("SAGEMAKER_VALIDATE_ROLE", "false")  # as `python -m release` sets it
     target = Target("art", ROLE, f"763104351884.dkr.ecr.us-east-1.amazonaws.com/{IMAGE['repository']}:{IMAGE['tag']}")
     plan = build_plan(target, "us-east-1", files := tmp_path / "plan")
-    monkeypatch.setattr(jobs, "find_sandbox", lambda: InTwin(twin))
+    monkeypatch.setattr(jobs, "find_sandbox", lambda _private: InTwin(twin))
     local = start()
     for path in (path for path in files.rglob("*") if path.is_file()):
         local.s3.upload_file(str(path), "art", f"trainer/{plan['digest']}/{path.relative_to(files)}")

@@ -365,7 +365,7 @@ def test_an_s3_prefix_is_a_string_and_not_a_folder(s3: Any, tmp_path: Path) -> N
 def test_the_sandbox_needs_no_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As an ordinary user, in a user namespace: the host's /opt stays visible and does not change."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    sandbox = find_sandbox()
+    sandbox = find_sandbox(None)
     assert isinstance(sandbox, Namespaces)
     before = sorted(path.name for path in Path("/opt").iterdir())
     script = "echo $$ $(id -u) > /opt/ml/seen; ls /opt"

@@ -1,6 +1,7 @@
 """Commands for the application on this machine."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -98,17 +99,26 @@ def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None
 
 
 @click.command()
+@click.option("--shell", is_flag=True, help="Print the variables by which AWS's tools reach the application, for a shell.")
 @click.pass_obj
-def env(state: Path) -> None:
-    """Print the functions' variables for `sam local invoke`.
+def env(state: Path, shell: bool) -> None:
+    """Print the functions' variables for `sam local invoke`, or (`--shell`) a shell's variables for AWS's tools.
 
     A container reaches the application at Docker's bridge address: start the application with `tunedrop up --host`. The
     container trusts `ca.pem` in a layer; the README shows how to copy this file.
 
     \b
-    Example: tunedrop env > .tunedrop/env.json
+    Examples: tunedrop env > .tunedrop/env.json
+              eval "$(tunedrop env --shell)"
     """
-    print_raw(json.dumps(Stack(state).function_environments("/opt/ca.pem"), indent=1))
+    stack = Stack(state)
+    if not shell:
+        return print_raw(json.dumps(stack.function_environments("/opt/ca.pem"), indent=1))
+    stack.check_running()
+    for name, value in stack.variables.items():
+        print_raw(f"export {name}={shlex.quote(value)}")
+    print_raw("unset AWS_PROFILE AWS_SESSION_TOKEN")
+    return None
 
 
 @click.command()
