@@ -123,14 +123,14 @@ def four_bit() -> dict[str, Any]:
 
 
 def fast_bf16() -> bool:
-    """Return whether this machine multiplies bf16 in hardware: its GPU, or its CPU with AVX512-BF16 or AMX-BF16."""
+    """Return whether this machine computes faster in bf16 than in fp32: its GPU's word, or a measurement of its CPU."""
     import torch
+
+    from trainer import cpu
 
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpu = Path("/proc/cpuinfo")
-    flags = set(cpu.read_text().split()) if cpu.exists() else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
+    return cpu.fast_bf16()
 
 
 def weights_dtype() -> "torch.dtype":
