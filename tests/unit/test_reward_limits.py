@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reward_cases import CASES
 
-from tests.unit.reward_cases import CASES
 from tunedrop.rewards import NO_PERMISSIONS, REWARDS, Reward, RewardError, RewardSpec, Sample
 from tunedrop.rewards.default import choose_rewards
 

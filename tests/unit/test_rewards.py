@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import reward_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from reward_cases import CALL, CHECK, XML, grader
 
-from tests.unit import reward_cases
-from tests.unit.reward_cases import CALL, CHECK, XML, grader
 from tunedrop.rewards import (
     REWARDS,
     Reward,
