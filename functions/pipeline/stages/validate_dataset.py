@@ -88,6 +88,15 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
     return run
 
 
+def validate_again(key: str, settings: ValidateSettings, aws: Aws) -> Run | None:
+    """Validate the newest known upload of a key, unless it is validated; return its run, None for an unknown key."""
+    item = aws.runs.upload(key)
+    if item is None:
+        logger.info("ignored a request for an object that was never uploaded")
+        return None
+    return validate_upload(Upload(key=key, version_id=item["version_id"], sequencer=item["sequencer"]), settings, aws)
+
+
 def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) -> Fetched | None:
     """Fetch a dataset's companion files into a folder, and begin to fetch the dataset; None if the dataset is gone."""
     plan_digest = current_digest(aws, settings.artifact_bucket)
