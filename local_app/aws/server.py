@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from local_app.asgi import Application, Receive, Scope, Send, answer_json, headers_of, read_body, server_config
-from local_app.aws import hooks
+from local_app.aws import hooks, hooks_s3
 from local_app.aws.iam import authorize
 from local_app.aws.invocations import AsyncInvocations
 from local_app.aws.state import State
@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     state = State()
     invocations = AsyncInvocations(state_dir / "invocations", f"https://{options.host}:{options.port}", state)
     hooks.hook_interpreter(state_dir / "tmp")
-    hooks.hook_s3_events()
+    hooks_s3.hook_s3_events()
+    hooks_s3.hook_writes()
     hooks.hook_async_invocations(invocations.put)
     hooks.hook_rule_complexity()
     hooks.hook_calls(state_dir / "calls.jsonl")
