@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 from trainer import folders
 from trainer.job import JobError
 
+# What is downloaded of a model on the hub: weights, config, tokenizer, chat template, and the model card with its licence.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def locate(name: str) -> str:
-    """Return the folder of the run's base model in the channel `models`, or `name`, a folder or a hub id, without channel.
+    """Return the folder of the run's base model: in the channel `models`, or, without channel, `name` or a download.
 
-    The channel holds the model's files, or a folder `name` with them. Raises JobError when it holds neither.
+    The channel holds the model's files, or a folder `name` with them. Without channel, `name` is a folder or a hub id,
+    `org/name@revision`; without revision, the hub's main branch. Raises JobError when there is no such model.
     """
     channel = folders.channel("models")
     if channel is None:
-        return name
+        return name if Path(name).is_dir() else _download(name)
     for folder in (channel, channel / name):
         if (folder / "config.json").is_file():
             if not any(folder.glob("*.safetensors")):
@@ -33,6 +37,23 @@ def locate(name: str) -> str:
         f"or {channel / name}, but the channel holds {names or 'nothing'}. Upload the files to models/{name}/ in the data "
         "bucket."
     )
+
+
+def _download(model: str) -> str:
+    """Download a model of the hub at its revision, without pickles and other weights, and return its folder.
+
+    All that loads the model, vLLM and PEFT included, then reads the same commit. Raises JobError.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
+    except (OSError, ValueError) as error:
+        raise JobError(f"The model '{model}' cannot be downloaded from the hub: {error}") from None
+    if not any(Path(folder).glob("*.safetensors")):
+        raise JobError(f"The model '{model}' has no *.safetensors file on the hub.")
+    return folder
 
 
 def load_options(location: str) -> dict[str, Any]:

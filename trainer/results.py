@@ -31,8 +31,10 @@ def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", locatio
     adapter.mkdir(parents=True, exist_ok=True)
     shutil.copy(checkpoint.path / "adapter_model.safetensors", adapter)
     # PEFT writes the base model's folder in this container, which means nothing elsewhere.
+    name, _, revision = config.model.partition("@")
     adapter_config = json.loads((checkpoint.path / "adapter_config.json").read_bytes()) | {
-        "base_model_name_or_path": config.model
+        "base_model_name_or_path": name,
+        "revision": revision or None,
     }
     (adapter / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1))
     (folders.model_dir() / "run_config.json").write_text(config.model_dump_json(indent=1))

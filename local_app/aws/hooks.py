@@ -1,4 +1,4 @@
-"""MiniStack, with the AWS behaviour that it lacks. Every private name of MiniStack is in this module.
+"""MiniStack, with the AWS behaviour that it lacks. Every private name of MiniStack is here and in `hooks_s3`.
 
 The `hook_…` functions replace parts of MiniStack, and run once, before the server starts. The other functions give
 MiniStack's own operations a public name. `tests/aws_emulator` has a contract test for each hook: a new version of MiniStack
@@ -104,36 +104,6 @@ def hook_async_invocations(put: PutInvocation) -> None:
     eventbridge._invoke_target = deliver
     eventbridge._dispatch_to_lambda = to_function
     lambda_svc.invoke_async_with_retry = invoke_event
-
-
-# ---- S3 --------------------------------------------------------------------------------------------------------------
-
-
-def hook_s3_events() -> None:
-    """Send S3's events before the request is answered, with the object's version.
-
-    MiniStack sends the events later, from a thread that dies with the process, and names the version only in bucket
-    notifications.
-    """
-    from ministack.services import eventbridge, s3
-
-    version: contextvars.ContextVar[str | None] = contextvars.ContextVar("version", default=None)
-    dispatch = eventbridge._dispatch_event
-
-    def fire(bucket: str, key: str, event_name: str, *args: Any, version_id: str | None = None, **kwargs: Any) -> None:
-        version.set(version_id)
-        sequencer = s3._next_event_sequencer(event_name)
-        s3._fire_s3_event(bucket, key, event_name, *args, version_id=version_id, sequencer=sequencer, **kwargs)
-
-    def dispatch_with_version(event: Json, view: Any = None) -> None:
-        if event["Source"] == "aws.s3" and (version_id := version.get()):
-            detail = json.loads(event["Detail"])
-            detail["object"]["version-id"] = version_id
-            event = {**event, "Detail": json.dumps(detail)}
-        dispatch(event, view)
-
-    s3._fire_s3_event_async = fire
-    eventbridge._dispatch_event = dispatch_with_version
 
 
 # ---- Lambda ----------------------------------------------------------------------------------------------------------
@@ -313,8 +283,27 @@ def deploy_in_progress() -> bool:
 
 
 def states_of_services() -> Json:
-    """Return the functions that read each service's state, for `ministack.core.persistence.save_all`."""
+    """Return the functions that read each service's state, for `save_states`."""
     from ministack import app
 
     states: Json = app._build_persistence_save_dict()
     return states
+
+
+def save_states(states: Json) -> list[str]:
+    """Save states of services; return MiniStack's messages about those that it could not save."""
+    from ministack.core import persistence
+
+    failures: list[str] = []
+
+    class Failures(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            failures.append(record.getMessage())
+
+    handler = Failures(logging.ERROR)
+    persistence.logger.addHandler(handler)
+    try:
+        persistence.save_all(states)
+    finally:
+        persistence.logger.removeHandler(handler)
+    return failures

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from local_app.aws import hooks
+from local_app.aws import durable, hooks
 from local_app.aws.iam import rule_may_invoke
 from local_app.aws.state import State
 from local_app.common import Json
@@ -40,22 +40,16 @@ class AsyncInvocations:
             threading.Thread(target=self._work, daemon=True, name="async-invocations").start()
 
     def put(self, function_arn: str, event: Any, rule_arn: str = "", dead_letter_arn: str = "") -> None:
-        """Queue one invocation. It survives a kill as soon as this returns."""
+        """Queue one invocation. It survives a kill and a power cut as soon as this returns; OSError if the disk is full."""
         file = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex}.json"
         entry = {"function": function_arn, "event": event, "rule": rule_arn, "dead_letters": dead_letter_arn}
-        self._write(file, {**entry, "attempt": 0})
+        durable.write(file, json.dumps({**entry, "attempt": 0}).encode())
         self._ready.put(file)
 
     def resume(self) -> None:
         """Queue the invocations that an earlier emulator did not finish, oldest first."""
         for file in sorted(self._folder.glob("*.json")):
             self._ready.put(file)
-
-    @staticmethod
-    def _write(file: Path, entry: Json) -> None:
-        draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(entry))
-        draft.replace(file)
 
     def _work(self) -> None:
         while True:
@@ -88,7 +82,7 @@ class AsyncInvocations:
         settings = (function.get("event_invoke_configs") or {}).get("$LATEST") or function.get("event_invoke_config") or {}
         logger.warning("%s failed (attempt %d): %s", name, entry["attempt"], result.get("body"))
         if entry["attempt"] <= settings.get("MaximumRetryAttempts", 2):
-            self._write(file, entry)
+            durable.write(file, json.dumps(entry).encode())
             return self._later(file, float(2 ** (entry["attempt"] - 1)))
         destination = ((settings.get("DestinationConfig") or {}).get("OnFailure") or {}).get("Destination")
         if destination:

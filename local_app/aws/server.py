@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from local_app.asgi import Application, Receive, Scope, Send, answer, answer_json, headers_of, read_body, server_config
-from local_app.aws import hooks
+from local_app.aws import hooks, hooks_s3
 from local_app.aws.iam import authorize
 from local_app.aws.invocations import AsyncInvocations
 from local_app.aws.signatures import Refused, check_signature, is_unsigned_link, needs_body, refusal, replayed, signed_parts
@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     state = State()
     invocations = AsyncInvocations(state_dir / "invocations", f"https://{options.host}:{options.port}", state, root)
     hooks.hook_interpreter(state_dir / "tmp")
-    hooks.hook_s3_events()
+    hooks_s3.hook_s3_events()
+    hooks_s3.hook_writes()
     hooks.hook_async_invocations(invocations.put)
     hooks.hook_rule_complexity()
     hooks.hook_calls(state_dir / "calls.jsonl")

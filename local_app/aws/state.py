@@ -1,10 +1,12 @@
 """Saves the state of MiniStack's services while they change. MiniStack itself saves only when it is shut down in order."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from local_app.aws import hooks
 
+logger = logging.getLogger("pipeline.aws")
 SAVE_EVERY_SECONDS = 0.5
 # Only a deploy changes these services, and a function's code is too big to compare twice a second.
 CHANGED_BY_DEPLOYS = ("cloudformation", "lambda", "iam")
@@ -16,6 +18,7 @@ class State:
     def __init__(self) -> None:
         self._changed: set[str] = set()
         self._after_save: list[Callable[[], None]] = []
+        self._failing = False
 
     def changed(self, service: str) -> None:
         """Note that a request to this service, or its own work, may have changed its state."""
@@ -29,9 +32,8 @@ class State:
         """Write the services that may have changed since the last save, unless a deploy is in progress.
 
         A deploy is saved when it has ended: after a kill in its middle, the next emulator starts with the state before it.
+        After a failure, the next save tries again, and the actions after it wait.
         """
-        from ministack.core import persistence
-
         if hooks.deploy_in_progress():
             return
         actions, self._after_save = self._after_save, []
@@ -39,10 +41,16 @@ class State:
         services = hooks.states_of_services()
         if not changed & set(CHANGED_BY_DEPLOYS):
             services = {name: read for name, read in services.items() if name not in CHANGED_BY_DEPLOYS}
-        if changed:
-            persistence.save_all(services)
-        for action in actions:
-            action()
+        failures = hooks.save_states(services) if changed else []
+        if failures:
+            self._changed |= changed
+            self._after_save = actions + self._after_save
+            if not self._failing:
+                logger.error("The state of the services is not saved, and a kill would lose it: %s", "; ".join(failures))
+        else:
+            for action in actions:
+                action()
+        self._failing = bool(failures)
 
     async def keep_saving(self) -> None:
         """Save, forever. Runs on the server's event loop: no request changes a service during a save."""

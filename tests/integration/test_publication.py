@@ -1,13 +1,14 @@
 """What a publication leaves: the package, its statistics, the page of all runs, and events that users' rules take."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from botocore.client import BaseClient
-from fake_stack import ARTIFACTS, PLAN, SERVING_IMAGE
+from fake_stack import ARTIFACTS, MODELS, PLAN, SERVING_IMAGE
+from template import load_template, resolve
 
 from local_app.aws.hooks import matches_pattern
 from pipeline.publish.index import read_index
@@ -140,40 +141,73 @@ def test_what_jobs_cost(change):
 # --- the rules in events/ that users copy ---
 
 
-class Loader(yaml.SafeLoader):
-    """CloudFormation's YAML, its functions left as they are."""
+def pattern_of(name):
+    template = load_template(RULES / name)
+    return resolve(template["Resources"]["Rule"]["Properties"]["EventPattern"], {"ModelPackageGroup": MODELS})
 
 
-Loader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix} {node.value}")
+def taken(world, name):
+    """Return the sent events that a rule takes."""
+    sent = [
+        {"source": entry["Source"], "detail-type": entry["DetailType"], "detail": json.loads(entry["Detail"])}
+        for entry in world.sent_events
+    ]
+    return [event for event in sent if matches_pattern(pattern_of(name), event)]
 
 
-@pytest.fixture
-def takes(world):
-    """Which detail types and statuses of the events that were sent a rule takes."""
-
-    def takes(name):
-        pattern = yaml.load((RULES / name).read_text(), Loader)["Resources"]["Rule"]["Properties"]["EventPattern"]
-        sent = [
-            {"source": entry["Source"], "detail-type": entry["DetailType"], "detail": json.loads(entry["Detail"])}
-            for entry in world.sent_events
-        ]
-        return [event for event in sent if matches_pattern(pattern, event)]
-
-    return takes
-
-
-def test_the_rules_take_what_they_say(world, takes):
-    approved = published(world)
+def test_a_failure_pages_someone(world):
+    published(world)
     failed = world.start(world.drop("training_data/fails.jsonl"))
     world.handle("test_model", world.job_event("test_model.train_failed", failed.train_job))
     untested = world.trained(world.drop("training_data/untested.jsonl"))
     world.handle("publish_results", world.job_event("publish_results.test_failed", untested.test_job))
     stopped = world.start(world.drop("training_data/stopped.jsonl"))
     world.handle("test_model", world.job_event("test_model.train_stopped", stopped.train_job))
-    (deployed,) = takes("deploy_on_approved.yaml")
-    assert deployed["detail"]["run_id"] == approved.run_id
-    assert deployed["detail"]["model"].endswith("/output/model/merged/")
-    assert deployed["detail"]["model_package"].startswith("arn:aws:sagemaker:")
-    paged = takes("page_on_failed.yaml")
+    paged = taken(world, "page_on_failed.yaml")
     assert [event["detail"]["run_id"] for event in paged] == [failed.run_id, untested.run_id]
     assert all(event["detail"]["reason"] for event in paged)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"source": "tunedrop"}, False),  # no event that a person can put on a bus
+        ({"detail": {"ModelPackageGroupName": MODELS, "ModelApprovalStatus": "PendingManualApproval"}}, False),
+        ({"detail": {"ModelPackageGroupName": "another", "ModelApprovalStatus": "Approved"}}, False),
+    ],
+)
+def test_only_sagemakers_own_event_of_an_approval_deploys(change, is_taken):
+    """The event's shape: https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html."""
+    detail = {"ModelPackageGroupName": MODELS, "ModelPackageArn": "arn", "ModelApprovalStatus": "Approved"}
+    event = {"source": "aws.sagemaker", "detail-type": "SageMaker Model Package State Change", "detail": detail}
+    assert matches_pattern(pattern_of("deploy_on_approved.yaml"), event | change) == is_taken
+
+
+def at(path, document):
+    """Return what a JSONPath of plain names and indices selects."""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)]", path):
+        document = document[name] if name else document[int(index)]
+    return document
+
+
+def test_what_is_deployed_is_looked_up_in_the_registry(world):
+    run = published(world)
+    result = world.read_json(f"runs/{run.run_id}/result.json")
+    definition = load_template(RULES / "deploy_on_approved.yaml")["Resources"]["DeployIfApproved"]["Properties"][
+        "Definition"
+    ]
+    states = definition["States"]
+    assert definition["StartAt"] == "LookUp"
+    assert states["LookUp"]["Next"] == "IsApproved"
+    assert at(states["LookUp"]["Parameters"]["ModelPackageName.$"], {"ModelPackageArn": "arn"}) == "arn"
+    package = world.aws.sagemaker.describe_model_package(ModelPackageName=result["model_package"])
+    (choice,) = states["IsApproved"]["Choices"]
+    assert (at(choice["Variable"], package), choice["Next"]) == (choice["StringEquals"], "Deploy")
+    assert states[states["IsApproved"]["Default"]] == {"Type": "Succeed"}
+    given = {name: at(path, package) for name, path in states["Deploy"]["Parameters"]["Input"].items()}
+    assert given == {
+        "run_id.$": run.run_id,
+        "model_data.$": result["artifacts"]["merged_model"],
+        "model_package.$": result["model_package"],
+    }

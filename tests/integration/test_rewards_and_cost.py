@@ -34,7 +34,7 @@ def release(world, environment=None, prices=None):
 def drop(world, config, **files):
     for name, content in files.items():
         world.put(f"training_data/{name}.py", content)
-    world.put("training_data/cars.yaml", b"model: org/thing-1B\n" + config)
+    world.put("training_data/cars.yaml", b"model: org/thing-1B@" + b"a" * 40 + b"\n" + config)
     run = world.drop()
     return run, world.read_json(f"runs/{run.run_id}/validation.json")
 

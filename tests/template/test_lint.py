@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from template import TEMPLATE, load_template
 
 LINT = TEMPLATE.parent / ".venv-lint" / "bin"
@@ -18,6 +19,11 @@ def run(*command: str | Path) -> str:
 def test_cfn_lint_serverless() -> None:
     """The transformed template is linted in test_template.py."""
     run(LINT / "cfn-lint", "--append-rules", "cfn_lint_serverless.rules", "--regions", "us-east-1", "--template", TEMPLATE)
+
+
+@pytest.mark.parametrize("path", sorted((TEMPLATE.parent / "events/rules").glob("*.yaml")), ids=lambda path: path.stem)
+def test_cfn_lint_of_the_rules_to_copy(path: Path) -> None:
+    run(LINT / "cfn-lint", "--regions", "us-east-1", "--template", path)
 
 
 def test_checkov() -> None:

@@ -198,7 +198,7 @@ def test_parameters_and_outputs(transformed: Json) -> None:
     }
     assert transformed["Outputs"].keys() == {
         *("DataBucket", "ArtifactBucket", "EventBusName", "RunTable", "TopicArn", "AlarmTopicArn", "DeadLetterQueueUrl"),
-        *("SageMakerRoleArn", "ModelPackageGroup", "TrainingImageUri", "JobPrefix"),
+        *("StopRunsPolicyArn", "SageMakerRoleArn", "ModelPackageGroup", "TrainingImageUri", "JobPrefix"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds"),
         *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
         *REWARD_ENVIRONMENT.values(),

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tunedrop_cli.results import facts_of_end
 from tunedrop_cli.sample import CONFIG, DATA, TESTS
 from tunedrop_cli.watch import follow
 
+ALMOST_FULL = 64 * 2**20  # bytes left on the disk
 # Columns of `up`, in characters: most run ids, and the longest state.
 RUN_WIDTH, STATE_WIDTH = 32, 15
 
@@ -88,7 +90,11 @@ def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None
     console.print("Start a run with `tunedrop drop FILE`. Ctrl-C stops following; `tunedrop down` ends the application.")
     printed: dict[str, tuple[RunState, int]] = {}
     deployment = Deployment.local(stack)
+    full = False
     while True:
+        if full != (full := shutil.disk_usage(state).free < ALMOST_FULL):
+            text = "almost full: uploads may fail. Free some space." if full else "no longer full."
+            console.print(f"The disk of {state} is {text}", markup=False)
         for run in reversed(deployment.all_runs()):
             if printed.get(run.run_id) != (run.state, run.attempt):
                 printed[run.run_id] = (run.state, run.attempt)

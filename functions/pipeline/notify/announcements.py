@@ -4,7 +4,7 @@ from typing import Any
 
 from pipeline.aws import Aws
 from pipeline.notify import events
-from pipeline.notify.events import RunEvent, Upload
+from pipeline.notify.events import RunEvent
 from pipeline.notify.messages import message
 from pipeline.runs.states import Run, RunState
 from pipeline.runs.table import UPLOAD
@@ -42,5 +42,5 @@ def announce_failure(run: Run, settings: Settings, aws: Aws) -> None:
 
 def request_validation(item: dict[str, Any], settings: Settings, aws: Aws) -> None:
     """Ask validate_dataset, by an event, to validate the upload of an upload item again."""
-    upload = Upload(key=item["id"].removeprefix(UPLOAD), version_id=item["version_id"], sequencer=item["sequencer"])
-    event_bus.put(aws.events, event_bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, upload.model_dump()))
+    detail = {"key": item["id"].removeprefix(UPLOAD)}
+    event_bus.put(aws.events, event_bus.entry(settings.event_bus, events.VALIDATION_REQUESTED, detail))

@@ -29,23 +29,26 @@ class Upload(BaseModel):
 
     The order of a key's uploads is the text order of their S3 sequencers, the shorter one padded on the right with zeros
     (https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html). All sequencers are padded
-    here.
+    here. One that is not hexadecimal is no sequencer of S3: ValidationError.
     """
 
     model_config = ConfigDict(frozen=True)
 
     key: str
     version_id: str
-    sequencer: str
+    sequencer: str = Field(pattern=rf"^[0-9A-F]{{{SEQUENCER_LENGTH}}}$")
 
     @classmethod
     def from_event(cls, event: S3EventNotificationEventBridgeModel) -> "Upload":
-        """Read an S3 "Object Created" event. EventBridge does not URL-encode the key, unlike S3's own notifications."""
+        """Read an S3 "Object Created" event. EventBridge does not URL-encode the key, unlike S3's own notifications.
+
+        Only S3 sends this event: PutEvents refuses the sources of AWS's services.
+        """
         s3_object = event.detail.object
         return cls(
             key=s3_object.key,
             version_id=s3_object.version_id or "null",
-            sequencer=(s3_object.sequencer or "").ljust(SEQUENCER_LENGTH, "0"),
+            sequencer=s3_object.sequencer.upper().ljust(SEQUENCER_LENGTH, "0") if s3_object.sequencer else "",
         )
 
 
@@ -100,10 +103,20 @@ START_TRAINING_EVENT: TypeAdapter[DatasetValidated | StopRequested | SlotMayBeFr
 )
 
 
-class ValidationRequested(EventBridgeModel):
-    """A request by `reconcile` to validate an upload again."""
+class ObjectReference(BaseModel):
+    """The field that validate_dataset reads of a request: the object's key."""
 
-    detail: Upload
+    key: str
+
+
+class ValidationRequested(EventBridgeModel):
+    """A request by `reconcile` to validate an upload again.
+
+    It names a key only. The run table has the upload's version and sequencer, from S3's own event: no request can pass an
+    older version, or an upload that S3 never confirmed, for the newest one.
+    """
+
+    detail: ObjectReference
 
 
 class RunEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,7 +53,7 @@ class RunTable:
             self._table.update_item(
                 Key={"id": UPLOAD + key},
                 UpdateExpression="SET version_id = :version, sequencer = :sequencer, #state = :state, #open = :open, "
-                "arrived = :now, tries = if_not_exists(tries, :none) + :one REMOVE run_id",
+                "arrived = :now REMOVE run_id",
                 ConditionExpression="attribute_not_exists(id) OR sequencer < :sequencer "
                 "OR (sequencer = :sequencer AND #state = :state)",
                 ExpressionAttributeNames={"#state": "state", "#open": "open"},
@@ -63,8 +63,6 @@ class RunTable:
                     ":state": RunState.VALIDATING.value,
                     ":open": OPEN_UPLOAD,
                     ":now": clock.now(),
-                    ":none": 0,
-                    ":one": 1,
                 },
             )
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
@@ -76,13 +74,26 @@ class RunTable:
         try:
             self._table.update_item(
                 Key={"id": UPLOAD + key},
-                UpdateExpression="SET #state = :state, run_id = :run REMOVE #open, tries",
+                UpdateExpression="SET #state = :state, run_id = :run REMOVE #open, requests",
                 ConditionExpression="sequencer = :sequencer",
                 ExpressionAttributeNames={"#state": "state", "#open": "open"},
                 ExpressionAttributeValues={":state": state.value, ":run": run_id, ":sequencer": sequencer},
             )
         except self._table.meta.client.exceptions.ConditionalCheckFailedException:
             return
+
+    def count_request(self, item: dict[str, Any]) -> bool:
+        """Count a request to validate an unfinished upload again; False if it is finished or a newer upload exists."""
+        try:
+            self._table.update_item(
+                Key={"id": item["id"]},
+                UpdateExpression="ADD requests :one",
+                ConditionExpression=Attr("open").exists() & Attr("sequencer").eq(item["sequencer"]),
+                ExpressionAttributeValues={":one": 1},
+            )
+        except self._table.meta.client.exceptions.ConditionalCheckFailedException:
+            return False
+        return True
 
     def open_uploads(self) -> list[dict[str, Any]]:
         """Return the items of uploads with unfinished validation, oldest first."""

@@ -80,7 +80,8 @@ def _request_validations(before: str, settings: ReconcileSettings, aws: Aws) -> 
     for item in aws.runs.open_uploads():
         if item["arrived"] > before:
             continue
-        if item["tries"] >= MOST_VALIDATIONS:
+        if item.get("requests", 0) >= MOST_VALIDATIONS:
             logger.error("an upload cannot be validated: see the dead-letter queue", version_id=item["version_id"])
             continue
-        request_validation(item, settings, aws)
+        if aws.runs.count_request(item):
+            request_validation(item, settings, aws)

@@ -21,7 +21,7 @@ def start_run(run: Run, settings: JobSettings, aws: Aws) -> Run:
     """
     if run.state == RunState.CANCELLED:
         end_stopped(run, settings, aws)
-    elif run.failed:  # SageMaker refused its job
+    elif run.state == RunState.TRAINING_FAILED:  # SageMaker refused its job
         announce_failure(run, settings, aws)
     elif run.state == RunState.VALIDATED:
         # Waiting runs go first. A run with a slot may have a job already: an earlier delivery took the slot.

@@ -17,6 +17,7 @@ from pipeline.observability import logger
 from pipeline.runs import clock
 from pipeline.runs.states import RETRYABLE, Run, RunState, inputs_digest, run_ids
 from pipeline.settings import Settings, ValidateSettings
+from pipeline.validation.hub import pin_model
 from pipeline.validation.internal import INTERNAL
 from pipeline.validation.model_files import READ_FILES, ModelFiles
 from pipeline.validation.modules import ALL_LINEAR, HEADER_BYTES, header_bytes
@@ -88,6 +89,15 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
     return run
 
 
+def validate_again(key: str, settings: ValidateSettings, aws: Aws) -> Run | None:
+    """Validate the newest known upload of a key, unless it is validated; return its run, None for an unknown key."""
+    item = aws.runs.upload(key)
+    if item is None:
+        logger.info("ignored a request for an object that was never uploaded")
+        return None
+    return validate_upload(Upload(key=key, version_id=item["version_id"], sequencer=item["sequencer"]), settings, aws)
+
+
 def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) -> Fetched | None:
     """Fetch a dataset's companion files into a folder, and begin to fetch the dataset; None if the dataset is gone."""
     plan_digest = current_digest(aws, settings.artifact_bucket)
@@ -98,6 +108,10 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
     candidates = (aws.read(settings.data_bucket, key, MAX_TESTS_BYTES) for key in object_keys.tests_keys(dataset))
     tests = next((content for content in candidates if content is not None), None)
     config, about_config = read_config(raw, settings.default_model)
+    environment = plan["train"].get("Environment", {})
+    pinned, problems = pin_model(config.model, environment)
+    config = config.model_copy(update={"model": pinned})
+    about_config.problems.extend(problems)
     model, model_identity = _fetch_model(config, folder / "model", settings, aws)
     rewards, beside = folder / "rewards", f"{upload.key.rpartition('/')[0]}/"
     reward_contents = _fetch_rewards(config, beside, rewards, settings, aws)
@@ -127,7 +141,7 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
         max_run_cost_usd=settings.max_run_cost_usd or None,
         image=plan["train"]["AlgorithmSpecification"]["TrainingImage"],
         # The jobs' environment: rewards have the same permissions here as in a job.
-        permissions=reward_permissions(plan["train"].get("Environment", {}), aws.client, rewards),
+        permissions=reward_permissions(environment, aws.client, rewards),
         prices=Prices(**plan["prices"]) if plan.get("prices") else None,
     )
     return Fetched(
@@ -138,7 +152,7 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
 def _fetch_model(config: RunConfig, folder: Path, settings: ValidateSettings, aws: Aws) -> tuple[ModelFiles | None, str]:
     """Fetch the base model's small files; return its files, and the text that pins the model: its files' ETags.
 
-    A hub id pins itself, and its files are not here.
+    A model of the hub is pinned by its commit (`pin_model`), and its files are not here.
     """
     if "/" in config.model:
         return None, config.model

@@ -200,9 +200,10 @@ class RunConfig(_Section):
     model: Annotated[
         str,
         Field(
-            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._-]*)?)?$",
             max_length=200,
-            description="A folder under models/ in the data bucket, or a hub id.",
+            description="A folder under models/ in the data bucket, or a hub id: `org/name`, or `org/name@revision`. "
+            "Validation replaces a branch or tag by its commit.",
         ),
     ]
     system_prompt: str | None = Field(default=None, description="Added to every prompt without a system message.")
