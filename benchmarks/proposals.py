@@ -5,7 +5,7 @@
 `faq` has rows `{"Index", "Question", "Answer", "Reasoning"}` whose answers are sentences; `worked` has word problems whose
 answers end with `#### number`, as GSM8K's. The base model is SmolLM2-135M-Instruct. Only the number of steps and the batch
 are set here. The benchmark prints the proposal, the learnability gate's estimate, and the mean reward of the first and the
-last steps.
+last steps. The learning rate is that of `init` for so many steps.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from typing import Any
 
 import yaml
 
-from tunedrop_cli.init import propose
+from tunedrop_cli.init import learning_rate, propose
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / ".tunedrop/models/SmolLM2-135M-Instruct"
+PARAMETERS = 135e6
 CAPITALS = dict(
     pair.split(":")
     for pair in (
@@ -79,7 +80,8 @@ def train(shape: str, steps: int, folder: Path) -> None:
     data = folder / f"{shape}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in SHAPES[shape]()))
     proposal = propose(data, MODEL, folder, lambda _: True)
-    grpo = proposal.config["grpo"] | {"max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 7e-4}
+    grpo = proposal.config["grpo"] | {"max_steps": steps, "per_device_train_batch_size": 32}
+    grpo["learning_rate"] = learning_rate(steps, PARAMETERS)
     config = proposal.config | {"model": MODEL.name, "grpo": grpo}
     print(yaml.safe_dump({shape: proposal.config}, sort_keys=False), flush=True)
     (folder / "run").mkdir()

@@ -116,6 +116,7 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
     if receipt.unused_columns:
         yield "not used", ", ".join(receipt.unused_columns)
     aside = f", {receipt.rejected.rows} set aside" if receipt.rejected.rows else ""
+    aside += f", {receipt.left_out} left out because a test asks their question" if receipt.left_out else ""
     yield "rows", f"{receipt.rows} usable, {receipt.heldout} held out{aside}"
     for name in ("prompt", "answer"):
         if length := receipt.stats.get(f"{name}_characters"):

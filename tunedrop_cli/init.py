@@ -1,18 +1,34 @@
-"""`tunedrop init`: looks at a dataset and proposes a run config, with a comment for each decision."""
+"""`tunedrop init`: looks at a dataset, proposes a run config with a comment for each decision, and writes first tests."""
 
+import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from xxhash import xxh3_64_intdigest
 
+from pipeline.publish.statistics import FEW_TESTS
 from pipeline.validation.receipt import Receipt
-from tunedrop.rewards.sample import final_answer
+from tunedrop.config.model import RunConfig
+from tunedrop.config.parse import parse_run_config
+from tunedrop.dataset.columns import OWN
+from tunedrop.dataset.rows import Row, read_rows
+from tunedrop.problems import Problem
+from tunedrop.questions import prompt_text, question
+from tunedrop.rewards.registry import ALL_COLUMNS
+from tunedrop.rewards.sample import ACCEPTED, final_answer
 from tunedrop_cli.check import check_file
 
-# A held-out half judges the model, and the gate needs 20 questions to decide: twice as many, and some to spare.
-HELD_OUT = 48
+# A fifth of the questions are tests: at least as many as the gate needs to decide, and no more than that and some to spare.
+MOST_TESTS = 48
+TEST_SHARE = 5
+# The sum of the learning rates over a run's steps that moved the reward; the highest rates, by the model's parameters.
+TOTAL_RATE = 7e-3
+LOWEST_RATE = 1e-5
+HIGHEST_RATES = ((1e9, 7e-4), (float("inf"), 1e-4))
 # Tokens of reasoning before a final answer.
 REASONING_TOKENS = 256
 CHARACTERS_PER_TOKEN = 4
@@ -36,15 +52,21 @@ class Decision(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A run config, the reasons for its keys, and the receipt of the dataset with it."""
+    """A run config, the reasons for its keys, the receipt of the dataset with it, and tests (empty: the user's own)."""
 
     config: dict[str, Any]
     reasons: dict[str, str]
     receipt: Receipt
+    tests: str
 
 
-def propose(file: Path, model: Path | None, folder: Path, accept: Callable[[Decision], bool]) -> Proposal:
-    """Return a config for a dataset. `accept` decides where the file leaves something open; `folder` is for drafts."""
+def propose(
+    file: Path, model: Path | None, folder: Path, accept: Callable[[Decision], bool], own_tests: Path | None = None
+) -> Proposal:
+    """Return a config for a dataset, and tests where the user has none.
+
+    `accept` decides where the file leaves something open; `folder` is for drafts.
+    """
     config: dict[str, Any] = {}
     receipt = _checked(file, model, folder, config)
     refused: set[str] = set()
@@ -58,15 +80,66 @@ def propose(file: Path, model: Path | None, folder: Path, accept: Callable[[Deci
         else:
             refused.add(decision.question)
     if not receipt.ok:
-        return Proposal(config, {}, receipt)
+        return Proposal(config, {}, receipt, "")
     chosen, reasons = _choices(receipt, config)
-    return Proposal(_merged(config, chosen), reasons, _checked(file, model, folder, _merged(config, chosen)))
+    config = _merged(config, chosen)
+    tests, written = own_tests, ""
+    if own_tests is None:
+        written = first_tests(file, receipt, config)
+        tests = folder / "tests.json"
+        tests.write_text(written)
+        config["tests"] = {"leave_out_rows": True}
+        reasons["tests"] = "The tests are rows of this file: they, and rows with their questions, stay out of the training"
+    receipt = _checked(file, model, folder, config, tests)
+    steps, parameters = receipt.cost.get("steps", 1), receipt.cost.get("parameters")
+    config["grpo"] |= {"learning_rate": learning_rate(steps, parameters)}
+    size = f" of a model with {parameters / 1e9:.2g} billion parameters" if parameters else ""
+    reasons["grpo"] += f". The learning rate is for {steps} steps{size}; halve it if the reward falls"
+    return Proposal(config, reasons, receipt, written)
 
 
-def _checked(file: Path, model: Path | None, folder: Path, config: Mapping[str, Any]) -> Receipt:
+def _checked(file: Path, model: Path | None, folder: Path, config: Mapping[str, Any], tests: Path | None = None) -> Receipt:
     draft = folder / "draft.yaml"
     draft.write_text(yaml.safe_dump(dict(config), allow_unicode=True) if config else "")
-    return check_file(file, draft, None, model)
+    return check_file(file, draft, tests, model)
+
+
+def learning_rate(steps: int, parameters: float | None) -> float:
+    """Return a learning rate for LoRA: fewer steps need larger ones, since Adam moves a weight by about the rate in a step.
+
+    (Adam: Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, section 2.1.) The sum over the steps is that of two runs
+    whose reward rose: 500 steps of 1e-5 with a model of 3 billion parameters in TRL's documentation, ten times the rate of
+    full tuning (https://huggingface.co/docs/trl/main/en/lora_without_regret), and 10 steps of 7e-4 with SmolLM2-135M in
+    docs/benchmarks.md, where 2e-4 was too little. Larger models get at most 1e-4.
+    """
+    highest = next(rate for size, rate in HIGHEST_RATES if (parameters or 0) < size)
+    return float(f"{min(highest, max(LOWEST_RATE, TOTAL_RATE / max(1, steps))):.0e}")
+
+
+def first_tests(file: Path, receipt: Receipt, config: Mapping[str, Any]) -> str:
+    """Return a test file of some rows of a valid dataset: of those whose questions have the lowest hashes, in any order."""
+    duplicates = receipt.stats["duplicates"]
+    questions = receipt.rows - duplicates["exact"] - duplicates["same_prompt"]
+    count = min(MOST_TESTS, max(FEW_TESTS, questions // TEST_SHARE), questions // 2)
+    # The run adds the system prompt to the tests, too.
+    parsed = parse_run_config({"model": "none"} | dict(config) | {"system_prompt": None})
+    kept: dict[int, Row] = {}
+    for row in read_rows(file, parsed):
+        if not isinstance(row, Problem):
+            kept.setdefault(xxh3_64_intdigest(question(prompt_text(row["prompt"])).encode()), row)
+            if len(kept) > count:
+                del kept[max(kept)]
+    cases = [_case(row, number, parsed) for number, row in enumerate(kept.values(), 1)]
+    return json.dumps({"evaluations": cases}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _case(row: Row, number: int, config: RunConfig) -> dict[str, Any]:
+    plain = len(row["prompt"]) == 1 and "tools" not in row["prompt"][0]
+    asked = {"prompt": row["prompt"][0]["content"]} if plain else {"messages": row["prompt"]}
+    read = config.reward_columns() | {ACCEPTED}
+    columns = {name: row[name] for name in row if name not in OWN and (name in read or ALL_COLUMNS in read)}
+    case = {"id": f"test-{number}"} | asked | {"description": row["answer"]}
+    return case | ({"columns": columns} if columns else {})
 
 
 def _merged(config: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,9 +195,8 @@ def _choices(receipt: Receipt, config: Mapping[str, Any]) -> tuple[dict[str, Any
     )
     chosen["grpo"] = {"max_completion_length": _rounded(room)}
     reasons["grpo"] = "Room for the longest answer" + (", with reasoning before it" if worked else "")
-    fraction = min(0.5, max(0.1, HELD_OUT / receipt.rows))
-    chosen["heldout_fraction"] = round(fraction, 2)
-    reasons["heldout_fraction"] = "Rows that choose the checkpoint and judge the model, as long as there is no test file"
+    chosen["heldout_fraction"] = 0.1
+    reasons["heldout_fraction"] = "Other rows that are not trained on: they choose the checkpoint"
     return chosen, reasons
 
 
@@ -162,5 +234,9 @@ def config_text(proposal: Proposal, name: str) -> str:
             lines.append("# {}: {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars)
     for key, value in proposal.config.items():
         reason = proposal.reasons.get(key, "As you decided")
-        lines += ["", f"# {reason}.", yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=120).rstrip()]
+        lines += [
+            "",
+            *textwrap.wrap(f"{reason}.", 118, initial_indent="# ", subsequent_indent="# "),
+            yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=120).rstrip(),
+        ]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,51 @@ def test_random_answers_do_not_earn_the_default_reward(pairs, reward, parameters
         scores = built([row["prompt"]] * 61, [row["answer"], *texts], answer=[row["answer"]] * 61)
         assert scores[0] == 1.0
         assert sum(score or 0.0 for score in scores[1:]) / 60 < 0.3
+
+
+class Grader:
+    """A local stand-in for a judge's model: it finds the reference in the answer, as the request shows both to it."""
+
+    def converse(self, messages, **_):
+        request = messages[0]["content"][0]["text"]
+        reference, answer = (
+            re.findall(rf"<{part} \S+>\n(.*?)\n</{part} ", request, re.DOTALL)[-1].lower()
+            for part in ("reference", "answer")
+        )
+        right = " ".join(reference.split()) in " ".join(answer.split())
+        return {"output": {"message": {"content": [{"text": f"<score>{10 * right}</score>"}]}}}
+
+
+ADD = "def add(n):\n    return n + {}"
+PROGRAMS = [
+    {"prompt": user(f"Write add, with {n}."), "answer": ADD.format(n), "tests": [f"assert add(1) == {n + 1}"]}
+    for n in (3, 4)
+]
+TEXTS = [
+    {"prompt": user("Tell me of the river."), "answer": LONG},
+    {"prompt": user("And the hill?"), "answer": f"Hills. {LONG[:60]}"},
+]
+SERVED = [
+    (PROGRAMS, "code_tests", ["Here it is:\n```python\n{}\n```", "<think>We add.</think>\n{}", "\n{}\n\n", "import math\n{}"]),
+    (TEXTS, "judge", ["{}", "I thought about it. {}", "\n {}\n\n"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "name", "paraphrases"), SERVED, ids=[name for _, name, _ in SERVED])
+def test_gold_and_paraphrases_earn_programs_and_judges_and_wrong_answers_do_not(rows, name, paraphrases):
+    grader = Grader()
+    permissions = RewardPermissions(lambda _: grader, judge_model="m" if name == "judge" else "", allow_code=True)
+    (spec,) = choose_rewards(rows, permissions).rewards
+    assert spec.type == name
+    (built,) = build_rewards([spec], permissions)
+    for row, other in zip(rows, reversed(rows), strict=True):
+        right = [row["answer"], *(words.format(row["answer"]) for words in paraphrases)]
+        draw = random.Random(0)
+        noise = ["".join(draw.choices(string.printable, k=20)) for _ in range(3)]
+        wrong = ["", other["answer"], row["prompt"][0]["content"], "lorem ipsum " * 200, "…", *noise]
+        texts = right + wrong
+        columns = {key: [value] * len(texts) for key, value in row.items() if key != "prompt"}
+        assert built([row["prompt"]] * len(texts), texts, **columns) == [1.0] * len(right) + [0.0] * len(wrong)
 
 
 def test_a_tool_call_is_asked_for_where_the_rows_have_tools():

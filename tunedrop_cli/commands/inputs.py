@@ -87,23 +87,31 @@ def check(file: Path, config: Path | None, tests: Path | None, model: Path | Non
 )
 @click.option("--yes", is_flag=True, help="Take every proposal, without questions.")
 def init(file: Path, model: Path | None, output: Path | None, yes: bool) -> None:
-    """Look at a dataset, and write a commented run config for it.
+    """Look at a dataset, and write a commented run config and first tests for it.
 
-    The config says which columns the model sees, the reward and the reason for it, the form of an answer, and limits from
-    token counts. Where the file leaves something open, the command asks. Exit codes: 0 written, 1 rejected, 2 wrong usage.
+    The config says which columns the model sees, the reward and the reason for it, the form of an answer, limits from token
+    counts, and the learning rate. The tests are rows of the dataset, in FILE's name with .tests.json; the run does not train
+    on these rows. Where such a file exists, it stays, and its tests count. Where the dataset leaves something open, the
+    command asks. Exit codes: 0 written, 1 rejected, 2 wrong usage.
 
     \b
-    Example: tunedrop init cars.jsonl && tunedrop drop cars.jsonl --config cars.yaml
+    Example: tunedrop init cars.jsonl && tunedrop drop cars.jsonl --config cars.yaml --tests cars.tests.json
     """
     if problem := refuse(file.name, size=0):
         raise click.BadParameter(f"{file.name}: {problem}", param_hint="FILE")
     target = output or file.with_name(f"{file.name.removesuffix('.gz').rpartition('.')[0]}.yaml")
     if target.exists():
         raise click.UsageError(f"{target} exists: remove it, or pass --output")
+    tests = target.with_suffix(".tests.json")
+    own_tests = tests if tests.exists() else None
     with tempfile.TemporaryDirectory() as folder:
-        proposal = propose(file, model, Path(folder), lambda decision: yes or click.confirm(decision.question, default=True))
-    print_raw("\n".join(receipt_text(proposal.receipt, file, target, None)))
+        proposal = propose(
+            file, model, Path(folder), lambda decision: yes or click.confirm(decision.question, default=True), own_tests
+        )
+    print_raw("\n".join(receipt_text(proposal.receipt, file, target, tests)))
     if not proposal.receipt.ok:
         sys.exit(1)
     target.write_text(config_text(proposal, file.name))
-    click.echo(f"wrote {target}")
+    if own_tests is None:
+        tests.write_text(proposal.tests)
+    click.echo(f"wrote {target}" + (f" and {tests}" if own_tests is None else f", for the tests in {tests}"))

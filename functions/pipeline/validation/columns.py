@@ -1,13 +1,13 @@
 """What the model sees of a dataset's columns, what only rewards see, and what nobody sees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 import msgspec
 
 from pipeline.validation.section import Section
 from tunedrop.config.model import RunConfig
-from tunedrop.dataset.columns import is_template, normal
+from tunedrop.dataset.columns import CONTINUED_NAMES, is_template, normal
 from tunedrop.dataset.prompts import unseen
 from tunedrop.dataset.rows import Records, Row
 from tunedrop.problems import Problem
@@ -22,6 +22,8 @@ _NOT_THE_QUESTION = (
     "generated answer target label reference gold chosen rejected url html link source metadata meta hint feedback critique "
     "test code id"
 ).split()
+# Columns with a text that asks for nothing by itself.
+_TEXTS = {*CONTINUED_NAMES, "dialogue", "dialog", "text", "sentence"}
 # A prompt asks for one of a few labels. So many rows with so few answers are a classification.
 FEW_LABELS, ROWS_PER_LABEL = 20, 5
 
@@ -38,7 +40,8 @@ def check_columns(records: Records, sample: Sequence[Row], config: RunConfig) ->
     receipt = {"columns": columns, "reward_columns": by_rewards, "unused_columns": unused}
     problems = list(_long_texts(unused, sample)) if not is_template(config.columns.prompt) else []
     warnings = [f"{note}" + (f": {count}" if count > 1 else "") for note, count in records.notes.items()]
-    return Section(receipt, problems, [*warnings, *_variants(variants), *_labels(sample)])
+    labels = list(_labels(sample))
+    return Section(receipt, problems, [*warnings, *_variants(variants), *(labels or _no_task(columns, sample))])
 
 
 def _variants(variants: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -57,6 +60,18 @@ def _long_texts(unused: Sequence[str], sample: Sequence[Row]) -> Iterator[Proble
         if median(lengths) >= LONG_TEXT and median(lengths) > median(prompts):
             what = "has long texts, and the model does not see them: the question may be about them"
             yield msgspec.structs.replace(unseen(name, what).problem, key=name)
+
+
+def _no_task(columns: Mapping[str, str], sample: Sequence[Row]) -> Iterator[str]:
+    """Warn of prompts that are a text alone, such as an article, without a word about what to do with it."""
+    alone = columns.keys() == {"prompt", "answer"} and normal(columns["prompt"]) in _TEXTS
+    prompts = [row["prompt"] for row in sample]
+    asked = sum(prompt[0]["role"] == "system" or prompt[-1]["content"].rstrip()[-1] in ":?" for prompt in prompts)
+    if alone and asked <= len(prompts) / 2:
+        yield (
+            f"the prompt is the column '{columns['prompt']}' alone, and nothing says what the model should do with it: say "
+            'it in the config, such as system_prompt: "Sum up the text in one sentence."'
+        )
 
 
 def _labels(sample: Sequence[Row]) -> Iterator[str]:

@@ -60,6 +60,7 @@ def estimate(config: ResolvedConfig, work: Work, terms: Terms) -> Section:
     receipt = {
         "steps": optimizer_steps(config, work.rows, processes),
         "answers": answers,
+        "parameters": work.parameters,
         "prompt_tokens": round(answers * _prompt(config, work)),
         "generated_tokens": [round(answers * tokens) for tokens in _completion(config, work)],
         "instances": instances,

@@ -18,7 +18,7 @@ MOST_HELDOUT_FRACTION = 0.5  # RunConfig.heldout_fraction's maximum
 
 
 class RepeatedTests:
-    """Compares every row's question with those of the tests (`add`), then has the ids of the tests that repeat a row.
+    """Finds the rows that ask a test's question (`find`), then has the ids of the tests that repeat a row.
 
     A test without a system message of its own also repeats a row that has one.
     """
@@ -27,26 +27,37 @@ class RepeatedTests:
         self._ids: dict[str, list[str]] = {}
         self._outlines: set[bytes] = set()
         self._found: set[str] = set()
+        self.rows = 0  # how many rows ask a test's question
         for test in tests:
             added = test.prompt[0] == {"role": "system", "content": config.system_prompt}
             text = prompt_text(test.prompt[1:] if added else test.prompt)
             self._ids.setdefault(question(text), []).append(test.id)
             self._outlines.add(outline(text.encode()))
 
-    def add(self, texts: Sequence[str], encoded: Sequence[bytes]) -> None:
-        """Add rows: their prompts' texts (as in `tunedrop.dataset.rows.Rows`), also as UTF-8."""
+    def find(self, texts: Sequence[str], encoded: Sequence[bytes]) -> set[int]:
+        """Return the indices of the rows that ask a test's question.
+
+        The rows are their prompts' texts (as in `tunedrop.dataset.rows.Rows`), also as UTF-8.
+        """
         if not self._ids:
-            return
-        for text, raw in zip(texts, encoded, strict=True):
+            return set()
+        repeating = set()
+        for index, (text, raw) in enumerate(zip(texts, encoded, strict=True)):
             # The whole prompt, and the prompt without its first message.
+            asked = []
             if outline(raw) in self._outlines:
-                self._found.add(question(text))
+                asked.append(question(text))
             if outline(raw.partition(b"\0")[2]) in self._outlines:
-                self._found.add(question(text.partition("\0")[2]))
+                asked.append(question(text.partition("\0")[2]))
+            if found := self._ids.keys() & asked:
+                self._found |= found
+                repeating.add(index)
+        self.rows += len(repeating)
+        return repeating
 
     def ids(self) -> list[str]:
         """Return the ids of the tests that repeat a row, in order."""
-        return sorted(name for each in self._ids.keys() & self._found for name in self._ids[each])
+        return sorted(name for each in self._found for name in self._ids[each])
 
 
 def judges_from_file(tests: Sequence[InferenceTest], repeated: Collection[str]) -> tuple[list[InferenceTest], list[str]]:

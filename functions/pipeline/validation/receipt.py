@@ -41,6 +41,7 @@ class Receipt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     examples: list[dict[str, str]] = []
     rewards: dict[str, Any] = {}
     cost: dict[str, Any] = {}
+    left_out: int = 0
     heldout: int = 0
     choosing: int = 0
     inference_tests: int = 0

@@ -10,6 +10,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pipeline.validation.columns import check_columns
+from pipeline.validation.judges import RepeatedTests
 from pipeline.validation.receipt import LISTED_ERRORS, RejectedRows, Tally
 from pipeline.validation.section import Section
 from pipeline.validation.split import Split, divide
@@ -23,6 +24,15 @@ from tunedrop.problems import Problem
 # The limit of bytes in train.jsonl. A Parquet file can unpack to any size, and the function's /tmp has 10 GiB.
 MAX_WRITTEN_BYTES = 5 * 1024**3
 CHARACTERS_PER_TOKEN = 4
+
+
+class _Pass(NamedTuple):
+    """Where the pass takes the rows: the tests that they may repeat, whether such rows are left out, split and survey."""
+
+    repeated: RepeatedTests
+    leave_out: bool
+    split: Split
+    survey: Survey
 
 
 class RowsRead(NamedTuple):
@@ -55,13 +65,15 @@ def read_rows(
         counter, tokenizer = stack.enter_context(_tokenizer(model, config))
         split = stack.enter_context(Split(folder, config.heldout_fraction))
         survey = Survey(config, tests, counter)
-        records = Records(config)
-        broken = _read(records.batches(data, suffix), split, survey, config.max_bad_rows, folder / "rejected.jsonl")
+        records, repeated = Records(config), RepeatedTests(tests, config)
+        to = _Pass(repeated, config.tests.leave_out_rows, split, survey)
+        broken = _read(records.batches(data, suffix), to, config.max_bad_rows, folder / "rejected.jsonl")
         heldout, sample = split.finish()
         choosing, judging = (heldout, []) if tests else divide(heldout)
         (folder / "heldout.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(choosing))
-        surveyed = survey.finish(sample, records.roles)
-    counts = {"rows": split.rows, "heldout": len(heldout), "choosing": len(choosing)}
+        surveyed = survey.finish(sample, records.roles, [] if to.leave_out else repeated.ids())
+    left_out = repeated.rows if to.leave_out else 0
+    counts = {"rows": split.rows, "left_out": left_out, "heldout": len(heldout), "choosing": len(choosing)}
     sections = [tokenizer, broken, Section(counts, [], []), check_columns(records, sample, config), surveyed]
     trained = split.rows - len(heldout) - survey.dropped
     return RowsRead(sections, sample, judging, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
@@ -90,7 +102,7 @@ def _tokenizer(model: Path | None, config: RunConfig) -> Iterator[tuple[TokenCou
             counter.close()
 
 
-def _read(batches: Iterator[Rows], split: Split, survey: Survey, allowed: float, aside: Path) -> Section:
+def _read(batches: Iterator[Rows], to: _Pass, allowed: float, aside: Path) -> Section:
     """Take every row to the split and the survey; return the section about broken rows.
 
     Up to the share `allowed`, broken rows go into the file `aside`. A larger share of them rejects the dataset.
@@ -107,8 +119,8 @@ def _read(batches: Iterator[Rows], split: Split, survey: Survey, allowed: float,
                     encode(msgspec.to_builtins(bad.problem) | {"record": bad.record}) + b"\n" for bad in batch.rejected
                 )
             if batch.rows:
-                _take(batch, split, survey)
-            if split.written > MAX_WRITTEN_BYTES:
+                _take(batch, to)
+            if to.split.written > MAX_WRITTEN_BYTES:
                 message = f"the unpacked rows exceed {MAX_WRITTEN_BYTES:,} bytes"
                 errors.add(Problem("TOO_LARGE", message, "upload a sample of them"))
                 break
@@ -128,8 +140,22 @@ def _read(batches: Iterator[Rows], split: Split, survey: Survey, allowed: float,
     )
 
 
-def _take(batch: Rows, split: Split, survey: Survey) -> None:
+def _take(batch: Rows, to: _Pass) -> None:
     encoded = list(map(str.encode, batch.texts))
+    repeating = to.repeated.find(batch.texts, encoded)
+    if repeating and to.leave_out:
+        kept = [index for index in range(len(encoded)) if index not in repeating]
+        encoded = [encoded[index] for index in kept]
+        batch = _only(batch, kept)
     hashes = list(map(xxh3_64_intdigest, encoded))
-    survey.add(batch, encoded, hashes)
-    split.add(batch.rows, hashes, batch.numbers)
+    to.survey.add(batch, encoded, hashes)
+    to.split.add(batch.rows, hashes, batch.numbers)
+
+
+def _only(batch: Rows, indices: Sequence[int]) -> Rows:
+    return batch._replace(
+        rows=[batch.rows[index] for index in indices],
+        numbers=[batch.numbers[index] for index in indices],
+        lines=[batch.lines[index] for index in indices] if batch.lines else [],
+        texts=[batch.texts[index] for index in indices],
+    )

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from pipeline.validation.duplicates import Duplicates
-from pipeline.validation.judges import RepeatedTests
 from pipeline.validation.lengths import summary
 from pipeline.validation.section import Section
 from pipeline.validation.tokens import PromptTokens, TokenCounter, TokenizerError, unusable_tokenizer
@@ -32,7 +31,6 @@ class Survey:
         self._duplicates = Duplicates()
         self._prompts, self._answers = Counter[int](), Counter[int]()
         self._tests = tests
-        self._repeated = RepeatedTests(tests, config)
 
     def add(self, batch: Rows, encoded: Sequence[bytes], hashes: Sequence[int]) -> None:
         """Add a batch of rows, with its prompts' texts as UTF-8 and their hashes."""
@@ -40,7 +38,6 @@ class Survey:
         self._duplicates.add(batch.numbers, hashes, answers)
         self._prompts.update([len(text) - text.count("\0") for text in batch.texts])
         self._answers.update(map(len, answers))
-        self._repeated.add(batch.texts, encoded)
         if len(self._examples) < SHOWN_EXAMPLES:
             self._show(batch.rows)
         if self._counter:
@@ -83,20 +80,19 @@ class Survey:
         self._problems.append(unusable_tokenizer(self._config, error))
         self._counter = self._counting = None
 
-    def finish(self, sample: Sequence[Row], roles: Collection[tuple[str, ...]]) -> Section:
-        """Return the section. `roles` are the orders of roles in the rows."""
+    def finish(self, sample: Sequence[Row], roles: Collection[tuple[str, ...]], repeated: Sequence[str]) -> Section:
+        """Return the section. `roles` are the orders of roles in the rows, `repeated` the ids of tests that repeat a row."""
         stats: dict[str, Any] = {}
         tokens: dict[str, Any] = {}
         warnings: list[str] = []
         if sample:
-            tests = self._repeated.ids()
             stats = {
                 "prompt_characters": summary(self._prompts),
                 "answer_characters": summary(self._answers),
                 "duplicates": self._duplicates.result(),
-                "tests_in_training": tests,
+                "tests_in_training": repeated,
             }
-            warnings += [*_duplicates(stats["duplicates"]), *_overlap(tests)]
+            warnings += [*_duplicates(stats["duplicates"]), *_overlap(repeated)]
             tokens, more = self._finish_tokens(sample, roles)
             warnings += more
         return Section({"stats": stats, "tokens": tokens, "examples": self._examples}, self._problems, warnings)
@@ -129,5 +125,5 @@ def _overlap(tests: Sequence[str]) -> Iterator[str]:
         shown = ", ".join(tests[:SHOWN]) + (", …" if len(tests) > SHOWN else "")
         yield (
             f"inference tests that repeat a row's question (up to spacing, case and the form of numbers): {len(tests)} "
-            f"({shown}); they measure memory, not learning, and do not judge the model"
+            f"({shown}); they measure memory, not learning, and do not judge the model (unless tests.leave_out_rows)"
         )

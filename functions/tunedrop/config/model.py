@@ -114,7 +114,13 @@ class Gate(_Section):
 
 
 class Tests(_Section):
-    """How both models answer the inference tests."""
+    """The inference tests: which rows they take from the training, and how both models answer them."""
+
+    leave_out_rows: bool = Field(
+        default=False,
+        description="Leave out the rows that ask a test's question, so that the test judges the model. By default a test "
+        "that repeats a row does not judge.",
+    )
 
     max_completion_length: int | None = Field(
         default=None,

@@ -270,8 +270,8 @@ def _warnings(config: RunConfig) -> Iterator[tuple[bool, str]]:
     rate, temperature = config.grpo_value("learning_rate"), config.grpo_value("temperature")
     group, beta, completion = (config.grpo_value(key) for key in ("num_generations", "beta", "max_completion_length"))
     yield (
-        rate > 5e-4,
-        f"grpo.learning_rate {rate:g} is high: GRPO with LoRA usually diverges above 5e-4; 1e-5 to 1e-4 is common",
+        rate > 7e-4,
+        f"grpo.learning_rate {rate:g} is high, and GRPO may diverge: 1e-5 to 1e-4 is common, 7e-4 for few steps",
     )
     yield rate < 1e-7, f"grpo.learning_rate {rate:g} is low: below 1e-7 an adapter hardly changes; 1e-5 to 1e-4 is common"
     yield (

@@ -8,11 +8,11 @@ from tunedrop.dataset.bad_row import BadRowError
 from tunedrop.dataset.columns import normal
 from tunedrop.dataset.messages import calls
 
-# The key of the answer in an object: of verl and SageMaker RLVR, of Nova, of TriviaQA (value) and of SQuAD (text).
-_KEYS = ("ground_truth", "final_answer", "answer", "value", "text")
+# The key of the answer in an object: of verl and SageMaker RLVR, Nova, TriviaQA (value), SQuAD (text) and DROP (spans).
+_KEYS = ("ground_truth", "final_answer", "answer", "value", "text", "spans")
 _MORE = ("aliases", "normalized_aliases")
-# Other keys of TriviaQA's and SQuAD's answers.
-_OTHERS = "answer_start type matched_wiki_entity_name normalized_value normalized_matched_wiki_entity_name".split()
+# Other keys of TriviaQA's, SQuAD's and DROP's answers.
+_OTHERS = "answer_start types type matched_wiki_entity_name normalized_value normalized_matched_wiki_entity_name".split()
 _KNOWN = {*_KEYS, *_MORE, *_OTHERS}
 
 
@@ -26,6 +26,8 @@ class Answer(NamedTuple):
 
 def read_answer(value: Any, column: str) -> Answer:
     """Return the answer in a column's value. `text` is None for null. Raises BadRowError for an object without an answer."""
+    if isinstance(value, str) and holds_texts(value, column):
+        value = msgspec.json.decode(value)
     if isinstance(value, str) or value is None:
         return Answer(value)
     if isinstance(value, dict):
@@ -33,6 +35,16 @@ def read_answer(value: Any, column: str) -> Answer:
     if isinstance(value, list):
         return _of_list(value, column)
     return Answer(_json(value))
+
+
+def holds_texts(value: str, column: str) -> bool:
+    """Return whether a text of a column for several answers is a list of texts as JSON (Skywork-OR1, APPS)."""
+    if not value.startswith('["') or normal(column) not in {"answers", "groundtruth", "solutions"}:
+        return False
+    try:
+        return all(isinstance(each, str) for each in msgspec.json.decode(value, type=list[Any]))
+    except msgspec.DecodeError:
+        return False
 
 
 def _of_object(value: dict[str, Any], column: str) -> Answer:
@@ -57,8 +69,10 @@ def _of_list(value: list[Any], column: str) -> Answer:
             return Answer(_json(calls(message["tool_calls"])))
         return Answer(message.get("content"))
     texts = [_json(each) for each in value if isinstance(each, str | int | float)]
-    is_answers = any(word in normal(column) for word in ("answer", "groundtruth", "alias"))
-    if is_answers and texts and len(texts) == len(value):
+    is_answers = any(word in normal(column) for word in ("answer", "groundtruth", "alias", "solutions"))
+    if is_answers and not value:  # SQuAD 2.0's questions without an answer
+        return Answer("")
+    if is_answers and len(texts) == len(value):
         accepted = list(dict.fromkeys(texts))
         return Answer(accepted[0], accepted if len(accepted) > 1 else [])
     return Answer(_json(value))

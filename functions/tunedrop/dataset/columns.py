@@ -1,7 +1,8 @@
 """Which columns of a dataset make the prompt and the answer: by the config, else by the columns' names.
 
-Names are compared without case, spaces, `_` and `-`. The names are those of the datasets on public hubs, and of the
-fine-tuning formats of OpenAI, Amazon Bedrock, Amazon Nova, Anthropic, verl, TRL, LLaMA-Factory, ms-swift and Axolotl.
+Names are compared without case, spaces, `_` and `-`. The names are those of the datasets on public hubs, as the tasks of
+lm-evaluation-harness and the dataset lists of LLaMA-Factory and ms-swift read them (tests/unit/test_public_shapes.py), and
+of the fine-tuning formats of OpenAI, Amazon Bedrock, Amazon Nova, Anthropic, verl, TRL and Axolotl.
 """
 
 import re
@@ -13,26 +14,41 @@ import msgspec
 from tunedrop.config.model import RunConfig
 
 # Best first.
-PROMPT_NAMES = (
-    "prompt question query instruction problem messages conversations conversation dialog dialogue contents input text "
-    "sentence utterance"
-).split()
+CONVERSATION_NAMES = "messages conversations conversation".split()
+PROMPT_NAMES = [
+    *"prompt question query instruction problem questionstem sqlprompt".split(),
+    *CONVERSATION_NAMES,
+    *"dialog dialogue contents input inputs goal claim statement startphrase sent1 text sentence utterance".split(),
+    *"sent2 questions".split(),
+]
+# Texts that are the prompt where no other column is: the model continues or sums up the text, or picks its ending.
+CONTINUED_NAMES = "ctx context document article passage story paragraph".split()
+# The number of the right option. Beside such a column, `answers` are the options.
+INDEX_NAMES = "label goldlabel correctanswerid correctansweridx answeridx answerindex correctidx correctindex".split()
 ANSWER_NAMES = (
-    "answer referenceanswer groundtruth rewardmodel expectedanswer correctanswer expectedoutput answerkey answers output "
-    "response completion solution target expected reference correctoption correct cop gold goldanswer goldenanswers "
-    "finalanswer label labels class intent sentiment description"
+    "answer referenceanswer groundtruth rewardmodel expectedanswer correctanswer finalanswer finaldecision bestanswer "
+    "correctanswers expectedoutput answerkey answers answersspans output response completion solution solutions "
+    "canonicalsolution target targets expected reference correctoption correct cop gold goldanswer goldenanswers sql code "
+    "summary highlights"
 ).split()
+ANSWER_NAMES += [*INDEX_NAMES, *"labels class intent sentiment description".split()]
 CONTEXT_NAMES = (
-    "context passage passages document documents article paragraph paragraphs background story ctx text sqlcontext "
-    "evidence facts table schema"
+    "context contexts premise premises passage passages document documents article paragraph paragraphs para background "
+    "story scenario situation theory body ctx text dialog dialogue support sqlcontext evidence facts pretext table posttext "
+    "schema"
 ).split()
-OPTIONS_NAMES = "choices options candidates endings alternatives answerchoices answeroptions multiplechoiceoptions".split()
+# Columns that belong to the question in some datasets, and give its answer away in others.
+ASKED_NAMES = "hypothesis code sourcecode snippet hint".split()
+OPTIONS_NAMES = (
+    "choices choice options candidates endings alternatives answerchoices answeroptions multiplechoiceoptions"
+).split()
 SYSTEM_NAMES = "system systemprompt systemmessage systeminstruction".split()
 HISTORY_NAMES = ["history"]
 TOOLS_NAMES = "tools functions availabletools".split()
-MEDIA_NAMES = "image images img picture pictures photo video videos audio audios".split()
+_MEDIA = re.compile(r"(?:decoded)?(?:image|img|picture|photo|video|audio)s?(?:path|url|bytes)?\d*")
 # A column that says whether a row's answer is right, as in KTO's datasets.
 MARK_NAMES = "label iscorrect correct correctness isgood accepted".split()
+RIGHT, WRONG = {"true", "1", "1.0"}, {"false", "0", "0.0"}
 # Columns with the reasoning behind an answer.
 REASONING_NAMES = "reasoning rationale thinking thought thoughts explanation chainofthought cot".split()
 # Names of an option's own column, before its letter or number: option_a, choice1, opa, ending0.
@@ -104,9 +120,15 @@ def guess_shape(names: Sequence[str], config: RunConfig) -> Shape:
 
     for name in (named.prompt, named.answer, *options):
         free.pop(normal(name), None)
-    prompt = named.prompt or take(PROMPT_NAMES)
+    prompt = named.prompt or take(PROMPT_NAMES) or take(CONTINUED_NAMES)
     preference = "chosen" in free and "rejected" in free
-    answer = named.answer or take(ANSWER_NAMES)
+    right = named.answer
+    if "answers" in free and not (named.answer or options or free.keys() & OPTIONS_NAMES) and (index := take(INDEX_NAMES)):
+        options, right = (free.pop("answers"),), index
+    answer = right or take(ANSWER_NAMES)
+    if prompt and not (named.prompt or answer) and (conversation := take(CONVERSATION_NAMES)):  # which holds the answer
+        free[normal(prompt)] = prompt
+        prompt = conversation
     if answer in names and (text := _label_text(answer, free)) and not named.answer:
         free.pop(normal(text))
         answer = text
@@ -116,15 +138,15 @@ def guess_shape(names: Sequence[str], config: RunConfig) -> Shape:
         "answer": answer,
         "rejected": free["rejected"] if preference and not answer else None,
         "mark": mark if answer else None,
-        "media": tuple(free[name] for name in MEDIA_NAMES if name in free),
+        "media": tuple(column for name, column in free.items() if _MEDIA.fullmatch(name)),
     }
     if is_template(prompt):
         roles |= _template_roles(prompt, names)
     else:
         is_instruction = normal(prompt) == "instruction"
         roles |= {
-            "instruction": None if is_instruction else take(["instruction"]),
-            "input": take(["input"]),
+            "instruction": None if is_instruction else take(["instruction", "definition"]),
+            "input": take(["input", "startercode"]),
             "options": options or (((one := take(OPTIONS_NAMES)) and (one,)) or ()),
             "option_labels": labels,
             "system": take(SYSTEM_NAMES),
@@ -132,9 +154,30 @@ def guess_shape(names: Sequence[str], config: RunConfig) -> Shape:
             "tools": take(TOOLS_NAMES),
         }
         roles["contexts"] = tuple(column for name in CONTEXT_NAMES if (column := take([name])))
-        roles["question"] = () if named.prompt else tuple(free[name] for name in PROMPT_NAMES if name in free)
+        asked = [name for name in ASKED_NAMES if free.get(name) not in config.reward_columns()]
+        roles["question"] = () if named.prompt else tuple(free[name] for name in [*PROMPT_NAMES, *asked] if name in free)
     used = OWN | {prompt, answer}
     return Shape(**roles, extra=tuple(name for name in names if name not in used))
+
+
+def inspect(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> Shape:
+    """Return a shape without the roles that the first rows with these columns speak against.
+
+    A text with both the question and the answer is the whole example, not a context. Only values for true and false mark an
+    answer as right or wrong.
+    """
+    pairs = [(row.get(shape.prompt), row.get(shape.answer)) for row in rows] if shape.prompt and shape.answer else []
+    whole = {
+        name
+        for name in shape.contexts
+        if pairs
+        and all(
+            isinstance(part, str) and part in str(row[name]) for row, pair in zip(rows, pairs, strict=True) for part in pair
+        )
+    }
+    contexts = tuple(name for name in shape.contexts if name not in whole)
+    marks = {str(row[shape.mark]).casefold() for row in rows} if shape.mark else set()
+    return shape._replace(contexts=contexts, mark=shape.mark if marks <= RIGHT | WRONG | {"none"} else None)
 
 
 def is_template(prompt: str | None) -> bool:

@@ -4,6 +4,7 @@ The usual form, as in lm-evaluation-harness's tasks: each option stands in a lin
 the letter is the answer.
 """
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from tunedrop.dataset.bad_row import BadRowError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTERED = re.compile(r"\(?([A-Za-z])[).:](?:\s|$)")
+# An option with its own letter in a list, and between commas in a text: "A)21", "a ) 4 , b ) 8".
+_OWN_LETTER = re.compile(r"\(?([A-Za-z])(?:\s?\)|[.:](?=\s))\s*")
+_BETWEEN_COMMAS = re.compile(r"(?:^|,)\s*\(?([A-Za-z])\s*\)")
 
 
 class Options(NamedTuple):
@@ -56,8 +60,7 @@ def _pairs(value: Any) -> list[tuple[str, str]]:
         try:
             value = msgspec.json.decode(value)
         except msgspec.DecodeError:
-            lines = [(match, line) for line in value.splitlines() if (match := _LETTERED.match(line.strip()))]
-            return [(line.strip()[match.end() :].strip(), match[1]) for match, line in lines]
+            return _of_text(value)
     if isinstance(value, dict):
         value = {str(name).casefold(): each for name, each in value.items()}
         texts = value.get("text", value.get("texts"))
@@ -72,7 +75,30 @@ def _pairs(value: Any) -> list[tuple[str, str]]:
         ]
         labels = [next((option[key] for key in ("label", "key", "id", "letter") if key in option), "") for option in named]
         return [(str(text), str(label)) for text, label in zip(texts, labels, strict=True) if text is not None]
-    return [(str(each), "") for each in value] if isinstance(value, list) else []
+    return _of_list(list(map(str, value))) if isinstance(value, list) else []
+
+
+def _of_text(value: str) -> list[tuple[str, str]]:
+    """Return the options of a text: a list in Python's notation (as pandas writes it), lettered lines, or lettered parts."""
+    try:
+        listed = ast.literal_eval(value) if value.startswith("[") else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        listed = None
+    if isinstance(listed, list):
+        return _of_list(list(map(str, listed)))
+    lines = [(match, line) for line in value.splitlines() if (match := _LETTERED.match(line.strip()))]
+    if len(lines) > 1:
+        return [(line.strip()[match.end() :].strip(), match[1]) for match, line in lines]
+    _, *parts = _BETWEEN_COMMAS.split(value)
+    return [(text.strip(), label) for label, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _of_list(texts: list[str]) -> list[tuple[str, str]]:
+    matches = [_OWN_LETTER.match(text) for text in texts]
+    letters = "".join(match[1].upper() for match in matches if match)
+    if len(letters) == len(texts) and LETTERS.startswith(letters):
+        return [(text[match.end() :], match[1]) for text, match in zip(texts, matches, strict=True) if match]
+    return [(text, "") for text in texts]
 
 
 def first_number(answers: Sequence[tuple[Any, Options]]) -> int:

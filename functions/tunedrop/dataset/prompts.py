@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunedrop.dataset.bad_row import BadRowError
-from tunedrop.dataset.columns import Shape, fill, is_template, normal, text, value_at
+from tunedrop.dataset.columns import WRONG, Shape, fill, is_template, normal, text, value_at
 from tunedrop.dataset.messages import MEDIA_HINT, SHOWN
 
 # A shorter text can stand in a prompt by chance.
@@ -19,8 +19,11 @@ def check_record(record: Mapping[str, Any], shape: Shape) -> None:
     for name in shape.media:
         if record[name]:
             raise BadRowError("MEDIA", f"the row has media in the column '{name}'", MEDIA_HINT)
-    if shape.mark and (record[shape.mark] is False or str(record[shape.mark]).casefold() == "false"):
-        hint = "leave out the rows whose answers are marked as wrong: GRPO needs a right answer to compare with"
+    if shape.mark and str(record[shape.mark]).casefold() in WRONG:
+        hint = (
+            "leave out the rows whose answers are marked as wrong: GRPO needs a right answer to compare with; if the column "
+            f"says something else, write in the config: columns: {{ignore: [{shape.mark}]}}"
+        )
         raise BadRowError("MARKED_WRONG", f"the column '{shape.mark}' marks the row's answer as wrong", hint)
     if shape.rejected:
         hint = "GRPO needs a right answer; if the chosen answers are right, write in the config: columns: {answer: chosen}"
@@ -63,7 +66,46 @@ def _paragraphs(value: Any, name: str) -> str:
         return value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return text(value) if value else ""
+    if shown := _table(value) or _passages(value):
+        return shown
     raise unseen(name, f"is a {type(value).__name__}, and the model would not see it")
+
+
+# The key of the texts in an object with passages: of PubMedQA, HotpotQA, MS MARCO and MuSiQue.
+_PASSAGE_KEYS = "contexts sentences passage_text paragraph_text text content passage paragraph".split()
+
+
+def _passages(value: Any) -> str:
+    """Return passages with their titles, from an object with lists or from a list of objects; empty for other values."""
+    if isinstance(value, list):
+        shown = [_passages(each) for each in value if isinstance(each, dict)]
+        return "\n\n".join(shown) if len(shown) == len(value) and all(shown) else ""
+    key = next((key for key in _PASSAGE_KEYS if key in value), None) if isinstance(value, dict) else None
+    if key is None:
+        return ""
+    texts, titles = value[key], value.get("title")
+    if isinstance(texts, str):
+        texts, titles = [texts], [titles]
+    if isinstance(texts, list):
+        texts = [
+            "".join(each) if isinstance(each, list) and all(isinstance(part, str) for part in each) else each
+            for each in texts
+        ]
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+        return ""
+    titled = isinstance(titles, list) and len(titles) == len(texts) and all(isinstance(title, str) for title in titles)
+    return (
+        "\n\n".join(f"{title}\n{each}" for title, each in zip(titles, texts, strict=True)) if titled else "\n\n".join(texts)
+    )
+
+
+def _table(value: Any) -> str:
+    """Return a table as lines with bars between the cells: a list of rows, or a header and rows; empty for other values."""
+    if isinstance(value, dict) and {"header", "rows"} <= value.keys():
+        value = [value["header"], *value["rows"]] if isinstance(value["rows"], list) else []
+    if not isinstance(value, list) or not all(isinstance(line, list) for line in value):
+        return ""
+    return "\n".join(" | ".join(map(text, line)) for line in value)
 
 
 def check_seen(record: Mapping[str, Any], shape: Shape, prompt: str) -> None:

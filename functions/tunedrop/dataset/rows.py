@@ -17,10 +17,10 @@ import msgspec
 
 from tunedrop.config.model import Columns, RunConfig
 from tunedrop.dataset import messages, options
-from tunedrop.dataset.answers import read_answer
+from tunedrop.dataset.answers import holds_texts, read_answer
 from tunedrop.dataset.bad_row import BadRowError
 from tunedrop.dataset.batches import Broken
-from tunedrop.dataset.columns import MISSING, OWN, Shape, guess_shape, template_fields, value_at
+from tunedrop.dataset.columns import MISSING, OWN, Shape, guess_shape, inspect, template_fields, value_at
 from tunedrop.dataset.prompts import check_record, check_seen, compose, naming_hint, prompt_value
 from tunedrop.dataset.readers import read_batches, refuse, suffix_of
 from tunedrop.problems import Problem, nearest
@@ -155,7 +155,13 @@ class Records:
             texts = list(map("\0".join, contents))
         else:
             return None
-        if not answers or set(map(type, answers)) != {str} or _any_blank(answers) or _any_blank(last) or _unusual(texts):
+        if (
+            not answers
+            or set(map(type, answers)) != {str}
+            or _any_odd(answers, shape.answer)
+            or _any_blank(last)
+            or _unusual(texts)
+        ):
             return None
         if self._system:
             prompts = [prompt if prompt[0]["role"] == "system" else self._system + prompt for prompt in prompts]
@@ -311,16 +317,17 @@ class Records:
         if names not in self._readings:
             if len(self._readings) >= KNOWN_SHAPES:  # the column names are data: none will come again
                 self._readings.clear()
-            reading = _Reading(guess_shape(names, self._config))
+            same = [row for row in batch[:HEAD_ROWS] if type(row) is dict and tuple(row) == names]
+            reading = _Reading(inspect(guess_shape(names, self._config), same))
             if reading.shape.options:
-                reading = self._with_options(reading, [row for row in batch if type(row) is dict and tuple(row) == names])
+                reading = self._with_options(reading, same)
             self._readings[names] = reading
         return self._readings[names]
 
     def _with_options(self, reading: _Reading, rows: list[dict[str, Any]]) -> _Reading:
         shape, pairs, listed = reading.shape, [], []
         probe = Records(self._config)  # counts no note of a row that is read again
-        for row in rows[:HEAD_ROWS]:
+        for row in rows:
             try:
                 if choices := self._options(row, shape):
                     pairs.append((value_at(row, shape.answer) if shape.answer else None, choices))
@@ -367,6 +374,10 @@ _UNUSUAL = {
 def _unusual(prompts: list[str]) -> bool:
     joined = "\0".join(prompts)  # a search for one character is many times as fast as one for a mark
     return any(mark in joined for first, marks in _UNUSUAL.items() if first in joined for mark in marks)
+
+
+def _any_odd(answers: list[str], column: str | None) -> bool:
+    return _any_blank(answers) or (column is not None and any(holds_texts(each, column) for each in answers))
 
 
 def _any_blank(texts: list[str]) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from tunedrop.rewards.permissions import RewardPermissions
@@ -43,7 +45,7 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
     if sum(bool(_LATEX.search(row["answer"])) for row in rows) >= len(rows) / 5 and _share(finals, _is_short):
         return _choice("math", "the answers are mathematical expressions")
     if _share(finals, _is_json):
-        return _choice("json_match", "the answers are JSON")
+        return _choice("json_match", "the answers are JSON")._replace(warnings=list(_unasked_json(rows)))
     if any(row.get(ACCEPTED) for row in rows) and _share(finals, _is_short):
         return _choice("exact_match", "the rows accept several short answers, and one of them is enough")
     if _share(finals, _is_short):
@@ -90,8 +92,9 @@ def _letters(rows: Sequence[Mapping[str, Any]], finals: Sequence[str]) -> str:
         return ""
     shown = [set(_OPTION_LINE.findall(row["prompt"][-1]["content"])) for row in rows]
     listed = [final.strip("().") in letters for final, letters in zip(finals, shown, strict=True)]
-    last = max((letter for letters in shown for letter in letters), default="")
-    return "".join(map(chr, range(ord("A"), ord(last) + 1))) if sum(listed) >= MOST * len(rows) and last > "A" else ""
+    # A line of a dialogue ("W: Good") looks like an option: letters count from A without a gap.
+    run = max(len(list(takewhile(letters.__contains__, ascii_uppercase))) for letters in shown)
+    return ascii_uppercase[:run] if sum(listed) >= MOST * len(rows) and run > 1 else ""
 
 
 def _is_json(text: str) -> bool:
@@ -101,6 +104,16 @@ def _is_json(text: str) -> bool:
         return isinstance(json.loads(text), dict | list)
     except (ValueError, RecursionError):
         return False
+
+
+def _unasked_json(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Warn of JSON for which no prompt asks: the column may hold parameters of a check, or something else about the row."""
+    texts = ["\n".join(message["content"] for message in row["prompt"]).casefold() for row in rows]
+    if not any("json" in text or "{" in text for text in texts):
+        yield (
+            "the answers are JSON, and no prompt asks for JSON: check that the answer's column holds what the model must "
+            "write, or say the form in the config (system_prompt)"
+        )
 
 
 def _is_calls(text: str) -> bool:

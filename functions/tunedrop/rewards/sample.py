@@ -118,7 +118,8 @@ def final_answer(text: str) -> str:
     r"""Return the final answer of a completion, or of a row's answer.
 
     The final answer is the content of the last `<answer>` element, else the text after the last `</think>`, else the whole
-    text. In this part, a last line `#### …` (GSM8K) or the last `\boxed{…}` is the final answer.
+    text. In this part, a last line `#### …` (GSM8K), the last `\boxed{…}`, or the end of a last line `The answer is: …`
+    (MetaMath) is the final answer.
     """
     end = text.rfind("</answer>")
     begin = text.rfind("<answer>", 0, end) if end >= 0 else -1
@@ -126,7 +127,8 @@ def final_answer(text: str) -> str:
     last_line = part.rpartition("\n")[2].strip()
     if last_line.startswith("####") and last_line.strip("# "):
         return last_line.strip("# ")
-    return _boxed(part) or part
+    _, said, end_of_line = last_line.rpartition("The answer is:")
+    return _boxed(part) or (end_of_line.strip().removesuffix(".") if said else "") or part
 
 
 def _boxed(text: str) -> str:
