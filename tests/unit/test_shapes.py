@@ -342,7 +342,7 @@ TEXTS = [
     {"prompt": user("And the hill?"), "answer": f"Hills. {LONG[:60]}"},
 ]
 SERVED = [
-    (PROGRAMS, "code_tests", ["Here it is:\n```python\n{}\n```", "<think>We add.</think>\n{}", "\n{}\n\n", "import math\n{}"]),
+    (PROGRAMS, "code_tests", ["So:\n```python\n{}\n```", "<think>We add.</think>\n{}", "\n{}\n\n", "import math\n{}"]),
     (TEXTS, "judge", ["{}", "I thought about it. {}", "\n {}\n\n"]),
 ]  # fmt: skip
 
