@@ -1,4 +1,4 @@
-"""Anything may come in: what parses it says what is wrong, and raises nothing else."""
+"""Anything may come in: what parses it says what is wrong, and raises nothing else. `make fuzz` searches for longer."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from tunedrop.object_keys import JobName
 from tunedrop.problems import Problem, RejectedError
 
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-long_fuzz = settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEEDS = {".parquet": good_parquet(), ".csv": CSV, ".jsonl": GOOD, ".json": b"[" + GOOD.replace(b"\n", b",")[:-1] + b"]"}
 PIECES = [
     b"{",
@@ -91,12 +90,24 @@ def test_datasets(tmp_path, suffix, data):
     read(tmp_path, suffix, data.draw(damaged(SEEDS[suffix])))
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("suffix", sorted(SEEDS.keys() - {".parquet"}))
-@long_fuzz
-@given(data=st.data())
-def test_datasets_for_long(tmp_path, suffix, data):
-    read(tmp_path, suffix, data.draw(damaged(SEEDS[suffix])))
+# What `make fuzz` found.
+FOUND = {
+    "parts as a completion": (
+        ".jsonl",
+        b'{"prompt": "2+2?", "completion": [{"role": "assistant", "content": [{"text": "4"}]}]}\n',
+    ),
+    "a part of a strange type": (
+        ".jsonl",
+        b'{"messages": [{"role": "user", "content": [{"type": 5, "text": "2+2?"}]}], "answer": "4"}\n',
+    ),
+    "aliases that are no list": (".jsonl", b'{"question": "2+2?", "answer": {"value": "4", "aliases": 4}}\n'),
+    "a number with a separator of groups": (".csv", b"question,A,B,answer\n2+2?,4,5,1\x1d\n"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_files_that_were_found(tmp_path, name):
+    read(tmp_path, *FOUND[name])
 
 
 @pytest.mark.soak

@@ -6,7 +6,7 @@ import msgspec
 
 from tunedrop.dataset.bad_row import BadRowError
 from tunedrop.dataset.columns import normal
-from tunedrop.dataset.messages import calls
+from tunedrop.dataset.messages import calls, messages_of
 
 # The key of the answer in an object: of verl and SageMaker RLVR, Nova, TriviaQA (value), SQuAD (text) and DROP (spans).
 _KEYS = ("ground_truth", "final_answer", "answer", "value", "text", "spans")
@@ -57,17 +57,16 @@ def _of_object(value: dict[str, Any], column: str) -> Answer:
     if key is None or (key != "ground_truth" and not value.keys() <= _KNOWN):
         return Answer(_json(value))
     inner = read_answer(value[key], "answers")
-    more = [alias for name in _MORE for alias in value.get(name) or []]
+    more = [alias for name in _MORE if isinstance(value.get(name), list) for alias in value[name]]
     accepted = list(dict.fromkeys([*(inner.accepted or [inner.text or ""]), *map(str, more)]))
     return Answer(inner.text, accepted if len(accepted) > 1 else [], key)
 
 
 def _of_list(value: list[Any], column: str) -> Answer:
     if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":  # TRL's completion
-        message = value[0]
-        if message.get("tool_calls") and not message.get("content"):
-            return Answer(_json(calls(message["tool_calls"])))
-        return Answer(message.get("content"))
+        if value[0].get("content"):
+            return Answer(messages_of(value)[2][0])
+        return Answer(_json(calls(value[0]["tool_calls"])) if value[0].get("tool_calls") else None)
     texts = [_json(each) for each in value if isinstance(each, str | int | float)]
     is_answers = any(word in normal(column) for word in ("answer", "groundtruth", "alias", "solutions"))
     if is_answers and not value:  # SQuAD 2.0's questions without an answer

@@ -118,7 +118,7 @@ def _no_message(number: int, what: str) -> BadRowError:
 def _part(part: Any, number: int) -> str:
     if isinstance(part, dict):
         text = next((part[key] for key in ("text", "value") if isinstance(part.get(key), str)), None)
-        if text is not None and part.get("type", "text").endswith("text"):
+        if text is not None and str(part.get("type", "text")).endswith("text"):
             return str(text)
         kind = part.get("type") or next(iter(part), "")
         if any(name in str(kind) for name in ("image", "video", "audio", "file", "document")):

@@ -111,7 +111,8 @@ def _number(answer: Any) -> int | None:
         return int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
         return answer
-    return int(answer) if isinstance(answer, str) and answer.strip().isdecimal() and len(answer.strip()) < 4 else None
+    text = answer.strip() if isinstance(answer, str) else ""
+    return int(text) if text.isdecimal() and len(text) < 4 else None
 
 
 def letter_of(answer: Any, options: Options, first: int) -> str:
