@@ -156,7 +156,8 @@ def _overlap(tests: Sequence[str]) -> Iterator[str]:
     if tests:
         yield (
             f"inference tests that repeat a row's question (up to spacing, case and the form of numbers): {len(tests)} "
-            f"({_listed(tests)}); they measure memory, not learning, and do not judge the model (unless tests.leave_out_rows)"
+            f"({_listed(tests)}); they measure memory, not learning, and do not judge the model (unless "
+            "tests.leave_out_rows)"
         )
 
 
