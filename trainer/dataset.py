@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trainer import folders
 from trainer.job import JobError
 from trainer.permissions import job_permissions
+from tunedrop import control_tokens
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.messages import Message, tools_of
@@ -87,10 +88,21 @@ def with_rewards(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> RunCon
 
 
 def chat_ids(prompt: list[Message], tokenizer: "PreTrainedTokenizerBase", kwargs: dict[str, Any]) -> list[int]:
-    """Return a prompt's token ids: the chat template, with the prompt's tools, up to the beginning of the answer."""
-    ids: list[int] = tokenizer.apply_chat_template(
-        prompt, tools=tools_of(prompt), add_generation_prompt=True, return_dict=False, **kwargs
-    )
+    """Return a prompt's token ids: the chat template, with the prompt's tools, up to the beginning of the answer.
+
+    Control tokens in the prompt's own texts are encoded as text (tunedrop.control_tokens).
+    """
+
+    def render(messages: list[Message], tools: Any) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False, **kwargs
+        )
+        return text
+
+    ids: list[int] = []
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for text, is_text in control_tokens.pieces(prompt, tools_of(prompt), controls, render):
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
     return ids
 
 

@@ -151,11 +151,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from peft import PeftModel, __version__
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from trainer.dataset import chat_ids
+
     target = Path(task["target"])
     tokenizer = AutoTokenizer.from_pretrained(target / "merged", padding_side="left")
-    inputs = tokenizer.apply_chat_template(
-        task["prompts"], add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True, **task["template"]
-    )
+    ids = [chat_ids(prompt, tokenizer, task["template"]) for prompt in task["prompts"]]
+    inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     device = models.device_with_room(str(target / "merged"))
     merged = AutoModelForCausalLM.from_pretrained(target / "merged", dtype="auto", device_map=device)
     sequences = Sequences.greedy(merged, inputs)

@@ -170,7 +170,7 @@ def _mean(samples: list[ModelResult]) -> ModelResult:
 def longest_answer(location: str, tests: Sequence[InferenceTest]) -> int:
     """Return how many tokens of the model's tokenizer the longest expected answer has, its reasoning included."""
     expected = [with_reasoning(test.reference, test.columns) for test in tests]
-    ids = models.load_tokenizer(location)(expected, add_special_tokens=False)["input_ids"]
+    ids = models.load_tokenizer(location)(expected, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return max(map(len, ids))
 
 

@@ -1,12 +1,11 @@
 """The reward that runs programs: good programs pass; programs that cheat, hang or break out score 0."""
 
-import os
 import time
+from contextlib import suppress
 
 import pytest
 
 from tunedrop.rewards import RewardError, RewardPermissions, RewardSpec, build_rewards
-from tunedrop.rewards.code import _isolation, run_tests
 
 ADD = "def add(a, b):\n    return a + b"
 TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
@@ -53,14 +52,6 @@ def test_programs_that_do_not_finish_are_killed():
     )
     assert scores == [0.0] * 3
     assert time.monotonic() - started < 10
-
-
-def test_child_processes_of_a_program_are_killed(tmp_path):
-    mark = tmp_path / "alive"
-    spawn = f"import os, time\nif os.fork() == 0:\n    time.sleep(1)\n    open({str(mark)!r}, 'w')\n    os._exit(0)\n"
-    assert run_tests(spawn + ADD, TESTS, timeout=5, memory_mb=256) == [True, True]
-    time.sleep(1.2)
-    assert not mark.exists()
 
 
 @pytest.mark.parametrize("tests", [TESTS, '["assert add(1, 2) == 3"]', "assert add(1, 2) == 3\nassert add(0, 0) == 0"])
@@ -138,19 +129,45 @@ def test_what_is_no_test_fails_the_reward_and_never_passes(tests, words):
         reward()([""], [ADD], answer=["unused"], tests=[tests])
 
 
-def test_a_program_has_no_network_and_sees_no_other_process():
-    if not _isolation():  # what the kernel here refuses, a deployment must do without too
-        return
-    assert (
-        run_tests(
-            "import os, socket",
-            [
-                "assert [name for _, name in socket.if_nameindex()] == ['lo']",
-                "assert os.getpid() <= 2",
-                f"try:\n    os.kill({os.getpid()}, 0)\n    raise SystemExit\nexcept ProcessLookupError:\n    pass",
-            ],
-            timeout=10,
-            memory_mb=256,
-        )
-        == [True] * 3
-    )
+PATHOLOGICAL = [
+    # texts that take a parser, a compiler or a program long, or too much memory
+    "(" * 10**6,
+    "-" * 10**6 + "1",
+    "1" + "+1" * 500_000,
+    "a" + ".b" * 500_000,
+    "f'" + "{1}" * 300_000 + "'",
+    "x = 1\n" * 170_000,
+    "[" + "1," * 500_000 + "]",
+    "x = 9**9**9**9",
+    "x = 'a' * 10**12",
+    "[" * 10**6,
+    "{" * 10**6,
+    "```python\n" * 100_000,
+    "<answer>" * 125_000,
+    r"\boxed{" * 140_000,
+    "if 1:\n" + "".join(" " * depth + "if 1:\n" for depth in range(1, 1_300)),
+    "lambda: " * 120_000 + "1",
+    "9" * 10**6,
+    "\0" * 10**6,
+    "\ud800" * 10**5,
+    "#" * 10**6,
+    "import re\nre.match('(a+)+$', 'a' * 99 + 'b')",
+    "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+    '["' + "print(1)" * 120_000 + '"]',
+]
+
+
+def test_pathological_programs_and_answers_end_soon_and_never_pass():
+    """All of a megabyte. Time is that of this process: the programs' own is limited by `timeout`."""
+    began = time.process_time()
+    scores = reward(tests=TESTS, timeout=1)([""] * len(PATHOLOGICAL), PATHOLOGICAL, answer=PATHOLOGICAL)
+    assert scores == [0.0] * len(PATHOLOGICAL)
+    assert time.process_time() - began < 0.1 * len(PATHOLOGICAL)
+
+
+@pytest.mark.parametrize("answer", PATHOLOGICAL, ids=lambda answer: answer[:20].encode("unicode_escape").decode())
+def test_pathological_answers_test_nothing_or_fail_soon(answer):
+    began = time.process_time()
+    with suppress(RewardError):
+        assert reward(timeout=1)([""], [ADD], answer=[answer]) == [0.0]
+    assert time.process_time() - began < 2

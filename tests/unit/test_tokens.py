@@ -16,7 +16,7 @@ USER = {"role": "user", "content": "What is 1 + 1?"}
 PROMPTS = [
     [USER],
     [{"role": "system", "content": "Be brief."}, USER],
-    [USER, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Größe, 日本 <|end|>\n\n"}],
+    [USER, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Größe, 日本 <|other|>\n\n"}],
 ]
 TEMPLATES = [
     CHAT_TEMPLATE,
@@ -71,7 +71,7 @@ def test_prompts_are_rendered_and_counted_as_transformers_does(count, tmp_path, 
     counts = [
         len(tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False, **kwargs)) for p in PROMPTS
     ]
-    assert counter.count(expected) == counts
+    assert counter.count_prompts(PROMPTS) == counts
 
 
 def test_where_the_template_may_be(count):
@@ -147,7 +147,7 @@ def test_every_prompt_over_the_limit_is_found(counter, prompts, limit, system):
         sum(len(m["content"].encode()) for m in prompt if m["role"] != "system") + len(prompt) - 1 for prompt in prompts
     ]
     found = PromptTokens(counter, config).add(rows, sizes)
-    counts = counter.count(counter.render(prompts))
+    counts = counter.count_prompts(prompts)
     assert found == [(n, tokens) for n, tokens in enumerate(counts) if tokens > limit]
 
 
@@ -161,7 +161,7 @@ def test_short_prompts_are_not_counted_and_long_ones_all_are(counter):
     counting = PromptTokens(counter, config)
     over = counting.add(rows, [len(row["prompt"][0]["content"]) for row in rows])
     found, warnings = counting.result(rows[:50])
-    exact = counter.count(counter.render([row["prompt"] for row in rows]))
+    exact = counter.count_prompts([row["prompt"] for row in rows])
     assert len(over) == found["over_limit"] == sum(count > 200 for count in exact)
     assert found["longest_prompt"] == max(exact)
     assert found["counted"] < 250

@@ -1,7 +1,8 @@
 """Renders and counts prompts with a model's own tokenizer and chat template, in a process of its own with limits.
 
 A model's author wrote both: a template, or a tokenizer's pattern, can loop for ever or fill the memory. tokens.py starts
-this file, exchanges lines of JSON with it, and ends it if it takes too long. This file imports nothing of Tunedrop.
+this file, exchanges lines of JSON with it, and ends it if it takes too long. Of Tunedrop, this
+file imports control_tokens.py alone, which imports nothing of it.
 """
 
 import json
@@ -11,6 +12,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from tunedrop.control_tokens import Piece, pieces
 
 MEMORY_BYTES = 1536 * 1024**2
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -87,23 +90,44 @@ class ChatTokenizer:
             raise ValueError(f"tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.controls = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+
+    def _pieces(self, prompt: list[dict[str, str]]) -> list[Piece]:
+        """Return a prompt as the model reads it, up to the beginning of its answer."""
+
+        def render(messages: list[dict[str, str]], tools: Any) -> str:
+            text: str = self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=True, **self._names, **self._kwargs
+            )
+            return text
+
+        return pieces(prompt, _tools(prompt), self.controls, render)
 
     def render(self, prompts: list[Any]) -> list[str]:
-        """Return prompts as the model reads them, up to the beginning of its answer."""
-        return [
-            self._template.render(
-                messages=prompt, tools=_tools(prompt), add_generation_prompt=True, **self._names, **self._kwargs
-            )
-            for prompt in prompts
-        ]
+        """Return prompts as the model reads them. A backslash is before a control token that is text."""
+        return ["".join("\\" * piece.is_text + piece.text for piece in self._pieces(prompt)) for prompt in prompts]
+
+    def count_prompts(self, prompts: list[Any]) -> list[int]:
+        """Return each prompt's tokens, chat template included."""
+        whole = [self._pieces(prompt) for prompt in prompts]
+        template = iter(self._lengths([piece.text for each in whole for piece in each if not piece.is_text]))
+        text = iter(self.count([piece.text for each in whole for piece in each if piece.is_text]))
+        return [sum(next(text if piece.is_text else template) for piece in each) for each in whole]
 
     def count(self, texts: list[str]) -> list[int]:
-        """Return each text's tokens."""
+        """Return each text's tokens. Control tokens are text."""
+        self._tokenizer.encode_special_tokens = True
+        try:
+            return self._lengths(texts)
+        finally:
+            self._tokenizer.encode_special_tokens = False
+
+    def _lengths(self, texts: list[str]) -> list[int]:
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def main() -> None:
-    """Answer requests: `{"folder", "kwargs"}` first, then `{"render": prompts}` and `{"count": texts}`."""
+    """Answer requests: `{"folder", "kwargs"}` first, with the control tokens, then `{METHOD: prompts or texts}`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -114,11 +138,10 @@ def main() -> None:
         try:
             if tokenizer is None:
                 tokenizer = ChatTokenizer(Path(request["folder"]), request["kwargs"])
-                answer = True
-            elif "render" in request:
-                answer = tokenizer.render(request["render"])
+                answer = tokenizer.controls
             else:
-                answer = tokenizer.count(request["count"])
+                ((method, given),) = request.items()
+                answer = getattr(tokenizer, method)(given)
         except BaseException as error:  # noqa: BLE001 - a template or tokenizer can raise anything
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(answer), flush=True)  # noqa: T201 - the answer

@@ -50,7 +50,7 @@ class TokenCounter:
         self._worker = Worker(WORKER, LIMIT_SECONDS)
         self._started = time.monotonic()
         try:
-            self._ask({"folder": str(folder.resolve()), "kwargs": kwargs or {}})
+            self.controls: list[str] = self._ask({"folder": str(folder.resolve()), "kwargs": kwargs or {}})
         except (TokenizerError, WorkerKilledError):
             self.close()
             raise
@@ -61,9 +61,17 @@ class TokenCounter:
         return time.monotonic() - self._started
 
     def render(self, prompts: Sequence[list[dict[str, str]]]) -> list[str]:
-        """Return prompts as the model reads them, chat template included. Raises TokenizerError."""
+        r"""Return prompts as the model reads them, chat template included. Raises TokenizerError.
+
+        A control token in the data, which the model reads as text, has a backslash before it: `\<|im_start|>`.
+        """
         texts: list[str] = self._ask({"render": prompts})
         return texts
+
+    def count_prompts(self, prompts: Sequence[list[dict[str, str]]]) -> list[int]:
+        """Return each prompt's tokens, chat template included. Raises TokenizerError."""
+        counts: list[int] = self._ask({"count_prompts": prompts})
+        return counts
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return each text's tokens, without special tokens that the tokenizer would add. Raises TokenizerError."""
@@ -108,7 +116,7 @@ class PromptTokens:
         self._skipped = 0
 
     def _tokens(self, prompts: Sequence[list[dict[str, str]]]) -> list[int]:
-        return self._counter.count(self._counter.render(prompts))
+        return self._counter.count_prompts(prompts)
 
     def add(self, rows: Sequence[Row], sizes: Sequence[int]) -> list[tuple[int, int]]:
         """Count the prompts whose texts' bytes exceed the limit; return index and tokens of each prompt that is too long."""

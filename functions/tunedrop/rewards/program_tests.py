@@ -9,10 +9,14 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tunedrop.rewards.sample import RewardError
 
+# Python's parser needs a second and 600 MB for some texts of a megabyte, and a minute for an f-string of that length.
+MOST_CHARACTERS = 200_000
+MOST_CHARACTERS_OF_PROGRAM = 20_000
 _CHECKING = re.compile(r"_*(assert|check|test|verify|expect)", re.IGNORECASE)
 
 _RUN_TEST_CASE = """import unittest as _unittest
@@ -57,7 +61,7 @@ def _parsed(value: Any) -> Any:
     """Return the list or object in a text: JSON, or Python's own notation, as CSV files have it."""
     if not isinstance(value, str):
         return value
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if len(value) <= MOST_CHARACTERS else (json.loads,):
         try:
             parsed = read(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -84,7 +88,7 @@ def _of_mapping(value: dict[str, Any]) -> Iterator[str | Pair]:
 def _call(function: str, given: Any, expected: Any) -> str:
     """Return a call as an assert. APPS has the arguments in a list, and some results in a list of one."""
     arguments = given if isinstance(given, list) else [given]
-    target = f"({function} if '{function}' in globals() else Solution().{function})"
+    target = f"(_program[{function!r}] if {function!r} in _program else getattr(Solution(), {function!r}))"
     return f"assert (lambda result: result == {expected!r} or [result] == {expected!r})({target}(*{arguments!r}))"
 
 
@@ -92,11 +96,14 @@ def _lines(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+@lru_cache(64)  # a row's completions share its tests
 def _statements(text: str, candidate: str | None) -> tuple[str, bool]:
     """Return statements with the calls that run the tests which they define, and whether anything in them can fail."""
+    if len(text) > MOST_CHARACTERS:
+        raise RewardError(f"a test of statements may have {MOST_CHARACTERS} characters, but {_short(text)} has {len(text)}")
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise RewardError(f"a test must be Python statements, but {_short(text)} is not: {reason}") from None
     definitions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
@@ -140,10 +147,12 @@ def _name(node: ast.AST) -> str:
 
 
 def function_of(program: str) -> str | None:
-    """Return the name of the last function that a program defines at its top; None without one."""
+    """Return the name of the last function that a program defines at its top; None without one, or for a long program."""
+    if len(program) > MOST_CHARACTERS_OF_PROGRAM:
+        return None
     try:
         body = ast.parse(program).body
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return next((node.name for node in reversed(body) if isinstance(node, ast.FunctionDef)), None)
 
