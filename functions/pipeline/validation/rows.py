@@ -20,7 +20,7 @@ from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Records, Row, Rows
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
-from tunedrop.questions import sketch
+from tunedrop.questions import sketches
 
 # The limit of bytes in train.jsonl. A Parquet file can unpack to any size, and the function's /tmp has 10 GiB.
 MAX_WRITTEN_BYTES = 5 * 1024**3
@@ -149,7 +149,7 @@ def _take(batch: Rows, to: _Pass) -> None:
         encoded = [encoded[index] for index in kept]
         batch = _only(batch, kept)
     to.survey.add(batch, encoded, list(map(xxh3_64_intdigest, encoded)))
-    ranks = list(map(xxh3_64_intdigest, map(sketch, batch.texts, encoded)))
+    ranks = list(map(xxh3_64_intdigest, sketches(batch.texts, encoded)))
     to.split.add(batch.rows, ranks, batch.numbers)
 
 
