@@ -8,6 +8,9 @@ import threading
 from pathlib import Path
 from typing import IO
 
+# Room for a worker to go on while its caller works: Linux gives a pipe 64 KiB, at most 1 MiB without privileges (pipe(7)).
+PIPE_BYTES = 256 * 1024
+
 
 def bare_environment() -> dict[str, str]:
     """Return the environment of a process without credentials.
@@ -36,6 +39,7 @@ class Worker:
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            pipesize=PIPE_BYTES,
         )
         self._timed_out = False
         self._end = threading.Timer(seconds, self._time_out)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunedrop.questions import outline, prompt_text, question
+from tunedrop.questions import outline, prompt_text, question, sketches
 
 SAME = [
     ("What is 3 + 4?", "what is 3+4 ?"),
@@ -30,9 +30,14 @@ DIFFERENT = [
 ]
 
 
+def sketch(text):
+    return sketches([text], [text.encode()])[0]
+
+
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_the_same_question(one, other):
     assert question(one) == question(other)
+    assert sketch(one) == sketch(other)
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
@@ -48,10 +53,17 @@ def test_spacing_and_case_make_no_other_question(text, random):
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=30), st.text("aB 1é", max_size=5))
-def test_texts_with_one_question_have_one_outline(one, other):
+def test_texts_with_one_question_have_one_outline_and_one_sketch(one, other):
     for text in (one, one.lower(), one.swapcase(), f" {one} ", other):
         if question(text) == question(one):
             assert outline(text.encode()) == outline(one.encode())
+            assert sketch(text) == sketch(one)
+
+
+@given(st.sampled_from(["{} cars", "é {}", "{}"]), st.integers(0, 10**7), st.sampled_from(["", ".0", ".50", ".5"]))
+def test_forms_of_a_number_have_one_sketch(words, number, part):
+    texts = [words.format(form + part) for form in (f"{number}", f"{number:,}", f"00{number}")]
+    assert len({question(text) for text in texts}) == len(set(map(sketch, texts))) == 1
 
 
 def test_a_prompt_is_its_messages():

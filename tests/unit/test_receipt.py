@@ -310,6 +310,21 @@ def test_no_held_out_row_that_chooses_is_a_test(check, tmp_path):
     assert not chooses & {test["id"] for test in tests}
 
 
+def test_rows_that_ask_the_same_question_are_not_divided(check, tmp_path):
+    forms = ["What is {} + 1?", "what is {}+1 ?", "What  is {}.0 + 1?", "Wás ist {} + 1?", "wás  ist {}+1?"]
+    rows = [{"prompt": form.format(n), "answer": str(n + 1)} for n in range(1, 60) for form in forms]
+    found = check(rows)
+    parts = (
+        {question(row["prompt"][-1]["content"]) for row in rows_of(tmp_path / name)}
+        for name in ("train.jsonl", "heldout.jsonl")
+    )
+    trained, held_out = next(parts), next(parts)
+    tests = json.loads((tmp_path / "inference_tests.json").read_bytes())["evaluations"]
+    held_out |= {question(test["messages"][-1]["content"]) for test in tests}
+    assert found.heldout > 10
+    assert not trained & held_out
+
+
 def test_with_a_test_file_every_held_out_row_chooses(check, tmp_path):
     found = check(many(240), tests=[{"prompt": f"{n} times 2?", "description": str(2 * n)} for n in range(20)])
     assert (found.heldout, found.choosing, found.inference_tests, found.warnings) == (24, 24, 20, [])

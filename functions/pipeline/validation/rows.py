@@ -20,6 +20,7 @@ from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Records, Row, Rows
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
+from tunedrop.questions import sketches
 
 # The limit of bytes in train.jsonl. A Parquet file can unpack to any size, and the function's /tmp has 10 GiB.
 MAX_WRITTEN_BYTES = 5 * 1024**3
@@ -147,9 +148,9 @@ def _take(batch: Rows, to: _Pass) -> None:
         kept = [index for index in range(len(encoded)) if index not in repeating]
         encoded = [encoded[index] for index in kept]
         batch = _only(batch, kept)
-    hashes = list(map(xxh3_64_intdigest, encoded))
-    to.survey.add(batch, encoded, hashes)
-    to.split.add(batch.rows, hashes, batch.numbers)
+    to.survey.add(batch, encoded, list(map(xxh3_64_intdigest, encoded)))
+    ranks = list(map(xxh3_64_intdigest, sketches(batch.texts, encoded)))
+    to.split.add(batch.rows, ranks, batch.numbers)
 
 
 def _only(batch: Rows, indices: Sequence[int]) -> Rows:

@@ -1,4 +1,4 @@
-"""Splits rows into training and held-out rows. The prompts with the lowest hashes are held out, in any order of rows.
+"""Splits rows into training and held-out rows. The questions with the lowest hashes are held out, in any order of rows.
 
 Without a test file, the held-out rows have two tasks: some choose the checkpoint, the others judge it as inference tests.
 Rows that chose a checkpoint cannot judge it, because the best of many checkpoints owes a part of its score to chance.
@@ -43,8 +43,8 @@ def divide(heldout: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 class Split:
     """Writes `train.jsonl` while rows come in, and keeps back at most MAX_HELDOUT + 1 rows.
 
-    All rows of one prompt have the same rank: no held-out prompt is among the training rows. A row that was kept back comes
-    later in `train.jsonl` than in the dataset. A context manager: the file is complete when it ends after `finish`.
+    All rows with one question have the same rank: no held-out question is among the training rows. A row that was kept back
+    comes later in `train.jsonl` than in the dataset. A context manager: the file is complete when it ends after `finish`.
     """
 
     def __init__(self, folder: Path, fraction: float):
@@ -61,7 +61,7 @@ class Split:
         return self._train.tell()
 
     def add(self, rows: Sequence[Row], ranks: Sequence[int], numbers: Sequence[int]) -> None:
-        """Add rows. Their ranks are the hashes of their prompts; numbers are those in the file."""
+        """Add rows. Their ranks are the hashes of their prompts' sketches; numbers are those in the file."""
         self.rows += len(rows)
         bound = -self._pool[0][0] if len(self._pool) == _POOL else _ABOVE_ALL
         low = {index for index, rank in enumerate(ranks) if rank < bound}
