@@ -11,10 +11,11 @@ SAM := .venv-sam/.installed
 LINT := .venv-lint/.installed
 DEPLOY := .venv-deploy/.installed
 FUZZ := .venv-fuzz/.installed
+SBOM := .venv-sbom/.installed
 LIGHT = .venv-$(notdir $(PYTHON))
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: install demo test test-python lint browser deploy soak fuzz containers locks clean
+.PHONY: install demo test test-python lint browser deploy soak fuzz containers locks sbom clean
 
 install: $(APP) $(SAM)
 	@ln -sf ../../.venv-sam/bin/sam .venv/bin/sam
@@ -52,6 +53,11 @@ $(DEPLOY): requirements/deploy.lock pyproject.toml
 $(FUZZ): requirements/fuzz.lock
 	@echo "installing the fuzzer into .venv-fuzz"
 	$(call environment,.venv-fuzz,$<)
+	@touch $@
+
+$(SBOM): requirements/sbom.lock
+	@echo "installing cyclonedx-bom into .venv-sbom"
+	$(call environment,.venv-sbom,$<)
 	@touch $@
 
 $(LIGHT)/.installed: requirements/light.lock pyproject.toml
@@ -136,11 +142,22 @@ locks:
 	$(UV) requirements/app.in -o requirements/app.lock --no-emit-package torch
 	$(UV) requirements/sam.in -o requirements/sam.lock
 	$(UV) requirements/lint.in -o requirements/lint.lock
+	$(UV) requirements/sbom.in -o requirements/sbom.lock
 	$(UV) requirements/deploy.in -o requirements/deploy.lock -c requirements/app.lock
 	$(UV) requirements/light.in -o requirements/light.lock -c requirements/app.lock
 	$(UV) requirements/fuzz.in -o requirements/fuzz.lock -c requirements/light.lock
 	$(UV) layers/dependencies.in -o layers/dependencies.lock -c requirements/app.lock
 	$(UV) layers/validation.in -o layers/validation.lock -c requirements/app.lock --no-deps
+
+# Writes CycloneDX bills of materials into build/sbom: of each lock that is deployed, with the packages' hashes, and of each
+# environment of this machine, with the packages' licences.
+sbom: $(APP) $(SAM) $(LINT) $(SBOM)
+	@mkdir -p build/sbom
+	@for lock in layers/*.lock trainer/requirements.lock; do .venv-sbom/bin/cyclonedx-py requirements --output-reproducible \
+	  -o build/sbom/$$(basename $$(dirname $$lock))-$$(basename $$lock .lock).json $$lock || exit 1; done
+	@for environment in .venv .venv-sam .venv-lint; do .venv-sbom/bin/cyclonedx-py environment --output-reproducible \
+	  -o build/sbom/environment$${environment#.venv}.json $$environment || exit 1; done
+	@ls build/sbom/*.json
 
 clean:
 	-.venv/bin/tunedrop down
