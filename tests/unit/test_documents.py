@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = sorted(
     path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in {"build"} and not path.name.startswith(".")
 )
@@ -77,7 +77,24 @@ def test_the_documents_python_runs_and_their_dotted_names_exist() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def missing_tests(document: Path) -> Iterator[str]:
+    """Yield the tests that the document names, as `tests/FILE.py::NAME`, and that do not exist."""
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text()):
+        if not (ROOT / file).exists() or not re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE):
+            yield f"{file}::{name}"
+
+
+def test_every_line_of_the_threat_model_names_its_test() -> None:
+    """Each row of a table with the column `test` names one."""
+    text = (ROOT / "SECURITY.md").read_text()
+    tables = re.findall(r"^\| line .* test \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) == 2
+    rows = [row for table in tables for row in table.splitlines()]
+    assert [row for row in rows if "::test_" not in row.split("|")[3]] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_everything_that_a_document_names_exists(document: Path) -> None:
-    """Compare links, paths and modules with the repository."""
-    assert [*missing_links(document), *missing_files(document), *missing_modules(document)] == []
+    """Compare links, paths, modules and tests with the repository."""
+    missing = [*missing_links(document), *missing_files(document), *missing_modules(document), *missing_tests(document)]
+    assert missing == []
