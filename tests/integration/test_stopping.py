@@ -108,6 +108,18 @@ def test_a_job_that_completes_while_it_is_being_stopped_changes_nothing(world):
     assert len(world.job_requests) == 1
 
 
+def test_a_late_event_of_the_training_job_does_not_free_the_place_of_a_test_job_that_is_ending(world):
+    run = world.start(world.drop())
+    world.save_training(run)
+    trained = world.job_event("test_model.train_completed", run.train_job)
+    world.handle("test_model", trained)
+    run = stop(world, world.run(run.run_id))
+    world.handle("test_model", trained)
+    assert (world.jobs[run.test_job]["TrainingJobStatus"], places(world)) == ("Stopping", {run.run_id})
+    world.handle("publish_results", world.job_event("publish_results.test_stopped", run.test_job))
+    assert (world.run(run.run_id).open, places(world)) == (None, set())
+
+
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_a_job_that_was_being_created_while_its_run_was_cancelled_is_stopped(world, kind):
     run = world.drop()

@@ -6,6 +6,7 @@ import msgspec
 
 from pipeline.aws import Aws
 from pipeline.jobs.launch import launch, wait_for_next_attempt
+from pipeline.jobs.stopping import end_stopped
 from pipeline.jobs.training_job import TrainingJob, run_of_job
 from pipeline.notify.announcements import announce_failure, announce_waiting
 from pipeline.runs.states import Run, RunState
@@ -27,6 +28,8 @@ def training_ended(name: str, settings: JobSettings, aws: Aws) -> Run | None:
         run = launch("test", run, settings, aws)
         if run.waits:
             announce_waiting(run, settings, aws)
+    elif run.state == RunState.CANCELLED:  # perhaps long ago: this event may be late, and the test job still ending
+        end_stopped(run, settings, aws)
     elif run.failed:
         announce_failure(run, settings, aws)
     return run
