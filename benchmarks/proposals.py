@@ -80,6 +80,8 @@ def train(shape: str, steps: int, folder: Path) -> None:
     data = folder / f"{shape}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in SHAPES[shape]()))
     proposal = propose(data, MODEL, folder, lambda _: True)
+    if not proposal.receipt.ok:
+        sys.exit(f"{shape}: {proposal.receipt.errors}")
     grpo = proposal.config["grpo"] | {"max_steps": steps, "per_device_train_batch_size": 32}
     grpo["learning_rate"] = learning_rate(steps, PARAMETERS)
     config = proposal.config | {"model": MODEL.name, "grpo": grpo}

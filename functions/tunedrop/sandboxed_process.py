@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 from typing import IO
 
-# Room for a worker to go on while its caller works: Linux gives a pipe 64 KiB, at most 1 MiB without privileges (pipe(7)).
-PIPE_BYTES = 256 * 1024
+# The folder of Tunedrop's packages. An editable installation has it in an import hook, and not in sys.path.
+PACKAGES = str(Path(__file__).resolve().parents[1])
 
 
 def bare_environment() -> dict[str, str]:
@@ -35,11 +35,10 @@ class Worker:
     def __init__(self, file: Path, seconds: float, stdin: int | IO[bytes] = subprocess.PIPE):
         self.process = subprocess.Popen(  # noqa: S603 - the file is part of Tunedrop
             [sys.executable, "-S", str(file)],
-            env=bare_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=bare_environment() | {"PYTHONPATH": os.pathsep.join([PACKAGES, *sys.path])},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pipesize=PIPE_BYTES,
         )
         self._timed_out = False
         self._end = threading.Timer(seconds, self._time_out)

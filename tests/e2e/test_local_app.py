@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import good_parquet
 from neighbour import as_nobody, attempts, readable, send
 from tiny_model import make_tiny_model
 
@@ -250,6 +251,23 @@ def test_the_commands_that_look_at_runs(app, published):
     assert json.loads(app.tunedrop("show", run.run_id, "--json"))["result"]["run_id"] == run.run_id
     assert "max_steps=2" in app.tunedrop("logs", "faq")
     assert "There is no run 'nothing'" in app.tunedrop("show", "nothing", code=1)
+
+
+def test_the_installed_command_checks_what_needs_processes_of_its_own(app, published, monkeypatch):
+    """The processes of the tokenizer, of Parquet and of programs, as the installed command starts them."""
+    files = ["--config", app.folder / "faq.yaml", "--tests", app.folder / "tests.json", "--model", app.model]
+    assert "valid: 8 rows" in app.tunedrop("check", app.folder / "faq.json", *files)
+    (app.folder / "rows.parquet").write_bytes(good_parquet())
+    assert "valid: 30 rows" in app.tunedrop("check", app.folder / "rows.parquet")
+    rows = [
+        {"question": f"Add {n}.", "answer": f"def add(x): return x + {n}", "tests": [f"assert add(1) == {n + 1}"]}
+        for n in range(20)
+    ]
+    data = app.write("programs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("ALLOW_CODE_REWARDS", "true")
+    assert "score 1.00" in app.tunedrop(
+        "check", data, "--config", app.write("programs.yaml", "rewards: [{type: code_tests}]\n")
+    )
 
 
 def test_the_events_of_what_is_there(app, published):
