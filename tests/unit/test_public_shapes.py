@@ -1,8 +1,8 @@
 """Rows in the shapes of public datasets, under their columns' real names: each is read rightly, or asks for a decision.
 
 Every line of public_shapes.jsonl has a row of our own, and the prompt, answer and default reward that are right for it, or
-the code of the problem that asks. The names are those of lm-evaluation-harness's tasks (`dataset_path`, `doc_to_text`), the
-dataset lists of LLaMA-Factory and ms-swift, verl's preprocessing, and the datasets' cards on the Hugging Face hub.
+the code of the problem that asks. Most names were compared with lm-evaluation-harness's tasks (`dataset_path`,
+`doc_to_text`), the dataset lists of LLaMA-Factory and ms-swift, verl's preprocessing, or the datasets' cards.
 """
 
 import json
