@@ -109,6 +109,7 @@ test-python: $(LIGHT)/.installed $(SAM) $(LINT)
 # The long tests: random search, crashes at every point, large files.
 soak: install $(LINT)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak -n 2 --dist worksteal --durations=25
+	test "$$(uname)" != Linux || $(MAKE) fuzz
 
 # Searches for files that a parser cannot bear, guided by coverage (atheris, on Linux): SECONDS for each of six parsers, two at a time.
 SECONDS = 600
