@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 HEADS = ("msgspec", "psutil", "pydantic", "yaml")
 _REWARDS = ("boto3", "botocore", "jsonschema", "jsonschema_specifications", "math_verify", "rapidfuzz", "referencing")
 _MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
-# The later imports of each stage. Packages that others build on come first: the message of a failed import names the package at fault.
+# The later imports of each stage. Packages that others build on come first: the message of a failed import then names the
+# package at fault.
 # transformers and trl load their submodules lazily, which is why submodules are listed.
 STAGES: dict[str, tuple[str, ...]] = {
     "train": (

@@ -1,8 +1,8 @@
 """Which columns of a dataset make the prompt and the answer: by the config, else by the columns' names.
 
-Names are compared without case, spaces, `_` and `-`. The names are those of datasets on public hubs (tests/unit/test_public_shapes.py), most of them as the tasks of
-lm-evaluation-harness and the dataset lists of LLaMA-Factory and ms-swift read them, and those of the fine-tuning formats of
-OpenAI, Amazon Bedrock, Amazon Nova, Anthropic, verl, TRL and Axolotl.
+Names are compared without case, spaces, `_` and `-`. The names are those of datasets on public hubs, most of them as the
+tasks of lm-evaluation-harness and the dataset lists of LLaMA-Factory and ms-swift read them, and those of the fine-tuning
+formats of OpenAI, Amazon Bedrock, Amazon Nova, Anthropic, verl, TRL and Axolotl. tests/unit/test_public_shapes.py has rows.
 """
 
 import re
