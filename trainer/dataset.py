@@ -100,9 +100,10 @@ def chat_ids(prompt: list[Message], tokenizer: "PreTrainedTokenizerBase", kwargs
         return text
 
     ids: list[int] = []
-    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    controls = control_tokens.controls_of(tokenizer.added_tokens_decoder.values())
     for text, is_text in control_tokens.pieces(prompt, tools_of(prompt), controls, render):
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=is_text)["input_ids"]
+        for part in control_tokens.halves(text) if is_text else (text,):
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
     return ids
 
 

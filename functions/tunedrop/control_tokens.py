@@ -19,6 +19,20 @@ KNOWN = (
 )
 
 
+def controls_of(added: Iterable[Any]) -> list[str]:
+    """Return the control tokens among a tokenizer's added tokens (with `content` and `special`).
+
+    Some tokenizers have the marks of turns as ordinary added tokens. Others of these, such as `<think>`, are text that
+    prompts speak of.
+    """
+    return [token.content for token in added if token.special or token.content in KNOWN]
+
+
+def halves(text: str) -> tuple[str, str]:
+    """Return the two parts in which a control token's text is encoded: a tokenizer finds the token in neither."""
+    return text[:1], text[1:]
+
+
 class Piece(NamedTuple):
     """A part of a rendered prompt. `is_text`: a control token's text in the data, which the model must read as text."""
 

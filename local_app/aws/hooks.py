@@ -18,6 +18,7 @@ from typing import Any
 
 from local_app.aws.event_patterns import MOST_COMPLEX, TOO_COMPLEX, complexity
 from local_app.common import Json
+from local_app.credentials import Credentials
 
 logger = logging.getLogger("pipeline.aws")
 
@@ -214,6 +215,23 @@ def hook_trust_policies() -> None:
         return bool(evaluate(document, caller, context))
 
     iam_evaluator.evaluate_trust_policy = evaluate_trust_policy
+
+
+def hook_requests_without_action(root: Credentials) -> None:
+    """Refuse a role's or a user's request for which MiniStack knows no IAM action. MiniStack checks its signature only."""
+    from ministack import app
+    from ministack.core import iam_evaluator, router
+
+    authenticate_only = app._authenticate_only
+
+    def refuse(service: str, headers: Json, query: Json, request_id: str) -> Any:
+        key = router.extract_access_key_id(headers, query)
+        if key != root.access_key_id:
+            unknown = iam_evaluator.AuthError("AccessDenied", f"No policy can allow this request to {service}.")
+            return app._credential_failure(service, "", request_id, unknown, headers)
+        return authenticate_only(service, headers, query, request_id)
+
+    app._authenticate_only = refuse
 
 
 def hook_function_credentials() -> None:

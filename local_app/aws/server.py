@@ -29,7 +29,7 @@ from local_app.asgi import Application, Receive, Scope, Send, answer, answer_jso
 from local_app.aws import hooks, hooks_s3
 from local_app.aws.iam import authorize
 from local_app.aws.invocations import AsyncInvocations
-from local_app.aws.signatures import Refused, check_signature, is_unsigned_link, needs_body, refusal, replayed, signed_parts
+from local_app.aws.signatures import Refused, check_signature, is_unsigned_link, refusal, replayed, signed_parts
 from local_app.aws.state import State
 from local_app.certificates import Certificates, certificates
 from local_app.common import MARKER, REGION, Json
@@ -61,15 +61,15 @@ def _own_request(scope: Scope, body: bytes, root: Credentials) -> tuple[int, Jso
 
 
 async def _checked(scope: Scope, receive: Receive, root: Credentials) -> tuple[Scope, Receive, bytes]:
-    """Return a request that may pass to MiniStack, and its body where the signature covers the body. Raises Refused."""
+    """Return a request that may pass to MiniStack, and its body. Raises Refused."""
     if is_unsigned_link(scope):  # without headers, which could direct the request to another service
         return scope | {"headers": [(b"host", b"localhost")]}, receive, b""
-    body = await read_body(receive) if needs_body(scope) else b""
+    body = await read_body(receive)
     key = check_signature(signed_parts(scope, body), root)
     own = scope["path"].startswith("/_tunedrop/")
     if scope["path"].startswith(MINISTACK_PATHS) or (own and key != root.access_key_id):
         raise Refused("AccessDenied", f"{scope['path']} is not a path for this access key.")
-    return scope, replayed(body) if needs_body(scope) else receive, body
+    return scope, replayed(body), body
 
 
 async def _serve_request(scope: Scope, receive: Receive, send: Send, state: State, root: Credentials) -> None:
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     hooks.hook_calls(state_dir / "calls.jsonl")
     hooks.hook_trust_policies()
     hooks.hook_function_credentials()
+    hooks.hook_requests_without_action(root)
     hooks.hook_alarms()
     asyncio.run(serve(options.host, options.port, tls, invocations, state, root))
 

@@ -4,7 +4,9 @@ MiniStack itself takes every request with the access key `test` or an account's 
 signature, takes unsigned requests to S3, and has administrative paths that need no credentials at all.
 """
 
+import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -17,6 +19,7 @@ from local_app.credentials import OWN_SERVICE, Credentials
 # AWS serves the links in SNS's messages without credentials: the token, or the subscription's ARN, is the secret.
 _UNSIGNED_LINKS = ("ConfirmSubscription", "Unsubscribe")
 _SERVICES_WITH_JSON_ERRORS = ("lambda", OWN_SERVICE)
+_HASH = re.compile("[0-9a-f]{64}")
 _UNKNOWN = ("InvalidClientTokenId", "The security token included in the request is invalid.")
 
 
@@ -62,6 +65,13 @@ def check_signature(request: Signed, root: Credentials) -> str:
     # MiniStack must decide about the key of this signature, and not about a second key in the request.
     if signature.access_key_id != router.extract_access_key_id(request.headers, request.query) or signature.region_set:
         raise Refused(*_UNKNOWN)
+    # An unsigned x-amz-target would direct a signed request to another operation.
+    unsigned = {name for name in request.headers if name.startswith("x-amz-")} - set(signature.signed_headers.split(";"))
+    if unsigned - {"x-amz-content-sha256"}:
+        raise Refused("AccessDenied", f"There were headers present in the request which were not signed: {sorted(unsigned)}")
+    digest = request.headers.get("x-amz-content-sha256", "")
+    if _HASH.fullmatch(digest) and digest != hashlib.sha256(request.body).hexdigest():
+        raise Refused("XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match the body.")
     secret = _secret(signature.access_key_id, request, root)
     if failure := _too_old(signature, request, in_header) or sigv4.header_signature_failure(
         signature, secret, *request, presigned=not in_header
@@ -103,12 +113,6 @@ def is_unsigned_link(scope: Scope) -> bool:
     """Return whether a request is a link in an SNS message."""
     query = parse_qs(scope.get("query_string", b"").decode(), keep_blank_values=True)
     return (scope["method"], scope["path"]) == ("GET", "/") and query.get("Action", [""])[0] in _UNSIGNED_LINKS
-
-
-def needs_body(scope: Scope) -> bool:
-    """Return whether the signature covers the body itself, and not only a hash in the headers, as for S3."""
-    digest = headers_of(scope).get("x-amz-content-sha256", "")
-    return not digest or digest.startswith("STREAMING-AWS4-")  # then each chunk of the body has a signature
 
 
 def replayed(body: bytes) -> Receive:

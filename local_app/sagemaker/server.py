@@ -87,6 +87,7 @@ def _respond(emulator: SageMakerEmulator, authorize: Authorizer | None, scope: S
             require(RequiredPermission("tunedrop:InterruptTrainingJob", f"{emulator.arn_prefix}:training-job/{job}"))
             emulator.interrupt(job)
             return 202, {}
+        require()  # the signature, before the request is read
         return 200, _call(emulator, require, headers, body)
     except json.JSONDecodeError as error:
         return 400, {"__type": "SerializationException", "message": str(error)}
@@ -102,6 +103,8 @@ def _call(emulator: SageMakerEmulator, require: Callable[..., None], headers: di
     if target != "SageMaker":
         raise ServiceError("UnknownOperationException", "Expected a header X-Amz-Target: SageMaker.<operation>.")
     request = json.loads(body or b"{}")
+    if not isinstance(request, dict):
+        raise ServiceError("SerializationException", "The body must be a JSON object.")
     require(*required_permissions(operation, request, emulator.arn_prefix))
     return emulator.call(operation, request)
 

@@ -1,5 +1,6 @@
 """One contract test for each behaviour that `local_app.aws` adds to MiniStack."""
 
+import hashlib
 import json
 import uuid
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import psutil
 import pytest
+from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
+from neighbour import send, signed
 
 from tunedrop_cli.redrive import redrive
 
@@ -289,6 +292,30 @@ def test_sagemaker_does_what_iam_lets_the_caller_do(emulators: Emulators, deploy
     with pytest.raises(ClientError, match="signature"):
         forged.create_model_package_group(ModelPackageGroupName="ours-3")
     emulators.client("sagemaker").delete_model_package_group(ModelPackageGroupName="ours-1")
+
+
+def test_a_signature_is_for_its_body_and_its_operation(emulators: Emulators, deployed: Deployed) -> None:
+    """What one may sign cannot carry another body or another operation."""
+    key, trust = Credentials(*emulators.root), emulators.trust
+    digest = {"x-amz-content-sha256": hashlib.sha256(b"good").hexdigest()}
+    url = f"{emulators.url}/{deployed.outputs['Bucket']}/body"
+    upload = signed("upload", url, "s3", key, b"good", "PUT", **digest)
+    assert send(upload, trust)[0] == 200
+    assert send(upload._replace(body=b"evil"), trust)[0] == 403
+    listing = signed("list", emulators.url, "s3", key, b"", "GET", **{"x-amz-content-sha256": "UNSIGNED-PAYLOAD"})
+    assert send(listing, trust)[0] == 200
+    for name in ("X-Amz-Target", "x-amz-security-token"):
+        added = (*listing.headers, (name, "DynamoDB_20120810.ListTables"))
+        assert send(listing._replace(method="POST", headers=added), trust)[0] == 403
+        assert send(listing._replace(headers=added), trust)[0] == 403
+
+
+def test_a_role_may_not_do_what_has_no_name_in_a_policy(emulators: Emulators, deployed: Deployed) -> None:
+    credentials = Role(emulators, allow("*", "*")).credentials()
+    key = Credentials(*credentials.values())
+    path = f"/2021-11-15/functions/{deployed.outputs['Function']}/response-streaming-invocations"
+    request = signed("stream", f"{emulators.url}{path}", "lambda", key, b"{}")
+    assert send(request, emulators.trust)[0] == 403
 
 
 def test_a_role_may_put_the_events_that_its_policy_names(emulators: Emulators, deployed: Deployed) -> None:

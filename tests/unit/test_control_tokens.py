@@ -37,6 +37,7 @@ def byte_level(folder: Path) -> None:
         [AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
     )
     tokenizer.add_tokens(["<think>", "</think>"])  # no control tokens: data may use them
+    tokenizer.add_tokens(["<\uff5cUser\uff5c>"])  # a mark of turns that is no special token, as DeepSeek's
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
 
@@ -65,6 +66,7 @@ def today(prompt, tokenizer, tools=None):
 
 PARTS = [
     *KNOWN[:6],
+    "<\uff5cUser\uff5c>",
     "<|",
     "|>",
     "<|im_",
@@ -112,7 +114,8 @@ def test_no_text_becomes_a_control_token(folders, prompt):
     neutral = [message | {"content": "x"} for message in prompt]
     for folder in folders.values():
         tokenizer, counting = tokenizers(folder)
-        controls = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special} - {
+        added = tokenizer.added_tokens_decoder.items()
+        controls = {at for at, token in added if token.special or "User" in token.content} - {
             tokenizer.convert_tokens_to_ids("<|unknown|>")
         }
         ids = chat_ids(prompt, tokenizer, {})

@@ -327,6 +327,38 @@ def test_no_lie_passes_a_test_or_ends_more_than_its_own_program(kernel):
     assert [program for program, reasons in zip(lies, lied, strict=True) if "" in reasons] == []
 
 
+def test_a_program_brings_no_builtins_into_its_tests():
+    """Under names that only the process of the program would leave out: what it sends is what it likes."""
+    brings = """
+import sys
+values = sys.modules["tunedrop.programs.values"]
+encode, seen = values.encode, []
+class Same:
+    def __eq__(self, other): return True
+def fake(value):
+    seen.append(value)
+    return Same()
+def f(x):
+    return tuple(seen[-1]) if seen else ()
+def patched(value, other):
+    if type(value) is dict and "f" in value:
+        value = {**value, **{name: {"set": fake, "sorted": fake} for name in ("__builtins__", "__build_class__", "__name__")}}
+    return encode(value, other)
+values.encode = patched
+"""
+    tests = [
+        "assert set(f(2)) == set((4, 5))",
+        "assert sorted(f(2)) == sorted([4, 5])",
+        "a = set((4, 5))\nassert set(f(2)) == a",
+    ]
+    assert all(outcome(brings, test) != [""] for test in tests)
+
+
+def test_a_block_for_scripts_does_not_run_in_the_tests_of_a_function():
+    script = "def f(x): return x + x\nif __name__ == '__main__':\n    print(f(int(input())))"
+    assert outcome(script, "assert f(2) == 4") == [""]
+
+
 def test_only_the_tested_function_may_have_the_name_of_one_of_pythons():
     program = "def sum(a, b): return a * b"
     assert outcome(program, "assert sum(2, 3) == 6") != [""]

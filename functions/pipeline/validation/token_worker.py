@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tunedrop.control_tokens import Piece, pieces
+from tunedrop.control_tokens import Piece, controls_of, halves, pieces
 
 MEMORY_BYTES = 1536 * 1024**2
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -90,7 +90,7 @@ class ChatTokenizer:
             raise ValueError(f"tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.controls = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        self.controls = controls_of(self._tokenizer.get_added_tokens_decoder().values())
 
     def _pieces(self, prompt: list[dict[str, str]]) -> list[Piece]:
         """Return a prompt as the model reads it, up to the beginning of its answer."""
@@ -110,9 +110,11 @@ class ChatTokenizer:
     def count_prompts(self, prompts: list[Any]) -> list[int]:
         """Return each prompt's tokens, chat template included."""
         whole = [self._pieces(prompt) for prompt in prompts]
-        template = iter(self._lengths([piece.text for each in whole for piece in each if not piece.is_text]))
-        text = iter(self.count([piece.text for each in whole for piece in each if piece.is_text]))
-        return [sum(next(text if piece.is_text else template) for piece in each) for each in whole]
+        parts = [
+            [part for piece in each for part in (halves(piece.text) if piece.is_text else (piece.text,))] for each in whole
+        ]
+        lengths = iter(self._lengths([part for each in parts for part in each]))
+        return [sum(next(lengths) for _ in each) for each in parts]
 
     def count(self, texts: list[str]) -> list[int]:
         """Return each text's tokens. Control tokens are text."""

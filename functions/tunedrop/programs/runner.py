@@ -121,7 +121,7 @@ def _serve(batch: dict[str, Any], job: dict[str, list[int]], connection: socket.
     """The process of the program: do what the tests ask."""
     text = _read(batch, job["program"])
     os.close(batch["file"])
-    space: dict[str, Any] = {"__name__": "__main__"}
+    space: dict[str, Any] = {"__name__": "completion"}  # a script's block for __main__ reads input that no test gives
 
     def run() -> dict[str, Any]:
         """Run the program; return its names."""
@@ -178,8 +178,14 @@ def _space(program: Peer, function: str | None) -> dict[str, Any]:
     that the row tests may have such a name.
     """
     names = program.ask("run")
-    own = {name: value for name, value in names.items() if not hasattr(builtins, name) or name == function}
-    return own | {"__name__": "__main__", "_program": names}
+    own = {
+        name: value
+        for name, value in names.items()
+        if type(name) is str and name.isidentifier() and not name.startswith("__")
+        if not hasattr(builtins, name) or name == function
+    }
+    # The tests' own builtins, given here: exec would take those that the program's process sends under this name.
+    return own | {"__name__": "__main__", "__builtins__": builtins, "_program": names}
 
 
 def _may_use(operation: str, arguments: list[Any]) -> bool:

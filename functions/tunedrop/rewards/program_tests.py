@@ -86,10 +86,12 @@ def _of_mapping(value: dict[str, Any]) -> Iterator[str | Pair]:
 
 
 def _call(function: str, given: Any, expected: Any) -> str:
-    """Return a call as an assert. APPS has the arguments in a list, and some results in a list of one."""
+    """Return a call as an assert. APPS has the arguments in a list, some results in a list of one, and tuples as lists."""
     arguments = given if isinstance(given, list) else [given]
     target = f"(_program[{function!r}] if {function!r} in _program else getattr(Solution(), {function!r}))"
-    return f"assert (lambda result: result == {expected!r} or [result] == {expected!r})({target}(*{arguments!r}))"
+    plain = "list(result) if isinstance(result, tuple) else result"
+    compare = f"(lambda result: result == {expected!r} or [result] == {expected!r})"
+    return f"assert {compare}((lambda result: {plain})({target}(*{arguments!r})))"
 
 
 def _lines(value: Any) -> str:
