@@ -114,8 +114,8 @@ def env(state: Path, shell: bool) -> None:
     container trusts `ca.pem` in a layer; the README shows how to copy this file.
 
     \b
-    Examples: tunedrop env > .tunedrop/env.json
-              eval "$(tunedrop env --shell)"
+    Example: tunedrop env > .tunedrop/env.json
+    Example: eval "$(tunedrop env --shell)"
     """
     stack = Stack(state)
     if not shell:

@@ -14,7 +14,7 @@ from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
 from tunedrop_cli.job_log import JobLog
 from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, with_deployment
-from tunedrop_cli.output import console, print_facts, print_raw, print_table
+from tunedrop_cli.output import console, print_facts, print_raw, print_table, say
 from tunedrop_cli.results import differences, facts_of_end, facts_of_run
 from tunedrop_cli.watch import follow
 
@@ -152,9 +152,9 @@ def open_(deployment: Deployment, run: str | None) -> None:
     """
     match = deployment.find(run) if run else None
     if match and match.state != RunState.PUBLISHED:
-        raise StackError(
-            f"{match.run_id} has no report: it is {in_words(match.state)}. Follow it with `tunedrop watch {match.run_id}`."
-        )
+        follow_it = f"Follow it with `tunedrop watch {match.run_id}`."
+        advice = f"Upload {match.key} again to start its next attempt." if match.state in FINAL else follow_it
+        raise StackError(f"{match.run_id} has no report: it is {in_words(match.state)}. {advice}")
     path = deployment.save_report(match) if match else deployment.save_index()
     print_raw(path)
     if sys.stdout.isatty():
@@ -184,6 +184,8 @@ def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
         if not to_the_end or match.open is None:
             for line in log.unfinished_start():
                 print_raw(printable(line))
+            if match.train_job is None:
+                say(f"{match.run_id} has no job: it is {in_words(match.state)}. See `tunedrop show {match.run_id}`.")
             return
         time.sleep(1)
 

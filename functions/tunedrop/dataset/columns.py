@@ -19,7 +19,7 @@ PROMPT_NAMES = [
     *"prompt question query instruction problem questionstem sqlprompt".split(),
     *CONVERSATION_NAMES,
     *"dialog dialogue contents input inputs goal claim statement startphrase sent1 text sentence utterance".split(),
-    *"sent2 questions".split(),
+    *"sent2 questions q".split(),
 ]
 # Texts that are the prompt where no other column is: the model continues or sums up the text, or picks its ending.
 CONTINUED_NAMES = "ctx context document article passage story paragraph".split()
@@ -29,7 +29,7 @@ ANSWER_NAMES = (
     "answer referenceanswer groundtruth rewardmodel expectedanswer correctanswer finalanswer finaldecision bestanswer "
     "correctanswers expectedoutput answerkey answers answersspans output response completion solution solutions "
     "canonicalsolution target targets expected reference correctoption correct cop gold goldanswer goldenanswers sql code "
-    "summary highlights"
+    "summary highlights a"
 ).split()
 ANSWER_NAMES += [*INDEX_NAMES, *"labels class intent sentiment description".split()]
 CONTEXT_NAMES = (
