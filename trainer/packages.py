@@ -16,7 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 # Imports at the heads of our modules; all of them are light.
 HEADS = ("msgspec", "psutil", "pydantic", "yaml")
 _REWARDS = ("boto3", "botocore", "jsonschema", "jsonschema_specifications", "math_verify", "rapidfuzz", "referencing")
-_MODELS = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+_MODELS = (
+    "torch",
+    "huggingface_hub",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
 # The later imports of each stage. Packages that others build on come first: the message of a failed import then names the
 # package at fault.
 # transformers and trl load their submodules lazily, which is why submodules are listed.
@@ -27,7 +32,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         *("tensorboardX", "tqdm", "arro3.io", *_REWARDS),
     ),
     "test": (*_MODELS, *_REWARDS),
-    "proofs": (*_MODELS, "peft"),
+    "proofs": (*_MODELS, "peft", *_REWARDS),
 }
 # Packages that are built against each other: their versions explain a failed import.
 EXPLAINING = ("numpy", "pandas", "pyarrow", "torch", "transformers", "trl", "peft")
