@@ -73,6 +73,7 @@ def test_all_that_is_tried_is_pinned_or_the_images():
         "pyarrow",
         "botocore",
         "arro3",
+        "huggingface_hub",  # transformers needs it, and the lock has it
         "jsonschema_specifications",  # jsonschema needs these two
         "referencing",
     }
