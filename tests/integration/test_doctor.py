@@ -44,7 +44,9 @@ QUOTAS = {
 }
 ON_DEMAND = {"ml.g6e.4xlarge for training job usage": "L-33333333", "ml.g5.4xlarge for training job usage": "L-44444444"}
 (KEY_POLICY,) = re.findall(
-    r"```json\n({.*?RolesOfThisAccount.*?)```", (TEMPLATE.parent / "docs" / "operations.md").read_text(), re.DOTALL
+    r"```json\n({(?:(?!```).)*?RolesOfThisAccount.*?)```",
+    (TEMPLATE.parent / "docs" / "operations.md").read_text(),
+    re.DOTALL,
 )
 TRUST = {
     "Version": "2012-10-17",
