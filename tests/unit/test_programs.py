@@ -19,6 +19,7 @@ from tunedrop.programs import confinement, values
 from tunedrop.programs.peers import Peer, Remote
 from tunedrop.rewards import code
 from tunedrop.rewards.code import Job, run_tests
+from tunedrop.sandboxed_process import PACKAGES
 
 # The kernels that refuse a step: each text runs before the runner.
 REFUSE = "import tunedrop.programs.confinement as c\ndef refuse(*_): raise OSError\n"
@@ -480,7 +481,7 @@ def processes():
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if b"tunedrop.programs.runner" in words and code._PATH.encode() in words and state != "Z":
+        if b"tunedrop.programs.runner" in words and PACKAGES.encode() in words and state != "Z":
             found.append(int(folder.name))
     return found
 
@@ -500,7 +501,7 @@ LINGER = "import signal, threading, time, ctypes\nctypes.CDLL(None).prctl(1, 0, 
 
 def test_programs_end_with_the_job_that_runs_them():
     job = f"from tunedrop.rewards.code import Job, run_tests\nrun_tests([Job({LINGER!r}, ['f()'])] * 3, timeout=60, memory_mb=256)"
-    with subprocess.Popen([sys.executable, "-c", job], env=os.environ | {"PYTHONPATH": code._PATH}) as process:
+    with subprocess.Popen([sys.executable, "-c", job], env=os.environ | {"PYTHONPATH": PACKAGES}) as process:
         deadline = time.monotonic() + 20
         while len(processes()) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)

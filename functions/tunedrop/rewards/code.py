@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Annotated, NamedTuple
 
@@ -19,11 +18,10 @@ from tunedrop.rewards.permissions import RewardPermissions
 from tunedrop.rewards.program_tests import Pair, function_of, read_tests
 from tunedrop.rewards.registry import Need, reward
 from tunedrop.rewards.sample import RewardError, Sample, fenced, final_answer
-from tunedrop.sandboxed_process import bare_environment
+from tunedrop.sandboxed_process import PACKAGES, bare_environment
 
-_PATH = str(Path(__file__).parents[2])
 # Tunedrop's own files are no files that a program may read or import.
-_START = f"import sys; sys.path.append({_PATH!r}); from tunedrop.programs.runner import main; sys.path.pop(); main()"
+_START = f"import sys; sys.path.append({PACKAGES!r}); from tunedrop.programs.runner import main; sys.path.pop(); main()"
 
 
 class Job(NamedTuple):
