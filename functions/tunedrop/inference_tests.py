@@ -91,17 +91,23 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """An inference test with the results of both models: one entry of `inference.json`."""
+    """An inference test with the results of the models: one entry of `inference.json`.
+
+    `champion` is the result of the line's model in use, if there is one. A test of the line's suite has the id of the run
+    that brought it.
+    """
 
     id: str
     prompt: list[dict[str, str]]
     reference: str
     base: ModelResult
     tuned: ModelResult
+    champion: ModelResult | None = None
     tags: list[str] = []
     weight: float = 1.0
     must_pass: bool = False
     judges: bool = True
+    run_id: str | None = None
 
     @property
     def cut(self) -> bool:

@@ -20,6 +20,16 @@ def dataset_of(key: str) -> str:
     return folder + slash + (name.rpartition(".")[0] or name)
 
 
+def line_of(dataset: str) -> str:
+    """Return a dataset's line unless its config names one: the first folder below `training_data/`, else its name."""
+    return dataset.partition("/")[0]
+
+
+def line_key(line: str, name: str = "") -> str:
+    """Return the key of a line's object in the artifact bucket; without `name`, the line's folder."""
+    return f"lines/{line}/{name}"
+
+
 def is_dataset(key: str) -> bool:
     """Return whether an object under `training_data/` is a dataset.
 

@@ -105,12 +105,32 @@ class Compute(_Section):
     ] = 0
 
 
+class ChampionGate(_Section):
+    """What a tuned model must also show against the line's champion, the model in use."""
+
+    min_lift: float = Field(
+        default=0.0, description="The lower confidence bound of the lift over the champion, on this run's tests, exceeds it."
+    )
+    max_loss: Annotated[float, Field(ge=0)] = Field(
+        default=0.02, description="On the line's suite, the tuned model may score lower than the champion by less than this."
+    )
+
+
 class Gate(_Section):
     """A tuned model is approved if the lower confidence bound of its mean lift exceeds `min_lift`."""
 
     min_lift: float = 0.0
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     must_not_regress: list[str] = Field(default=[], description="Tags of inference tests whose mean score must not fall.")
+    champion: ChampionGate = ChampionGate()
+
+
+class Suite(_Section):
+    """The tests of the line's approved runs, which each tuned model of the line answers too."""
+
+    max: Annotated[int, Field(ge=0, le=5000)] = Field(
+        default=400, description="The most tests of the suite. Must-pass tests stay; the others keep their tags balanced."
+    )
 
 
 class Tests(_Section):
@@ -212,6 +232,24 @@ class RunConfig(_Section):
             "Validation replaces a branch or tag by its commit.",
         ),
     ]
+    line: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$",
+        max_length=100,
+        description="The line that the run belongs to: a model that successive runs improve. Default: the first folder "
+        "below training_data/, else the dataset's name.",
+    )
+    start_from: Annotated[
+        str,
+        Field(
+            pattern=r"^(base|champion|[A-Za-z0-9-]+-[0-9a-f]{12})$",
+            description="Where the adapter starts: base (a new adapter), champion (the line's model in use), or the id of a "
+            "published run.",
+        ),
+    ] = "base"
+    reference: Literal["base", "start"] = Field(
+        default="base", description="The model that `grpo.beta` keeps the tuned model close to: base, or the start."
+    )
     system_prompt: str | None = Field(default=None, description="Added to every prompt without a system message.")
     columns: Columns = Columns()
     rewards: Annotated[
@@ -226,6 +264,7 @@ class RunConfig(_Section):
     grpo: dict[str, Any] = Field(default={}, validate_default=True, description="TRL's `GRPOConfig` fields.")
     compute: Compute = Compute()
     tests: Tests = Tests()
+    suite: Suite = Suite()
     gate: Gate = Gate()
     preflight: Preflight = Preflight()
     learnability: Learnability = Learnability()

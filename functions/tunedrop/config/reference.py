@@ -137,13 +137,18 @@ def config_defaults() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _section(fields: dict[str, Any], section: BaseModel) -> list[str]:
+def _section(fields: dict[str, Any], section: BaseModel, indent: int = 2) -> list[str]:
     lines = []
     for key, field in fields.items():
+        value, pad = getattr(section, key), " " * indent
         help_text = field.description or (
             _described("lora", key).get("description", "") if isinstance(section, Lora) else ""
         )
-        lines += [*_comment(help_text, 2), f"  {key}: {_yaml(getattr(section, key))}"]
+        if isinstance(value, BaseModel):
+            lines += [*_comment(inspect.cleandoc(type(value).__doc__ or ""), indent), f"{pad}{key}:"]
+            lines += _section(type(value).model_fields, value, indent + 2)
+        else:
+            lines += [*_comment(help_text, indent), f"{pad}{key}: {_yaml(value)}"]
     return lines
 
 
