@@ -7,6 +7,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from pipeline.runs.lines import LineTable
 from pipeline.runs.table import RunTable
 
 _CONFIG = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=5, read_timeout=60)
@@ -54,7 +55,16 @@ class Aws:
     @cached_property
     def runs(self) -> RunTable:
         """The run table."""
-        return RunTable(self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table))
+        return RunTable(self._table)
+
+    @cached_property
+    def lines(self) -> LineTable:
+        """The line items of the run table."""
+        return LineTable(self._table)
+
+    @cached_property
+    def _table(self) -> Any:
+        return self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table)
 
     def read(self, bucket: str, key: str, at_most: int | None = None) -> bytes | None:
         """Return an object's bytes, see `read_object`."""

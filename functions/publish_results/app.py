@@ -1,14 +1,14 @@
-"""A test job ended: publish the results of its run."""
+"""A test job ended: publish the results of its run. A model package changed: settle the champion of its line."""
 
-from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from pipeline.aws import connect
 from pipeline.handler import Event, answers_with_run
-from pipeline.notify.events import JobStateChange
+from pipeline.notify.events import PUBLISH_RESULTS_EVENT, PackageStateChange
 from pipeline.observability import logger, metrics, tracer
 from pipeline.runs.states import Run
 from pipeline.settings import PublishSettings
+from pipeline.stages.champions import package_changed
 from pipeline.stages.publish_results import testing_ended
 
 
@@ -17,7 +17,11 @@ from pipeline.stages.publish_results import testing_ended
 @metrics.log_metrics(capture_cold_start_metric=True)
 @answers_with_run
 def handler(event: Event, context: LambdaContext) -> Run | None:
-    """Handle a "SageMaker Training Job State Change" event of a final status."""
-    job = parse(event, model=JobStateChange).detail.TrainingJobName
+    """Handle the events of `PUBLISH_RESULTS_EVENT`. Raises ValidationError for any other event."""
+    parsed = PUBLISH_RESULTS_EVENT.validate_python(event)
     settings = PublishSettings.from_environment()
-    return testing_ended(job, settings, connect(settings.run_table))
+    aws = connect(settings.run_table)
+    if isinstance(parsed, PackageStateChange):
+        package_changed(parsed.detail.ModelPackageArn, settings, aws)
+        return None
+    return testing_ended(parsed.detail.TrainingJobName, settings, aws)

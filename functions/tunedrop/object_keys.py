@@ -1,5 +1,6 @@
 """The keys of objects in both buckets, and the names of datasets, runs and jobs. Users rely on these names."""
 
+import hashlib
 import re
 from typing import NamedTuple
 
@@ -26,8 +27,11 @@ def line_of(dataset: str) -> str:
 
 
 def line_key(line: str, name: str = "") -> str:
-    """Return the key of a line's object in the artifact bucket; without `name`, the line's folder."""
-    return f"lines/{line}/{name}"
+    """Return the key of a line's object in the artifact bucket; without `name`, the line's folder.
+
+    A line's name may have any characters, and more than fit into a key: the folder has its slug and a hash.
+    """
+    return f"lines/{slug(line)}-{hashlib.sha256(line.encode()).hexdigest()[:12]}/{name}"
 
 
 def is_dataset(key: str) -> bool:

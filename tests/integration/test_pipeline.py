@@ -37,8 +37,18 @@ def test_from_upload_to_published(world):
     assert "<svg" in report
     package = world.aws.sagemaker.describe_model_package(ModelPackageName=result["model_package"])
     assert package["ModelApprovalStatus"] == "Approved"
-    assert world.event_types == ["Dataset Validated", "Training Started", "Inference Tests Started", "Results Published"]
-    detail = json.loads(world.sent_events[-1]["Detail"])
+    happened = ["Dataset Validated", "Training Started", "Inference Tests Started", "Results Published", "Champion Changed"]
+    assert world.event_types == happened
+    detail, changed = (json.loads(event["Detail"]) for event in world.sent_events[-2:])
+    assert changed == {
+        "id": "cars/1",
+        "line": "cars",
+        "version": 1,
+        "run_id": run.run_id,
+        "model_package": result["model_package"],
+        "report": detail["report"],
+        "result": detail["result"],
+    }
     assert detail["verdict"] == "APPROVED"
     assert detail["report"] == f"s3://artifact-bucket/runs/{run.run_id}/report.html"
     (message,) = world.notifications
@@ -106,7 +116,7 @@ def test_one_event_five_times_and_the_same_bytes_twice_are_one_run_and_one_job(w
         run = world.tested(world.run(run.run_id))
     assert [request["TrainingJobName"] for request in world.job_requests] == [run.train_job, run.test_job]
     assert run.state == RunState.PUBLISHED
-    assert len({json.loads(event["Detail"])["id"] for event in world.sent_events}) == 4
+    assert len({json.loads(event["Detail"])["id"] for event in world.sent_events}) == 5
 
 
 @pytest.mark.parametrize("change", ["row", "config", "test", "model", "trainer"])

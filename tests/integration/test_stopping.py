@@ -233,7 +233,14 @@ def test_a_request_to_stop_a_run_that_is_not_there_is_an_error(world):
         world.handle("start_training", world.load_event("start_training.stop_requested"))
 
 
-def test_results_of_a_run_that_is_stopped_while_they_are_written_are_not_announced(world):
+@pytest.mark.parametrize(
+    ("operation", "end"),
+    [
+        pytest.param("ListModelPackages", RunState.CANCELLED, id="before the verdict"),
+        pytest.param("CreateModelPackage", RunState.PUBLISHED, id="after it"),
+    ],
+)
+def test_a_run_can_be_stopped_until_its_verdict_is_written(world, operation, end):
     run = world.trained(world.drop())
     world.save_tests(run, [outcome(n) for n in range(30)])
     world.jobs[run.train_job] = {"TrainingJobStatus": "Completed", "SecondaryStatus": "Completed"}
@@ -242,11 +249,12 @@ def test_results_of_a_run_that_is_stopped_while_they_are_written_are_not_announc
         stop(world, run)
         return call()
 
-    world.next_call("CreateModelPackage", stopped_meanwhile)
+    world.next_call(operation, stopped_meanwhile)
     world.handle("publish_results", world.job_event("publish_results.test_completed", run.test_job))
-    assert world.run(run.run_id).state == RunState.CANCELLED
-    assert "Results Published" not in world.event_types
-    assert world.aws.read(ARTIFACTS, f"runs/{run.run_id}/result.json")
+    assert world.run(run.run_id).state == end
+    published = end == RunState.PUBLISHED
+    assert ("Results Published" in world.event_types) == published
+    assert world.aws.lines.get("cars").champion == (run.run_id if published else None)
 
 
 # --- the ends of jobs ---

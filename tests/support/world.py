@@ -3,7 +3,7 @@
 import copy
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -48,6 +48,12 @@ WON: list[dict[str, Any]] = [
 ]
 # What a training job writes to training.json, in the parts that are read.
 TRAINING = {"steps": 5, "rows": 27, "seconds": 61.5, "proofs": {"merge_parity": {"dtype": "bfloat16"}}}
+# What a test job writes to inference.json beside outcomes, in the parts that are read.
+TESTED: dict[str, Any] = {
+    "generation": {"dtype": "bfloat16", "limit": 64, "seed": 42, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
+    "rewards": [{"type": "exact_match"}],
+    "chat_template_kwargs": {},
+}
 CONTEXT = SimpleNamespace(
     function_name="f",
     memory_limit_in_mb=128,
@@ -228,11 +234,21 @@ class World:
         metrics = [{"step": n, "reward": n / 10, "rewards": {"exact_match": n / 10}} for n in range(1, 6)]
         self.write(prefix + "metrics.jsonl", b"\n".join(msgspec.json.encode(line) for line in metrics))
         self.write(prefix + "training.json", msgspec.json.encode(TRAINING))
+        self.write(prefix + "merged/config.json", b"{}")
+        header = msgspec.json.encode({"lora.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        self.write(prefix + "adapter/adapter_config.json", b"{}")
+        self.write(prefix + "adapter/adapter_model.safetensors", len(header).to_bytes(8, "little") + header + bytes(4))
 
-    def save_tests(self, run: Run, tests: list[dict[str, Any]]) -> None:
+    def save_tests(self, run: Run, tests: list[dict[str, Any]], suite: Sequence[dict[str, Any]] = ()) -> None:
         """Write what a test job writes."""
         prefix = self.artifacts(str(run.test_job)).removeprefix(f"s3://{ARTIFACTS}/")
-        self.write(prefix + "inference.json", msgspec.json.encode({"base_model": run.model, "seconds": 3.0, "tests": tests}))
+        (request,) = [each for each in self.job_requests if each["TrainingJobName"] == run.test_job]
+        models = ["base", "tuned", *(["champion"] if "champion" in request["HyperParameters"] else [])]
+        inference = {"base_model": run.model, "seconds": 3.0, "tests": tests, "suite": suite, **TESTED}
+        inference["asked"] = {name: {"answers": len(tests), "asked": len(tests)} for name in models}
+        self.write(prefix + "inference.json", msgspec.json.encode(inference))
+        for name in models:
+            self.write(f"{prefix}answers_{name}.jsonl", b"{}\n")
 
     def trained(self, run: Run) -> Run:
         """Take a validated run to the end of its training, its test job started."""

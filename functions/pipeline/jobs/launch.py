@@ -2,13 +2,14 @@
 
 import re
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from botocore.exceptions import ClientError
 from msgspec import structs
 from pydantic import ValidationError
 
 from pipeline.aws import Aws, error_code
+from pipeline.jobs.answers import ChampionGoneError, opponents
 from pipeline.jobs.plan import instance_choices, job_request, load_plan
 from pipeline.jobs.stopping import stop_if_over
 from pipeline.jobs.training_job import NO_CAPACITY, describe
@@ -20,6 +21,9 @@ from pipeline.runs.states import Run, RunState, StaleMoveError, backoff
 from pipeline.settings import JobSettings, Settings
 from tunedrop import object_keys
 from tunedrop.object_keys import JobName
+
+if TYPE_CHECKING:
+    from tunedrop.config.model import ResolvedConfig
 
 # A quota in the message of ResourceLimitExceeded. The API reference does not list the message; AWS's words are:
 # "The account-level service limit 'ml.g5.4xlarge for spot training job usage' is 0 Instances, with current utilization of
@@ -110,22 +114,19 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> CreatedJ
     instance choice; a choice that SageMaker refuses is skipped. Raises JobRefusedError, or NoInstanceError after a refusal
     for a quota or capacity.
     """
-    from tunedrop.config.model import ResolvedConfig  # late: most invocations create no job
-
-    raw = aws.read(settings.artifact_bucket, object_keys.run_key(run.run_id, "input/config.json"))
-    assert raw is not None  # written before the run
-    try:
-        config = ResolvedConfig.model_validate_json(raw)
-    except ValidationError as error:  # another version of Tunedrop validated the config
-        raise JobRefusedError(f"this version of Tunedrop does not accept the run's config: {error}") from None
+    config = _read_config(run, settings, aws)
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
+    try:
+        beside = opponents(run, config, settings.artifact_bucket, aws) if kind == "test" else None
+    except ChampionGoneError as error:
+        raise JobRefusedError(str(error)) from None
     choices = instance_choices(config.compute)
     first = (run.attempt - 1) % len(choices)
     name = str(JobName(settings.job_prefix, kind, run.run_id, run.attempt))
     refused: list[str] = []
     without_instance: list[str] = []
     for instances in chain.from_iterable(choices[first:] + choices[:first]):
-        request = job_request(plan, kind, run, config, settings, instances=instances)
+        request = job_request(plan, kind, run, config, settings, instances=instances, opponents=beside)
         try:
             aws.sagemaker.create_training_job(**request)
         except ClientError as error:
@@ -150,6 +151,17 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> CreatedJ
     raise JobRefusedError(f"SageMaker refused the job: {'; '.join(dict.fromkeys(refused))}")
 
 
+def _read_config(run: Run, settings: JobSettings, aws: Aws) -> "ResolvedConfig":
+    from tunedrop.config.model import ResolvedConfig  # late: most invocations create no job
+
+    raw = aws.read(settings.artifact_bucket, object_keys.run_key(run.run_id, "input/config.json"))
+    assert raw is not None  # written before the run
+    try:
+        return ResolvedConfig.model_validate_json(raw)
+    except ValidationError as error:  # another version of Tunedrop validated the config
+        raise JobRefusedError(f"this version of Tunedrop does not accept the run's config: {error}") from None
+
+
 def wait_for_instance(run: Run, to: RunState, error: NoInstanceError, settings: Settings, aws: Aws) -> Run:
     """Let a run wait until SageMaker has an instance: in WAITING, or in TRAINED for its test job.
 
@@ -163,6 +175,13 @@ def wait_for_instance(run: Run, to: RunState, error: NoInstanceError, settings: 
             announce_waiting(waiting, settings, aws)
             notify(aws, settings.topic_arn, RunEvent(detail_type=events.WAITING, run=waiting))
     return aws.runs.move(run, to, reason=reason)
+
+
+def wait_for_test(run: Run, reason: str, settings: Settings, aws: Aws) -> Run:
+    """Let a tested run wait for another test job, which starts at once: the training stays valid."""
+    run = aws.runs.move(run, RunState.TRAINED, next_attempt=True, reason=reason, not_before=None)
+    announce_waiting(run, settings, aws)
+    return run
 
 
 def wait_for_next_attempt(run: Run, to: RunState, reason: str, settings: Settings, aws: Aws) -> Run:

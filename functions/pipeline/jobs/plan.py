@@ -18,6 +18,7 @@ from tunedrop.config.instances import has_local_disk
 from tunedrop.object_keys import JobName
 
 if TYPE_CHECKING:  # pydantic builds the config models at import, and most invocations create no job
+    from pipeline.jobs.answers import Opponents
     from tunedrop.config.model import Compute, ResolvedCompute, ResolvedConfig
 
 MOST_PREFERENCES = 5  # of ResourceConfig.InstancePreferences
@@ -95,10 +96,12 @@ def job_request(
     settings: Settings,
     *,
     instances: dict[str, Any],
+    opponents: "Opponents | None" = None,
 ) -> dict[str, Any]:
     """Return the CreateTrainingJob request of a run's `train` or `test` job on `instances`, a part of ResourceConfig.
 
-    A spot job may wait as long as it may run; both together at most 28 days.
+    A test job has `opponents`, which it compares the tuned model with. A spot job may wait as long as it may run; both
+    together at most 28 days.
     """
     folder = f"s3://{settings.artifact_bucket}/{object_keys.run_key(run.run_id)}"
     channels = [
@@ -111,11 +114,18 @@ def job_request(
         channels.append(models | {"InputMode": "FastFile"})
     if any(spec.reward_file for spec in config.rewards):
         channels.append(_channel("rewards", f"{folder}input/rewards/"))
+    hyperparameters = {"run-id": run.run_id}
     if kind == "train":
         channels.insert(0, _channel("training", f"{folder}input/"))
+        if run.start:
+            start = f"s3://{settings.artifact_bucket}/{object_keys.run_key(run.run_id, 'start/')}"
+            channels.append(_channel("start", start))
     else:
         assert run.artifacts is not None  # set with the move to TRAINED
+        assert opponents is not None
         channels.append(_channel("tuned", run.artifacts.rstrip("/") + "/"))
+        channels += [_channel(name, f"s3://{settings.artifact_bucket}/{key}") for name, key in opponents.channels.items()]
+        hyperparameters |= opponents.hyperparameters
     compute = config.compute
     seconds = time_limit(compute, instances, plan) if kind == "train" else compute.max_runtime
     limits = {"MaxRuntimeInSeconds": seconds}
@@ -124,7 +134,7 @@ def job_request(
     request: dict[str, Any] = plan[kind]
     filled_request = request | {
         "TrainingJobName": str(JobName(settings.job_prefix, kind, run.run_id, run.attempt)),
-        "HyperParameters": {"run-id": run.run_id} | ({"max-runtime": str(seconds)} if kind == "train" else {}),
+        "HyperParameters": hyperparameters | ({"max-runtime": str(seconds)} if kind == "train" else {}),
         "InputDataConfig": request["InputDataConfig"] + channels,
         "OutputDataConfig": request["OutputDataConfig"]
         | {"S3OutputPath": f"{folder}{'training' if kind == 'train' else 'inference'}/"},

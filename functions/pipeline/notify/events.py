@@ -19,6 +19,7 @@ WAITING = "Training Waiting"
 FAILED = "Training Failed"
 TESTS_STARTED = "Inference Tests Started"
 PUBLISHED = "Results Published"
+CHAMPION_CHANGED = "Champion Changed"
 # Detail types of requests, from people and from `reconcile`.
 STOP_REQUESTED = "Stop Requested"
 VALIDATION_REQUESTED = "Validation Requested"
@@ -66,6 +67,32 @@ class JobStateChange(BaseModel):
     """
 
     detail: JobReference
+
+
+class PackageReference(BaseModel):
+    """The field that publish_results reads of a "SageMaker Model Package State Change": the package's ARN."""
+
+    ModelPackageArn: str
+
+
+class PackageStateChange(EventBridgeModel):
+    """A "SageMaker Model Package State Change" event: it names a package, and the registry has the package's state."""
+
+    detail_type: Literal["SageMaker Model Package State Change"] = Field(alias="detail-type")
+    detail: PackageReference
+
+
+class TestJobEnded(JobStateChange):
+    """The end of a test job."""
+
+    detail_type: Literal["SageMaker Training Job State Change"] = Field(alias="detail-type")
+
+
+# What publish_results takes, by `detail-type`.
+PUBLISH_RESULTS_EVENT: TypeAdapter[TestJobEnded | PackageStateChange] = TypeAdapter(
+    Annotated[TestJobEnded | PackageStateChange, Field(discriminator="detail_type")],
+    config=ConfigDict(defer_build=True),  # only publish_results uses it
+)
 
 
 class RunReference(BaseModel):
@@ -134,6 +161,7 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
             "id": f"{self.run.run_id}/{self.run.attempt}/{self.detail_type}/{self.run.state}",
             "run_id": self.run.run_id,
             "dataset": self.run.dataset,
+            "line": self.run.line,
             "status": self.run.state.value,
             "attempt": self.run.attempt,
             **({"reason": self.run.reason} if self.run.reason else {}),

@@ -7,11 +7,14 @@ from botocore.exceptions import ClientError
 
 from pipeline.aws import Aws, error_code
 from pipeline.observability import logger
+from pipeline.runs.lines import Line
 from pipeline.runs.states import Run
 from pipeline.settings import PublishSettings
 from tunedrop.plain import one_line
 
 _UNREGISTRABLE = re.compile(r"[^\w .:/=+\-@]")  # in a model package's CustomerMetadataProperties
+# SageMaker's codes for an unknown group or package.
+NO_SUCH = frozenset({"ValidationException", "ResourceNotFound"})
 # The approval status of each verdict.
 APPROVAL = {"APPROVED": "Approved", "PENDING": "PendingManualApproval", "REJECTED": "Rejected"}
 
@@ -19,7 +22,7 @@ APPROVAL = {"APPROVED": "Approved", "PENDING": "PendingManualApproval", "REJECTE
 def register(
     run: Run, trained: str, result: dict[str, Any], plan: dict[str, Any], settings: PublishSettings, aws: Aws
 ) -> str:
-    """Register the merged model in the model package group, once per attempt, and return the package's ARN.
+    """Register the merged model in the model package group, once per attempt; return the package's ARN.
 
     The client token makes a repeated registration return the first package
     (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateModelPackage.html).
@@ -32,6 +35,7 @@ def register(
     dtype = result["training"]["proofs"]["merge_parity"]["dtype"]
     properties = {
         "run_id": run.run_id,
+        "line": run.line,
         "attempt": str(run.attempt),
         "verdict": result["verdict"],
         "base_model": run.model,
@@ -78,7 +82,45 @@ def register(
         },
         CustomerMetadataProperties={name: metadata_value(value) for name, value in properties.items()},
     )
-    return str(answer["ModelPackageArn"])
+    arn = str(answer["ModelPackageArn"])
+    aws.lines.add_package(run.line, version_of(arn), run.run_id, arn)
+    return arn
+
+
+def approved_packages(line: Line, settings: PublishSettings, aws: Aws) -> list[str]:
+    """Return the ARNs of a line's approved model packages, oldest first.
+
+    The registry's list may lag behind: the champion's package is looked up by itself.
+    """
+    pages = aws.sagemaker.get_paginator("list_model_packages").paginate(
+        ModelPackageGroupName=settings.model_package_group, ModelApprovalStatus="Approved"
+    )
+    try:
+        arns = {item["ModelPackageArn"] for page in pages for item in page["ModelPackageSummaryList"]}
+    except ClientError as error:
+        if error_code(error) not in NO_SUCH:
+            raise
+        arns = set()  # without a group, no package was ever registered
+    if line.champion_package:
+        arns -= {line.champion_package}
+        arns |= {line.champion_package} if approval(line.champion_package, aws) == "Approved" else set()
+    return sorted((arn for arn in arns if version_of(arn) in line.packages), key=lambda arn: int(version_of(arn)))
+
+
+def approval(arn: str, aws: Aws) -> str | None:
+    """Return a model package's approval status, None for a package that was deleted."""
+    try:
+        status: str = aws.sagemaker.describe_model_package(ModelPackageName=arn)["ModelApprovalStatus"]
+    except ClientError as error:
+        if error_code(error) not in NO_SUCH:
+            raise
+        return None
+    return status
+
+
+def version_of(arn: str) -> str:
+    """Return the version of a model package: the last part of its ARN."""
+    return arn.rpartition("/")[2]
 
 
 def metadata_value(text: str) -> str:

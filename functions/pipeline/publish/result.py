@@ -2,42 +2,42 @@
 
 from typing import Any
 
+import msgspec
+
 from pipeline.jobs.price import instance_type_of, job_price, on_demand_prices
+from pipeline.publish.evidence import Evidence
 from pipeline.publish.statistics import Comparison
 from pipeline.runs.states import Run
 from pipeline.settings import Settings
 from tunedrop import object_keys
-from tunedrop.config.model import RunConfig
 
 # The most reasons, and the most tags or rewards, in an event.
 MOST_REASONS, MOST_GROUPS = 20, 50
 
 
-def run_result(
-    run: Run,
-    config: RunConfig,
-    training: dict[str, Any],
-    plan: dict[str, Any],
-    jobs: dict[str, dict[str, Any]],
-    settings: Settings,
-) -> dict[str, Any]:
-    """Return the part of `result.json` that describes run, jobs and artifacts; evaluation and model package come later."""
+def run_result(run: Run, evidence: Evidence, settings: Settings) -> dict[str, Any]:
+    """Return `result.json`, without the model package, which is registered later."""
     folder = f"s3://{settings.artifact_bucket}/{object_keys.run_key(run.run_id)}"
-    assert run.artifacts is not None
-    trained, tested = run.artifacts.rstrip("/"), f"{folder}inference/{run.test_job}/output/model"
+    trained, tested = (f"s3://{settings.artifact_bucket}/{key}" for key in (evidence.trained, evidence.tested))
+    evaluation = msgspec.to_builtins(evidence.evaluation(run.tries))
+    if evaluation.get("champion"):
+        evaluation["champion"] = {"run_id": evidence.champion} | evaluation["champion"]
+    verdict = evaluation.pop("verdict")
     return {
         "run_id": run.run_id,
         "dataset": run.dataset,
+        "line": run.line,
+        "start": {"run_id": run.start} if run.start else None,
         "attempt": run.attempt,
         "arrived": run.arrived,
         "bounded": run.bounded,
-        "training": training,
+        "training": evidence.training,
         "jobs": {"train": run.train_job, "test": run.test_job},
-        "cost": cost(jobs, on_demand_prices(plan)),
+        "cost": cost(evidence.jobs, on_demand_prices(evidence.plan)),
         "source": f"s3://{settings.data_bucket}/{run.key}",
         "source_version": run.version_id,
         "trainer": run.plan,
-        "config": config.model_dump(mode="json"),
+        "config": evidence.config.model_dump(mode="json"),
         "artifacts": {
             "report": folder + "report.html",
             "merged_model": f"{trained}/merged/",
@@ -51,6 +51,10 @@ def run_result(
             "model_quality": folder + "model_quality.json",
             "all_runs": f"s3://{settings.artifact_bucket}/{object_keys.INDEX}",
         },
+        **evaluation,
+        "base_model_license": evidence.inference.get("base_model_license"),
+        "verdict": verdict["status"],
+        "reasons": verdict["reasons"],
     }
 
 

@@ -188,7 +188,7 @@ def needed(lift: float, variance: float, confidence: float, span: float, min_lif
     return high
 
 
-def evaluate(tests: Sequence[Outcome], config: RunConfig) -> Evaluation:
+def evaluate(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome] = (), tries: int = 1) -> Evaluation:
     """Compare the two models over a run's inference tests and decide. Raises ValueError if no test has a score.
 
     If no scored test judges, the comparison is over all scored tests, and the verdict is not APPROVED.

@@ -47,10 +47,11 @@ MOVES: dict[RunState, frozenset[RunState]] = {
     RunState.PUBLISHED: frozenset({RunState.TESTED}),
     RunState.CANCELLED: frozenset(RunState) - FINAL,
 }
-# The same for moves that begin the next attempt, after a job that found no instance.
+# The same for moves that begin the next attempt: after a job that found no instance, or, from TESTED, because the line has
+# another champion by now.
 MOVES_TO_NEXT_ATTEMPT: dict[RunState, frozenset[RunState]] = {
     RunState.WAITING: frozenset({RunState.TRAINING}),
-    RunState.TRAINED: frozenset({RunState.TESTING}),
+    RunState.TRAINED: frozenset({RunState.TESTING, RunState.TESTED}),
 }
 # What a move does to the run's slot, in DynamoDB's words: a run with a job has a slot, a waiting run has none.
 SLOT_CHANGES: dict[RunState, str] = {RunState.TRAINING: "ADD", RunState.WAITING: "DELETE"}
@@ -82,7 +83,10 @@ def run_ids(dataset: str, digest: str) -> list[str]:
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """A run. Times are ISO 8601 in UTC.
 
-    `digest` identifies the run's inputs. `trigger` is the upload (`key@sequencer`) that began the attempt.
+    `digest` identifies the run's inputs, and `base` the base model's files. `trigger` is the upload (`key@sequencer`) that
+    began the attempt. `start` is the run whose adapter the training starts from. `verdict` is written before the results are
+    published, and `tries` with it: how many models the same tests had judged since the line's last champion, this one
+    included. From then on the run can only be published.
 
     `choices` counts the instance choices that attempts walk through (see `pipeline.jobs.plan.instance_choices`).
     """
@@ -98,6 +102,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     updated: str
     model: str
     plan: str
+    line: str = ""
+    start: str | None = None
+    base: str = ""
     digest: str = ""
     rows: int = 0
     train_job: str | None = None
@@ -109,6 +116,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     bounded: bool = False
     reason: str | None = None
     verdict: str | None = None
+    tries: int = 1
     model_package: str | None = None
     open: str | None = None
 

@@ -1,12 +1,11 @@
 """The run table: conditional writes, one for each move of a run.
 
-The table has upload items (`upload#<key>`), run items (`run#<run_id>`) and one item `capacity`, whose set `running` holds
-the runs that have a slot: the right to have a SageMaker job. The sparse index `open` lists unfinished uploads and runs: a
-run's attribute `open` is its state until every announcement of that state is out; `close` removes it.
+The table has upload items (`upload#<key>`), run items (`run#<run_id>`), line items (`pipeline.runs.lines`) and one item
+`capacity`, whose set `running` holds the runs that have a slot: the right to have a SageMaker job. The sparse index `open`
+lists unfinished uploads and runs: a run's attribute `open` is its state until every announcement of that state is out;
+`close` removes it.
 """
 
-import random
-import time
 from typing import Any
 
 import msgspec
@@ -24,19 +23,10 @@ from pipeline.runs.states import (
     RunState,
     StaleMoveError,
 )
+from pipeline.runs.transactions import ConditionFailedError, transact
 
 RUN, UPLOAD, CAPACITY = "run#", "upload#", "capacity"
 OPEN_UPLOAD = "UPLOAD"  # an unfinished upload's value in the index `open`
-# Two transactions on one item cannot run at once; DynamoDB cancels one, and the SDK does not repeat it. In seconds.
-CONFLICT_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-
-
-class _ConditionFailedError(Exception):
-    """A transaction was cancelled: the condition of the item at `index` does not hold."""
-
-    def __init__(self, index: int):
-        self.index = index
-        super().__init__(f"the condition of item {index} does not hold")
 
 
 class RunTable:
@@ -141,8 +131,8 @@ class RunTable:
             "ExpressionAttributeValues": {":sequencer": sequencer, ":state": RunState.VALIDATING},
         }
         try:
-            self._transact({"Put": put}, {"ConditionCheck": newest})
-        except _ConditionFailedError:
+            transact(self._table, {"Put": put}, {"ConditionCheck": newest})
+        except ConditionFailedError:
             return self.get(run.run_id) or run
         return run
 
@@ -151,7 +141,8 @@ class RunTable:
 
         The write is conditional on the attempt that the caller saw and on a state that allows the move: a late event moves
         nothing. `next_attempt` raises the attempt with the move. A move that takes or frees a slot writes both items in one
-        transaction. Repeating a move changes nothing. Raises StaleMoveError for a run in a later state or another attempt.
+        transaction. Repeating a move changes nothing. Raises StaleMoveError for a run in a later state or another attempt,
+        and for a run with a verdict that is not to be published.
         """
         possible = sorted((MOVES_TO_NEXT_ATTEMPT if next_attempt else MOVES)[to])
         assert run.state in possible, f"no move from {run.state} to {to}"
@@ -165,7 +156,8 @@ class RunTable:
             "UpdateExpression": "SET "
             + ", ".join(f"#{name} = :{name}" for name in written)
             + (" REMOVE " + ", ".join(f"#{name}" for name in sorted(removed)) if removed else ""),
-            "ConditionExpression": f"#attempt = :seen AND #state IN ({', '.join(sources)})",
+            "ConditionExpression": f"#attempt = :seen AND #state IN ({', '.join(sources)})"
+            + ("" if to == RunState.PUBLISHED else " AND attribute_not_exists(verdict)"),
             "ExpressionAttributeNames": {f"#{name}": name for name in changes},
             "ExpressionAttributeValues": {f":{name}": value for name, value in written.items()}
             | {":seen": run.attempt}
@@ -173,10 +165,10 @@ class RunTable:
         }
         try:
             if to in SLOT_CHANGES:
-                self._transact({"Update": update}, {"Update": _slot(run, SLOT_CHANGES[to])})
+                transact(self._table, {"Update": update}, {"Update": _slot(run, SLOT_CHANGES[to])})
                 return structs.replace(run, **changes)
             return run_of_item(self._table.update_item(**update, ReturnValues="ALL_NEW")["Attributes"])
-        except (self._table.meta.client.exceptions.ConditionalCheckFailedException, _ConditionFailedError):
+        except (self._table.meta.client.exceptions.ConditionalCheckFailedException, ConditionFailedError):
             current = self.get(run.run_id)
             if current is not None and current.state == to and current.attempt == attempt:
                 return current
@@ -216,8 +208,8 @@ class RunTable:
         slot["ConditionExpression"] = "attribute_not_exists(running) OR size(running) < :limit OR contains(running, :run)"
         slot["ExpressionAttributeValues"] |= {":run": run.run_id, ":limit": limit}
         try:
-            self._transact({"ConditionCheck": self._is(run, *MOVES[RunState.TRAINING])}, {"Update": slot})
-        except _ConditionFailedError as failed:
+            transact(self._table, {"ConditionCheck": self._is(run, *MOVES[RunState.TRAINING])}, {"Update": slot})
+        except ConditionFailedError as failed:
             if failed.index == 0:
                 raise StaleMoveError(f"{run.run_id} can no longer start in attempt {run.attempt}") from None
             return False
@@ -231,8 +223,8 @@ class RunTable:
     def release(self, run: Run) -> None:
         """Free the slot of a run that has ended, unless the run began another attempt with that slot."""
         try:
-            self._transact({"ConditionCheck": self._is(run, run.state)}, {"Update": _slot(run, "DELETE")})
-        except _ConditionFailedError:
+            transact(self._table, {"ConditionCheck": self._is(run, run.state)}, {"Update": _slot(run, "DELETE")})
+        except ConditionFailedError:
             return
 
     @staticmethod
@@ -245,22 +237,6 @@ class RunTable:
             "ExpressionAttributeNames": {"#state": "state"},
             "ExpressionAttributeValues": {":attempt": run.attempt, **values},
         }
-
-    def _transact(self, *items: dict[str, Any]) -> None:
-        """Write all items of TransactWriteItems or none. Raises _ConditionFailedError."""
-        client = self._table.meta.client
-        named = [{kind: {"TableName": self._table.name} | item} for each in items for kind, item in each.items()]
-        for pause in (*CONFLICT_PAUSES, None):
-            try:
-                client.transact_write_items(TransactItems=named)
-                return
-            except client.exceptions.TransactionCanceledException as error:
-                codes = [reason["Code"] for reason in error.response["CancellationReasons"]]
-                if "ConditionalCheckFailed" in codes:
-                    raise _ConditionFailedError(codes.index("ConditionalCheckFailed")) from None
-                if pause is None or "TransactionConflict" not in codes:
-                    raise
-                time.sleep(random.uniform(0, pause))
 
 
 def _slot(run: Run, action: str) -> dict[str, Any]:
@@ -280,5 +256,5 @@ def _item_of(run: Run) -> dict[str, Any]:
 
 def run_of_item(item: dict[str, Any]) -> Run:
     """Return the run of a table item."""
-    numbers = {"attempt", "rows", "choices"}
+    numbers = {"attempt", "rows", "choices", "tries"}
     return msgspec.convert({key: int(value) if key in numbers else value for key, value in item.items()}, Run)

@@ -1,26 +1,23 @@
 """A test job ended: evaluate the tuned model, write the report, register the model, and announce the results."""
 
-from typing import Any
-
 import msgspec
 
 from pipeline.aws import Aws
 from pipeline.jobs.launch import wait_for_next_attempt
-from pipeline.jobs.plan import load_plan
 from pipeline.jobs.training_job import TrainingJob, run_of_job
 from pipeline.notify import events
 from pipeline.notify.announcements import announce_failure, notify
 from pipeline.notify.events import RunEvent
+from pipeline.publish.decide import decide
+from pipeline.publish.evidence import Evidence, read, read_evidence
 from pipeline.publish.index import add_to_index, indexed_run
 from pipeline.publish.registry import register
 from pipeline.publish.report import render_report
 from pipeline.publish.result import model_quality, run_result, summary
-from pipeline.publish.statistics import evaluate
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import PublishSettings
+from pipeline.stages.champions import announce_champion
 from tunedrop import object_keys
-from tunedrop.config.model import RunConfig
-from tunedrop.inference_tests import Outcome
 
 
 def testing_ended(name: str, settings: PublishSettings, aws: Aws) -> Run | None:
@@ -35,7 +32,7 @@ def testing_ended(name: str, settings: PublishSettings, aws: Aws) -> Run | None:
     if run.state == RunState.TESTING:
         run = _after_tests(run, job, settings, aws)
     if run.state == RunState.TESTED:
-        run = publish(run, settings, aws)
+        run = decide_and_publish(run, settings, aws)
     if run.state == RunState.PUBLISHED:
         announce(run, settings, aws)
     elif run.failed:
@@ -55,58 +52,38 @@ def _after_tests(run: Run, job: TrainingJob, settings: PublishSettings, aws: Aws
     return aws.runs.move(run, RunState.TESTING_FAILED, reason=reason[:1024])
 
 
-def publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
+def decide_and_publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
+    """Write a tested run's verdict, then publish the run. A run that must be tested again is returned in TRAINED."""
+    evidence = read_evidence(run, settings.artifact_bucket, aws)
+    if run.verdict is None:
+        run = decide(run, evidence, settings, aws)
+    return publish(run, evidence, settings, aws) if run.state == RunState.TESTED else run
+
+
+def publish(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) -> Run:
     """Write the report, register the model package, write `result.json`, and add the run to the index, in this order.
 
-    `result.json` is the commit mark: the index lists only runs with one. The jobs' files determine every byte: publishing
-    twice writes the same bytes.
+    `result.json` is the commit mark: the index lists only runs with one. The jobs' files and the run's tries determine every
+    byte: publishing twice writes the same bytes.
     """
     bucket = settings.artifact_bucket
-    assert run.artifacts is not None
-    trained = run.artifacts.removeprefix(f"s3://{bucket}/").rstrip("/")
-    tested = object_keys.run_key(run.run_id, f"inference/{run.test_job}/output/model")
-    config = RunConfig.model_validate_json(_read(aws, bucket, object_keys.run_key(run.run_id, "input/config.json")))
-    inference = msgspec.json.decode(_read(aws, bucket, f"{tested}/inference.json"))
-    training = msgspec.json.decode(_read(aws, bucket, f"{trained}/training.json"))
-    metrics = _lines(_read(aws, bucket, f"{trained}/metrics.jsonl"))
-    receipt = msgspec.json.decode(_read(aws, bucket, object_keys.run_key(run.run_id, "validation.json")))
-    plan = load_plan(aws, bucket, run.plan)
-    tests = msgspec.convert(inference["tests"], list[Outcome])
-    jobs = {
-        kind: aws.sagemaker.describe_training_job(TrainingJobName=job)
-        for kind, job in (("train", run.train_job), ("test", run.test_job))
-    }
-    result = run_result(run, config, training, plan, jobs, settings) | msgspec.to_builtins(evaluate(tests, config))
-    result["base_model_license"] = inference.get("base_model_license")
-    # Most readers look for the verdict: at the top level.
-    result |= {"verdict": result["verdict"]["status"], "reasons": result["verdict"]["reasons"]}
+    result = run_result(run, evidence, settings)
     html = render_report(
         result,
-        receipt=receipt,
-        metrics=metrics,
-        tests=tests,
-        probe=msgspec.convert(inference.get("probe", []), list[Outcome]),
-        alerts=_lines(aws.read(bucket, f"{trained}/alerts.jsonl") or b""),
+        receipt=evidence.receipt,
+        metrics=evidence.metrics,
+        tests=evidence.tests,
+        probe=evidence.probe,
+        alerts=evidence.alerts,
     )
     _write(aws, bucket, object_keys.run_key(run.run_id, "report.html"), html.encode(), "text/html; charset=utf-8")
     quality = msgspec.json.format(msgspec.json.encode(model_quality(result)))
     _write(aws, bucket, object_keys.run_key(run.run_id, "model_quality.json"), quality, "application/json")
-    result["model_package"] = register(run, trained, result, plan, settings, aws)
+    result["model_package"] = register(run, evidence.trained, result, evidence.plan, settings, aws)
     body = msgspec.json.format(msgspec.json.encode(result))
     _write(aws, bucket, object_keys.run_key(run.run_id, "result.json"), body, "application/json")
-    add_to_index(aws, bucket, indexed_run(result, metrics, run.updated, run.rows))
-    return aws.runs.move(run, RunState.PUBLISHED, verdict=result["verdict"], model_package=result["model_package"])
-
-
-def _read(aws: Aws, bucket: str, key: str) -> bytes:
-    raw = aws.read(bucket, key)
-    if raw is None:
-        raise FileNotFoundError(f"s3://{bucket}/{key}")
-    return raw
-
-
-def _lines(raw: bytes) -> list[Any]:
-    return [msgspec.json.decode(line) for line in raw.splitlines()]
+    add_to_index(aws, bucket, indexed_run(result, evidence.metrics, run.updated, run.rows))
+    return aws.runs.move(run, RunState.PUBLISHED, model_package=result["model_package"])
 
 
 def _write(aws: Aws, bucket: str, key: str, body: bytes, kind: str, **condition: str) -> None:
@@ -120,7 +97,7 @@ def announce(run: Run, settings: PublishSettings, aws: Aws) -> None:
     aws.runs.release(run)
     report = object_keys.run_key(run.run_id, "report.html")
     folder = f"s3://{settings.artifact_bucket}/{object_keys.run_key(run.run_id)}"
-    result = msgspec.json.decode(_read(aws, settings.artifact_bucket, object_keys.run_key(run.run_id, "result.json")))
+    result = msgspec.json.decode(read(aws, settings.artifact_bucket, object_keys.run_key(run.run_id, "result.json")))
     event = RunEvent(
         detail_type=events.PUBLISHED,
         run=run,
@@ -141,4 +118,5 @@ def announce(run: Run, settings: PublishSettings, aws: Aws) -> None:
                 ExpiresIn=settings.report_link_hours * 3600,
             )
         notify(aws, settings.topic_arn, event, link)
+    announce_champion(run.line, settings, aws)
     aws.runs.close(run)

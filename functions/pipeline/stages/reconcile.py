@@ -9,7 +9,7 @@ from pipeline.observability import logger, metrics
 from pipeline.runs import clock
 from pipeline.runs.states import FINAL, Run, RunState, StaleMoveError
 from pipeline.settings import ReconcileSettings
-from pipeline.stages import publish_results, start_training, test_model, validate_dataset
+from pipeline.stages import champions, publish_results, start_training, test_model, validate_dataset
 
 # Events usually arrive within seconds. A run that moved more recently needs no recovery.
 MINIMUM_AGE = timedelta(minutes=2)
@@ -51,6 +51,7 @@ def reconcile(
     age = datetime.fromisoformat(started) - datetime.fromisoformat(oldest)
     metrics.add_metric(name="OldestOpenRunHours", unit="Count", value=age / timedelta(hours=1))
     _request_validations(clock.ago(validation_age), settings, aws)
+    champions.settle_lines(settings, aws)
     start_training.start_waiting(settings, aws, limit=None)
     if errors:
         raise errors[0]
@@ -66,7 +67,9 @@ def _do_due_work(run: Run, settings: ReconcileSettings, aws: Aws) -> None:
     elif run.state == RunState.TESTING:
         publish_results.testing_ended(str(run.test_job), settings, aws)
     elif run.state == RunState.TESTED:
-        publish_results.announce(publish_results.publish(run, settings, aws), settings, aws)
+        run = publish_results.decide_and_publish(run, settings, aws)
+        if run.state == RunState.PUBLISHED:
+            publish_results.announce(run, settings, aws)
     elif run.state == RunState.PUBLISHED:
         publish_results.announce(run, settings, aws)
     elif run.state == RunState.CANCELLED:

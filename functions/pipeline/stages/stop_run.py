@@ -13,9 +13,10 @@ def stop_run(run: Run, requested: datetime, settings: Settings, aws: Aws) -> Run
     """Cancel a run that has not ended, stop its job, and return the run in its new state.
 
     The move comes first: after it, no event of the job continues the run. A request from before the run's arrival meant an
-    earlier attempt and changes nothing; events carry whole seconds.
+    earlier attempt and changes nothing; events carry whole seconds. Nor does a request after the verdict: the run ends by
+    itself.
     """
-    while run.state not in FINAL:
+    while run.state not in FINAL and run.verdict is None:
         if requested < datetime.fromisoformat(run.arrived).replace(microsecond=0):
             logger.info("ignored a request to stop an earlier attempt", run_id=run.run_id)
             return run

@@ -1,5 +1,6 @@
 """A dataset was uploaded: fetch it and its companion files, validate them, and record the run."""
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.validation.model_files import READ_FILES, ModelFiles
 from pipeline.validation.modules import ALL_LINEAR, HEADER_BYTES, header_bytes
 from pipeline.validation.receipt import Receipt
 from pipeline.validation.s3_stream import Download
+from pipeline.validation.start import ADAPTER_FILES, Start, adapter_prefix, nothing_new, resolve_start
 from pipeline.validation.terms import Prices, Terms
 from pipeline.validation.validate import (
     INPUT_FILES,
@@ -50,13 +52,17 @@ class InternalError(Exception):
 class Fetched(NamedTuple):
     """A submission from S3: with the stack's terms, the dataset's download, and the launch plan's digest.
 
-    `identity` are the parts of the run id that are not the dataset: config, tests, model, launch plan, files of rewards.
+    `base` is the digest of the base model's files, `champion` the line's, if it has one. `identity` are the parts of the run
+    id that are not the dataset: config, tests, model, launch plan, start, files of rewards.
     """
 
     submission: Submission
     terms: Terms
     download: Download
     plan: str
+    base: str
+    start: Start
+    champion: Run | None
     identity: Sequence[str | bytes]
 
 
@@ -81,6 +87,8 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             return None
         with fetched.download:
             receipt = validate(fetched.submission, fetched.terms)
+            tests = Path(folder) / "inference_tests.json"
+            receipt.warnings += nothing_new(receipt, tests, fetched.champion, settings.artifact_bucket, aws)
             run = record(receipt, fetched, upload, settings, aws)
     if INTERNAL in receipt.error_counts:
         raise InternalError(
@@ -110,9 +118,15 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
     config, about_config = read_config(raw, settings.default_model)
     environment = plan["train"].get("Environment", {})
     pinned, problems = pin_model(config.model, environment)
-    config = config.model_copy(update={"model": pinned})
+    config = config.model_copy(update={"model": pinned, "line": config.line or object_keys.line_of(dataset)})
     about_config.problems.extend(problems)
     model, model_identity = _fetch_model(config, folder / "model", settings, aws)
+    base = hashlib.sha256(model_identity.encode()).hexdigest()
+    champion = aws.lines.get(str(config.line)).champion
+    start, problems, warnings = resolve_start(config, base, champion, settings.artifact_bucket, aws)
+    config = config.model_copy(update={"start_from": start.run.run_id if start.run else "base"})
+    about_config.problems.extend(problems)
+    about_config.warnings.extend(warnings)
     rewards, beside = folder / "rewards", f"{upload.key.rpartition('/')[0]}/"
     reward_contents = _fetch_rewards(config, beside, rewards, settings, aws)
     version = {} if upload.version_id == "null" else {"VersionId": upload.version_id}
@@ -145,7 +159,14 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
         prices=Prices(**plan["prices"]) if plan.get("prices") else None,
     )
     return Fetched(
-        submission, terms, download, plan_digest, [raw, tests or b"", model_identity, plan_digest, *reward_contents]
+        submission,
+        terms,
+        download,
+        plan_digest,
+        base,
+        start,
+        aws.runs.get(champion) if champion else None,
+        [raw, tests or b"", model_identity, plan_digest, start.identity, *reward_contents],
     )
 
 
@@ -213,6 +234,9 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
         version_id=upload.version_id,
         arrived=clock.now(),
         updated=clock.now(),
+        line=str(fetched.submission.config.line),
+        start=fetched.start.run.run_id if fetched.start.run else None,
+        base=fetched.base,
         model=fetched.submission.config.model,
         plan=fetched.plan,
         rows=receipt.rows,
@@ -249,6 +273,11 @@ def _store(run: Run, receipt: Receipt, fetched: Fetched, settings: ValidateSetti
         aws.s3.put_object(Bucket=bucket, Key=object_keys.run_key(run.run_id, "input/run.json"), Body=names)
         for file in fetched.submission.rewards.iterdir():
             aws.s3.upload_file(str(file), bucket, object_keys.run_key(run.run_id, f"input/rewards/{file.name}"))
+        if fetched.start.run:
+            prefix = adapter_prefix(fetched.start.run, bucket)
+            for name in ADAPTER_FILES:  # a copy: the start's own files may be deleted
+                target = object_keys.run_key(run.run_id, f"start/{name}")
+                aws.s3.copy_object(Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": f"{prefix}{name}"})
         if receipt.rejected.rows:
             aws.s3.upload_file(str(folder / "rejected.jsonl"), bucket, object_keys.run_key(run.run_id, "rejected.jsonl"))
     aws.s3.put_object(
@@ -269,7 +298,7 @@ def _document(run: Run, receipt: Receipt, fetched: Fetched, settings: ValidateSe
     }
     if digest := fetched.download.sha256:
         source["sha256"] = digest
-    return {"run_id": run.run_id, "dataset": run.dataset, "source": source, **msgspec.to_builtins(receipt)}
+    return {"run_id": run.run_id, "dataset": run.dataset, "line": run.line, "source": source, **msgspec.to_builtins(receipt)}
 
 
 def _announced_again(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:

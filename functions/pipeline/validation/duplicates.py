@@ -30,7 +30,8 @@ class Duplicates:
     def result(self) -> dict[str, Any]:
         """Return how many rows repeat an earlier row, how many repeat only its prompt, and the first pairs of both.
 
-        `{"exact": 2, "same_prompt": 1, "exact_rows": [[row, the row it repeats], …], "same_prompt_rows": [[…], …]}`
+        `{"exact": 2, "same_prompt": 1, "exact_rows": [[row, the row it repeats], …], "same_prompt_rows": [[…], …]}`, and
+        `rows`: a digest of all rows in any order.
         """
         # Buckets: one set of all hashes would take ten times the memory of these arrays.
         buckets = [array("I") for _ in range(_BUCKETS)]
@@ -45,7 +46,8 @@ class Duplicates:
                     if len(pairs[kind]) < SHOWN:
                         pairs[kind].append([number, first])
                 rows = {kind: sorted(shown + pairs[kind])[:SHOWN] for kind, shown in rows.items()}
-        return counts | {f"{kind}_rows": shown for kind, shown in rows.items()}
+        digest = f"{sum(self._rows) % 2**64:016x}"
+        return counts | {f"{kind}_rows": shown for kind, shown in rows.items()} | {"rows": digest}
 
     def _repeated(self, bucket: "array[int]") -> Iterator[tuple[str, int, int]]:
         """Yield the repetitions of a bucket: the kind, the row's number, and the number of the row that it repeats."""

@@ -234,8 +234,8 @@ class RunConfig(_Section):
     ]
     line: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$",
-        max_length=100,
+        pattern=r"^[^/\x00-\x1f\x7f]+$",
+        max_length=1024,
         description="The line that the run belongs to: a model that successive runs improve. Default: the first folder "
         "below training_data/, else the dataset's name.",
     )
