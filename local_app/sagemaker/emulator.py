@@ -1,4 +1,4 @@
-"""One account's SageMaker in one region: dispatches API operations, and delivers the events of its jobs."""
+"""One account's SageMaker in one region: dispatches API operations, and delivers the events of jobs and model packages."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class SageMakerEmulator:
     """SageMaker, with its state in `state_dir`, which one emulator at a time may use. Raises StartupError.
 
     `endpoint_url` serves S3 and CloudWatch Logs of the same account (credentials from boto3's usual places).
-    `on_state_change` gets every "SageMaker Training Job State Change" event in order. While it raises, the event is kept and
-    delivered again, also after a restart: at least once, as on AWS. Jobs do not see the folder `private`.
+    `on_state_change` gets every event "SageMaker Training Job State Change" and "SageMaker Model Package State Change" in
+    order. While it raises, the event is kept and delivered again, also after a restart: at least once, as on AWS. Jobs do
+    not see the folder `private`.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class SageMakerEmulator:
         """End the jobs' processes and release the state. Open jobs continue in the next emulator of the folder."""
         self._training.close()
         self._closed.set()
-        self._training.changed.set()
+        self._store.changed.set()
         self._outbox.join(5)
         self._store.close()
         self._guard.close()
@@ -143,10 +144,10 @@ class SageMakerEmulator:
         """Pass the events to `on_state_change`, oldest first, until the emulator is closed."""
         pause = 0.1
         while not self._closed.is_set():
-            self._training.changed.clear()
+            self._store.changed.clear()
             item = self._store.oldest_event()
             if item is None:
-                self._training.changed.wait()
+                self._store.changed.wait()
                 continue
             number, event = item
             try:

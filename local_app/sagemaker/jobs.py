@@ -68,7 +68,6 @@ class TrainingJobs:
         self._processes: dict[str, JobProcess] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._closing = False
-        self.changed = threading.Event()  # set when there is an event to deliver
 
     # -------------------------------------------------------------------------------------------------- operations
 
@@ -90,7 +89,6 @@ class TrainingJobs:
             self._store.put("tags", job["TrainingJobArn"], {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])})
             self._record(job, "Starting", "InProgress", "Starting the training job")
         self._start(name)
-        self.changed.set()
         return {"TrainingJobArn": job["TrainingJobArn"]}
 
     def _check_role(self, role_arn: str) -> None:
@@ -288,7 +286,6 @@ class TrainingJobs:
             if secondary == "Downloading":
                 job.setdefault("TrainingStartTime", time.time())
             self._record(job, secondary, status, message or MESSAGES[secondary])
-        self.changed.set()
 
     def _change(self, name: str, **changes: Any) -> None:
         with self._store.transaction():

@@ -18,7 +18,6 @@ NAMED = {
     "DescribeModelPackageGroup": ("model-package-group", "ModelPackageGroupName"),
     "DeleteModelPackageGroup": ("model-package-group", "ModelPackageGroupName"),
     "CreateModelPackage": ("model-package-group", "ModelPackageGroupName"),
-    "ListModelPackages": ("model-package-group", "ModelPackageGroupName"),
     "DescribeModelPackage": ("model-package", "ModelPackageName"),
     "UpdateModelPackage": ("model-package", "ModelPackageArn"),
     "DeleteModelPackage": ("model-package", "ModelPackageName"),
@@ -43,10 +42,15 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
     kind, member = NAMED.get(operation, ("", ""))
     name = request.get(member, "")
     resource = name if name.startswith("arn:") else f"{arn_prefix}:{kind}/{name}" if name else "*"
-    permissions = [RequiredPermission(f"sagemaker:{operation}", resource)]
+    if operation == "ListModelPackages":  # its resource type is model-package: all versions in the group
+        group = request.get("ModelPackageGroupName", "").rpartition("/")[2]
+        resource = f"{arn_prefix}:model-package/{group}/*" if group else f"{arn_prefix}:model-package/*"
+    approval = request.get("ModelApprovalStatus") if operation in ("CreateModelPackage", "UpdateModelPackage") else None
+    context = {"sagemaker:ModelApprovalStatus": approval} if approval else {}
+    permissions = [RequiredPermission(f"sagemaker:{operation}", resource, context)]
     if operation == "CreateModelPackage":  # on the group, and on the new version in the group
         package = f"{arn_prefix}:model-package/{name.rpartition('/')[2]}/1"
-        permissions.append(RequiredPermission("sagemaker:CreateModelPackage", package))
+        permissions.append(RequiredPermission("sagemaker:CreateModelPackage", package, context))
     if request.get("Tags"):
         permissions.append(RequiredPermission("sagemaker:AddTags", resource))
     if "RoleArn" in request:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 
 from local_app.common import Json
 from local_app.sagemaker.api import ServiceError, fitting, not_found, page
 from local_app.sagemaker.store import Store
+from pipeline.notify.package_events import package_event
+
+MOST_PROPERTIES = 50  # CustomerMetadataProperties of one package
+MOST_SPECIFICATIONS = 15  # AdditionalInferenceSpecifications of one package
 
 
 def path_of(name_or_arn: str) -> str:
@@ -16,7 +21,11 @@ def path_of(name_or_arn: str) -> str:
 
 
 class ModelRegistry:
-    """Model package groups and packages of one account and region. A package is ready as soon as it is created."""
+    """Model package groups and packages of one account and region. A package is ready as soon as it is created.
+
+    Each change of a package writes its event in the same transaction. AWS documents the event of a deletion only by the
+    status Deleting.
+    """
 
     def __init__(self, store: Store, arn_prefix: str) -> None:
         self._store, self._arn_prefix = store, arn_prefix
@@ -107,6 +116,7 @@ class ModelRegistry:
             arn = package["ModelPackageArn"] = f"{self._arn_prefix}:model-package/{path}"
             self._store.put("package", path, package)
             self._store.put("tags", arn, {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])})
+            self._announce(package)
             if token:
                 self._store.put("token", token, {"request": request, "arn": arn})
         return {"ModelPackageArn": arn}
@@ -135,9 +145,11 @@ class ModelRegistry:
         return result
 
     def update_model_package(self, request: Json) -> Json:
-        """Change a package's approval, metadata, or inference specifications."""
+        """Change a versioned package's approval, metadata, or inference specifications."""
         with self._store.transaction():
             package = self._package(request["ModelPackageArn"])
+            if "ModelPackageGroupName" not in package:
+                raise ServiceError("ValidationException", f"{request['ModelPackageArn']} is not a versioned model package.")
             properties = package.get("CustomerMetadataProperties", {}) | request.get("CustomerMetadataProperties", {})
             for key in request.get("CustomerMetadataPropertiesToRemove", []):
                 properties.pop(key, None)
@@ -146,17 +158,29 @@ class ModelRegistry:
                 package["CustomerMetadataProperties"] = properties
             if more := request.get("AdditionalInferenceSpecificationsToAdd"):
                 package.setdefault("AdditionalInferenceSpecifications", []).extend(more)
+            for member, most in (
+                ("CustomerMetadataProperties", MOST_PROPERTIES),
+                ("AdditionalInferenceSpecifications", MOST_SPECIFICATIONS),
+            ):
+                if len(package.get(member, ())) > most:
+                    raise ServiceError("ValidationException", f"A model package has at most {most} {member}.")
             package |= {"LastModifiedTime": time.time(), "LastModifiedBy": self._creator}
             self._store.put("package", path_of(package["ModelPackageArn"]), package)
+            self._announce(package, [member for member in request if member not in ("ModelPackageArn", "ClientToken")])
         return {"ModelPackageArn": package["ModelPackageArn"]}
 
     def delete_model_package(self, request: Json) -> Json:
         """Delete a package."""
         with self._store.transaction():
             package = self._package(request["ModelPackageName"])
+            self._announce(package | {"ModelPackageStatus": "Deleting", "LastModifiedTime": time.time()})
             self._store.delete("package", path_of(package["ModelPackageArn"]))
             self._store.delete("tags", package["ModelPackageArn"])
         return {}
+
+    def _announce(self, package: Json, updated: Sequence[str] = ()) -> None:
+        tags = self._store.get("tags", package["ModelPackageArn"]) or {}
+        self._store.enqueue(package_event(package, tags, updated))
 
     def _packages(self) -> list[Json]:
         return self._store.all("package")

@@ -15,12 +15,13 @@ from local_app.common import Json
 class Store:
     """Documents by kind and name, and the outbox of undelivered events.
 
-    A job's change and its event are written in one transaction: neither exists without the other. Any thread may use the
-    store; transactions run one at a time and do not nest.
+    A change and its event are written in one transaction: neither exists without the other. `changed` is set after each
+    transaction. Any thread may use the store; transactions run one at a time and do not nest.
     """
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        self.changed = threading.Event()
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("CREATE TABLE IF NOT EXISTS document (kind, name, body, PRIMARY KEY (kind, name))")
@@ -37,6 +38,7 @@ class Store:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+        self.changed.set()
 
     def get(self, kind: str, name: str) -> Json | None:
         """Return a document, or None."""
