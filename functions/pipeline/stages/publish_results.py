@@ -11,11 +11,11 @@ from pipeline.jobs.training_job import TrainingJob, run_of_job
 from pipeline.notify import events
 from pipeline.notify.announcements import announce_failure, notify
 from pipeline.notify.events import RunEvent
+from pipeline.publish.gate import evaluate
 from pipeline.publish.index import add_to_index, indexed_run
 from pipeline.publish.registry import register
 from pipeline.publish.report import render_report
 from pipeline.publish.result import model_quality, run_result, summary
-from pipeline.publish.statistics import evaluate
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import PublishSettings
 from tunedrop import object_keys
