@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from xxhash import xxh3_64_intdigest
 
-from pipeline.publish.statistics import FEW_TESTS
+from pipeline.publish.comparison import FEW_TESTS
 from pipeline.validation.receipt import Receipt
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config

@@ -108,7 +108,10 @@ def test_without_a_suite_in_the_config_the_job_has_none(world):
 
 def test_answers_are_kept_once_for_later_jobs(world):
     published(world)
-    keys = [item["Key"] for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=line_key("cars", "answers/"))["Contents"]]
+    keys = [
+        item["Key"]
+        for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=line_key("cars", "answers/"))["Contents"]
+    ]
     assert len(keys) == 2  # of the base and of the tuned model
 
 
@@ -187,7 +190,9 @@ def test_a_challenger_whose_champion_was_replaced_meanwhile_is_tested_again(worl
     late = world.tested(late, outcomes(0.0, 1.0, 0.0))
     assert (late.state, late.attempt, late.verdict) == (RunState.TRAINED, 2, None)
     assert "another champion" in str(late.reason)
-    world.handle("start_training", next(e for f, e in reversed(world.own_events()) if e["detail-type"] == "Training Waiting"))
+    world.handle(
+        "start_training", next(e for f, e in reversed(world.own_events()) if e["detail-type"] == "Training Waiting")
+    )
     late = world.run(late.run_id)
     assert (late.state, late.attempt) == (RunState.TESTING, 2)
     assert channels(world, late, "test")["champion"] == other.artifacts
@@ -212,14 +217,20 @@ def test_a_champion_whose_model_is_gone_ends_the_tests_with_the_way_out(world):
 
 
 def test_tries_on_the_same_tests_are_counted_until_a_champion_comes(world):
-    tests = b'{"evaluations": ' + json.dumps([{"prompt": f"what is {n}?", "description": "1"} for n in range(30)]).encode() + b"}"
+    tests = (
+        b'{"evaluations": '
+        + json.dumps([{"prompt": f"what is {n}?", "description": "1"} for n in range(30)]).encode()
+        + b"}"
+    )
     world.put("inference_test/cars.json", tests)
     tries = []
     for n in range(1, 4):
         run = published(world, body=GOOD_DATA * n, tests=outcomes(0.0, 0.5))
         tries.append(run.tries)
         assert world.read_json(f"runs/{run.run_id}/result.json")["tries"] == run.tries
-    other = b'{"evaluations": ' + json.dumps([{"prompt": f"who is {n}?", "description": "1"} for n in range(30)]).encode() + b"}"
+    other = (
+        b'{"evaluations": ' + json.dumps([{"prompt": f"who is {n}?", "description": "1"} for n in range(30)]).encode() + b"}"
+    )
     world.put("inference_test/cars.json", other)
     tries.append(published(world, body=GOOD_DATA * 4, tests=outcomes(0.0, 0.5)).tries)
     assert tries == [1, 2, 3, 1]

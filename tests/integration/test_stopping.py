@@ -4,7 +4,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
-from fake_stack import ARTIFACTS
 from world import KilledError
 
 from pipeline.jobs import stopping

@@ -5,9 +5,9 @@ from typing import Any
 
 import msgspec
 
+from pipeline.publish.gate import evaluate
 from pipeline.publish.index import IndexedRun, render_index
 from pipeline.publish.report import render_report
-from pipeline.publish.statistics import evaluate
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
 

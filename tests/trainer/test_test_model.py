@@ -7,7 +7,7 @@ import pytest
 import tiny_model
 import torch
 
-from pipeline.publish.statistics import evaluate
+from pipeline.publish.gate import evaluate
 from trainer import engines, test_model
 from trainer.models import load_tokenizer
 from tunedrop.config.model import RunConfig

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tokenizer_files
 
 from local_app.stack import PROJECT
-from pipeline.publish.statistics import FEW_TESTS
+from pipeline.publish.comparison import FEW_TESTS
 from pipeline.validation import receipt, rows
 from pipeline.validation.duplicates import Duplicates
 from pipeline.validation.lengths import summary

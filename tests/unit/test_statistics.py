@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from pipeline.publish import statistics
-from pipeline.publish.statistics import Pair, compare, evaluate, interval, needed, sign_test
+from pipeline.publish.comparison import FEW_TESTS, Pair, compare, interval, needed, sign_test
+from pipeline.publish.gate import evaluate
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
 
@@ -89,7 +90,7 @@ def test_tests_of_one_question_count_once_in_the_interval():
     assert apart.lift_low > thrice.lift_low
 
 
-def test_repeating_the_tests_that_were_won_shows_nothing(quick):
+def test_repeating_the_tests_that_were_won_shows_nothing():
     """Without an improvement, some of twenty questions are won by chance. Asking them again is no evidence."""
     generator, cases = random.Random(1), 200
     approved = 0
@@ -98,7 +99,7 @@ def test_repeating_the_tests_that_were_won_shows_nothing(quick):
         pairs = [
             Pair(0.5, 0.5 + lift / 2, question=str(n)) for n, lift in enumerate(lifts) for _ in range(6 if lift > 0 else 5)
         ]
-        approved += compare(pairs).lift_low > 0
+        approved += compare(pairs, samples=300).lift_low > 0
     assert approved / cases <= 0.06
 
 
@@ -122,7 +123,7 @@ def test_as_many_tests_as_needed_are_enough_four_times_in_five():
     assert 0.72 < enough / 300 < 0.88
     assert needed(0.0, 0.4, 0.95, 1.0, 0.0) is None
     assert needed(0.2, 0.4, 0.95, 1.0, 0.3) is None
-    assert needed(1.0, 0.0, 0.95, 1.0, 0.0) == statistics.FEW_TESTS
+    assert needed(1.0, 0.0, 0.95, 1.0, 0.0) == FEW_TESTS
 
 
 # --- how often the gate is wrong ---
@@ -157,7 +158,7 @@ def approval_rate(kinds: dict[tuple[float, float], float], tests: int) -> float:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(statistics.interval, "__defaults__", (300,))
+    monkeypatch.setattr(statistics, "BOOTSTRAP_SAMPLES", 300)
 
 
 @pytest.mark.parametrize("tests", [20, 40])

@@ -6,7 +6,7 @@ import msgspec
 
 from pipeline.aws import Aws
 from pipeline.jobs.plan import load_plan
-from pipeline.publish.statistics import Evaluation, evaluate
+from pipeline.publish.gate import Evaluation, evaluate
 from pipeline.runs.states import Run
 from tunedrop import object_keys
 from tunedrop.config.model import RunConfig

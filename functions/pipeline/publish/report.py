@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.publish.comparison import FEW_TESTS
 from pipeline.publish.page import render_page
-from pipeline.publish.statistics import FEW_TESTS
 from tunedrop.inference_tests import Outcome
 
 # The most characters of answers, and the most tests: they keep a report below 2 MB.

@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 
 from pipeline.jobs.price import instance_type_of, job_price, on_demand_prices
+from pipeline.publish.comparison import Comparison
 from pipeline.publish.evidence import Evidence
-from pipeline.publish.statistics import Comparison
 from pipeline.runs.states import Run
 from pipeline.settings import Settings
 from tunedrop import object_keys
@@ -91,7 +91,7 @@ def model_quality(result: dict[str, Any]) -> dict[str, Any]:
     everything = {"reward": result["comparison"]}
     everything |= {f"reward.{name}": each for name, each in result["by_reward"].items()}
     everything |= {f"tag.{name}": each for name, each in result["by_tag"].items()}
-    width = Comparison.deviations(result["config"]["gate"]["confidence"])
+    width = Comparison.deviations(result["confidence"])
     metrics: dict[str, dict[str, Any]] = {}
     for name, each in everything.items():
         deviation = (each["lift_high"] - each["lift_low"]) / width

@@ -1,86 +1,48 @@
-"""Is the tuned model better than its base? Paired statistics over the inference tests, and the gate's decision.
+"""What a run's inference tests show: the tuned model beside its base and beside the line's champion.
 
-The statistics are paired: each test contributes the difference of the two models' scores. The interval of the mean
-difference is a bootstrap interval with one extra test, which gets the worst possible difference for the lower bound and the
-best possible for the upper bound. A plain percentile interval is too narrow for few tests, and a sample without losses
-gives it no losses to draw: it would approve up to a third of unimproved models (`benchmarks/gate.py`). The exact interval of
-a rare event adds one event in the same way: Garwood's interval counts k + 1 events where k were seen, and zero events in n
-tests allow a rate up to 3/n, the "rule of three". The effect of the extra test fades as 1/n.
-
-Tests that ask the same question (`tunedrop.questions`) are one piece of evidence: the bootstrap resamples questions, each
-with all its tests (a cluster bootstrap: Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+All models get the same tests. A comparison with the champion has the form of one with the base: its `base_score` is the
+champion's score.
 """
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from math import sqrt
-from statistics import NormalDist
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from tunedrop.config.model import Gate, RunConfig
-from tunedrop.inference_tests import Outcome
+from pipeline.publish.comparison import BOOTSTRAP_SAMPLES, MOST_TRIES, Comparison, Pair, at_try, compare
+from tunedrop.config.model import RunConfig
+from tunedrop.inference_tests import ModelResult, Outcome
 from tunedrop.questions import prompt_text, question
 
-BOOTSTRAP_SAMPLES = 2000
-# Fewer tests than this are not enough evidence about other prompts.
-FEW_TESTS = 20
-# The probability of approval that `needed` aims at.
-POWER = 0.8
-MOST_NEEDED = 100_000
-NO_JUDGE = "they repeat rows of the dataset, or their `judges` is false"
+# A model that the tuned model is compared with.
+Other = Literal["base", "champion"]
+# Gives the two scores of a test: the other model's and the tuned model's.
+Scores = Callable[[Outcome], tuple[float | None, float | None]]
 
 
-class Pair(NamedTuple):
-    """One test's score with the base and with the tuned model, and what it asks; None: no other test asks it."""
+class ChampionFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """The comparisons of the tuned model with the champion; in each, `base_score` is the champion's score.
 
-    base: float
-    tuned: float
-    weight: float = 1.0
-    question: str | None = None
-
-
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Base against tuned over some tests: weighted mean scores, their paired difference `lift` and its interval.
-
-    `questions` is the number of different questions. Interval, `p_value` and `needed` count a question once. `p_value` is
-    that of the exact two-sided sign test (McNemar's exact test for pass-or-fail scores). `needed` is the number of questions
-    like these that would show the lift, None if no number would.
+    `comparison`, `ended` and `by_tag` are over the run's own tests, as in `Figures`. `suite` is over the tests of the line's
+    suite that judge, None if there is none, and `suite_by_run` over those that each run brought. `suite_failed` has the ids
+    of the suite's must-pass tests that the tuned model failed, by run.
     """
 
-    tests: int
-    questions: int
-    base_score: float
-    tuned_score: float
-    lift: float
-    lift_low: float
-    lift_high: float
-    wins: int
-    ties: int
-    losses: int
-    p_value: float
-    needed: int | None
-
-    @staticmethod
-    def deviations(confidence: float) -> float:
-        """Return the width of an interval in standard deviations of the mean."""
-        width: float = 2 * NormalDist().inv_cdf((1 + confidence) / 2)
-        return width
+    comparison: Comparison
+    ended: Comparison | None
+    by_tag: dict[str, Comparison]
+    suite: Comparison | None
+    suite_by_run: dict[str, Comparison]
+    suite_failed: dict[str, list[str]]
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """The gate's decision and its reasons."""
-
-    status: Literal["APPROVED", "PENDING", "REJECTED"]
-    reasons: list[str]
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """The comparison over the inference tests that judge, by tag and by reward; `failed` counts tests without a score.
 
     `cut` counts the tests with an answer that the limit of tokens cut, by model. `ended` is the comparison over the tests
-    where both models' answers ended by themselves, None if there is no such test.
+    where both models' answers ended by themselves, None if there is no such test. `champion` is None if the line has no
+    champion. `tries` counts the models that these tests have judged since the last champion, this one included, and
+    `confidence` is that of all intervals at this try.
     """
 
     comparison: Comparison
@@ -90,289 +52,140 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     passed: dict[str, int]
     cut: dict[str, int]
     failed: int
-    verdict: Verdict
+    champion: ChampionFigures | None
+    tries: int
+    confidence: float
 
 
-def compare(pairs: Sequence[Pair], *, confidence: float = 0.95, span: float = 1.0, min_lift: float = 0.0) -> Comparison:
-    """Compare two models' scores, paired by test. `span` is the possible distance between two scores of a test."""
-    weights = [pair.weight for pair in pairs]
-    lifts = [pair.tuned - pair.base for pair in pairs]
-    scores = [score for pair in pairs for score in pair[:2]]
-    span = max(span, max(scores) - min(scores))
-    lift = _mean(lifts, weights)
-    by_question, question_weights = _by_question(pairs)
-    low, high = interval(by_question, question_weights, confidence, span)
-    variance = _mean([(each - lift) ** 2 for each in by_question], question_weights)
-    return Comparison(
-        tests=len(pairs),
-        questions=len(by_question),
-        base_score=_mean([pair.base for pair in pairs], weights),
-        tuned_score=_mean([pair.tuned for pair in pairs], weights),
-        lift=lift,
-        lift_low=low,
-        lift_high=high,
-        wins=sum(each > 0 for each in lifts),
-        ties=sum(each == 0 for each in lifts),
-        losses=sum(each < 0 for each in lifts),
-        p_value=sign_test(sum(each > 0 for each in by_question), sum(each < 0 for each in by_question)),
-        needed=needed(lift, variance, confidence, span, min_lift),
-    )
+def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome] = (), tries: int = 1) -> Figures:
+    """Compare the models over a run's inference tests and the line's suite. Raises ValueError if no test has a score.
 
-
-def _by_question(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """Return the mean lift and the summed weight of each question."""
-    groups: dict[str | int, list[Pair]] = {}
-    for number, pair in enumerate(pairs):
-        groups.setdefault(number if pair.question is None else pair.question, []).append(pair)
-    weights = [[pair.weight for pair in group] for group in groups.values()]
-    lifts = [[pair.tuned - pair.base for pair in group] for group in groups.values()]
-    return list(map(_mean, lifts, weights)), list(map(sum, weights))
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
-
-
-def interval(
-    values: Sequence[float], weights: Sequence[float], confidence: float, span: float, samples: int = BOOTSTRAP_SAMPLES
-) -> tuple[float, float]:
-    """Return the bootstrap interval of a weighted mean with one extra test, as the module's docstring describes.
-
-    The extra test has the mean weight, and the value `-span` for the lower bound and `span` for the upper bound. A fixed
-    seed makes the interval reproducible.
+    If no scored test judges, the comparison is over all scored tests. `tries` is as in `Figures`. The bounds of later tries
+    lie further out in the bootstrap's tails: the intervals that decide get more samples, for enough of them in a tail.
     """
-    extra = len(values)  # the extra test's index
-    mean_weight = sum(weights) / extra
-    heavy = [*weights, mean_weight]
-    weighted = [*(value * weight for value, weight in zip(values, weights, strict=True)), 0.0]
-    generator, everything = random.Random(0), range(extra + 1)
-    lows, highs = [], []
-    for _ in range(samples):
-        chosen = generator.choices(everything, k=extra + 1)
-        total, weight = sum(map(weighted.__getitem__, chosen)), sum(map(heavy.__getitem__, chosen))
-        shift = chosen.count(extra) * mean_weight * span
-        lows.append((total - shift) / weight)
-        highs.append((total + shift) / weight)
-    tail = max(1, int((1 - confidence) / 2 * samples))
-    return sorted(lows)[tail - 1], sorted(highs)[-tail]
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Return the exact two-sided p-value of equally likely wins and losses; ties do not count.
-
-    For pass-or-fail scores this is McNemar's exact test.
-    """
-    decided = wins + losses
-    as_few, ways = 0, 1
-    for k in range(min(wins, losses) + 1):
-        as_few += ways
-        ways = ways * (decided - k) // (k + 1)  # the next binomial coefficient
-    return min(1.0, 2 * as_few / (1 << decided))
-
-
-def needed(lift: float, variance: float, confidence: float, span: float, min_lift: float) -> int | None:
-    """Return the number of tests like these that four times in five show a lift above `min_lift`; None if no number does."""
-    bound, power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(POWER)
-
-    def enough(tests: int) -> bool:
-        drop = (lift + span) / (tests + 1)  # the extra test's effect on the mean
-        width = bound * sqrt((variance + drop * (lift + span)) / tests) + power * sqrt(variance / tests)
-        return lift - drop - min_lift > width
-
-    low, high = FEW_TESTS - 1, MOST_NEEDED
-    if not enough(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def evaluate(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome] = (), tries: int = 1) -> Evaluation:
-    """Compare the two models over a run's inference tests and decide. Raises ValueError if no test has a score.
-
-    If no scored test judges, the comparison is over all scored tests, and the verdict is not APPROVED.
-    """
-    judging = _judging(tests)
-    if not judging:
+    judged = judging(tests, "base")
+    if not judged:
         raise ValueError(f"none of the {len(tests)} inference tests could be scored")
-    gate = config.gate
     # A reward is 0 to 1, a penalty -1 to 0. `compare` widens the span to the measured scores.
     weights = {reward.label: abs(reward.weight) for reward in config.rewards}
+    counted = min(tries, MOST_TRIES)
+    confidence = at_try(config.gate.confidence, counted)
+    how = _How(confidence, sum(weights.values()), config.gate.min_lift, BOOTSTRAP_SAMPLES * counted)
 
-    def compared(
-        tests: Sequence[Outcome], score: Callable[[Outcome], tuple[float | None, float | None]], span: float
-    ) -> Comparison:
-        pairs = [
-            Pair(base, tuned, test.weight, question(prompt_text(test.prompt)))
-            for test in tests
-            for base, tuned in [score(test)]
-            if base is not None and tuned is not None
-        ]
-        return compare(pairs, confidence=gate.confidence, span=span, min_lift=gate.min_lift)
-
-    def total(test: Outcome) -> tuple[float | None, float | None]:
-        return test.base.score, test.tuned.score
-
-    def reward(name: str) -> Callable[[Outcome], tuple[float | None, float | None]]:
+    def reward(name: str) -> Scores:
         return lambda test: (test.base.rewards.get(name), test.tuned.rewards.get(name))
 
-    span = sum(weights.values())
-    comparison = compared(judging, total, span)
-    uncut = [test for test in judging if not test.cut]
-    ended = compared(uncut, total, span) if uncut else None
-    by_tag = {
-        tag: compared([test for test in judging if tag in test.tags], total, span)
-        for tag in sorted({tag for test in judging for tag in test.tags})
+    names = [name for name in weights if any(None not in reward(name)(test) for test in judged)]
+    champion = _champion_figures(tests, suite, config, how)
+    results: dict[str, list[ModelResult | None]] = {
+        "base": [test.base for test in tests],
+        "tuned": [test.tuned for test in tests],
+        **({"champion": [test.champion for test in tests]} if champion else {}),
     }
-    names = [name for name in weights if any(None not in reward(name)(test) for test in judging)]
-    return Evaluation(
-        comparison=comparison,
-        ended=ended,
-        by_tag=by_tag,
-        by_reward={name: compared(judging, reward(name), 1.0) for name in names},
-        passed={
-            "base": sum(test.base.passed is True for test in tests),
-            "tuned": sum(test.tuned.passed is True for test in tests),
-        },
-        cut={"base": sum(test.base.cut for test in tests), "tuned": sum(test.tuned.cut for test in tests)},
-        failed=sum(test.outcome == "failed" for test in tests),
-        verdict=decide(tests, comparison, ended, by_tag, config),
+    return Figures(
+        comparison=how.compare(judged, totals("base")),
+        ended=_ended(judged, "base", how),
+        by_tag=_by_tag(judged, "base", how),
+        by_reward={name: how.rough._replace(span=1.0).compare(judged, reward(name)) for name in names},
+        passed={model: sum(each is not None and each.passed is True for each in results[model]) for model in results},
+        cut={model: sum(each is not None and each.cut for each in results[model]) for model in results},
+        failed=sum(any(each is None or each.score is None for each in test) for test in zip(*results.values(), strict=True)),
+        champion=champion,
+        tries=tries,
+        confidence=confidence,
     )
 
 
-def _judging(tests: Sequence[Outcome]) -> list[Outcome]:
-    """Return the scored tests that judge, or all scored tests if none of them judges."""
-    scored = [test for test in tests if test.base.score is not None and test.tuned.score is not None]
+class _How(NamedTuple):
+    """How tests are compared: the arguments of `compare`."""
+
+    confidence: float
+    span: float
+    min_lift: float
+    samples: int
+
+    @property
+    def rough(self) -> "_How":
+        """For an interval that decides nothing."""
+        return self._replace(samples=BOOTSTRAP_SAMPLES)
+
+    def compare(self, tests: Sequence[Outcome], scores: Scores) -> Comparison:
+        pairs = [
+            Pair(other, tuned, test.weight, question(prompt_text(test.prompt)))
+            for test in tests
+            for other, tuned in [scores(test)]
+            if other is not None and tuned is not None
+        ]
+        return compare(pairs, **self._asdict())
+
+
+def _champion_figures(
+    tests: Sequence[Outcome], suite: Sequence[Outcome], config: RunConfig, how: _How
+) -> ChampionFigures | None:
+    if all(test.champion is None for test in tests):
+        return None
+    judged = judging(tests, "champion")
+    if not judged:
+        raise ValueError(f"none of the {len(tests)} inference tests has a score of the champion and of the tuned model")
+    how = how._replace(min_lift=config.gate.champion.min_lift)
+    kept = how._replace(min_lift=-config.gate.champion.max_loss)
+    old = [test for test in suite if test.judges and None not in totals("champion")(test)]
+    return ChampionFigures(
+        comparison=how.compare(judged, totals("champion")),
+        ended=_ended(judged, "champion", how),
+        by_tag=_by_tag(judged, "champion", how),
+        suite=kept.compare(old, totals("champion")) if old else None,
+        suite_by_run={run_id: kept.rough.compare(part, totals("champion")) for run_id, part in by_run(old).items()},
+        suite_failed={
+            run_id: [test.id for test in part] for run_id, part in by_run(filter(failed_must_pass, suite)).items()
+        },
+    )
+
+
+def _ended(judged: Sequence[Outcome], other: Other, how: _How) -> Comparison | None:
+    ended = [test for test in judged if not is_cut(test, other)]
+    return how.compare(ended, totals(other)) if ended else None
+
+
+def _by_tag(judged: Sequence[Outcome], other: Other, how: _How) -> dict[str, Comparison]:
+    tags = sorted({tag for test in judged for tag in test.tags})
+    return {tag: how.rough.compare([test for test in judged if tag in test.tags], totals(other)) for tag in tags}
+
+
+# --- tests ---
+
+
+def totals(other: Other) -> Scores:
+    """Return what gives a test's two scores, None where one is missing."""
+
+    def scores(test: Outcome) -> tuple[float | None, float | None]:
+        result: ModelResult | None = getattr(test, other)
+        return result.score if result else None, test.tuned.score
+
+    return scores
+
+
+def judging(tests: Sequence[Outcome], other: Other) -> list[Outcome]:
+    """Return the tests with two scores that judge, or all tests with two scores if none of them judges."""
+    scored = [test for test in tests if None not in totals(other)(test)]
     return [test for test in scored if test.judges] or scored
 
 
-def _lift(test: Outcome) -> float:
-    assert test.base.score is not None
-    assert test.tuned.score is not None
-    return test.tuned.score - test.base.score
+def is_cut(test: Outcome, other: Other) -> bool:
+    """Return whether the limit of tokens cut the answer of the other or of the tuned model."""
+    result: ModelResult | None = getattr(test, other)
+    return test.tuned.cut or (result is not None and result.cut)
 
 
-def decide(
-    tests: Sequence[Outcome],
-    comparison: Comparison,
-    ended: Comparison | None,
-    by_tag: dict[str, Comparison],
-    config: RunConfig,
-) -> Verdict:
-    """Decide whether the tuned model may be used. The arguments are as in `Evaluation`.
-
-    `REJECTED`: a must-pass test failed, a protected tag regressed, or the lift is not above `min_lift`. `PENDING`: there is
-    not enough evidence to decide, or only with the answers that the limit of tokens cut. `APPROVED`: the lower bound of the
-    lift is above `min_lift`, with these answers and without them.
-    """
-    gate = config.gate
-    repeats = f" of {comparison.questions} different questions" if comparison.questions < comparison.tests else ""
-    lift = f"a lift of {comparison.lift:+.3f} over {comparison.tests} tests{repeats} ({_bounds(comparison, gate)})"
-    cut = list(_on_cut_answers(tests, comparison, ended, gate))
-    against = [
-        *_failed_must_pass_tests(tests),
-        *_regressed_tags(gate.must_not_regress, by_tag),
-        *_against_lift(comparison, gate.min_lift, lift),
-    ]
-    missing = [
-        *(
-            f"No inference test has the tag '{tag}', which must not regress: add tests with this tag."
-            for tag in gate.must_not_regress
-            if tag not in by_tag
-        ),
-        *_unscored_tests(tests),
-        *_no_judges(tests),
-        *_too_little_evidence(comparison, gate.min_lift, lift),
-        *_made_by_the_limit(comparison, ended, gate.min_lift),
-    ]
-    if against:
-        return Verdict("REJECTED", [*against, *cut])
-    if missing:
-        return Verdict("PENDING", [*missing, *cut])
-    return Verdict("APPROVED", [f"The tuned model is better: {lift}.", *cut, *_kept(tests, gate.must_not_regress)])
+def failed_must_pass(test: Outcome) -> bool:
+    """Return whether the tuned model failed a must-pass test; a test that could not be scored did not fail."""
+    return test.must_pass and test.tuned.error is None and not test.tuned.passed
 
 
-def _bounds(comparison: Comparison, gate: Gate) -> str:
-    return f"{gate.confidence:.0%} interval {comparison.lift_low:+.3f} to {comparison.lift_high:+.3f}"
-
-
-def _on_cut_answers(tests: Sequence[Outcome], comparison: Comparison, ended: Comparison | None, gate: Gate) -> Iterator[str]:
-    """Say how much of the lift stands on the tests where the limit of tokens cut an answer."""
-    judging = _judging(tests)
-    cut = [test for test in judging if test.cut]
-    if not cut:
-        return
-    part = sum(_lift(test) * test.weight for test in cut) / sum(test.weight for test in judging)
-    base, tuned = sum(test.base.cut for test in cut), sum(test.tuned.cut for test in cut)
-    rest = "No test has two answers that ended by themselves."
-    if ended:
-        rest = f"Over the other {ended.tests} tests, the lift is {ended.lift:+.3f} ({_bounds(ended, gate)})."
-    yield (
-        f"{part:+.3f} of the lift of {comparison.lift:+.3f} stands on {len(cut)} of {len(judging)} tests where the limit of "
-        f"tokens cut an answer ({base} of the base model, {tuned} of the tuned model). {rest}"
-    )
-
-
-def _made_by_the_limit(comparison: Comparison, ended: Comparison | None, min_lift: float) -> Iterator[str]:
-    if comparison.lift_low > min_lift and (ended is None or ended.lift_low <= min_lift):
-        left = "No lift" if ended is None or ended.lift <= min_lift else "Too little evidence of a lift"
-        yield (
-            f"{left} is left without the tests where the limit of tokens cut an answer: raise tests.max_completion_length, "
-            "so that both models can finish."
-        )
-
-
-def _failed_must_pass_tests(tests: Sequence[Outcome]) -> Iterator[str]:
-    for test in tests:
-        if test.must_pass and test.tuned.error is None and not test.tuned.passed:
-            why = "; ".join(test.tuned.unmet) or f"it scores {test.tuned.score:.2f}, not full marks"
-            why += "; the limit of tokens cut its answer" if test.tuned.cut else ""
-            yield f"The must-pass test '{test.id}' failed: {why}."
-
-
-def _regressed_tags(tags: Sequence[str], by_tag: dict[str, Comparison]) -> Iterator[str]:
-    for tag in tags:
-        if tag in by_tag and (change := by_tag[tag].lift) < 0:
-            yield f"The tests tagged '{tag}' must not regress, but score {-change:.3f} lower than with the base model."
-
-
-def _unscored_tests(tests: Sequence[Outcome]) -> Iterator[str]:
-    failed = [test.id for test in tests if test.base.error or test.tuned.error]
-    if failed:
-        names = ", ".join(f"'{name}'" for name in failed[:5]) + (" and others" if len(failed) > 5 else "")
-        yield f"{len(failed)} of {len(tests)} tests could not be scored ({names}): see the report for the reasons."
-
-
-def _no_judges(tests: Sequence[Outcome]) -> Iterator[str]:
-    if not any(test.judges for test in tests):
-        yield f"None of the {len(tests)} tests judges the model: {NO_JUDGE}. Add other tests."
-
-
-def _against_lift(comparison: Comparison, min_lift: float, lift: str) -> Iterator[str]:
-    if comparison.questions >= FEW_TESTS and comparison.ties == comparison.tests:
-        yield f"The tuned model scores the same as the base model in each of the {comparison.tests} tests."
-    if comparison.lift_high <= min_lift:
-        yield f"The tuned model is not better: {lift}; the gate requires more than {min_lift:+.3f}."
-
-
-def _too_little_evidence(comparison: Comparison, min_lift: float, lift: str) -> Iterator[str]:
-    noun = "tests" if comparison.questions == comparison.tests else "different questions"
-    if comparison.questions < FEW_TESTS:
-        yield f"{comparison.questions} {noun} are not enough evidence to decide: give at least {FEW_TESTS}."
-    elif comparison.lift_low <= min_lift < comparison.lift_high:
-        more = (
-            f"about {comparison.needed} {noun} like these would show a lift of this size"
-            if comparison.needed
-            else "more tests like these would not show it"
-        )
-        yield f"Not enough evidence to decide: {lift}; the true lift may be {min_lift:+.3f} or less; {more}."
-
-
-def _kept(tests: Sequence[Outcome], tags: Sequence[str]) -> list[str]:
-    """Return the gate's other requirements that the tuned model meets, and how many tests do not judge."""
-    musts, others = sum(test.must_pass for test in tests), sum(not test.judges for test in tests)
-    reasons = [f"All {musts} must-pass tests passed."] if musts else []
-    if others:
-        reasons.append(f"{others} of {len(tests)} tests do not judge the model: {NO_JUDGE}.")
-    return [*reasons, *(f"The tests tagged '{tag}' did not regress." for tag in tags)]
+def by_run(suite: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Return the tests of a suite by the run that brought them, in the suite's order."""
+    runs: dict[str, list[Outcome]] = {}
+    for test in suite:
+        assert test.run_id is not None, f"the suite's test {test.id!r} has no run_id"
+        runs.setdefault(test.run_id, []).append(test)
+    return runs

@@ -8,7 +8,7 @@ from math import ceil
 
 import msgspec
 
-from pipeline.publish.statistics import FEW_TESTS
+from pipeline.publish.comparison import FEW_TESTS
 from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import InferenceTest, tests_from_rows

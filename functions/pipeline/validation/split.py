@@ -13,7 +13,7 @@ from typing import Self
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from pipeline.publish.statistics import FEW_TESTS
+from pipeline.publish.comparison import FEW_TESTS
 from tunedrop.dataset.rows import Row
 from tunedrop.questions import prompt_text, question
 
