@@ -42,6 +42,7 @@ class InTwin(Namespaces):
     """A job's process with the twin's Python on its PATH, and a pip that may install there, as in a container."""
 
     def __init__(self, python: Path):
+        super().__init__()
         self._bin = python.parent
 
     def command(self, job: Any, ml: Path, environment: dict[str, str], *, network: bool) -> tuple[list[str], dict[str, str]]:

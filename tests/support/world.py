@@ -120,6 +120,7 @@ class World:
     troubles: dict[str, Callable[[Callable[[], Any]], Any]] = field(default_factory=dict)  # by operation, once
     groups: set[str] = field(default_factory=set)  # model package groups
     packages: dict[str, Any] = field(default_factory=dict)  # what CreateModelPackage answered, by client token
+    deleted_packages: set[str] = field(default_factory=set)
     group_is_there: str = "ValidationException"  # how the registry says so of one that is to be made again
     uploads: int = 0
     calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
@@ -347,7 +348,9 @@ def _refuse(world: World, operation: str, arguments: dict[str, Any]) -> None:
                 raise refusal("ResourceInUse", "names must be unique")
         case "StopTrainingJob" if world.jobs.get(job, {}).get("TrainingJobStatus") not in {"InProgress", "Stopping"}:
             raise refusal("ValidationException", "nothing to stop")
-        case "CreateModelPackage" if group not in world.groups:
+        case "DescribeModelPackage" if arguments["ModelPackageName"] in world.deleted_packages:
+            raise refusal("ValidationException", "no such package")
+        case "CreateModelPackage" | "ListModelPackages" if group not in world.groups:
             raise refusal("ResourceNotFound", "no such group")
         case "CreateModelPackageGroup" if group in world.groups:
             raise refusal(world.group_is_there, "already exists")
@@ -364,6 +367,15 @@ def _answer(world: World, operation: str, arguments: dict[str, Any], ask_moto: C
             if token not in world.packages:  # moto would register it again
                 world.packages[token] = ask_moto()
             return world.packages[token]
+        case "DeleteModelPackage":  # moto has none
+            world.deleted_packages.add(arguments["ModelPackageName"])
+            return {}
+        case "ListModelPackages":
+            answer = ask_moto()
+            there = [
+                each for each in answer["ModelPackageSummaryList"] if each["ModelPackageArn"] not in world.deleted_packages
+            ]
+            return answer | {"ModelPackageSummaryList": there}
         case "DescribeTrainingJob":  # moto completes every job at once, and answers as if every output were compressed
             job = arguments["TrainingJobName"]
             answer = {key: value for key, value in ask_moto().items() if key not in STATUS}
