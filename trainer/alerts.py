@@ -65,11 +65,13 @@ def non_finite(history: Sequence[Point]) -> Alert | None:
 
 
 def kl_blowup(history: Sequence[Point]) -> Alert | None:
-    """Return an alert if the model is far from its base model on every token. TRL measures KL only with `beta` above 0."""
+    """Return an alert if the model is far from the reference model on every token. TRL measures KL only with `beta`."""
     kl = _values(history[-3:], "kl")
     if len(kl) < 3 or fmean(kl) <= KL_LIMIT:
         return None
-    message = f"the KL divergence from the base model is {fmean(kl):.2g} nats per token: lower learning_rate or raise beta"
+    message = (
+        f"the KL divergence from the reference model is {fmean(kl):.2g} nats per token: lower learning_rate or raise beta"
+    )
     return _alert(history, "KL_BLOWUP", message, {"kl": fmean(kl), "kl_limit": KL_LIMIT})
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger("trainer")
 MANIFEST = "manifest.json"
 SAVING = "saving"
 # Sections of a run config that do not influence the trained weights.
-BESIDE_TRAINING = {"compute", "gate", "notify", "preflight", "tests"}
+BESIDE_TRAINING = {"compute", "gate", "line", "notify", "preflight", "suite", "tests"}
 SHOWN_DIFFERENCES = 3
 
 
@@ -60,10 +60,13 @@ class Checkpoint(NamedTuple):
     record: Record
 
 
-def identity(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the identity of a run: the sections of the config that influence the weights, and a digest of the rows."""
+def identity(config: RunConfig, rows: Sequence[Row], start: str | None = None) -> dict[str, Any]:
+    """Return the identity of a run: what of the config influences the weights, and the digests of rows and start.
+
+    `start` is the digest of the adapter that the run starts from, None for a new adapter.
+    """
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-    return {"config": config.model_dump(mode="json", exclude=BESIDE_TRAINING), "rows": digest}
+    return {"config": config.model_dump(mode="json", exclude=BESIDE_TRAINING), "rows": digest, "start": start}
 
 
 def whole(folder: Path, *, verify: bool = True) -> list[Checkpoint]:
@@ -82,7 +85,7 @@ def newest(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
         more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise JobError(
             f"{checkpoints[0].path} is a checkpoint of another run: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}. "
-            f"Empty {folder} to start from step 0, or use the config and the rows of the checkpoint's run."
+            f"Empty {folder} to start from step 0, or use the config, the rows and the start of the checkpoint's run."
         )
     return checkpoints[0]
 
@@ -111,7 +114,8 @@ def _differences(saved: Any, current: Any, key: str = "") -> Iterator[str]:
             yield from _differences(saved.get(name), current.get(name), f"{key}.{name}" if key else name)
     elif saved != current:
         name = key.removeprefix("config.")
-        yield "it has other rows" if key == "rows" else f"{name} is {current!r} now and {saved!r} in the checkpoint"
+        other = {"rows": "it has other rows", "start": "it started from another adapter"}
+        yield other.get(key, f"{name} is {current!r} now and {saved!r} in the checkpoint")
 
 
 def _read(path: Path, verify: bool) -> Checkpoint | None:

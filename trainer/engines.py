@@ -71,7 +71,7 @@ class Engine:
         # Transformers' cache exists twice for a moment whenever it grows.
         self._tokens = max(BATCH_TOKENS, (tokens_that_fit(self._model.config) or 0) // 2)
         self._tokenizer, self.decoding = tokenizer, decoding
-        self.context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = models.context(location)
 
     def batches(self, prompts: Sequence[list[int]], samples: Sequence[int], alone: Sequence[bool]) -> Iterator[list[int]]:
         """Yield batches of indices of prompts (token ids). A batch has one number of samples; an `alone` prompt is timed."""

@@ -1,4 +1,4 @@
-"""Asks the base model before the first step, and ends a run in which it has nothing to learn.
+"""Asks the model before the first step, and ends a run in which it has nothing to learn.
 
     check_learnability(trainer, config, rewards, rows)  →  the record's `learnability` and `dropped`; raises JobError
     drop_rows(trainer, rows)                            →  a training without the dropped rows
@@ -36,7 +36,7 @@ TO_GO_ON = "To train all the same, set learnability.policy to go_on."
 
 
 def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row]) -> None:
-    """Estimate before the first step how much the base model can learn, and act as `learnability.policy` says.
+    """Estimate before the first step how much the model can learn, and act as `learnability.policy` says.
 
     Writes the estimate and the rows to drop into the trainer's record. Raises JobError where nothing can be learned, except
     with `go_on`, and with `stop` where too little can be learned.
@@ -66,7 +66,7 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[R
         raise JobError(explain(nothing_to_learn(estimate), estimate, list(answers.values()), limit))
     if policy.policy == "stop" and estimate.expected_nonzero_groups < policy.min_nonzero_groups:
         too_few = (
-            f"The base model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
+            f"The model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
             f"learnability.min_nonzero_groups ({policy.min_nonzero_groups:.0%})."
         )
         raise JobError(explain(too_few, estimate, list(answers.values()), limit))
@@ -82,7 +82,7 @@ def ask(
     group: int,
     threshold: float | None,
 ) -> dict[int, list[ScoredCompletion]]:
-    """Return the base model's answers by row: block by block of prompts, at most `most`, until the answer is clear.
+    """Return the model's answers by row: block by block of prompts, at most `most`, until the answer is clear.
 
     `sample` returns the answers to rows, for a seed. `order` is the training's order of the rows: the first steps will
     measure the same rows. Few rows are asked again. `group` and `threshold` are those of `trainer.learnability`; without a
@@ -127,7 +127,7 @@ def explain(finding: str, estimate: Learnability, answers: Sequence[Sequence[Sco
     """
     every = list(chain.from_iterable(answers))
     before = (
-        f"{finding} Of {estimate.prompts} prompts the base model never solved {estimate.dead:.0%} and always solved "
+        f"{finding} Of {estimate.prompts} prompts the model never solved {estimate.dead:.0%} and always solved "
         f"{estimate.solved:.0%}, in {len(every)} answers.\nRewards: {'; '.join(given(every))}.\nAnswers and their scores:"
     )
     after = f"Ways out: {ways_out(estimate, every, limit)}. {TO_GO_ON}"

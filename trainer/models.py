@@ -101,8 +101,18 @@ def converted(parameters: "Iterable[torch.nn.Parameter]", dtype: "torch.dtype") 
             parameter.data = data
 
 
+def context(location: str) -> int | None:
+    """Return the most tokens of a sequence by the model's config; None if it has no limit."""
+    from transformers import AutoConfig
+
+    limit: int | None = getattr(
+        AutoConfig.from_pretrained(**load_options(location)).get_text_config(), "max_position_embeddings", None
+    )
+    return limit
+
+
 def test_dtype(merged: str) -> "torch.dtype":
-    """Return the type in which a test job runs both models: the merged model's, fp32 where bf16 is slow.
+    """Return the type in which a test job runs a merged model, and the base beside it: its own, fp32 where bf16 is slow.
 
     Without bf16 in hardware, fp32 computes with the same bf16 weights.
     """

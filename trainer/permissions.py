@@ -2,14 +2,18 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 from trainer import folders
 from tunedrop.rewards import RewardPermissions, reward_permissions
 
 
-def job_permissions() -> RewardPermissions:
-    """Read the permissions from the environment. The channel `rewards` holds the files of `python` rewards."""
+def job_permissions(files: Path | None = None) -> RewardPermissions:
+    """Read the permissions from the environment. The folder `files` holds the files of `python` rewards.
+
+    Without it, the channel `rewards` does.
+    """
 
     @functools.cache
     def client(service: str) -> Any:
@@ -17,4 +21,4 @@ def job_permissions() -> RewardPermissions:
 
         return boto3.client(service, region_name=os.environ.get("AWS_REGION"))  # SageMaker sets AWS_REGION
 
-    return reward_permissions(os.environ, client, folders.channel("rewards"))
+    return reward_permissions(os.environ, client, files or folders.channel("rewards"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.checkpoints import Checkpoint
     from trainer.dataset import Dataset
     from trainer.run_trainer import RunTrainer
+    from trainer.start import Start
     from tunedrop.config.model import RunConfig
 
 log = logging.getLogger("trainer")
@@ -88,7 +89,12 @@ def prove(
 
 
 def summary(
-    trainer: "RunTrainer", config: "RunConfig", run_id: str, data: "Dataset", chosen: "Checkpoint"
+    trainer: "RunTrainer",
+    config: "RunConfig",
+    run_id: str,
+    data: "Dataset",
+    start: "Start | None",
+    chosen: "Checkpoint",
 ) -> dict[str, Any]:
     """Return the content of `training.json`, without the proofs. `chosen` is the checkpoint whose adapter was saved."""
     from trainer.bounds import LIMITS
@@ -102,6 +108,7 @@ def summary(
     return {
         "model": config.model,
         "run_id": run_id,
+        "start": start.summary() if start else None,
         "steps": state.global_step,
         "max_steps": state.max_steps,
         "stopped": state.global_step < state.max_steps,

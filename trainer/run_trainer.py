@@ -274,7 +274,8 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
 
     def free_memory(self) -> None:
         """Free the model, the optimizer and the rollout. The trainer can no longer train."""
-        for name in ("_base", "_fused", "_buffered_inputs", "model", "model_wrapped", "optimizer", "lr_scheduler"):
+        own = ("_base", "_fused", "_buffered_inputs")
+        for name in (*own, "model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler"):
             self.__dict__.pop(name, None)
         handler = self.callback_handler
         handler.model = handler.optimizer = handler.lr_scheduler = None

@@ -48,7 +48,7 @@ def sample_completions(
     repeated = [row for row in rows[rank::ranks] for _ in range(samples)]
     size = completions_at_once(trainer)
     completions: list[ScoredCompletion] = []
-    with own_random_numbers(), torch.no_grad(), _without_dropout(trainer.model), _decoding(trainer, greedy):
+    with own_random_numbers(), torch.no_grad(), without_dropout(trainer.model), _decoding(trainer, greedy):
         torch.manual_seed(trainer.args.seed + rank + ranks * seed)
         for start in range(0, len(repeated), size):
             completions += _batch(trainer, rewards, repeated[start : start + size], samples)
@@ -90,7 +90,7 @@ def own_random_numbers() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """Switch dropout off. The other modules stay in training mode: in evaluation mode, 4-bit layers repack their weights."""
     training = model.training
     model.train()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from trainer.checkpoints import Record
     from trainer.dataset import Dataset
     from trainer.run_trainer import RunTrainer
+    from trainer.start import Start
 
 log = logging.getLogger("trainer")
 
@@ -162,10 +163,12 @@ def build_trainer(
     rewards: list[Reward],
     run: dict[str, Any],
     record: "Record",
+    start: "Start | None" = None,
 ) -> "RunTrainer":
-    """Make the trainer: the base model (in 4 bits if the config says so), a new LoRA adapter, the rewards and the rows.
+    """Make the trainer: the base model (in 4 bits if the config says so), a LoRA adapter, the rewards and the rows.
 
-    `run` and `record` are stored in its checkpoints (see `trainer.checkpoints`).
+    The adapter is new, or has the weights of `start`. `run` and `record` are stored in the trainer's checkpoints (see
+    `trainer.checkpoints`).
     """
     from datasets import Dataset as ArrowDataset
     from peft import LoraConfig
@@ -174,6 +177,7 @@ def build_trainer(
     from trainer.row_rewards import row_rewards
     from trainer.run_trainer import SharedPrefixRunTrainer, StockRunTrainer
     from trainer.shared_prefix_models import unsupported
+    from trainer.start import begin_at
 
     arguments = grpo_config(config, rewards)
     check_step(len(rows), arguments, "lower one of them")
@@ -182,7 +186,7 @@ def build_trainer(
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
     reason, sampling = unsupported(model, arguments, lora), config.sampling
     log.info("trainer=%s", f"stock TRL: {reason}" if reason else "shared prefix")
-    return (StockRunTrainer if reason else SharedPrefixRunTrainer)(
+    trainer = (StockRunTrainer if reason else SharedPrefixRunTrainer)(
         model=model,
         reward_funcs=row_rewards(rewards, rows),
         args=arguments,
@@ -194,6 +198,9 @@ def build_trainer(
         prompt_limit=config.max_prompt_length,
         curriculum=Curriculum(record, arguments.seed, sampling.refills) if sampling.policy == "teach" else None,
     )
+    if start:
+        begin_at(start, trainer, config)
+    return trainer
 
 
 def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row]) -> float | None:
@@ -252,13 +259,15 @@ def train(flags: argparse.Namespace) -> None:
     from trainer.learnability_gate import check_learnability, drop_rows
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
+    from trainer.start import read as read_start
 
     folder, target = folders.checkpoint_dir(), folders.model_dir()
-    run = checkpoints.identity(config, data.rows)
+    start = read_start(config)
+    run = checkpoints.identity(config, data.rows, start.digest if start else None)
     checkpoint = checkpoints.newest(folder, run)
     record = checkpoint.record if checkpoint else checkpoints.Record()
     began = time.monotonic()
-    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record)
+    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record, start)
     # After the training, the job loads the model once to merge it, and a second process loads two for the proofs.
     finish_seconds = import_seconds + 4 * (time.monotonic() - began)
     if trainer.accelerator.is_local_main_process:
@@ -296,7 +305,8 @@ def train(flags: argparse.Namespace) -> None:
         assert checkpoint is not None  # `go_on` raises without one
         trainer.finish_from(checkpoint)
     if trainer.is_world_process_zero():
-        save(trainer, config, location, tokenizer, data, flags.run_id, [row["prompt"] for row in heldout or data.rows])
+        prompts = [row["prompt"] for row in heldout or data.rows]
+        save(trainer, config, location, tokenizer, data, start, flags.run_id, prompts)
 
 
 def save(
@@ -305,6 +315,7 @@ def save(
     location: str,
     tokenizer: "PreTrainedTokenizerBase",
     data: "Dataset",
+    start: "Start | None",
     run_id: str,
     prompts: list[list[dict[str, str]]],
 ) -> None:
@@ -317,7 +328,7 @@ def save(
     if not saved:
         raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
     chosen = checkpoints.best(saved)
-    result = results.summary(trainer, config, run_id, data, chosen)
+    result = results.summary(trainer, config, run_id, data, start, chosen)
     points = [point for point in history(trainer.state) if point["step"] <= chosen.step]
     trainer.free_memory()  # for the models that are merged and compared
     results.save(chosen, tokenizer, location, config)

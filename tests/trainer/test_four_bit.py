@@ -1,5 +1,6 @@
 """QLoRA on a CPU with the real bitsandbytes: nf4, double quantisation, bf16 or fp32 compute by the machine."""
 
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,10 +17,10 @@ from trainer.fused_lora import FusedLora
 from .conftest import Job
 
 
-def prepare(job: Job, model, steps: int) -> Job:
+def prepare(job: Job, model, steps: int, config: dict[str, Any] | None = None, **more) -> Job:
     job.patch.setenv("SM_CHANNEL_MODELS", str(model))
-    grpo = {"max_steps": steps, "lr_scheduler_type": "constant", "save_steps": 1}
-    job.config(lora={"load_in_4bit": True, "r": 4}, grpo=grpo, learnability={"samples": 0})
+    grpo = {"max_steps": steps, "lr_scheduler_type": "constant", "save_steps": 1} | more
+    job.config(lora={"load_in_4bit": True, "r": 4}, grpo=grpo, learnability={"samples": 0}, **(config or {}))
     job.rows()
     return job
 
@@ -133,3 +134,14 @@ def test_an_interrupted_run_ends_like_one_that_was_not(job, trained, wide):
     whole, resumed = (each.model / "adapter/adapter_model.safetensors" for each in (trained, job))
     assert resumed.read_bytes() == whole.read_bytes()
     assert {each.dtype for each in load_file(whole).values()} == {torch.float32}
+
+
+def test_a_run_on_4bit_weights_starts_from_an_adapter_and_stays_close_to_it(job, trained, wide):
+    start = trained.model / "adapter"
+    job.patch.setenv("SM_CHANNEL_START", str(start))
+    more = {"start_from": "first-0123456789ab", "reference": "start"}
+    prepare(job, wide, 2, more, beta=0.1, learning_rate=1e-12)
+    train.train(train.parse_flags([]))
+    assert [step["kl"] for step in job.metrics()] == pytest.approx([0.0, 0.0], abs=1e-3)
+    whole, again = (load_file(each.model / "adapter/adapter_model.safetensors") for each in (trained, job))
+    assert all(torch.allclose(again[name], each, atol=1e-9) for name, each in whole.items())

@@ -159,7 +159,7 @@ def test_a_hopeless_run_says_what_each_reward_gave_three_answers_and_the_ways_ou
     text = explained(HOPELESS)
     first, rewards, _, *answers, ways = text.split("\n")
     assert first.startswith("Nothing to learn: all answers to each prompt got the same reward")
-    assert "Of 24 prompts the base model never solved 100% and always solved 0%, in 192 answers." in first
+    assert "Of 24 prompts the model never solved 100% and always solved 0%, in 192 answers." in first
     assert rewards == "Rewards: exact_match always 0."
     assert len(answers) == 3
     assert all(each.startswith('0: "The capital is very ') and each.endswith('…"') for each in answers)
@@ -259,7 +259,7 @@ def test_a_run_with_nothing_to_learn_ends_before_it_starts(job, monkeypatch, pol
     prepare(job, monkeypatch, ["never"] * 12, steps=8, **policy)
     with pytest.raises(SystemExit, match=r"The job failed: Nothing to learn[\s\S]*\nRewards: by_row always 0\.\n"):
         train.main([])
-    assert "Of 12 prompts the base model never solved 100%" in job.failure()
+    assert "Of 12 prompts the model never solved 100%" in job.failure()
     assert len(re.findall(r'^0: "', job.failure(), re.MULTILINE)) == 3
     assert job.failure().endswith("set learnability.policy to go_on.")
     assert not (job.model / "metrics.jsonl").exists()

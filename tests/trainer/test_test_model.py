@@ -9,11 +9,26 @@ import torch
 
 from pipeline.publish.gate import evaluate
 from trainer import engines, test_model
+from trainer.answers import AskedModel
 from trainer.models import load_tokenizer
+from trainer.scoring import Part
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import InferenceTest, Outcome
+from tunedrop.rewards import NO_PERMISSIONS
 
 CASES = [{"id": f"t{i}", "prompt": "x" * i, "description": str(i)} for i in range(1, 6)]
+
+
+def part(tests, **decoding):
+    """A part of tests with a limit of 12 tokens."""
+    return Part(
+        "",
+        tests,
+        engines.Decoding(**{"limit": 12, "seed": 42, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | decoding),
+        [],
+        NO_PERMISSIONS,
+        {},
+    )
 
 
 def texts(answers):
@@ -177,12 +192,12 @@ def test_a_failure_in_one_test_does_not_lose_the_others(ask, job):
 
 
 def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
-    config = RunConfig(model="tiny", grpo={"max_completion_length": 6})
-    tokenizer = load_tokenizer(str(tiny))
-    engine = engines.Engine(str(tiny), tokenizer, engines.Decoding.of(config), torch.float32)
+    model, tokenizer = AskedModel("base", str(tiny), torch.float32), load_tokenizer(str(tiny))
     tests = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "a" * i}], reference="") for i in range(1, 5)]
-    expected = test_model.complete(engine, tokenizer, tests, config, "base")
-    generate = engine._model.generate
+    expected = model.complete(part(tests))
+    assert model._engine
+    model._known.clear()
+    generate = model._engine._model.generate
 
     def small_memory(**inputs):
         if len(inputs["input_ids"]) > 1:
@@ -192,8 +207,8 @@ def test_a_batch_that_fails_is_asked_again_one_by_one(tiny, job, caplog):
         return generate(**inputs)
 
     expected_ids = tokenizer.apply_chat_template(tests[3].prompt, add_generation_prompt=True, return_dict=False)
-    engine._model.generate = small_memory
-    answers = test_model.complete(engine, tokenizer, tests, config, "base")
+    model._engine._model.generate = small_memory
+    answers = model.complete(part(tests))
     assert texts(answers[:3]) == texts(expected[:3])
     assert answers[3] == "the model failed on this test: RuntimeError: this one always fails"
 
@@ -207,13 +222,12 @@ def test_no_test_that_can_be_scored_fails_the_job(ask, job):
 
 def test_batching_does_not_change_an_answer(tiny):
     """Each test asked alone answers as in its padded batch; in fp64, where no rounding decides between two tokens."""
-    tokenizer, config = load_tokenizer(str(tiny)), RunConfig(model="tiny", grpo={"max_completion_length": 6})
-    engine = engines.Engine(str(tiny), tokenizer, engines.Decoding.of(config), torch.float32)
-    engine._model.double()
+    model = AskedModel("base", str(tiny), torch.float64)
     cases = [InferenceTest(id=str(i), prompt=[{"role": "user", "content": "x" * i}], reference="") for i in range(1, 7)]
 
     def answered(tests):
-        return texts(test_model.complete(engine, tokenizer, tests, config, "base"))
+        model._known.clear()
+        return texts(model.complete(part(tests)))
 
     assert [answered([case])[0] for case in cases] == answered(cases)
 

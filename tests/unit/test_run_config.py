@@ -266,6 +266,12 @@ RULES = [
         "share a model's weights",
         "{sampling: {policy: uniform}, grpo: {fsdp: full_shard}}",
     ),
+    (
+        "{reference: start, grpo: {beta: 0.1, fsdp: full_shard}}",
+        "reference",
+        "weights that GPUs share",
+        "{reference: start, grpo: {fsdp: full_shard}}",
+    ),
 ]
 
 

@@ -154,6 +154,11 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "GPUs that share a model's weights must sample the same number of groups, and teach refills any number: use uniform",
     ),
     (
+        "reference",
+        lambda config: config.reference == "start" and config.grpo_value("beta") and config.grpo_value("fsdp"),
+        "the start's copy of the weights does not fit weights that GPUs share: use base, or leave grpo.fsdp out",
+    ),
+    (
         "lora.target_modules",
         lambda config: any(name.endswith("lm_head") for name in _targets(config)),
         "an adapter on lm_head would never be trained: TRL computes log-probabilities from lm_head's own weights",
