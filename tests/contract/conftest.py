@@ -11,6 +11,7 @@ from local_app.stack import PROJECT
 VALUES = {
     "DataBucket": "tunedrop-databucket-1kq2w3e4r5t6y",
     "JobPrefix": "tunedrop",
+    "Id": "7fb2c419",
     "SageMakerRole.Arn": "arn:aws:iam::111122223333:role/tunedrop-SageMakerRole-1A2B3C4D5E6F",
 }
 
@@ -27,6 +28,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _intrinsic(loader: _Loader, tag: str, node: yaml.Node) -> Any:
+    if tag == "Sub" and isinstance(node, yaml.SequenceNode):  # the text, and its own names: the model package group
+        node = node.value[0]
     if not isinstance(node, yaml.ScalarNode):
         return None  # nothing that a pattern is made of
     text = str(loader.construct_scalar(node))

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 from local_app.aws.hooks import matches_pattern
 from pipeline.jobs.training_job import TrainingJob
 from pipeline.notify.events import (
+    PUBLISH_RESULTS_EVENT,
     START_TRAINING_EVENT,
     DatasetValidated,
     JobStateChange,
+    PackageStateChange,
     RunEvent,
     SlotMayBeFree,
     StopRequested,
@@ -40,6 +42,10 @@ def test_events_parse_in_their_consumers(name, load_event):
     if event["source"] == "aws.s3":
         upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
         assert upload.key == event["detail"]["object"]["key"]
+    elif event["detail-type"] == "SageMaker Model Package State Change":
+        parsed = PUBLISH_RESULTS_EVENT.validate_python(event)
+        assert isinstance(parsed, PackageStateChange)
+        assert parsed.detail.ModelPackageArn == event["detail"]["ModelPackageArn"]
     elif event["source"] == "aws.sagemaker":
         assert parse(event, model=JobStateChange).detail.TrainingJobName == event["detail"]["TrainingJobName"]
         job = TrainingJob.model_validate(event["detail"])  # what DescribeTrainingJob would say
@@ -76,7 +82,8 @@ def test_the_templates_rules_take_the_events(name, load_event, rules):
     takers = {rule.function for rule in rules if matches_pattern(rule.pattern, event)}
     function = name.split(".")[0]
     # Every final job also goes to start_training: it frees a place.
-    assert takers == ({function, "start_training"} if event["source"] == "aws.sagemaker" else {function})
+    frees_a_place = event["detail-type"] == "SageMaker Training Job State Change"
+    assert takers == ({function, "start_training"} if frees_a_place else {function})
 
 
 def test_what_we_emit_is_what_the_rule_and_the_consumer_expect(rules):

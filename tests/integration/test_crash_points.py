@@ -217,14 +217,13 @@ def fingerprint(world) -> dict[str, Any]:
         for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix="runs/")["Contents"]
     }
     jobs = sorted(request["TrainingJobName"] for request in world.job_requests)
-    packages = world.aws.sagemaker.list_model_packages(ModelPackageGroupName=MODELS)["ModelPackageSummaryList"]
     everything = {
         "table": json.loads(
             json.dumps(items, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
         ),
         "objects": objects,
         "jobs": jobs,
-        "packages": [(package["ModelPackageArn"], package["ModelApprovalStatus"]) for package in packages],
+        "packages": [(package["ModelPackageArn"], package["ModelApprovalStatus"]) for package in world.packages_of(MODELS)],
         "events": sorted({json.loads(event["Detail"]).get("id", event["DetailType"]) for event in world.sent_events}),
         "notified": sorted({message["MessageAttributes"]["id"]["StringValue"] for message in world.notifications}),
     }

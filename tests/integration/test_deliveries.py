@@ -18,6 +18,7 @@ from msgspec import structs
 from world import GOOD_DATA, KilledError, World, deployed
 
 from pipeline.runs import clock
+from pipeline.runs.lines import OPEN_LINE
 from pipeline.runs.states import FINAL, Run, RunState
 from pipeline.runs.table import CAPACITY, RUN, UPLOAD, run_of_item
 from tunedrop.object_keys import JobName
@@ -206,8 +207,7 @@ class Deliveries(RuleBasedStateMachine):
         assert receipt["ok"] == (run.state != RunState.REJECTED)
         if run.state == RunState.PUBLISHED:
             assert self.world.read_json(f"runs/{run.run_id}/result.json")["model_package"] == run.model_package
-            packages = self.world.aws.sagemaker.list_model_packages(ModelPackageGroupName=MODELS)
-            arns = [package["ModelPackageArn"] for package in packages["ModelPackageSummaryList"]]
+            arns = [package["ModelPackageArn"] for package in self.world.packages_of(MODELS)]
             assert run.model_package in arns
             # One for each attempt that came so far as to register one.
             assert len(arns) <= sum(each.attempt for each in self.history.values()) + 1
@@ -233,7 +233,7 @@ class Deliveries(RuleBasedStateMachine):
                 self.handle(*self.pending.pop(0))
             self.come_by()
             self.everything_is_as_it_must_be()
-            still_open = [item for item in self.items() if "open" in item]
+            still_open = [item for item in self.items() if item.get("open", OPEN_LINE) != OPEN_LINE]
             if not self.pending and not self.world.active_jobs and not still_open:
                 return
         raise AssertionError(still_open)

@@ -92,6 +92,17 @@ def run_everything(world) -> None:
     rejected = world.drop("training_data/rejected.jsonl", b'{"question": "a"}\n')
     published = world.tested(world.trained(world.drop()))
     assert published.state == RunState.PUBLISHED
+
+    # The next run of the line starts from its champion; a person decides about the champion in the registry.
+    world.put("training_data/cars.yaml", b"start_from: champion")
+    challenger = world.trained(world.drop())
+    world.tested(challenger)
+    package = str(published.model_package)
+    event = world.load_event("publish_results.package_approved")
+    event["detail"]["ModelPackageArn"] = package
+    world.aws.sagemaker.update_model_package(ModelPackageArn=package, ModelApprovalStatus="Rejected")
+    world.handle("publish_results", event)
+    world.aws.sagemaker.update_model_package(ModelPackageArn=package, ModelApprovalStatus="Approved")
     failed = world.start(world.drop("training_data/failed.jsonl"))
     world.handle("test_model", world.job_event("test_model.train_failed", failed.train_job))
     untested = world.trained(world.drop("training_data/untested.jsonl"))

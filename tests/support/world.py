@@ -207,6 +207,15 @@ class World:
         moment = entry["Time"].strftime("%Y-%m-%dT%H:%M:%SZ")
         return event | {"detail-type": entry["DetailType"], "time": moment, "detail": json.loads(entry["Detail"])}
 
+    def packages_of(self, group: str) -> list[dict[str, Any]]:
+        """Return the summaries of a group's model packages."""
+        if group not in self.groups:
+            return []
+        summaries: list[dict[str, Any]] = self.aws.sagemaker.list_model_packages(ModelPackageGroupName=group)[
+            "ModelPackageSummaryList"
+        ]
+        return summaries
+
     @property
     def active_jobs(self) -> list[str]:
         """The names of the jobs that have not ended."""

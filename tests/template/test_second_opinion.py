@@ -98,7 +98,7 @@ def test_functions_are_named_after_the_prefix_and_know_what_was_made(template: J
 
 def test_rules_have_the_names_that_were_given(template: Json, stack: Json) -> None:
     known = {"JobPrefix": "tunedrop", "DataBucket": stack["Outputs"]["DataBucket"]}
-    known["SageMakerRole.Arn"] = stack["Outputs"]["SageMakerRoleArn"]
+    known |= {"SageMakerRole.Arn": stack["Outputs"]["SageMakerRoleArn"], "AWS::StackId": stack["Id"]}
     rules = boto3.client("events").list_rules()["Rules"]
     found = [json.loads(rule["EventPattern"]) for rule in rules if "EventPattern" in rule]
     wanted = [
@@ -107,7 +107,7 @@ def test_rules_have_the_names_that_were_given(template: Json, stack: Json) -> No
         if rule.get("EventBusName") == "default"
     ]
     assert sorted(found, key=str) == sorted(wanted, key=str)
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def test_roles_have_their_policies(template: Json, stack: Json) -> None:

@@ -114,7 +114,7 @@ DEAD_LETTERS = {"Fn::GetAtt": ["DeadLetterQueue", "Arn"]}
 
 def test_every_rule_has_a_dead_letter_queue_that_takes_its_events(transformed: Json) -> None:
     rules = of_type(transformed, "AWS::Events::Rule")
-    assert len(rules) == 7
+    assert len(rules) == 8
     for name, rule in rules.items():
         assert all(target["DeadLetterConfig"] == {"Arn": DEAD_LETTERS} for target in rule["Targets"]), name
     (policy,) = of_type(transformed, "AWS::SQS::QueuePolicy").values()
@@ -233,6 +233,7 @@ def stack(prefix: str) -> dict[str, str]:
         "DataBucket": f"{prefix}-data",
         "EventBus": prefix,
         "SageMakerRole.Arn": f"arn:aws:iam::111122223333:role/{prefix}",
+        "AWS::StackId": f"arn:aws:cloudformation:us-east-1:111122223333:stack/{prefix}/{prefix.encode().hex():0<8}-8e0a",
     }
 
 
@@ -254,6 +255,13 @@ def test_final_jobs_reach_the_next_stage_and_whoever_waits(transformed: Json, st
     assert taken("one-train-cars-0123456789ab-1") == {"TestModelFunction", "StartTrainingFunction"}
     assert taken("one-test-cars-0123456789ab-1") == {"PublishResultsFunction", "StartTrainingFunction"}
     assert taken("one-other-cars-0123456789ab-1") == set()
+
+
+def test_changes_of_its_own_model_packages_reach_the_stack(transformed: Json) -> None:
+    kind = "SageMaker Model Package State Change"
+    for group, takes in (("one-6f6e6500", {"PublishResultsFunction"}), ("two-74776f00", set()), ("one", set())):
+        happened = event("aws.sagemaker", kind, {"ModelPackageGroupName": group, "ModelApprovalStatus": "Approved"})
+        assert takers(transformed, stack("one"), "default", happened) == takes
 
 
 @pytest.mark.parametrize("status", ["InProgress", "Stopping"])
@@ -299,7 +307,9 @@ def test_own_events_reach_the_functions_that_act_on_them_and_no_other_stack(tran
         assert takers(transformed, stack("one"), "two", event("tunedrop", detail_type, {})) == set()
 
 
-@pytest.mark.parametrize("detail_type", ["Dataset Rejected", "Training Started", "Inference Tests Started"])
+@pytest.mark.parametrize(
+    "detail_type", ["Dataset Rejected", "Training Started", "Inference Tests Started", "Champion Changed"]
+)
 def test_own_events_that_only_tell_people_reach_no_function(transformed: Json, detail_type: str) -> None:
     assert takers(transformed, stack("one"), "one", event("tunedrop", detail_type, {})) == set()
 
