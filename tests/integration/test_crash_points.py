@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError, ReadTimeoutError
 from fake_stack import ARTIFACTS, DATA, MODELS
 from world import GOOD_DATA, KilledError
 
-from pipeline.notify.events import VALIDATION_REQUESTED
+from pipeline.notify.events import VALIDATION_REQUESTED, WAITING
 from pipeline.runs import clock
 from pipeline.runs.states import FINAL, RunState
 from pipeline.runs.table import RUN
@@ -79,10 +79,7 @@ def take_no_entry(call: Call, again: Call) -> Any:
 def published(world) -> Deliveries:
     yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
     yield from trained(world, newest(world))
-    run = world.run(newest(world))
-    world.save_tests(run, [outcome(n) for n in range(30)])
-    yield "publish_results", world.job_event("publish_results.test_completed", run.test_job)
-    yield "start_training", world.job_event("start_training.job_ended", run.test_job)
+    yield from after_tests(world, newest(world))
 
 
 def trained(world, run_id: str) -> Deliveries:
@@ -178,6 +175,52 @@ def overwritten_before(world) -> Deliveries:
     yield "validate_dataset", late
 
 
+def second_of_a_line(world) -> Deliveries:
+    champion(world)
+    world.put("training_data/cars.yaml", b"start_from: champion")
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl")
+    yield from trained(world, newest(world))
+    yield from after_tests(world, newest(world))
+
+
+def overtaken(world) -> Deliveries:
+    """A run is approved while another run of its line is tested: the other run is tested against the new champion."""
+    champion(world)
+    yield "validate_dataset", world.upload_event("training_data/cars.jsonl", GOOD_DATA * 2)
+    late = newest(world)
+    yield from trained(world, late)
+    champion(world, GOOD_DATA * 3)
+    yield from after_tests(world, late)
+    waiting = [event for function, event in world.own_events() if event["detail-type"] == WAITING]
+    yield "start_training", next(event for event in waiting if event["detail"]["run_id"] == late)
+    yield from after_tests(world, late)
+
+
+def approved_and_rejected_by_a_person(world) -> Deliveries:
+    first, second = champion(world), champion(world, GOOD_DATA * 2)
+    for run, status in ((second, "Rejected"), (first, "Rejected"), (second, "Approved")):
+        package = str(world.run(run).model_package)
+        world.aws.sagemaker.update_model_package(ModelPackageArn=package, ModelApprovalStatus=status)
+        event = world.load_event("publish_results.package_approved")
+        event["detail"]["ModelPackageArn"] = package
+        yield "publish_results", event
+
+
+def champion(world, body: bytes = GOOD_DATA) -> str:
+    """Publish a run of the line that becomes its champion; return its id."""
+    run = world.trained(world.drop("training_data/cars.jsonl", body))
+    world.tested(run, [outcome(n) for n in range(30)])
+    assert world.aws.lines.get("cars").champion == run.run_id
+    return run.run_id
+
+
+def after_tests(world, run_id: str) -> Deliveries:
+    run = world.run(run_id)
+    world.save_tests(run, [outcome(n) for n in range(30)])
+    yield "publish_results", world.job_event("publish_results.test_completed", run.test_job)
+    yield "start_training", world.job_event("start_training.job_ended", run.test_job)
+
+
 def stop_requested(world) -> dict[str, Any]:
     event = world.load_event("start_training.stop_requested")
     event["time"] = START
@@ -197,10 +240,11 @@ def validated(world, run_id: str) -> dict[str, Any]:
 
 
 def outcome(n: int) -> dict[str, Any]:
-    case = {"id": f"t{n}", "prompt": [{"role": "user", "content": "?"}], "reference": "!", "tags": [], "weight": 1.0}
+    case = {"id": f"t{n}", "prompt": [{"role": "user", "content": f"{n}?"}], "reference": "!", "tags": [], "weight": 1.0}
     return case | {
         "must_pass": False,
         "base": {"text": "", "score": 0.0, "rewards": {}},
+        "champion": {"text": "", "score": 0.0, "rewards": {}},
         "tuned": {"text": "!", "score": 1.0, "rewards": {}},
     }
 
@@ -214,7 +258,8 @@ def fingerprint(world) -> dict[str, Any]:
     versions = [version["VersionId"] for version in world.aws.s3.list_object_versions(Bucket=DATA)["Versions"]]
     objects = {
         item["Key"]: world.aws.read(ARTIFACTS, item["Key"]).decode()
-        for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix="runs/")["Contents"]
+        for prefix in ("runs/", "lines/")
+        for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=prefix).get("Contents", [])
     }
     jobs = sorted(request["TrainingJobName"] for request in world.job_requests)
     everything = {
@@ -325,6 +370,7 @@ def test_a_run_survives_death_at_every_call(deploy, say):
 SCENARIOS = [
     *(published, rejected, training_failed, untested, no_capacity, refused, overwritten, overwritten_before),
     *(stopped, stopped_while_waiting, dropped_again_while_stopping, untested_for_want_of_capacity),
+    *(second_of_a_line, overtaken, approved_and_rejected_by_a_person),
 ]
 
 
@@ -359,6 +405,9 @@ def test_the_scenarios_end_as_they_say(deploy):
         "stopped_while_waiting": (RunState.CANCELLED, 1, 1),
         "dropped_again_while_stopping": (RunState.TRAINING, 2, 1),
         "untested_for_want_of_capacity": (RunState.TESTING, 2, 1),
+        "second_of_a_line": (RunState.PUBLISHED, 1, 2),
+        "overtaken": (RunState.PUBLISHED, 1, 3),
+        "approved_and_rejected_by_a_person": (RunState.PUBLISHED, 1, 2),
     }
 
 
@@ -368,7 +417,7 @@ def test_the_scenarios_end_as_they_say(deploy):
 def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
     """Play a scenario whose run somebody stops right before one call of one delivery, which then goes on and comes again.
 
-    Asserts that a run that had not ended is cancelled, that its jobs and its place end with it, and that it is announced.
+    Asserts that a run that had no verdict is cancelled, that its jobs and its place end with it, and that it is announced.
     False: there was no run yet.
     """
     CLOCK.now = START
@@ -392,7 +441,7 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
         if not found:
             return False
         (run,) = found
-        end = run.state if run.state in FINAL else RunState.CANCELLED
+        end = run.state if run.state in FINAL else RunState.PUBLISHED if run.verdict else RunState.CANCELLED
         assert {world.jobs[job]["TrainingJobStatus"] for job in world.active_jobs} <= {"Stopping"}
         for job in world.active_jobs:
             function, kind = ("test_model", "train") if "-train-" in job else ("publish_results", "test")
