@@ -75,6 +75,7 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
     def reward(name: str) -> Scores:
         return lambda test: (test.base.rewards.get(name), test.tuned.rewards.get(name))
 
+    comparison = how.compare(judged, totals("base"))
     names = [name for name in weights if any(None not in reward(name)(test) for test in judged)]
     champion = _champion_figures(tests, suite, config, how)
     results: dict[str, list[ModelResult | None]] = {
@@ -83,8 +84,8 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
         **({"champion": [test.champion for test in tests]} if champion else {}),
     }
     return Figures(
-        comparison=how.compare(judged, totals("base")),
-        ended=_ended(judged, "base", how),
+        comparison=comparison,
+        ended=_ended(judged, "base", comparison, how),
         by_tag=_by_tag(judged, "base", how),
         by_reward={name: how.rough._replace(span=1.0).compare(judged, reward(name)) for name in names},
         passed={model: sum(each is not None and each.passed is True for each in results[model]) for model in results},
@@ -130,9 +131,10 @@ def _champion_figures(
     how = how._replace(min_lift=config.gate.champion.min_lift)
     kept = how._replace(min_lift=-config.gate.champion.max_loss)
     old = [test for test in suite if test.judges and None not in totals("champion")(test)]
+    comparison = how.compare(judged, totals("champion"))
     return ChampionFigures(
-        comparison=how.compare(judged, totals("champion")),
-        ended=_ended(judged, "champion", how),
+        comparison=comparison,
+        ended=_ended(judged, "champion", comparison, how),
         by_tag=_by_tag(judged, "champion", how),
         suite=kept.compare(old, totals("champion")) if old else None,
         suite_by_run={run_id: kept.rough.compare(part, totals("champion")) for run_id, part in by_run(old).items()},
@@ -142,8 +144,10 @@ def _champion_figures(
     )
 
 
-def _ended(judged: Sequence[Outcome], other: Other, how: _How) -> Comparison | None:
+def _ended(judged: Sequence[Outcome], other: Other, comparison: Comparison, how: _How) -> Comparison | None:
     ended = [test for test in judged if not is_cut(test, other)]
+    if len(ended) == len(judged):
+        return comparison
     return how.compare(ended, totals(other)) if ended else None
 
 
