@@ -175,6 +175,14 @@ def judging(tests: Sequence[Outcome], other: Other) -> list[Outcome]:
     return [test for test in scored if test.judges] or scored
 
 
+def outcome(test: Outcome, other: Other) -> Literal["won", "tied", "lost", "failed"]:
+    """Return the tuned model's outcome against the other; `failed` where a score is missing."""
+    theirs, ours = totals(other)(test)
+    if theirs is None or ours is None:
+        return "failed"
+    return "won" if ours > theirs else "lost" if ours < theirs else "tied"
+
+
 def is_cut(test: Outcome, other: Other) -> bool:
     """Return whether the limit of tokens cut the answer of the other or of the tuned model."""
     result: ModelResult | None = getattr(test, other)
