@@ -139,6 +139,22 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
     )
 
 
+def made_line(count: int) -> list[IndexedRun]:
+    """A line's runs: each odd one starts from the one before, which is approved and its champion."""
+
+    def run(number: int) -> IndexedRun:
+        before = f"faq-{number - 1:012x}" if number else None
+        given = (
+            made_run(number),
+            {"run_id": f"faq-{number:012x}", "dataset": f"faq/{number} {HOSTILE}", "line": "faq & more"},
+        )
+        published = {"published": f"2026-01-{number + 1:02d}T00:00:00+00:00"}
+        lines = {"start": before if number % 2 else None, "champion": before, "champion_lift": 0.1 if before else None}
+        return structs.replace(given[0], **given[1], **published, **lines)
+
+    return [run(number) for number in range(count)]
+
+
 def made_run(number: int) -> IndexedRun:
     """A made-up run of the index."""
     generator = random.Random(number)
@@ -146,6 +162,7 @@ def made_run(number: int) -> IndexedRun:
     return IndexedRun(
         run_id=f"cars-{number:012x}",
         dataset=["cars", "faq", HOSTILE][number % 3],
+        line=["cars", "faq", HOSTILE][number % 3],
         attempt=1,
         verdict="APPROVED" if lift > 0.2 else "REJECTED" if lift < 0 else "PENDING",
         model="SmolLM2-135M-Instruct",
