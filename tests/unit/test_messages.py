@@ -69,6 +69,27 @@ def test_a_person_gets_the_verdict_the_numbers_the_cost_and_a_link():
     ]
 
 
+def test_a_line_is_named_where_its_name_differs_and_its_champion_where_it_has_one():
+    champion = {"run_id": "cars-aaaaaaaaaaaa", "comparison": COMPARISON | {"lift": 0.1, "lift_low": 0.01, "lift_high": 0.2}}
+    champion["suite"] = COMPARISON | {"lift": -0.01, "lift_low": -0.019, "lift_high": 0.001}
+    arguments = message(published(line="Größe\nof all", champion=champion))
+    headline = "APPROVED: Größe & Co (line Größe of all), score 0.32 -> 0.93, +0.10 over the champion"
+    assert forms(arguments)["sms"] == headline
+    assert arguments["Subject"] == headline.replace("ö", "?").replace("ß", "?")
+    text = forms(arguments)["default"].splitlines()
+    assert text[5:11] == [
+        "line: Größe of all",
+        "score: 0.321 (base) -> 0.929 (tuned)",
+        "lift: +0.607 (interval +0.379 to +0.786)",
+        "tests: 17 won, 11 tied, 0 lost",
+        "lift over the champion: +0.100 (interval +0.010 to +0.200)",
+        "suite, against the champion: -0.010 (interval -0.019 to +0.001)",
+    ]
+    assert arguments["MessageAttributes"]["line"]["StringValue"] == "Größe of all"
+    same = message(published(line=run().dataset, champion=None))
+    assert forms(same)["default"] == forms(message(published()))["default"]
+
+
 def test_programs_get_the_events_detail():
     event = published()
     for protocol in PROGRAMS:
@@ -123,3 +144,5 @@ def test_nothing_is_too_long_for_sns():
     assert len(arguments["Subject"]) < 100
     assert len(forms(arguments)["default"]) < 50_000
     assert len(forms(arguments)["https"]) < 8_000
+    long = message(published(line="l" * 100, champion={"comparison": COMPARISON, "suite": None}))
+    assert len(long["Subject"]) < 100
