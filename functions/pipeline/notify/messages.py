@@ -12,6 +12,7 @@ import msgspec
 
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
+from pipeline.runs.states import Run
 from tunedrop.plain import one_line, without_markup
 
 PROGRAMS = ("http", "sqs", "lambda", "firehose")
@@ -51,7 +52,7 @@ def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
         "dataset": one_line(run.dataset),
         "status": run.state,
         "verdict": outcome,
-        **({"line": one_line(event.extra["line"])} if "line" in event.extra else {}),
+        **({"line": one_line(run.line)} if run.line else {}),  # a rejected dataset has none
     }
     if len(msgspec.json.encode(detail)) > MOST_BYTES:  # the documents in S3 have all of it
         detail = {name: value for name, value in detail.items() if name not in event.extra}
@@ -76,25 +77,29 @@ def _headline(event: RunEvent, outcome: str) -> str:
     if event.detail_type == events.PUBLISHED:
         comparison = event.extra["comparison"]
         score = f"score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
-        line, champion = event.extra.get("line", event.run.dataset), event.extra.get("champion")
-        of = f" (line {one_line(line)})" if line != event.run.dataset else ""
+        champion = event.extra.get("champion")
         over = f", {champion['comparison']['lift']:+.2f} over the champion" if champion else ""
-        return f"{outcome}: {one_line(event.run.dataset)}{of}, {score}{over}"
+        return f"{outcome}: {_name(event.run)}, {score}{over}"
     headlines = {
         "DATASET_REJECTED": "Dataset rejected",
         "CANCELLED": "Run stopped",
         "WAITING": "Run waiting for a quota increase",
     }
-    return f"{headlines.get(outcome, 'Run failed')}: {one_line(event.run.dataset)}"
+    return f"{headlines.get(outcome, 'Run failed')}: {_name(event.run)}"
+
+
+def _name(run: Run) -> str:
+    """Return the names of a run's dataset and, if it is another one, of its line."""
+    line = f" (line {one_line(run.line)})" if run.line not in {"", run.dataset} else ""
+    return one_line(run.dataset) + line
 
 
 def _figures(event: RunEvent) -> dict[str, str]:
     if event.detail_type != events.PUBLISHED:
         return {}
     comparison, cost, cut = event.extra["comparison"], event.extra["cost"]["usd"], event.extra.get("cut", {})
-    line, champion = event.extra.get("line", event.run.dataset), event.extra.get("champion")
+    champion = event.extra.get("champion")
     figures = {
-        **({"line": one_line(line)} if line != event.run.dataset else {}),
         "score": f"{comparison['base_score']:.3f} (base) -> {comparison['tuned_score']:.3f} (tuned)",
         "lift": _lift(comparison),
         "tests": f"{comparison['wins']} won, {comparison['ties']} tied, {comparison['losses']} lost",

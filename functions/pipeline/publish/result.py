@@ -14,7 +14,7 @@ from tunedrop import object_keys
 # The most reasons, and the most tags or rewards, in an event.
 MOST_REASONS, MOST_GROUPS = 20, 50
 # What an event has of a result as it is.
-KEPT = "line start champion tries confidence verdict comparison ended passed cut cost model_package".split()
+KEPT = "start champion tries confidence verdict comparison ended passed cut cost model_package".split()
 
 
 def run_result(run: Run, evidence: Evidence, settings: Settings) -> dict[str, Any]:
