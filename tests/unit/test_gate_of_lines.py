@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from benchmarks.gate import lower_bound
 from pipeline.publish import statistics
-from pipeline.publish.comparison import MOST_TRIES, at_try, compare, interval, percent
+from pipeline.publish.comparison import MOST_TRIES, at_try, compare, extra_tests, interval, percent
 from pipeline.publish.gate import Evaluation, evaluate
 from pipeline.publish.statistics import ChampionFigures
 from tunedrop.config.parse import parse_run_config
@@ -229,11 +230,12 @@ def test_the_bounds_move_outwards_from_try_to_try():
         assert isinstance(champion, ChampionFigures)
         return evaluation.comparison, champion.comparison, champion.suite
 
-    for before, after in pairwise(figures):
-        for one, other in zip(compared(before), compared(after), strict=True):
+    for before, after in pairwise(map(compared, figures)):
+        for one, other in zip(before, after, strict=True):
             assert one is not None
             assert other is not None
-            assert other.lift_low < one.lift_low < one.lift_high <= other.lift_high
+            assert other.lift_low <= one.lift_low < one.lift_high <= other.lift_high
+            assert (other.lift_low, other.lift_high) != (one.lift_low, one.lift_high) or after == compared(figures[-1])
 
 
 @pytest.mark.parametrize(
@@ -280,8 +282,19 @@ def test_ten_models_like_the_champion_are_approved_in_5_percent_of_the_cases(cha
                 p = comb(tests, won) * comb(tests - won, lost) * (changed / 2) ** (won + lost) * (1 - changed) ** tied
                 if p > 1e-7 and won - lost > 1:  # the extra test makes the lower bound of a smaller lift negative
                     lifts = [1.0] * won + [-1.0] * lost + [0.0] * tied
-                    chance += p * (interval(lifts, [1.0] * tests, at_try(0.95, tries), 1.0, 200 * tries)[0] > 0)
+                    chance += p * (
+                        interval(lifts, [1.0] * tests, at_try(0.95, tries), 1.0, 200 * tries, extra_tests(tries))[0] > 0
+                    )
     assert chance <= 0.05
+
+
+@pytest.mark.parametrize("tries", [1, 2, 5])
+@pytest.mark.parametrize(("won", "lost", "tied"), [(12, 3, 45), (0, 0, 60), (30, 30, 0), (1, 6, 13)])
+def test_the_benchmark_simulates_the_gates_interval(won, lost, tied, tries):
+    """`benchmarks/gate.py` draws numbers of tests instead of tests: its bounds are the gate's, up to chance."""
+    lifts, tests = [1.0] * won + [-1.0] * lost + [0.0] * tied, won + lost + tied
+    given = at_try(0.95, tries), 1.0, 2000 * tries, extra_tests(tries)
+    assert lower_bound(won, lost, tests, tries) == pytest.approx(interval(lifts, [1.0] * tests, *given)[0], abs=2 / tests)
 
 
 def test_later_tries_get_more_samples(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from pipeline.publish.comparison import BOOTSTRAP_SAMPLES, MOST_TRIES, Comparison, Pair, at_try, compare
+from pipeline.publish.comparison import BOOTSTRAP_SAMPLES, MOST_TRIES, Comparison, Pair, at_try, compare, extra_tests
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import ModelResult, Outcome
 from tunedrop.questions import prompt_text, question
@@ -70,7 +70,8 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
     weights = {reward.label: abs(reward.weight) for reward in config.rewards}
     counted = min(tries, MOST_TRIES)
     confidence = at_try(config.gate.confidence, counted)
-    how = _How(confidence, sum(weights.values()), config.gate.min_lift, BOOTSTRAP_SAMPLES * counted)
+    samples, extra = BOOTSTRAP_SAMPLES * counted, extra_tests(counted)
+    how = _How(confidence, sum(weights.values()), config.gate.min_lift, samples, extra)
 
     def reward(name: str) -> Scores:
         return lambda test: (test.base.rewards.get(name), test.tuned.rewards.get(name))
@@ -104,6 +105,7 @@ class _How(NamedTuple):
     span: float
     min_lift: float
     samples: int
+    extra: int
 
     @property
     def rough(self) -> "_How":
