@@ -20,6 +20,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import product
 from math import comb, prod, sqrt
 from pathlib import Path
 from statistics import fmean
@@ -221,11 +222,19 @@ class Tests(NamedTuple):
 
 
 def line(
-    tests: Tests, suite: Tests | None, runs: int, *, base: float = 0.0, same: bool = False, tries: int = MOST_TRIES
+    tests: Tests,
+    suite: Tests | None,
+    runs: int,
+    *,
+    base: float = 0.0,
+    same: bool = False,
+    tries: int = MOST_TRIES,
+    spending: bool = True,
 ) -> Shares:
     """Return the share of lines with an approval by the first, second, … challenger of the same tests.
 
-    The base passes each test with the chance `base`; with 0 it is no obstacle.
+    The base passes each test with the chance `base`; with 0 it is no obstacle. Without `spending`, each challenger is judged
+    as the first one.
     """
     generator = np.random.default_rng(0)
     champion = generator.binomial(tests.number, tests.rate, runs)
@@ -233,6 +242,7 @@ def line(
     kept = suite and suite.challengers(generator.binomial(suite.number, suite.rate, runs), same, generator)
     approved = np.zeros((runs, tries), bool)
     for number in range(tries):
+        level = number + 1 if spending else 1
         won, lost = next(challengers)
         passed = champion + won - lost
         conditions = [
@@ -243,7 +253,7 @@ def line(
             conditions.append((-MAX_LOSS, suite.number, *next(kept)))
         for run in range(runs):
             approved[run, number] = all(
-                exceeds(limit, int(won[run]), int(lost[run]), size, number + 1) for limit, size, won, lost in conditions
+                exceeds(limit, int(won[run]), int(lost[run]), size, level) for limit, size, won, lost in conditions
             )
     shares: Shares = np.maximum.accumulate(approved, axis=1).mean(axis=0)
     return shares
@@ -251,31 +261,30 @@ def line(
 
 def print_line(runs: int) -> None:
     """Print how often a line approves a model that is not better than its champion, or that lost skills of the suite."""
+    heads = ["each as the first", *(f"{suite} in suite" if suite else "no suite" for suite in SUITES)]
+    worst = [0.0] * len(heads)
+    print(f"{'approved although not better':46}" + "".join(f"{head:>23}" for head in heads))
+    print(f"{'':46}" + f"{'1 / 3 / 10 tries':>23}" * len(heads))
+    for rate, anew, number, same in product((0.5, 0.8, 0.95), (0.2, 1.0), (50, 200), (False, True)):
+        tests = Tests(number, rate, anew)
+        suites = [Tests(suite, rate, anew / 10) if suite else None for suite in SUITES]
+        shares = [line(tests, None, runs, same=same, spending=False)]
+        shares += [line(tests, suite, runs, same=same) for suite in suites]
+        worst = [max(before, float(each[-1])) for before, each in zip(worst, shares, strict=True)]
+        text = f"  {number} tests, {rate:.0%} passed, {anew:.0%} anew, {'one model' if same else 'new models'}"
+        print(f"{text:46}" + "".join(f"{_tries(each):>23}" for each in shares), flush=True)
+    print(f"{'highest rate':46}" + "".join(f"{each:>23.1%}" for each in worst))
+    print_losses(runs)
+
+
+def print_losses(runs: int) -> None:
+    """Print how often a line approves a model that is better on the tests, but lost skills of the suite."""
     worst = 0.0
-    title = "approved although not better"
-    print(f"{title:46}" + "".join(f"{f'{suite} in suite':>24}" if suite else f"{'no suite':>24}" for suite in SUITES))
-    print(f"{'':46}" + f"{'1 / 3 / 10 tries':>24}" * len(SUITES))
-    for rate in (0.5, 0.8, 0.95):
-        for anew in (0.2, 1.0):
-            for number in (50, 200):
-                for same in (False, True):
-                    who = "one model" if same else "new models"
-                    text = f"  {number} tests, {rate:.0%} passed, {anew:.0%} anew, {who}"
-                    for suite in SUITES:
-                        old = Tests(suite, rate, anew / 10) if suite else None
-                        shares = line(Tests(number, rate, anew), old, runs, same=same)
-                        worst = max(worst, shares[-1])
-                        text = f"{text:46}{_tries(shares):>24}" if suite == SUITES[0] else f"{text}{_tries(shares):>24}"
-                    print(text, flush=True)
-    print(f"highest rate: {worst:.1%}")
-    worst = 0.0
-    print(f"{'better on the tests, worse on the suite':46}{'1 / 3 / 10 tries':>24}")
-    for loss in (MAX_LOSS, 2 * MAX_LOSS):
-        for number in (100, 400, 2000):
-            for anew in (0.1, 0.5):
-                shares = line(Tests(200, 0.5, 1.0, 0.3), Tests(number, 0.8, anew, -loss / anew), runs)
-                worst = max(worst, shares[-1])
-                print(f"{f'  -{loss:.2f} on {number} of the suite, {anew:.0%} anew':46}{_tries(shares):>24}", flush=True)
+    print(f"{'better on the tests, worse on the suite':46}{'1 / 3 / 10 tries':>23}")
+    for loss, number, anew in product((MAX_LOSS, 2 * MAX_LOSS), (100, 400, 2000), (0.1, 0.5)):
+        shares = line(Tests(200, 0.5, 1.0, 0.3), Tests(number, 0.8, anew, -loss / anew), runs)
+        worst = max(worst, float(shares[-1]))
+        print(f"{f'  -{loss:.2f} on {number} of the suite, {anew:.0%} anew':46}{_tries(shares):>23}", flush=True)
     print(f"highest rate: {worst:.1%}")
 
 
