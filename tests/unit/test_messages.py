@@ -89,6 +89,8 @@ def test_a_line_is_named_where_its_name_differs_and_its_champion_where_it_has_on
     assert arguments["MessageAttributes"]["line"]["StringValue"] == "Größe of all"
     failed = RunEvent(detail_type=events.FAILED, run=run(RunState.TRAINING_FAILED, line="lamps"))
     assert forms(message(failed))["sms"] == "Run failed: Größe & Co (line lamps)"
+    inside = RunEvent(detail_type=events.FAILED, run=structs.replace(run(line="lamps"), dataset="lamps/july"))
+    assert forms(message(inside))["sms"] == "Run failed: lamps/july"
     same = structs.replace(published(champion=None), run=run(line=run().dataset))
     assert forms(message(same))["default"] == forms(message(published()))["default"]
 

@@ -13,6 +13,7 @@ import msgspec
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
 from pipeline.runs.states import Run
+from tunedrop.object_keys import line_of
 from tunedrop.plain import one_line, without_markup
 
 PROGRAMS = ("http", "sqs", "lambda", "firehose")
@@ -89,8 +90,8 @@ def _headline(event: RunEvent, outcome: str) -> str:
 
 
 def _name(run: Run) -> str:
-    """Return the names of a run's dataset and, if it is another one, of its line."""
-    line = f" (line {one_line(run.line)})" if run.line not in {"", run.dataset} else ""
+    """Return the names of a run's dataset and of its line, unless the dataset's name begins with it."""
+    line = f" (line {one_line(run.line)})" if run.line not in {"", line_of(run.dataset)} else ""
     return one_line(run.dataset) + line
 
 
