@@ -1,14 +1,18 @@
 """`report.html` in a browser, with 200 tests."""
 
 import pytest
-from made_up import HOSTILE, made_index, made_report, made_tests
+from made_up import HOSTILE, made_index, made_report, made_suite, made_tests, with_champion
 from msgspec import structs
 from playwright.sync_api import expect
 
+from pipeline.publish.statistics import outcome
 from tunedrop.inference_tests import ModelResult
 
 TESTS = made_tests(200)
 LARGE = made_report(TESTS)
+THREE = with_champion(TESTS)
+SUITE = made_suite(120)
+LINE = made_report(THREE, suite=SUITE, tries=3)
 
 
 def cards(page):
@@ -52,11 +56,15 @@ def test_only_a_test_file_of_its_own_is_a_part_of_a_repeated_run(choosing, own_t
 
 def test_long_answers_are_cut_so_that_the_page_stays_small():
     tuned = ModelResult(text="w " * 20_000, score=0.0)
-    long = [structs.replace(test, reference="r" * 50_000, tuned=tuned) for test in made_tests(800)]
-    page = made_report(long)
+    long = [
+        structs.replace(test, reference="r" * 50_000, tuned=tuned, champion=tuned) for test in with_champion(made_tests(800))
+    ]
+    suite = [structs.replace(test, run_id="r-1", champion=ModelResult(text="w " * 20_000, score=1.0)) for test in long]
+    page = made_report(long, suite=suite)
     assert len(page.encode()) < 2 * 1024**2
     assert "(truncated; inference.json has the full text)" in page
     assert "Only the 500 tests with the largest change are shown" in page
+    assert "Only the first 100 of 800 tests are shown" in page
 
 
 def test_filters_and_search(opened):
@@ -96,9 +104,83 @@ def test_differences_are_by_word_and_can_be_turned_off(opened):
     assert card.locator(".answer").all_text_contents() == [before, after]
 
 
+# --- a line with a champion ---
+
+
+def test_a_first_run_says_nothing_of_a_champion():
+    for words in ("champion", "suite", "starting from", "#line"):
+        assert words not in LARGE.partition("<body>")[2].partition("<h2>Reproduce")[0]
+    assert "· line faq" in LARGE
+
+
+def test_a_line_says_where_it_comes_from_and_how_often_its_tests_were_asked():
+    assert LINE.count('<a href="../faq-00000000000b/report.html">') >= 3
+    assert "These tests have judged 3 models since that champion" in LINE
+    assert "99.17 % interval" in LINE
+    assert "95 % interval" not in LINE
+    assert "This is the first model that these tests judge" in made_report(THREE, suite=SUITE)
+    assert "The line&#39;s suite" not in made_report(THREE)
+
+
+def test_the_champion_stands_beside_base_and_tuned_model(opened):
+    page = opened(LINE)
+    scores = page.locator("#compared table").first.locator("tr", has_text="mean score").locator("td").all_text_contents()
+    assert len(scores) == 3
+    assert scores[1] != scores[0]
+    card = page.locator("#answers .card", has=page.locator("b", has_text="case-11")).first
+    assert card.locator(".answer").count() == 3
+    test = THREE[11]
+    pills = card.locator("header .pill").all_text_contents()[:2]
+    assert pills == [f"{outcome(test, 'base')} against base", f"{outcome(test, 'champion')} against champion"]
+
+
+def test_filters_and_differences_follow_the_model_that_is_compared(opened):
+    page = opened(LINE)
+    answers = page.locator("#answers .card:visible")
+    for other in ("base", "champion", "base"):
+        page.get_by_label("Compared with").select_option(other)
+        for name in ("won", "tied", "lost", "failed"):
+            count = sum(outcome(test, other) == name for test in THREE)
+            page.get_by_role("button", name=f"{name.capitalize()} {count}", exact=True).click()
+            expect(answers).to_have_count(count)
+        page.get_by_role("button", name="All").click()
+        card = answers.first
+        card.scroll_into_view_if_needed()
+        expect(card.locator(f'[data-of="{other}"] del').first).to_be_attached()
+        others = {"base", "champion"} - {other}
+        expect(card.locator(f'[data-of="{others.pop()}"] del')).to_have_count(0)
+    cut = sum(any(each.cut for each in (test.base, test.champion, test.tuned) if each) for test in THREE)
+    page.get_by_role("button", name=f"Cut {cut}").click()
+    expect(answers).to_have_count(cut)
+
+
+def test_what_was_lost_of_the_suite_is_shown_with_answers(opened):
+    page = opened(LINE)
+    lost = [
+        test
+        for test in SUITE
+        if outcome(test, "champion") in {"lost", "failed"} or (test.must_pass and not test.tuned.passed)
+    ]
+    cards = page.locator("#line .card")
+    expect(cards).to_have_count(len(lost))
+    page.locator("#line summary", has_text=f"{len(lost)} tests of the suite").click()
+    first = cards.filter(has=page.locator(".pill.lost")).first
+    first.scroll_into_view_if_needed()
+    assert first.locator(".answer").count() == 2
+    expect(first.locator("ins, del").first).to_be_attached()
+    bars = page.locator("#line .scores")
+    assert [bar.get_attribute("aria-label").partition(":")[0] for bar in bars.all()] == [
+        "faq-00000000000a",
+        "faq-00000000000b",
+    ]
+    widths = bars.first.locator("i").evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().width)")
+    assert 0 < widths[0] < widths[1]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_can_be_read_on_a_phone(opened, scheme):
-    page = opened(LARGE, viewport={"width": 390, "height": 800}, color_scheme=scheme)
+@pytest.mark.parametrize("html", [LARGE, LINE], ids=["first", "line"])
+def test_it_can_be_read_on_a_phone(opened, html, scheme):
+    page = opened(html, viewport={"width": 390, "height": 800}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     back, text = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     assert (brightness(back) > brightness(text)) == (scheme == "light")
@@ -117,8 +199,9 @@ def test_it_can_be_printed_with_every_answer(opened):
     assert page.pdf().startswith(b"%PDF")
 
 
-def test_no_text_of_a_model_or_dataset_is_markup(opened):
-    page = opened(LARGE)
+@pytest.mark.parametrize("html", [LARGE, LINE], ids=["first", "line"])
+def test_no_text_of_a_model_or_dataset_is_markup(opened, html):
+    page = opened(html)
     assert page.locator("img").count() == 0
     assert page.locator("script").count() == 1
     assert page.locator("b", has_text="safety").count() == 0

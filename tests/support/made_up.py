@@ -1,9 +1,11 @@
 """Reports and an index of made-up runs, with hostile text wherever a model, a dataset or a user may write some."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from pipeline.publish.gate import evaluate
 from pipeline.publish.index import IndexedRun, render_index
@@ -57,17 +59,39 @@ def made_tests(count: int) -> list[Outcome]:
     return tests
 
 
-def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
+def with_champion(tests: list[Outcome], **more: Any) -> list[Outcome]:
+    """The tests with a champion's answers too: it fails every third, and one of them could not be scored."""
+
+    def champion(number: int, test: Outcome) -> ModelResult:
+        if number == 7:
+            return ModelResult(error=f"reward 'judge' failed: {HOSTILE}")
+        score = float(number % 3 != 0)
+        return ModelResult(text=f"{test.base.text} {HOSTILE}", score=score, passed=score >= 1, cut=number == 9)
+
+    return [structs.replace(test, champion=champion(number, test), **more) for number, test in enumerate(tests)]
+
+
+def made_suite(count: int) -> list[Outcome]:
+    """The suite of a line with two earlier runs."""
+    first, second = (made_tests(part) for part in (count // 2, count - count // 2))
+    return with_champion(first, run_id="faq-00000000000a") + with_champion(second, run_id="faq-00000000000b")
+
+
+def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome] = (), tries: int = 1, **more: Any) -> str:
     """The report of a made-up run."""
     rewards = [{"type": "exact_match"}, {"type": "length", "weight": 0.1}]
     config = parse_run_config({"model": "SmolLM2-135M-Instruct", "rewards": rewards, "system_prompt": HOSTILE})
-    evaluation = msgspec.to_builtins(evaluate(tests, config))
+    evaluation = msgspec.to_builtins(evaluate(tests, config, suite, tries))
+    if evaluation["champion"]:
+        evaluation["champion"]["run_id"] = "faq-00000000000b"
     folder = "s3://artifacts/runs/cars-0123456789ab/"
     job = {"name": "job", "instance_type": "ml.g5.4xlarge", "instance_count": 1, "spot": True}
     job |= {"seconds": 3700, "billable_seconds": 1500, "usd": 3.5}
     result = evaluation | {
         "run_id": "cars-0123456789ab",
         "dataset": f"cars {HOSTILE}",
+        "line": f"faq {HOSTILE}",
+        "start": {"run_id": "faq-00000000000b"} if evaluation["champion"] else None,
         "attempt": 1,
         "arrived": "2026-01-02T03:04:05.123456+00:00",
         "verdict": evaluation["verdict"]["status"],
@@ -110,7 +134,25 @@ def made_report(tests: list[Outcome], steps: int = 300, **more: Any) -> str:
         for n in range(1, steps + 1)
     ]
     alerts = [{"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE}]
-    return render_report(result, **{"receipt": receipt, "metrics": metrics, "tests": tests, "alerts": alerts} | more)
+    return render_report(
+        result, **{"receipt": receipt, "metrics": metrics, "tests": tests, "suite": suite, "alerts": alerts} | more
+    )
+
+
+def made_line(count: int) -> list[IndexedRun]:
+    """A line's runs: each odd one starts from the one before, which is approved and its champion."""
+
+    def run(number: int) -> IndexedRun:
+        before = f"faq-{number - 1:012x}" if number else None
+        given = (
+            made_run(number),
+            {"run_id": f"faq-{number:012x}", "dataset": f"faq/{number} {HOSTILE}", "line": "faq & more"},
+        )
+        published = {"published": f"2026-01-{number + 1:02d}T00:00:00+00:00"}
+        lines = {"start": before if number % 2 else None, "champion": before, "champion_lift": 0.1 if before else None}
+        return structs.replace(given[0], **given[1], **published, **lines)
+
+    return [run(number) for number in range(count)]
 
 
 def made_run(number: int) -> IndexedRun:
@@ -120,6 +162,7 @@ def made_run(number: int) -> IndexedRun:
     return IndexedRun(
         run_id=f"cars-{number:012x}",
         dataset=["cars", "faq", HOSTILE][number % 3],
+        line=["cars", "faq", HOSTILE][number % 3],
         attempt=1,
         verdict="APPROVED" if lift > 0.2 else "REJECTED" if lift < 0 else "PENDING",
         model="SmolLM2-135M-Instruct",

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
@@ -69,6 +70,31 @@ def test_a_person_gets_the_verdict_the_numbers_the_cost_and_a_link():
     ]
 
 
+def test_a_line_is_named_where_its_name_differs_and_its_champion_where_it_has_one():
+    champion = {"run_id": "cars-aaaaaaaaaaaa", "comparison": COMPARISON | {"lift": 0.1, "lift_low": 0.01, "lift_high": 0.2}}
+    champion["suite"] = COMPARISON | {"lift": -0.01, "lift_low": -0.019, "lift_high": 0.001}
+    event = structs.replace(published(champion=champion), run=run(line="Größe\nof all"))
+    arguments = message(event)
+    headline = "APPROVED: Größe & Co (line Größe of all), score 0.32 -> 0.93, +0.10 over the champion"
+    assert forms(arguments)["sms"] == headline
+    assert arguments["Subject"] == headline.replace("ö", "?").replace("ß", "?")
+    text = forms(arguments)["default"].splitlines()
+    assert text[5:10] == [
+        "score: 0.321 (base) -> 0.929 (tuned)",
+        "lift: +0.607 (interval +0.379 to +0.786)",
+        "tests: 17 won, 11 tied, 0 lost",
+        "lift over the champion: +0.100 (interval +0.010 to +0.200)",
+        "suite, against the champion: -0.010 (interval -0.019 to +0.001)",
+    ]
+    assert arguments["MessageAttributes"]["line"]["StringValue"] == "Größe of all"
+    failed = RunEvent(detail_type=events.FAILED, run=run(RunState.TRAINING_FAILED, line="lamps"))
+    assert forms(message(failed))["sms"] == "Run failed: Größe & Co (line lamps)"
+    inside = RunEvent(detail_type=events.FAILED, run=structs.replace(run(line="lamps"), dataset="lamps/july"))
+    assert forms(message(inside))["sms"] == "Run failed: lamps/july"
+    same = structs.replace(published(champion=None), run=run(line=run().dataset))
+    assert forms(message(same))["default"] == forms(message(published()))["default"]
+
+
 def test_programs_get_the_events_detail():
     event = published()
     for protocol in PROGRAMS:
@@ -123,3 +149,5 @@ def test_nothing_is_too_long_for_sns():
     assert len(arguments["Subject"]) < 100
     assert len(forms(arguments)["default"]) < 50_000
     assert len(forms(arguments)["https"]) < 8_000
+    long = structs.replace(published(champion={"comparison": COMPARISON, "suite": None}), run=run(line="l" * 100))
+    assert len(message(long)["Subject"]) < 100

@@ -12,6 +12,8 @@ import msgspec
 
 from pipeline.notify import events
 from pipeline.notify.events import RunEvent
+from pipeline.runs.states import Run
+from tunedrop.object_keys import line_of
 from tunedrop.plain import one_line, without_markup
 
 PROGRAMS = ("http", "sqs", "lambda", "firehose")
@@ -51,6 +53,7 @@ def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
         "dataset": one_line(run.dataset),
         "status": run.state,
         "verdict": outcome,
+        **({"line": one_line(run.line)} if run.line else {}),  # a rejected dataset has none
     }
     if len(msgspec.json.encode(detail)) > MOST_BYTES:  # the documents in S3 have all of it
         detail = {name: value for name, value in detail.items() if name not in event.extra}
@@ -68,30 +71,48 @@ def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
 
 
 def _headline(event: RunEvent, outcome: str) -> str:
-    """Return a headline, for example `APPROVED: cars, score 0.32 -> 0.93`. Only the dataset's name may contain non-ASCII."""
+    """Return a headline, for example `APPROVED: cars, score 0.32 -> 0.93`.
+
+    Only the names of dataset and line may contain non-ASCII.
+    """
     if event.detail_type == events.PUBLISHED:
         comparison = event.extra["comparison"]
         score = f"score {comparison['base_score']:.2f} -> {comparison['tuned_score']:.2f}"
-        return f"{outcome}: {one_line(event.run.dataset)}, {score}"
+        champion = event.extra.get("champion")
+        over = f", {champion['comparison']['lift']:+.2f} over the champion" if champion else ""
+        return f"{outcome}: {_name(event.run)}, {score}{over}"
     headlines = {
         "DATASET_REJECTED": "Dataset rejected",
         "CANCELLED": "Run stopped",
         "WAITING": "Run waiting for a quota increase",
     }
-    return f"{headlines.get(outcome, 'Run failed')}: {one_line(event.run.dataset)}"
+    return f"{headlines.get(outcome, 'Run failed')}: {_name(event.run)}"
+
+
+def _name(run: Run) -> str:
+    """Return the names of a run's dataset and of its line, unless the dataset's name begins with it."""
+    line = f" (line {one_line(run.line)})" if run.line not in {"", line_of(run.dataset)} else ""
+    return one_line(run.dataset) + line
 
 
 def _figures(event: RunEvent) -> dict[str, str]:
     if event.detail_type != events.PUBLISHED:
         return {}
     comparison, cost, cut = event.extra["comparison"], event.extra["cost"]["usd"], event.extra.get("cut", {})
+    champion = event.extra.get("champion")
     figures = {
         "score": f"{comparison['base_score']:.3f} (base) -> {comparison['tuned_score']:.3f} (tuned)",
-        "lift": f"{comparison['lift']:+.3f} (interval {comparison['lift_low']:+.3f} to {comparison['lift_high']:+.3f})",
+        "lift": _lift(comparison),
         "tests": f"{comparison['wins']} won, {comparison['ties']} tied, {comparison['losses']} lost",
+        **({"lift over the champion": _lift(champion["comparison"])} if champion else {}),
+        **({"suite, against the champion": _lift(champion["suite"])} if champion and champion["suite"] else {}),
         "cost": "unknown" if cost is None else f"${cost:.2f}",
     }
     return figures | {"cut answers": f"{cut['base']} (base), {cut['tuned']} (tuned)"} if any(cut.values()) else figures
+
+
+def _lift(comparison: dict[str, Any]) -> str:
+    return f"{comparison['lift']:+.3f} (interval {comparison['lift_low']:+.3f} to {comparison['lift_high']:+.3f})"
 
 
 def _card(

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 from botocore.exceptions import ClientError
+from msgspec import structs
 
 from pipeline.aws import Aws, error_code
 from pipeline.publish.page import render_page
@@ -15,7 +16,12 @@ SPARKLINE_POINTS = 24
 
 
 class IndexedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A published run on `index.html`. Scores are rounded to 4 digits; `reward` has points of the training curve."""
+    """A published run on `index.html`. Scores are rounded to 4 digits; `reward` has points of the training curve.
+
+    `start` is the run whose adapter the training started from, `champion` the run of the line's model in use that the tuned
+    model was compared with, and `champion_lift` the lift over it. Pages from before lines lack these fields: the line is
+    that of the dataset then.
+    """
 
     run_id: str
     dataset: str
@@ -39,6 +45,10 @@ class IndexedRun(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float | None
     rewards: list[str]
     reward: list[float]
+    line: str = ""
+    start: str | None = None
+    champion: str | None = None
+    champion_lift: float | None = None
 
 
 _DATA = '<script type="application/json" id="data">'
@@ -46,7 +56,7 @@ _DATA = '<script type="application/json" id="data">'
 
 def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published: str, rows: int) -> IndexedRun:
     """Return the summary of a run's `result.json`, with a few points of its reward curve."""
-    comparison = result["comparison"]
+    comparison, start, champion = result["comparison"], result["start"], result["champion"]
     seconds = [job["seconds"] for job in result["cost"]["jobs"].values()]
     return IndexedRun(
         run_id=result["run_id"],
@@ -68,6 +78,10 @@ def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published
         learning_rate=result["config"]["grpo"].get("learning_rate"),
         rewards=[reward["name"] or reward["type"] for reward in result["config"]["rewards"]],
         reward=[round(point["reward"], 4) for point in thinned(metrics, SPARKLINE_POINTS)],
+        line=result["line"],
+        start=start["run_id"] if start else None,
+        champion=champion["run_id"] if champion else None,
+        champion_lift=round(champion["comparison"]["lift"], 4) if champion else None,
     )
 
 
@@ -87,7 +101,8 @@ def read_index(page: str) -> list[IndexedRun]:
         raise ValueError(
             f"{object_keys.INDEX} contains no data about runs: delete it, and the next publication creates a new page"
         )
-    return msgspec.json.decode(rest.partition("</script>")[0], type=list[IndexedRun])
+    runs = msgspec.json.decode(rest.partition("</script>")[0], type=list[IndexedRun])
+    return [run if run.line else structs.replace(run, line=object_keys.line_of(run.dataset)) for run in runs]
 
 
 def add_to_index(aws: Aws, bucket: str, run: IndexedRun) -> None:

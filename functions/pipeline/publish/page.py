@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.publish.comparison import percent
+
 FOLDER = Path(__file__).parent
 
 
@@ -22,7 +24,7 @@ def _environment() -> Any:
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json}
+    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json, "percent": percent}
     return environment
 
 

@@ -2,15 +2,18 @@
 
 import hashlib
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.publish.comparison import FEW_TESTS
 from pipeline.publish.page import render_page
+from pipeline.publish.statistics import Other, failed_must_pass, is_cut, outcome, totals
 from tunedrop.inference_tests import Outcome
 
-# The most characters of answers, and the most tests: they keep a report below 2 MB.
-MOST_TEXT, MOST_TESTS = 1_200_000, 500
+# The most characters of answers, the most tests, and the most tests of the suite: they keep a report below 2 MB.
+MOST_TEXT, MOST_TESTS, MOST_LOST = 1_200_000, 500, 100
+OUTCOMES = ("won", "tied", "lost", "failed")
 CHART_POINTS = 200
 APART = {"learnability", "proofs", "sampling"}  # sections of training.json with a table of their own
 CURVES = {
@@ -28,24 +31,27 @@ def render_report(
     receipt: dict[str, Any],
     metrics: list[dict[str, Any]],
     tests: Sequence[Outcome],
+    suite: Sequence[Outcome] = (),
     probe: Sequence[Outcome] = (),
     alerts: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Return the page of a run.
 
     `result` is its `result.json`, `receipt` its `validation.json`. `metrics` and `alerts` are the lines of the files with
-    these names. `tests` and `probe` are the outcomes of the inference tests and of the general questions.
+    these names. `tests`, `suite` and `probe` are the outcomes of the inference tests, of the line's suite and of the general
+    questions.
     """
-    compared = [result["comparison"], *result["by_reward"].values(), *result["by_tag"].values()]
-    compared += [result["ended"]] if result["ended"] else []
-    shown = sorted(tests, key=lambda test: abs((test.tuned.score or 0.0) - (test.base.score or 0.0)), reverse=True)[
-        :MOST_TESTS
-    ]
-    texts = sum(
-        1 + len(test.prompt) + sum(1 + len(each.samples) for each in (test.base, test.tuned)) for test in [*shown, *probe]
-    )
-    limit = max(200, MOST_TEXT // texts)
-    counts = {name: sum(test.outcome == name for test in tests) for name in ("won", "tied", "lost", "failed")}
+    champion = result["champion"]
+    others: tuple[Other, ...] = ("base", "champion") if champion else ("base",)
+    shown = sorted(tests, key=lambda test: max(_change(test, other) for other in others), reverse=True)[:MOST_TESTS]
+    lost = _lost(suite) if champion else []
+    limit = max(200, MOST_TEXT // sum(map(_texts, [*shown, *lost[:MOST_LOST], *probe])))
+    counts = {other: Counter[str](outcome(test, other) for test in tests) for other in others}
+    outcomes = {name: {other: counts[other][name] for other in others} for name in OUTCOMES}
+
+    def cut(test: Outcome) -> bool:
+        return any(is_cut(test, other) for other in others)
+
     return render_page(
         "report",
         limit=limit,
@@ -53,8 +59,13 @@ def render_report(
         receipt=receipt,
         tests=tests,
         shown=shown,
-        cut_tests=sum(test.cut for test in tests),
-        outcomes={name: count for name, count in counts.items() if count},
+        cut_tests=sum(map(cut, tests)),
+        outcomes={name: each for name, each in outcomes.items() if any(each.values())},
+        others=others,
+        outcome=outcome,
+        is_cut=cut,
+        lost=lost,
+        most_lost=MOST_LOST,
         tags=sorted({tag for test in tests for tag in test.tags}),
         probe={
             "tests": probe,
@@ -69,12 +80,38 @@ def render_report(
         sampling=result["training"].get("sampling"),
         figures={name: value for name, value in result["training"].items() if name not in APART},
         charts=charts(metrics),
-        scale=max([abs(each[bound]) for each in compared for bound in ("lift_low", "lift_high")]) or 1.0,
+        scale=_scale(result),
         few_tests=FEW_TESTS,
         folder=result["artifacts"]["report"].removesuffix("report.html"),
         # With a test file, all held-out rows choose the checkpoint.
         reproduce=_reproduce(result, own_tests=receipt.get("choosing") in {None, receipt["heldout"]}),
     )
+
+
+def _change(test: Outcome, other: Other) -> float:
+    theirs, ours = totals(other)(test)
+    return abs((ours or 0.0) - (theirs or 0.0))
+
+
+def _lost(suite: Sequence[Outcome]) -> list[Outcome]:
+    """Return the suite's tests that the tuned model lost against the champion or failed, the must-pass tests first."""
+    lost = [test for test in suite if outcome(test, "champion") in {"lost", "failed"} or failed_must_pass(test)]
+    return sorted(lost, key=lambda test: (not failed_must_pass(test), -_change(test, "champion")))
+
+
+def _texts(test: Outcome) -> int:
+    """Return the number of texts that a test's card shows."""
+    results = [each for each in (test.base, test.champion, test.tuned) if each]
+    return 1 + len(test.prompt) + sum(1 + len(each.samples) for each in results)
+
+
+def _scale(result: dict[str, Any]) -> float:
+    """Return the lift at the ends of the intervals' bars."""
+    compared = [result["comparison"], result["ended"], *result["by_reward"].values(), *result["by_tag"].values()]
+    if champion := result["champion"]:
+        compared += [champion["comparison"], champion["ended"], *champion["by_tag"].values()]
+        compared += [champion["suite"], *champion["suite_by_run"].values()]
+    return max([abs(each[bound]) for each in compared if each for bound in ("lift_low", "lift_high")]) or 1.0
 
 
 def _reproduce(result: dict[str, Any], *, own_tests: bool) -> str:

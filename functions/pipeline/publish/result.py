@@ -13,6 +13,8 @@ from tunedrop import object_keys
 
 # The most reasons, and the most tags or rewards, in an event.
 MOST_REASONS, MOST_GROUPS = 20, 50
+# What an event has of a result as it is.
+KEPT = "start champion tries confidence verdict comparison ended passed cut cost model_package".split()
 
 
 def run_result(run: Run, evidence: Evidence, settings: Settings) -> dict[str, Any]:
@@ -105,7 +107,9 @@ def model_quality(result: dict[str, Any]) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return a result's part of an event: the long lists are cut, since an event has at most 256 KB."""
-    kept = {key: result[key] for key in ("verdict", "comparison", "ended", "passed", "cut", "cost", "model_package")}
+    kept = {key: result[key] for key in KEPT}
+    if champion := result["champion"]:
+        kept["champion"] = {key: champion[key] for key in ("run_id", "comparison", "ended", "suite")}
     reasons = [reason[:1000] for reason in result["reasons"]]
     if len(reasons) > MOST_REASONS:
         reasons = [*reasons[:MOST_REASONS], f"… and {len(reasons) - MOST_REASONS} more, in the report."]

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from pipeline.publish.comparison import BOOTSTRAP_SAMPLES, MOST_TRIES, Comparison, Pair, at_try, compare
+from pipeline.publish.comparison import BOOTSTRAP_SAMPLES, MOST_TRIES, Comparison, Pair, at_try, compare, extra_tests
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import ModelResult, Outcome
 from tunedrop.questions import prompt_text, question
@@ -70,11 +70,13 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
     weights = {reward.label: abs(reward.weight) for reward in config.rewards}
     counted = min(tries, MOST_TRIES)
     confidence = at_try(config.gate.confidence, counted)
-    how = _How(confidence, sum(weights.values()), config.gate.min_lift, BOOTSTRAP_SAMPLES * counted)
+    samples, extra = BOOTSTRAP_SAMPLES * counted, extra_tests(counted)
+    how = _How(confidence, sum(weights.values()), config.gate.min_lift, samples, extra)
 
     def reward(name: str) -> Scores:
         return lambda test: (test.base.rewards.get(name), test.tuned.rewards.get(name))
 
+    comparison = how.compare(judged, totals("base"))
     names = [name for name in weights if any(None not in reward(name)(test) for test in judged)]
     champion = _champion_figures(tests, suite, config, how)
     results: dict[str, list[ModelResult | None]] = {
@@ -83,8 +85,8 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
         **({"champion": [test.champion for test in tests]} if champion else {}),
     }
     return Figures(
-        comparison=how.compare(judged, totals("base")),
-        ended=_ended(judged, "base", how),
+        comparison=comparison,
+        ended=_ended(judged, "base", comparison, how),
         by_tag=_by_tag(judged, "base", how),
         by_reward={name: how.rough._replace(span=1.0).compare(judged, reward(name)) for name in names},
         passed={model: sum(each is not None and each.passed is True for each in results[model]) for model in results},
@@ -103,6 +105,7 @@ class _How(NamedTuple):
     span: float
     min_lift: float
     samples: int
+    extra: int
 
     @property
     def rough(self) -> "_How":
@@ -130,9 +133,10 @@ def _champion_figures(
     how = how._replace(min_lift=config.gate.champion.min_lift)
     kept = how._replace(min_lift=-config.gate.champion.max_loss)
     old = [test for test in suite if test.judges and None not in totals("champion")(test)]
+    comparison = how.compare(judged, totals("champion"))
     return ChampionFigures(
-        comparison=how.compare(judged, totals("champion")),
-        ended=_ended(judged, "champion", how),
+        comparison=comparison,
+        ended=_ended(judged, "champion", comparison, how),
         by_tag=_by_tag(judged, "champion", how),
         suite=kept.compare(old, totals("champion")) if old else None,
         suite_by_run={run_id: kept.rough.compare(part, totals("champion")) for run_id, part in by_run(old).items()},
@@ -142,8 +146,10 @@ def _champion_figures(
     )
 
 
-def _ended(judged: Sequence[Outcome], other: Other, how: _How) -> Comparison | None:
+def _ended(judged: Sequence[Outcome], other: Other, comparison: Comparison, how: _How) -> Comparison | None:
     ended = [test for test in judged if not is_cut(test, other)]
+    if len(ended) == len(judged):
+        return comparison
     return how.compare(ended, totals(other)) if ended else None
 
 
@@ -169,6 +175,14 @@ def judging(tests: Sequence[Outcome], other: Other) -> list[Outcome]:
     """Return the tests with two scores that judge, or all tests with two scores if none of them judges."""
     scored = [test for test in tests if None not in totals(other)(test)]
     return [test for test in scored if test.judges] or scored
+
+
+def outcome(test: Outcome, other: Other) -> Literal["won", "tied", "lost", "failed"]:
+    """Return the tuned model's outcome against the other; `failed` where a score is missing."""
+    theirs, ours = totals(other)(test)
+    if theirs is None or ours is None:
+        return "failed"
+    return "won" if ours > theirs else "lost" if ours < theirs else "tied"
 
 
 def is_cut(test: Outcome, other: Other) -> bool:
