@@ -47,9 +47,9 @@ def group(idle: Any) -> Iterator[str]:
 
 
 def test_each_change_of_a_package_is_an_event_in_awss_shape(local: Any) -> None:
-    local.client.create_model_package_group(ModelPackageGroupName="tuned")
     tags = [{"Key": "team", "Value": "a"}]
-    arn = register(local.client, ModelApprovalStatus="PendingManualApproval", ModelPackageDescription="cars", Tags=tags)
+    local.client.create_model_package_group(ModelPackageGroupName="tuned", Tags=tags)
+    arn = register(local.client, ModelApprovalStatus="PendingManualApproval", ModelPackageDescription="cars")
     local.client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus="Approved", ApprovalDescription="better")
     local.client.update_model_package(ModelPackageArn=arn, CustomerMetadataProperties={"lift": "0.4"})
     local.client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus="Rejected")
@@ -89,6 +89,8 @@ def test_a_refused_change_has_no_event(local: Any) -> None:
     assert register(local.client, ClientToken="a") == arn  # no second package, and no second event
     with pytest.raises(ClientError):
         local.client.update_model_package(ModelPackageArn=f"{arn}0", ModelApprovalStatus="Approved")
+    with pytest.raises(ClientError, match="has its group's tags"):
+        register(local.client, Tags=[{"Key": "team", "Value": "a"}])
     local.client.update_model_package(ModelPackageArn=arn, CustomerMetadataProperties={str(n): "x" for n in range(50)})
     with pytest.raises(ClientError, match="at most 50 CustomerMetadataProperties"):
         local.client.update_model_package(ModelPackageArn=arn, CustomerMetadataProperties={"one": "more"})
