@@ -19,6 +19,7 @@ from local_app.stack import STACK_NAME, Outputs, Stack, StackError, read_outputs
 from pipeline.aws import read_object
 from pipeline.jobs.price import job_price, on_demand_prices
 from pipeline.notify import events
+from pipeline.runs.lines import LineTable
 from pipeline.runs.states import FINAL, Run, RunState
 from pipeline.runs.table import RUN, RunTable, run_of_item
 from tunedrop import event_bus, object_keys
@@ -43,8 +44,8 @@ class Deployment:
         self.folder = folder
         self.s3 = connect("client", "s3")
         self.logs = connect("client", "logs")
-        self.table = connect("resource", "dynamodb").Table(outputs.run_table)
-        self.runs = RunTable(self.table)
+        self._table = connect("resource", "dynamodb").Table(outputs.run_table)
+        self.runs, self.lines = RunTable(self._table), LineTable(self._table)
 
     @classmethod
     def local(cls, stack: Stack) -> "Deployment":
@@ -128,8 +129,8 @@ class Deployment:
 
     def all_runs(self) -> list[Run]:
         """Return every run, the newest first."""
-        pages = self.table.meta.client.get_paginator("scan").paginate(
-            TableName=self.table.name, FilterExpression=Attr("id").begins_with(RUN)
+        pages = self._table.meta.client.get_paginator("scan").paginate(
+            TableName=self._table.name, FilterExpression=Attr("id").begins_with(RUN)
         )
         runs = [run_of_item(item) for page in pages for item in page["Items"]]
         return sorted(runs, key=lambda run: run.arrived, reverse=True)
@@ -242,7 +243,7 @@ def unknown(kind: str, name: str, known: Iterable[str], advice: str) -> StackErr
 
 def line_of_run(run: Run) -> str:
     """Return the name of a run's line."""
-    return getattr(run, "line", "") or object_keys.line_of(run.dataset)
+    return run.line or object_keys.line_of(run.dataset)
 
 
 def line_beside(run: Run) -> str:

@@ -3,13 +3,14 @@
 A line is a model that successive runs improve, and its champion the model in use: the run of its newest approved package.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-from boto3.dynamodb.conditions import Key
 
 from local_app.stack import StackError
+from pipeline.runs.lines import Line
 from pipeline.runs.states import Run, RunState
 from tunedrop_cli.deployment import Deployment, in_words, line_of_run, unknown
 from tunedrop_cli.output import Fact
@@ -19,33 +20,14 @@ BARS = "▁▂▃▄▅▆▇█"
 NO_CHAMPION = "none: no model package of the line is approved"
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """A line's item. `packages` has the run of each model package, by the package's version.
-
-    `champion` is a run's id, and `champion_package` its package's ARN, None until the registry has the package. `tries` are
-    the runs that were judged against this champion, `arrived` is the time of the last change.
-    """
-
-    line: str
-    champion: str | None = None
-    champion_package: str | None = None
-    packages: dict[str, str] = {}
-    tries: list[str] = []
-    arrived: str = ""
-
-    @property
-    def runs(self) -> set[str]:
-        """The ids of the runs that the item names."""
-        return {*self.packages.values(), *self.tries, *([self.champion] if self.champion else [])}
-
-
 def all_lines(deployment: Deployment) -> dict[str, Line]:
     """Return the lines by name, the last changed first. The index lags behind the table by up to seconds."""
-    pages = deployment.table.meta.client.get_paginator("query").paginate(
-        TableName=deployment.table.name, IndexName="open", KeyConditionExpression=Key("open").eq("LINE")
-    )
-    lines = [msgspec.convert(item, Line) for page in pages for item in page["Items"]]
-    return {line.line: line for line in sorted(lines, key=lambda line: line.arrived, reverse=True)}
+    return {line.line: line for line in sorted(deployment.lines.all(), key=lambda line: line.arrived, reverse=True)}
+
+
+def members(line: Line) -> set[str]:
+    """Return the ids of the runs that a line's item names."""
+    return {*line.packages.values(), *line.tries, *([line.champion] if line.champion else [])}
 
 
 def find_line(deployment: Deployment, name: str) -> Line:
@@ -70,7 +52,7 @@ def champions(deployment: Deployment, lines: Iterable[Line]) -> dict[str, list[A
         line.line: [
             run
             for run in indexed
-            if run.run_id in line.runs
+            if run.run_id in members(line)
             and (run.verdict == "APPROVED" or run.run_id in compared or run.run_id == line.champion)
         ]
         for line in lines
@@ -96,7 +78,9 @@ def former_champions(deployment: Deployment, name: str) -> list[Run]:
 
 def without_champion(name: str) -> StackError:
     """Return the error for a line of which no model is approved."""
-    return StackError(f"The line '{name}' has no champion: no model of it is approved. Its runs: `tunedrop show {name}`.")
+    return StackError(
+        f"The line '{name}' has no champion: no model of it is approved. Its runs: `tunedrop show {shlex.quote(name)}`."
+    )
 
 
 def summaries(deployment: Deployment) -> list[dict[str, Any]]:
@@ -174,13 +158,13 @@ class History(NamedTuple):
 def history(deployment: Deployment, line: Line) -> History:
     """Return the history of a line. One object is read for each published run."""
     packages = packages_of(deployment, line.packages)
-    members = [
+    runs = [
         run
         for run in reversed(deployment.all_runs())
-        if run.run_id in line.runs or (run.open and line_of_run(run) == line.line)
+        if run.run_id in members(line) or (run.open and line_of_run(run) == line.line)
     ]
     by_run = {package.run_id: package for package in packages}
-    entries = [_entry(deployment, run, by_run.get(run.run_id), run.run_id in line.packages.values()) for run in members]
+    entries = [_entry(deployment, run, by_run.get(run.run_id), run.run_id in line.packages.values()) for run in runs]
     return History(line, entries, packages)
 
 
@@ -192,7 +176,7 @@ def _entry(deployment: Deployment, run: Run, package: Package | None, registered
         run_id=run.run_id,
         state=in_words(run.state),
         arrived=run.arrived,
-        start=(result.get("start") or {}).get("run_id") or getattr(run, "start", None),
+        start=(result.get("start") or {}).get("run_id") or run.start,
         verdict=run.verdict,
         base_score=comparison.get("base_score"),
         tuned_score=comparison.get("tuned_score"),

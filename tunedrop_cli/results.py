@@ -46,6 +46,7 @@ def facts_of_run(run: Run) -> list[Fact]:
         ("attempt", str(run.attempt)),
         ("dataset", run.dataset),
         ("line", line_beside(run)),
+        ("started from", run.start),
         ("data", f"{run.key} (version {run.version_id})"),
         ("rows", str(run.rows)),
         ("base model", run.model),

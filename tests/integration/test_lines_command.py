@@ -186,12 +186,14 @@ def test_a_sparkline_goes_from_the_smallest_to_the_largest_value(values: list[fl
 
 
 def test_runs_names_a_line_that_is_not_the_datasets(made: Made, tunedrop: Command) -> None:
-    cars = made.run("cars", 1)
+    cars = made.run("cars", 1, line="cars")
     assert cells(tunedrop("runs"))[0][:2] == ["run", "state"]
-    math = made.run("math/a", 2)
-    header, first, second = cells(tunedrop("runs"))
+    math, trucks = made.run("math/a", 2), made.run("trucks", 3, line="vehicles", start=cars)
+    header, third, second, first = cells(tunedrop("runs"))
     assert header[:3] == ["run", "line", "state"]
-    assert (first[:3], second[:2]) == ([math, "math", "training"], [cars, "training"])
+    assert (first[:2], second[:3]) == ([cars, "training"], [math, "math", "training"])
+    assert third[:3] == [trucks, "vehicles", "training"]
+    assert ["started from", cars] in cells(tunedrop("show", "trucks"))
     assert ["line", "math"] in cells(tunedrop("show", math))
     assert not any(row[0] == "line" for row in cells(tunedrop("show", cars)))
 
@@ -294,6 +296,19 @@ def test_rollback_goes_back_through_the_champions(made: Made, math: dict[str, st
         assert made.status(math[rejected]) == ("Rejected", f"bad {rejected}")
     assert "The line 'math' has no champion: no model of it is approved." in tunedrop("rollback", "math")
     assert [made.status(math[name])[0] for name in "aef"] == ["Rejected", "PendingManualApproval", "Rejected"]
+
+
+def test_a_champion_without_a_package_is_not_rolled_back(made: Made, math: dict[str, str], tunedrop: Command) -> None:
+    """The gate approved g, whose publication goes on: the newest approved package is still that of the champion before."""
+    made.table.update_item(
+        Key={"id": "line#math"},
+        UpdateExpression="SET champion = :run REMOVE champion_package",
+        ExpressionAttributeValues={":run": math["g"]},
+    )
+    assert f"{math['g']} was approved a moment ago, and its model package is not in the registry yet" in tunedrop(
+        "rollback", "math"
+    )
+    assert made.status(math["d"])[0] == "Approved"
 
 
 @pytest.mark.parametrize("seed", range(3))

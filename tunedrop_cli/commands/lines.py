@@ -5,8 +5,9 @@ import json
 import click
 
 from local_app.stack import StackError
+from pipeline.runs.lines import Line
 from tunedrop_cli.deployment import Deployment, in_words
-from tunedrop_cli.lines import NO_CHAMPION, Line, all_lines, find_line, score, signed, sparkline, summaries, without_champion
+from tunedrop_cli.lines import NO_CHAMPION, all_lines, find_line, score, signed, sparkline, summaries, without_champion
 from tunedrop_cli.options import LINE_NAME, RUN_NAME, with_deployment
 from tunedrop_cli.output import console, print_facts, print_raw, print_table
 from tunedrop_cli.registry import APPROVED, PENDING, REJECTED, champion_of, packages_of, set_approval
@@ -94,6 +95,11 @@ def rollback(deployment: Deployment, line: str, reason: str | None) -> None:
     Example: tunedrop rollback cars --reason "complaints about prices"
     """
     match = find_line(deployment, line)
+    if not match.settled:
+        raise StackError(
+            f"{match.champion} was approved a moment ago, and its model package is not in the registry yet: try again when "
+            f"the run is published. Follow it with `tunedrop watch {match.champion}`."
+        )
     now = champion_of(packages_of(deployment, match.packages))
     if now is None:
         raise without_champion(line)
