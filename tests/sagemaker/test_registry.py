@@ -83,6 +83,28 @@ def test_each_change_of_a_package_is_an_event_in_awss_shape(local: Any) -> None:
     assert (deleted["detail"]["ModelPackageStatus"], said["ModelPackageStatus"]) == ("Deleting", "Completed")
 
 
+@pytest.mark.parametrize("name", ["publish_results.package_approved", "publish_results.package_rejected"])
+def test_the_sample_events_are_what_the_registry_sends(
+    local: Any, load_event: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    sample = load_event(name)
+    said = sample["detail"]
+    local.client.create_model_package_group(ModelPackageGroupName=said["ModelPackageGroupName"])
+    same = ("ModelPackageGroupName", "ModelPackageDescription", "InferenceSpecification", "ModelMetrics")
+    for _ in range(said["ModelPackageVersion"]):
+        arn = local.client.create_model_package(**{member: said[member] for member in same})["ModelPackageArn"]
+    local.client.update_model_package(
+        ModelPackageArn=arn, ModelApprovalStatus=said["ModelApprovalStatus"], ApprovalDescription="by hand"
+    )
+    event = local.until(lambda: next((each for each in local.events if "LastModifiedTime" in each["detail"]), None))
+    changing = {"ModelPackageArn", "CreationTime", "LastModifiedTime"}  # the account and the times
+    assert event.keys() == sample.keys()
+    assert event["detail"].keys() == said.keys()
+    assert [(key, event["detail"][key]) for key in said.keys() - changing] == [
+        (key, said[key]) for key in said.keys() - changing
+    ]
+
+
 def test_a_refused_change_has_no_event(local: Any) -> None:
     local.client.create_model_package_group(ModelPackageGroupName="tuned")
     arn = register(local.client, ClientToken="a")
