@@ -5,10 +5,11 @@ The stack is local (`.tunedrop/`) or on AWS; this module does not distinguish th
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import yaml
@@ -18,6 +19,7 @@ from local_app.stack import STACK_NAME, Outputs, Stack, StackError, read_outputs
 from pipeline.aws import read_object
 from pipeline.jobs.price import job_price, on_demand_prices
 from pipeline.notify import events
+from pipeline.runs.lines import LineTable
 from pipeline.runs.states import FINAL, Run, RunState
 from pipeline.runs.table import RUN, RunTable, run_of_item
 from tunedrop import event_bus, object_keys
@@ -25,6 +27,9 @@ from tunedrop.dataset.readers import refuse
 from tunedrop_cli.location import StackLocation
 from tunedrop_cli.model_upload import upload_model
 from tunedrop_cli.redrive import redrive
+
+if TYPE_CHECKING:
+    from pipeline.publish.index import IndexedRun
 
 SAVED_REPORTS = 20  # reports that `save_index` downloads
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
@@ -40,7 +45,7 @@ class Deployment:
         self.s3 = connect("client", "s3")
         self.logs = connect("client", "logs")
         self._table = connect("resource", "dynamodb").Table(outputs.run_table)
-        self.runs = RunTable(self._table)
+        self.runs, self.lines = RunTable(self._table), LineTable(self._table)
 
     @classmethod
     def local(cls, stack: Stack) -> "Deployment":
@@ -130,15 +135,24 @@ class Deployment:
         runs = [run_of_item(item) for page in pages for item in page["Items"]]
         return sorted(runs, key=lambda run: run.arrived, reverse=True)
 
-    def find(self, name: str) -> Run:
-        """Return a run by its id, the beginning of its id, or its dataset (the newest). Raises StackError."""
+    def find(self, name: str, others: Iterable[str] = ()) -> Run:
+        """Return a run by its id, its dataset (the newest), or the beginning of its id.
+
+        Raises StackError, which suggests similar names of runs, datasets and `others`.
+        """
         exact = self.runs.get(name)
         if exact:
             return exact
-        matches = [run for run in self.all_runs() if run.dataset == name or run.run_id.startswith(name)]
-        if not matches:
-            raise StackError(f"There is no run '{name}'. List the runs with `tunedrop runs`.")
-        return matches[0]
+        runs = self.all_runs()
+        match = _of_dataset(name, runs) or next((run for run in runs if run.run_id.startswith(name)), None)
+        if match is None:
+            known = dict.fromkeys([*others, *(each for run in runs for each in (run.dataset, run.run_id))])
+            raise unknown("run", name, known, "List the runs with `tunedrop runs`.")
+        return match
+
+    def named(self, name: str) -> Run | None:
+        """Return a run by its id, or the newest run of a dataset; None if no run and no dataset has exactly this name."""
+        return self.runs.get(name) or _of_dataset(name, self.all_runs())
 
     def read(self, run: Run, name: str) -> bytes | None:
         """Return the bytes of `runs/<run_id>/<name>`; None without this object."""
@@ -169,6 +183,16 @@ class Deployment:
         path = self.folder / "reports" / "index.html"
         path.write_bytes(page)
         return path
+
+    def index(self) -> "list[IndexedRun]":
+        """Return the published runs of the page of all runs. Raises StackError for a page without their data."""
+        from pipeline.publish.index import read_index
+
+        page = read_object(self.s3, self.outputs.artifact_bucket, object_keys.INDEX)
+        try:
+            return read_index(page.decode()) if page else []
+        except ValueError as error:
+            raise StackError(str(error)) from None
 
     def spent(self, run: Run, job: str) -> float | None:
         """Return a job's cost until now in USD; None without a price, and before the job has a machine."""
@@ -204,6 +228,28 @@ class Deployment:
                 if not page["events"] or positions.get(stream) == page["nextForwardToken"]:
                     break
                 positions[stream] = page["nextForwardToken"]
+
+
+def _of_dataset(name: str, runs: Iterable[Run]) -> Run | None:
+    return next((run for run in runs if run.dataset == name), None)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], advice: str) -> StackError:
+    """Return the error for a name that no run or line has. It suggests names that look alike."""
+    close = [f"'{each}'" for each in get_close_matches(name, list(known))]
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return StackError(f"There is no {kind} '{name}'. {hint}{advice}")
+
+
+def line_of_run(run: Run) -> str:
+    """Return the name of a run's line."""
+    return run.line or object_keys.line_of(run.dataset)
+
+
+def line_beside(run: Run) -> str:
+    """Return the name of a run's line, or an empty text if the line has the dataset's name."""
+    line = line_of_run(run)
+    return "" if line == run.dataset else line
 
 
 def in_words(state: RunState) -> str:

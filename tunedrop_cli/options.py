@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.lines import all_lines
 
 DEFAULT_FOLDER = PROJECT / ".tunedrop"
 
@@ -29,7 +30,33 @@ class RunName(click.ParamType[str]):
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-RUN_NAME = RunName()
+class LineName(click.ParamType[str]):
+    """A line's name. The shell completes it from the lines of the local app."""
+
+    name = "line"
+
+    def shell_complete(self, context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the matching lines; an empty list when the local app does not run."""
+        try:
+            lines = all_lines(Deployment.local(Stack(context.find_root().params.get("state") or DEFAULT_FOLDER)))
+        except StackError:
+            return []
+        return [CompletionItem(name) for name in lines if name.startswith(incomplete)]
+
+
+class RunOrLineName(RunName):
+    """A run as RunName, or a line. The shell completes both."""
+
+    def shell_complete(self, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the matching runs and lines, each name once."""
+        both = (
+            *super().shell_complete(context, parameter, incomplete),
+            *LINE_NAME.shell_complete(context, parameter, incomplete),
+        )
+        return list({item.value: item for item in both}.values())
+
+
+RUN_NAME, LINE_NAME, RUN_OR_LINE_NAME = RunName(), LineName(), RunOrLineName()
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 

@@ -1,4 +1,4 @@
-"""Builds the events of existing objects, validated runs and ended jobs, as EventBridge delivers them.
+"""Builds the events of existing objects, validated runs, ended jobs and model packages, as EventBridge delivers them.
 
 With these events, `sam local invoke --event` drives a whole run by hand, one function after the other.
 """
@@ -14,10 +14,12 @@ from pipeline.aws import error_code
 from pipeline.jobs.training_job import NO_SUCH_JOB
 from pipeline.notify import events
 from pipeline.notify.job_events import state_change_event
+from pipeline.notify.package_events import package_event
 from pipeline.runs.states import RunState
 from tunedrop import event_bus
 from tunedrop.object_keys import JobName
 from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.registry import describe_package
 
 Json = dict[str, Any]
 # The length of S3's sequencers, which are hexadecimal.
@@ -25,12 +27,14 @@ DIGITS = 18
 
 
 def event_of(deployment: Deployment, name: str, stage: str | None) -> Json:
-    """Return the event of an object (`name` is its key), of a job (its name), or of a run and its next `stage`.
+    """Return the event of an object (`name` is its key), a job (its name), a package (its ARN), or a run's next `stage`.
 
-    Raises StackError for an unknown object, job or run, and for a stage that cannot begin yet.
+    Raises StackError for an unknown object, job, model package or run, and for a stage that cannot begin yet.
     """
     if stage is not None:
         return _run_event(deployment, name, stage)
+    if ":model-package/" in name:
+        return _package_event(deployment, name)
     try:
         JobName.parse(name, deployment.outputs.job_prefix)
     except ValueError:
@@ -113,9 +117,20 @@ def _job_event(deployment: Deployment, job: str) -> Json:
         raise StackError(f"There is no job '{job}'. `tunedrop show RUN` lists a run's jobs.") from None
     if described["TrainingJobStatus"] not in {"Completed", "Failed", "Stopped"}:
         raise StackError(f"{job} is {described['TrainingJobStatus']}. Its event exists when the job has ended.")
-    pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=described["TrainingJobArn"])
-    tags = {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
-    return state_change_event(_in_seconds(described), tags)
+    return state_change_event(_in_seconds(described), _tags(sagemaker, described["TrainingJobArn"]))
+
+
+def _package_event(deployment: Deployment, arn: str) -> Json:
+    """Return SageMaker's "Model Package State Change" of a package, with the package's present status."""
+    sagemaker = deployment.connect("client", "sagemaker")
+    package = describe_package(sagemaker, arn)
+    group = arn.replace(":model-package/", ":model-package-group/").rpartition("/")[0]  # a version has its group's tags
+    return package_event(_in_seconds(package), _tags(sagemaker, group), ["ModelApprovalStatus"])
+
+
+def _tags(sagemaker: Any, arn: str) -> dict[str, str]:
+    pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=arn)
+    return {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
 
 
 def _in_seconds(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run and its results as facts for a terminal, and the differences of two results."""
+"""A run and its results as facts for a terminal, and the differences of results."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,14 @@ import msgspec
 
 from pipeline.runs.states import Run, RunState
 from tunedrop.problems import Problem
-from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.deployment import Deployment, in_words, line_beside
 from tunedrop_cli.output import Fact
 
-# The figures by which two runs are compared, and their paths in `result.json`.
+# The figures by which runs are compared, and their paths in `result.json`.
 FIGURES = {
     "verdict": ("verdict",),
+    "line": ("line",),
+    "started from": ("start", "run_id"),
     "base score": ("comparison", "base_score"),
     "tuned score": ("comparison", "tuned_score"),
     "lift": ("comparison", "lift"),
@@ -22,6 +24,9 @@ FIGURES = {
     "won": ("comparison", "wins"),
     "tied": ("comparison", "ties"),
     "lost": ("comparison", "losses"),
+    "against champion": ("champion", "run_id"),
+    "lift over champion": ("champion", "comparison", "lift"),
+    "judged on these tests": ("tries",),
     "cut answers, base": ("cut", "base"),
     "cut answers, tuned": ("cut", "tuned"),
     "steps": ("training", "steps"),
@@ -40,6 +45,8 @@ def facts_of_run(run: Run) -> list[Fact]:
         ("state", in_words(run.state)),
         ("attempt", str(run.attempt)),
         ("dataset", run.dataset),
+        ("line", line_beside(run)),
+        ("started from", run.start),
         ("data", f"{run.key} (version {run.version_id})"),
         ("rows", str(run.rows)),
         ("base model", run.model),
@@ -98,14 +105,17 @@ def _rejection(receipt: dict[str, Any]) -> Iterator[Fact]:
         yield "problems", f"{more} more; all by code: {', '.join(f'{code} {count}' for code, count in counts.items())}"
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the name and both values of each figure of two results, then of every key in which their configs differ."""
+def differences(*results: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the name and the values of each figure that a result has, then of every key in which the configs differ."""
     for name, path in FIGURES.items():
-        yield name, _text(_at(one, path)), _text(_at(other, path))
-    before, after = dict(_flat(one["config"])), dict(_flat(other["config"]))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            yield f"config: {key}", _text(before.get(key)), _text(after.get(key))
+        values = [_text(_at(result, path)) for result in results]
+        if any(values):
+            yield [name, *values]
+    configs = [dict(_flat(result["config"])) for result in results]
+    for key in sorted(set().union(*configs)):
+        set_to = [config.get(key) for config in configs]
+        if any(value != set_to[0] for value in set_to):
+            yield [f"config: {key}", *map(_text, set_to)]
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:

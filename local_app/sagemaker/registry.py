@@ -85,6 +85,8 @@ class ModelRegistry:
         """
         if ("ModelPackageName" in request) == ("ModelPackageGroupName" in request):
             raise ServiceError("ValidationException", "Specify either ModelPackageName or ModelPackageGroupName.")
+        if "ModelPackageGroupName" in request and request.get("Tags"):
+            raise ServiceError("ValidationException", "A versioned model package has its group's tags: it takes no Tags.")
         token = request.get("ClientToken")
         with self._store.transaction():
             if token and (earlier := self._store.get("token", token)):
@@ -179,8 +181,9 @@ class ModelRegistry:
         return {}
 
     def _announce(self, package: Json, updated: Sequence[str] = ()) -> None:
-        tags = self._store.get("tags", package["ModelPackageArn"]) or {}
-        self._store.enqueue(package_event(package, tags, updated))
+        group = package.get("ModelPackageGroupName")  # a version has its group's tags
+        owner = f"{self._arn_prefix}:model-package-group/{group}" if group else package["ModelPackageArn"]
+        self._store.enqueue(package_event(package, self._store.get("tags", owner) or {}, updated))
 
     def _packages(self) -> list[Json]:
         return self._store.all("package")

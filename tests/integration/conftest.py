@@ -9,7 +9,7 @@ from typing import Any
 import boto3
 import pytest
 from click.testing import CliRunner
-from fake_stack import ARTIFACTS, BUS, DATA, PREFIX, TABLE
+from fake_stack import ARTIFACTS, BUS, DATA, MODELS, PREFIX, TABLE
 from world import World, deployed
 
 from local_app.stack import StackError
@@ -25,7 +25,7 @@ OUTPUTS = {
     "TopicArn": "arn:aws:sns:us-east-1:123456789012:topic",
     "DeadLetterQueueUrl": "queue",
     "SageMakerRoleArn": "role",
-    "ModelPackageGroup": "models",
+    "ModelPackageGroup": MODELS,
     "TrainingImageUri": "",
     "JobPrefix": PREFIX,
 }

@@ -118,7 +118,7 @@ def test_runs_and_show_are_aligned_columns_without_colour_or_wrapping_in_a_pipe(
     assert cells[run.run_id][1:4] == ["published", "1", "30"]
     assert cells[run.run_id][5] == "APPROVED"
     assert cells[failed.run_id][1] == "training failed"
-    shown = tunedrop("show", "cars").splitlines()
+    shown = tunedrop("show", "cars").partition("\n\n")[0].splitlines()  # the history of the line follows
     width = shown[0].index(run.run_id)
     facts = {line[:width].strip(): line[width:] for line in shown}
     expected = {"run": run.run_id, "state": "published", "training job": run.train_job, "verdict": "APPROVED"}
@@ -142,7 +142,8 @@ def test_answers_that_the_limit_cut_are_in_every_place(world, tunedrop):
     compared = [line.split() for line in tunedrop("compare", "cars", "cars").splitlines()]
     assert ["cut", "answers,", "base", "12", "12"] in compared
     assert "cut after 9 tokens" in world.aws.read(ARTIFACTS, f"runs/{run.run_id}/report.html").decode()
-    assert json.loads(world.sent_events[-1]["Detail"])["cut"] == result["cut"]
+    (sent,) = (event for event in world.sent_events if event["DetailType"] == "Results Published")
+    assert json.loads(sent["Detail"])["cut"] == result["cut"]
     assert "cut answers: 12 (base), 0 (tuned)" in json.loads(world.notifications[-1]["Message"])["default"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
+from fake_stack import MODELS
 from world import GOOD_DATA, WON, World
 
 from pipeline.notify.events import JobStateChange
@@ -107,6 +108,21 @@ def test_it_counts_after_the_last_upload_and_before_the_next(world: World, print
     assert printed(KEY)["detail"]["object"]["sequencer"] == "0055AED6DCD90281E7"
     newer = world.upload_event(KEY, GOOD_DATA + b'{"question": "more", "answer": "yes"}\n', "0055AED6DCD9028200")
     assert world.handle("validate_dataset", newer)["run_id"] != first.run_id
+
+
+def test_a_model_packages_event_has_its_present_approval(
+    world: World, printed: Callable[..., Json], tunedrop: Callable[..., str]
+) -> None:
+    run = world.tested(world.trained(dropped(world, printed)))
+    event = printed(str(run.model_package))
+    assert (event["source"], event["detail-type"]) == ("aws.sagemaker", "SageMaker Model Package State Change")
+    assert event["resources"] == [event["detail"]["ModelPackageArn"]] == [run.model_package]
+    assert (event["detail"]["ModelPackageGroupName"], event["detail"]["ModelApprovalStatus"]) == (MODELS, "Approved")
+    tunedrop("reject", run.run_id)
+    rejected = printed(str(run.model_package))
+    assert rejected["detail"]["ModelApprovalStatus"] == "Rejected"
+    assert rejected["detail"]["UpdatedModelPackageFields"] == ["ModelApprovalStatus"]
+    assert rejected["id"] != event["id"]
 
 
 def test_what_has_no_event_says_so(world: World, printed: Callable[..., Json], tunedrop: Callable[..., str]) -> None:

@@ -47,9 +47,9 @@ def group(idle: Any) -> Iterator[str]:
 
 
 def test_each_change_of_a_package_is_an_event_in_awss_shape(local: Any) -> None:
-    local.client.create_model_package_group(ModelPackageGroupName="tuned")
     tags = [{"Key": "team", "Value": "a"}]
-    arn = register(local.client, ModelApprovalStatus="PendingManualApproval", ModelPackageDescription="cars", Tags=tags)
+    local.client.create_model_package_group(ModelPackageGroupName="tuned", Tags=tags)
+    arn = register(local.client, ModelApprovalStatus="PendingManualApproval", ModelPackageDescription="cars")
     local.client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus="Approved", ApprovalDescription="better")
     local.client.update_model_package(ModelPackageArn=arn, CustomerMetadataProperties={"lift": "0.4"})
     local.client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus="Rejected")
@@ -83,12 +83,36 @@ def test_each_change_of_a_package_is_an_event_in_awss_shape(local: Any) -> None:
     assert (deleted["detail"]["ModelPackageStatus"], said["ModelPackageStatus"]) == ("Deleting", "Completed")
 
 
+@pytest.mark.parametrize("name", ["publish_results.package_approved", "publish_results.package_rejected"])
+def test_the_sample_events_are_what_the_registry_sends(
+    local: Any, load_event: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    sample = load_event(name)
+    said = sample["detail"]
+    local.client.create_model_package_group(ModelPackageGroupName=said["ModelPackageGroupName"])
+    same = ("ModelPackageGroupName", "ModelPackageDescription", "InferenceSpecification", "ModelMetrics")
+    for _ in range(said["ModelPackageVersion"]):
+        arn = local.client.create_model_package(**{member: said[member] for member in same})["ModelPackageArn"]
+    local.client.update_model_package(
+        ModelPackageArn=arn, ModelApprovalStatus=said["ModelApprovalStatus"], ApprovalDescription="by hand"
+    )
+    event = local.until(lambda: next((each for each in local.events if "LastModifiedTime" in each["detail"]), None))
+    changing = {"ModelPackageArn", "CreationTime", "LastModifiedTime"}  # the account and the times
+    assert event.keys() == sample.keys()
+    assert event["detail"].keys() == said.keys()
+    assert [(key, event["detail"][key]) for key in said.keys() - changing] == [
+        (key, said[key]) for key in said.keys() - changing
+    ]
+
+
 def test_a_refused_change_has_no_event(local: Any) -> None:
     local.client.create_model_package_group(ModelPackageGroupName="tuned")
     arn = register(local.client, ClientToken="a")
     assert register(local.client, ClientToken="a") == arn  # no second package, and no second event
     with pytest.raises(ClientError):
         local.client.update_model_package(ModelPackageArn=f"{arn}0", ModelApprovalStatus="Approved")
+    with pytest.raises(ClientError, match="has its group's tags"):
+        register(local.client, Tags=[{"Key": "team", "Value": "a"}])
     local.client.update_model_package(ModelPackageArn=arn, CustomerMetadataProperties={str(n): "x" for n in range(50)})
     with pytest.raises(ClientError, match="at most 50 CustomerMetadataProperties"):
         local.client.update_model_package(ModelPackageArn=arn, CustomerMetadataProperties={"one": "more"})

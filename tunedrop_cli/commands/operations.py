@@ -15,14 +15,15 @@ from tunedrop_cli.output import console, print_raw
 
 
 @click.command()
-@click.argument("name", metavar="KEY|JOB|RUN")
+@click.argument("name", metavar="KEY|JOB|PACKAGE|RUN")
 @click.option("--stage", type=click.Choice(["start", "test", "publish"]), help="The next stage of the RUN.")
 @with_deployment
 def event(deployment: Deployment, name: str, stage: str | None) -> None:
     """Print the event that a function receives.
 
     For `sam local invoke --event`. With the KEY of an object in the data bucket: S3's event. With a JOB that has ended:
-    SageMaker's event. With a RUN and `--stage`: the event that starts its training, its tests or its publication.
+    SageMaker's event. With the ARN of a model PACKAGE: SageMaker's event of its present approval status. With a RUN and
+    `--stage`: the event that starts its training, its tests or its publication.
 
     \b
     Example: tunedrop event training_data/cars.jsonl

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -11,12 +12,15 @@ import msgspec
 from local_app.stack import StackError
 from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.plain import printable
-from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.deployment import Deployment, in_words, line_beside
 from tunedrop_cli.job_log import JobLog
-from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, with_deployment
+from tunedrop_cli.lines import HEADER, all_lines, champion, facts_of_line, former_champions, history, tree
+from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, RUN_OR_LINE_NAME, with_deployment
 from tunedrop_cli.output import console, print_facts, print_raw, print_table, say
 from tunedrop_cli.results import differences, facts_of_end, facts_of_run
 from tunedrop_cli.watch import follow
+
+MOST_COMPARED = 5  # columns that fit a terminal
 
 
 @click.command()
@@ -59,46 +63,67 @@ def _follow_to_end(deployment: Deployment, run: Run) -> None:
 @click.command()
 @with_deployment
 def runs(deployment: Deployment) -> None:
-    """List the runs, newest first.
+    """List the runs, newest first, with their lines where a line has another name than the dataset.
 
     \b
     Example: tunedrop runs
     """
-    rows = [
-        [
-            *(run.run_id, in_words(run.state), str(run.attempt), str(run.rows), run.arrived[:19].replace("T", " ")),
-            (run.verdict or run.reason or "").split("\n")[0][:80],
-        ]
-        for run in deployment.all_runs()
-    ]
-    if rows:
-        print_table(rows, header=["run", "state", "attempt", "rows", "arrived (UTC)", "verdict or reason"])
+    found = deployment.all_runs()
+    columns: dict[str, list[str]] = {
+        "run": [run.run_id for run in found],
+        "line": [line_beside(run) for run in found],
+        "state": [in_words(run.state) for run in found],
+        "attempt": [str(run.attempt) for run in found],
+        "rows": [str(run.rows) for run in found],
+        "arrived (UTC)": [run.arrived[:19].replace("T", " ") for run in found],
+        "verdict or reason": [(run.verdict or run.reason or "").split("\n")[0][:80] for run in found],
+    }
+    if not any(columns["line"]):
+        del columns["line"]
+    if found:
+        print_table(list(zip(*columns.values(), strict=True)), header=list(columns))
     else:
         console.print("No runs. Start one with `tunedrop drop FILE`.")
 
 
 @click.command()
-@click.argument("run", type=RUN_NAME)
-@click.option("--json", "as_json", is_flag=True, help="Print the run, its receipt and its result as JSON.")
+@click.argument("name", metavar="RUN|LINE", type=RUN_OR_LINE_NAME)
+@click.option("--json", "as_json", is_flag=True, help="Print the run, its receipt and its result, or the line, as JSON.")
 @with_deployment
-def show(deployment: Deployment, run: str, as_json: bool) -> None:
-    """Show a run and its results.
+def show(deployment: Deployment, name: str, as_json: bool) -> None:
+    """Show a run and its results, and the history of a line.
 
-    RUN is the run's id, the beginning of its id, or its dataset (the newest run).
+    RUN is the run's id, the beginning of its id, or its dataset (the newest run). A LINE's history is a tree: below each run
+    are the runs that started from it, with their verdicts, scores, and the approval of their model packages. Where a dataset
+    and a line have the same name, both are shown.
 
     \b
     Example: tunedrop show cars
     """
-    match = deployment.find(run)
+    lines = all_lines(deployment)
+    line, match = lines.get(name), deployment.named(name)
+    if line is None and match is None:
+        match = deployment.find(name, lines)
+    past = history(deployment, line) if line else None
     if as_json:
-        documents = {
-            "receipt": deployment.read_json(match, "validation.json"),
-            "result": deployment.read_json(match, "result.json"),
-        }
-        print_raw(json.dumps(msgspec.to_builtins(match) | documents, indent=1))
+        document = past.as_json() if past else {}
+        if match:
+            document = _run_as_json(deployment, match) | ({"history": document} if past else {})
+        print_raw(json.dumps(document, indent=1))
         return
-    results = facts_of_end(deployment, match) if match.state in FINAL else []
-    print_facts(dict.fromkeys([*facts_of_run(match), *results]))
+    if match:
+        results = facts_of_end(deployment, match) if match.state in FINAL else []
+        print_facts(dict.fromkeys([*facts_of_run(match), *results]))
+    if match and past:
+        console.print()
+    if past:
+        print_facts(facts_of_line(past))
+        print_table(list(tree(past)), header=HEADER)
+
+
+def _run_as_json(deployment: Deployment, run: Run) -> dict[str, Any]:
+    documents = {"receipt": deployment.read_json(run, "validation.json"), "result": deployment.read_json(run, "result.json")}
+    return {**msgspec.to_builtins(run), **documents}
 
 
 @click.command()
@@ -116,27 +141,36 @@ def watch(deployment: Deployment, run: str) -> None:
 
 
 @click.command()
-@click.argument("run", type=RUN_NAME)
-@click.argument("other", type=RUN_NAME)
+@click.argument("name", metavar="RUN|LINE", type=RUN_OR_LINE_NAME)
+@click.argument("other", metavar="[RUN|LINE]", type=RUN_OR_LINE_NAME, required=False)
+@click.option("--champions", is_flag=True, help="Compare the champions of two lines.")
 @with_deployment
-def compare(deployment: Deployment, run: str, other: str) -> None:
-    """Compare two published runs.
+def compare(deployment: Deployment, name: str, other: str | None, champions: bool) -> None:
+    """Compare two published runs, the champions of a line, or the champions of two lines.
 
-    Prints the figures of both runs, and the differences of their configs.
+    Prints the figures of the runs, and the differences of their configs. A single LINE stands for its champions over time,
+    at most the newest five.
 
     \b
     Example: tunedrop compare cars-1f0c cars-88ab
+    Example: tunedrop compare cars
+    Example: tunedrop compare cars trucks --champions
     """
-    pair = [deployment.find(name) for name in (run, other)]
-    results = [deployment.read_json(each, "result.json") for each in pair]
-    for each, result in zip(pair, results, strict=True):
+    if other is None:
+        compared = former_champions(deployment, name)[-MOST_COMPARED:]
+    elif champions:
+        compared = [champion(deployment, each) for each in (name, other)]
+    else:
+        compared = [deployment.find(each) for each in (name, other)]
+    results = [deployment.read_json(each, "result.json") for each in compared]
+    for each, result in zip(compared, results, strict=True):
         if result is None:
             raise StackError(
                 f"{each.run_id} has no results: it is {in_words(each.state)}. Follow it with `tunedrop watch {each.run_id}`."
             )
     rows = list(differences(*results))
-    header = ["", *(each.run_id for each in pair)]
-    print_table(rows, header, ["" if one == two else "bold" for _, one, two in rows])
+    header = ["", *(each.run_id for each in compared)]
+    print_table(rows, header, ["" if len(set(values)) == 1 else "bold" for _, *values in rows])
 
 
 @click.command(name="open")
