@@ -14,8 +14,9 @@ from transformers import pipeline
 from local_app import base_model
 from local_app.stack import PROJECT
 from trainer import models
-from trainer.engines import Decoding, Engine
-from trainer.test_model import complete
+from trainer.answers import AskedModel
+from trainer.engines import Decoding
+from trainer.test_model import own_parts
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import InferenceTest
 
@@ -23,15 +24,14 @@ DATA = PROJECT / "tunedrop_cli/sample/additions.jsonl"
 
 
 def batched(location: str, tests: list[InferenceTest], tokens: int) -> list[str]:
-    """Return the completions of the test job's engine."""
+    """Return the completions as the test job makes them."""
     config = parse_run_config({"model": "base", "tests": {"max_completion_length": tokens}})
-    tokenizer = models.load_tokenizer(location)
-    engine = Engine(location, tokenizer, Decoding.of(config), models.test_dtype(location))
+    model = AskedModel("base", location, models.test_dtype(location))
     texts = []
-    for written in complete(engine, tokenizer, tests, config, "base"):
+    for written in model.complete(own_parts(config, tests, Decoding.of(config))[0]):
         assert not isinstance(written, str), written  # the reason why there is none
         texts.append(written[0].text)
-    engine.close()
+    model.close()
     return texts
 
 

@@ -21,24 +21,25 @@ from tunedrop.inference_tests import Check, InferenceTest, build_checks, parse_t
 from tunedrop.problems import RejectedError
 from tunedrop.questions import prompt_text, question
 from tunedrop.rewards import RewardError, RewardPermissions, build_rewards
-from tunedrop.suite import Suite, SuitePart
+from tunedrop.suite import Suite, SuitePart, select
 
 NAME = "suite"
 WAY_OUT = "To test without the suite, set suite: {max: 0} in the config."
 
 
-def suite_parts(config: RunConfig) -> list[Part]:
+def suite_parts(config: RunConfig, own: Sequence[InferenceTest]) -> list[Part]:
     """Return the parts of the line's suite, oldest run first; none without the channel, or if the config allows no tests.
 
-    A test that asks a question of this run's training rows does not judge. Raises JobError if a test cannot be read.
+    The parts lack the questions of the run's `own` tests, which all models answer in any case. A test that asks a question of this run's training rows does not judge. Raises JobError if a test cannot be read.
     """
     folder = folders.channel(NAME)
     if folder is None or config.suite.max == 0:
         return []
     try:
-        suite = msgspec.json.decode((folder / "suite.json").read_bytes(), type=Suite)
+        whole = msgspec.json.decode((folder / "suite.json").read_bytes(), type=Suite)
     except (OSError, msgspec.DecodeError) as error:
         raise JobError(f"The line's suite, suite.json in {folder}, cannot be read: {error}. {WAY_OUT}") from None
+    suite = select(whole, config.suite.max, {question(prompt_text(test.prompt)) for test in own})
     parts = [_part(each, config, folder) for each in suite.parts]
     rows = folders.channel("training")
     if rows is None:

@@ -141,7 +141,7 @@ def run() -> Path:
     base, tuned, champion = models.locate(config.model), merged_model("tuned"), champion_run()
     dtype = models.test_dtype(tuned)
     decoding = Decoding.of(config, longest_answer(base, tests))
-    parts = [*own_parts(config, tests, decoding), *suite_parts(config)]
+    parts = [*own_parts(config, tests, decoding), *suite_parts(config, tests)]
     tested = {"base": (base, dtype), "tuned": (tuned, dtype)}
     if champion:
         location = merged_model("champion")

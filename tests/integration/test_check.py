@@ -17,7 +17,7 @@ from tunedrop_cli.main import cli
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 # What tells one run from another.
-IDENTITY = {"run_id", "dataset", "source"}
+IDENTITY = {"run_id", "dataset", "line", "source"}
 CONFIGS = {
     "broken": b"max_bad_rows: 0.5\n",
     "repeated": b"grpo: {generation_batch_size: 12}\nmax_prompt_length: 30\n",

@@ -218,13 +218,13 @@ OWN = {"role": "system", "content": "Be long"}
 def test_a_suite_test_that_asks_a_training_rows_question_does_not_judge(line, prompt, judges):
     line.suite(PART | {"tests": [{"messages": prompt, "reference_answer": "1"}]})
     line.job.channel("training", "train.jsonl", "".join(json.dumps({"prompt": each, "answer": "1"}) + "\n" for each in ROWS))
-    (found,) = suite_tests.suite_parts(RunConfig(model="tiny"))
+    (found,) = suite_tests.suite_parts(RunConfig(model="tiny"), [])
     assert [test.judges for test in found.tests] == [judges]
 
 
 def test_a_test_that_did_not_judge_in_its_own_run_does_not_judge_now(line):
     line.suite(PART | {"tests": [CASES[0] | {"judges": False}, CASES[1]]})
-    (found,) = suite_tests.suite_parts(RunConfig(model="tiny"))
+    (found,) = suite_tests.suite_parts(RunConfig(model="tiny"), [])
     assert [test.judges for test in found.tests] == [False, True]
 
 
@@ -247,9 +247,9 @@ def test_a_suite_that_cannot_be_used_any_more_names_its_run_and_the_way_out(line
     line.patch.setenv("ALLOW_PYTHON_REWARDS", "true")
     line.suite(PART, PART | {"run_id": NEW} | change)
     with pytest.raises(JobError, match=f"of the run '{NEW}' that cannot be used any more: .*{message}") as error:
-        suite_tests.suite_parts(RunConfig(model="tiny"))
+        suite_tests.suite_parts(RunConfig(model="tiny"), [])
     assert "suite: {max: 0}" in str(error.value)
-    assert suite_tests.suite_parts(RunConfig.model_validate({"model": "tiny", "suite": {"max": 0}})) == []
+    assert suite_tests.suite_parts(RunConfig.model_validate({"model": "tiny", "suite": {"max": 0}}), []) == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"parts": [{"run_id": "a"}]}'])
@@ -257,14 +257,14 @@ def test_a_suite_that_cannot_be_read_is_named(line, content):
     line.suite(PART)
     line.job.channel("suite", "suite.json", content)
     with pytest.raises(JobError, match=r"suite.json in .* cannot be read"):
-        suite_tests.suite_parts(RunConfig(model="tiny"))
+        suite_tests.suite_parts(RunConfig(model="tiny"), [])
 
 
 def test_a_suite_without_the_training_rows_is_refused(line):
     line.suite(PART)
     line.patch.delenv("SM_CHANNEL_TRAINING")
     with pytest.raises(JobError, match="needs the channel 'training'"):
-        suite_tests.suite_parts(RunConfig(model="tiny"))
+        suite_tests.suite_parts(RunConfig(model="tiny"), [])
 
 
 def test_each_run_of_the_suite_has_its_own_reward_files(line):

@@ -73,6 +73,7 @@ def publish(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) -
         receipt=evidence.receipt,
         metrics=evidence.metrics,
         tests=evidence.tests,
+        suite=evidence.suite,
         probe=evidence.probe,
         alerts=evidence.alerts,
     )

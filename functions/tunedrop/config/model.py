@@ -234,7 +234,7 @@ class RunConfig(_Section):
     ]
     line: str | None = Field(
         default=None,
-        pattern=r"^[^/\x00-\x1f\x7f]+$",
+        pattern=r"^[^/]+$",
         max_length=1024,
         description="The line that the run belongs to: a model that successive runs improve. Default: the first folder "
         "below training_data/, else the dataset's name.",
