@@ -30,7 +30,8 @@ WAY_OUT = "To test without the suite, set suite: {max: 0} in the config."
 def suite_parts(config: RunConfig, own: Sequence[InferenceTest]) -> list[Part]:
     """Return the parts of the line's suite, oldest run first; none without the channel, or if the config allows no tests.
 
-    The parts lack the questions of the run's `own` tests, which all models answer in any case. A test that asks a question of this run's training rows does not judge. Raises JobError if a test cannot be read.
+    The parts lack the questions of the run's `own` tests, which all models answer in any case. A test that asks a question
+    of this run's training rows does not judge. Raises JobError if a test cannot be read.
     """
     folder = folders.channel(NAME)
     if folder is None or config.suite.max == 0:

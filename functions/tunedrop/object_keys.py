@@ -23,7 +23,7 @@ def dataset_of(key: str) -> str:
 
 def line_of(dataset: str) -> str:
     """Return a dataset's line unless its config names one: the first folder below `training_data/`, else its name."""
-    return next(part for part in dataset.split("/") if part)
+    return next((part for part in dataset.split("/") if part), dataset)
 
 
 def line_key(line: str, name: str = "") -> str:

@@ -7,6 +7,7 @@ from botocore.session import get_session
 from botocore.validate import validate_parameters
 from fake_stack import ARTIFACTS, DATA, SETTINGS, TRAINED_RUN, plan_request
 
+from pipeline.jobs.answers import Opponents
 from pipeline.jobs.plan import instance_choices, job_request
 from pipeline.jobs.price import instance_type_of
 from tunedrop.config.model import ResolvedCompute, ResolvedConfig
@@ -16,10 +17,14 @@ ONE, OTHER = {"InstanceType": "ml.a.xl"}, {"InstanceType": "ml.b.xl"}
 KEY = "arn:aws:kms:us-east-1:123456789012:key/k"
 
 
+NOBODY = Opponents({}, {"line-version": "0"})
+
+
 def request(kind: str, instance: str = "ml.g5.4xlarge", model: str = "base", spot: bool = True, compute=None, **changes):
     plan = {kind: plan_request(kind) | changes}
     config = ResolvedConfig(model=model, compute={"instance_type": [instance], "spot": spot} | (compute or {}))
-    return job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances={"InstanceType": instance})
+    instances = {"InstanceType": instance}
+    return job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances=instances, opponents=NOBODY)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,10 @@ def test_a_budget_in_dollars_becomes_a_time_limit(compute, instances, seconds):
     plan = {kind: plan_request(kind) for kind in ("train", "test")} | {"prices": prices}
     config = ResolvedConfig(model="base", compute=compute | {"instance_type": instances, "spot": True})
     chosen = {"InstancePreferences": [{"InstanceType": name} for name in instances]}
-    train, test = (job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances=chosen) for kind in ("train", "test"))
+    train, test = (
+        job_request(plan, kind, TRAINED_RUN, config, SETTINGS, instances=chosen, opponents=NOBODY)
+        for kind in ("train", "test")
+    )
     assert train["StoppingCondition"] == {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": 2 * seconds}
     assert train["HyperParameters"]["max-runtime"] == str(seconds)  # by which the trainer ends in time
     assert test["StoppingCondition"]["MaxRuntimeInSeconds"] == 21600
