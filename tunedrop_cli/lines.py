@@ -50,7 +50,7 @@ def champions(deployment: Deployment, lines: Iterable[Line]) -> "dict[str, list[
     A run was a champion if the gate approved it, or if another run was compared with it.
     """
     indexed = sorted(deployment.index(), key=lambda run: run.published)
-    compared = {getattr(run, "champion", None) for run in indexed}
+    compared = {run.champion for run in indexed}
     return {
         line.line: [
             run
