@@ -5,7 +5,7 @@ A line is a model that successive runs improve, and its champion the model in us
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -15,6 +15,9 @@ from pipeline.runs.states import Run, RunState
 from tunedrop_cli.deployment import Deployment, in_words, line_of_run, unknown
 from tunedrop_cli.output import Fact
 from tunedrop_cli.registry import Package, champion_of, packages_of
+
+if TYPE_CHECKING:
+    from pipeline.publish.index import IndexedRun
 
 BARS = "▁▂▃▄▅▆▇█"
 NO_CHAMPION = "none: no model package of the line is approved"
@@ -41,13 +44,13 @@ def find_line(deployment: Deployment, name: str) -> Line:
 # --- champions ---
 
 
-def champions(deployment: Deployment, lines: Iterable[Line]) -> dict[str, list[Any]]:
+def champions(deployment: Deployment, lines: Iterable[Line]) -> "dict[str, list[IndexedRun]]":
     """Return the published champions of each line, the first one first, as the page of all runs has them.
 
     A run was a champion if the gate approved it, or if another run was compared with it.
     """
     indexed = sorted(deployment.index(), key=lambda run: run.published)
-    compared = {getattr(run, "champion", None) for run in indexed}
+    compared = {run.champion for run in indexed}
     return {
         line.line: [
             run

@@ -260,8 +260,9 @@ class Role:
         return [(note["action"], note["resource"], note["allowed"]) for note in notes]
 
 
-def allow(action: str, resource: str) -> Json:
-    return {"Effect": "Allow", "Action": action, "Resource": resource}
+def allow(action: str, resource: str, **conditions: Json) -> Json:
+    condition = {"Condition": conditions} if conditions else {}
+    return {"Effect": "Allow", "Action": action, "Resource": resource, **condition}
 
 
 def test_a_role_may_do_what_its_policy_says_and_every_call_is_noted(emulators: Emulators, deployed: Deployed) -> None:
@@ -292,6 +293,41 @@ def test_sagemaker_does_what_iam_lets_the_caller_do(emulators: Emulators, deploy
     with pytest.raises(ClientError, match="signature"):
         forged.create_model_package_group(ModelPackageGroupName="ours-3")
     emulators.client("sagemaker").delete_model_package_group(ModelPackageGroupName="ours-1")
+
+
+def test_a_person_who_may_only_reject_rejects_and_the_rules_function_gets_the_event(
+    emulators: Emulators, deployed: Deployed
+) -> None:
+    own = emulators.client("sagemaker")
+    own.create_model_package_group(ModelPackageGroupName="judged")
+    specification = {"Containers": [{"Image": "image"}], "SupportedContentTypes": [], "SupportedResponseMIMETypes": []}
+    package = {"ModelPackageGroupName": "judged", "ModelApprovalStatus": "Approved", "InferenceSpecification": specification}
+    arn = own.create_model_package(**package)["ModelPackageArn"]
+    versions = "arn:aws:sagemaker:us-east-1:000000000000:model-package/judged/*"
+    only_rejections = {"StringEquals": {"sagemaker:ModelApprovalStatus": "Rejected"}}
+    role = Role(
+        emulators,
+        allow("sagemaker:ListModelPackages", versions),
+        allow("sagemaker:UpdateModelPackage", versions, **only_rejections),
+    )
+    sagemaker = emulators.client("sagemaker", **role.credentials())
+    (listed,) = sagemaker.list_model_packages(ModelPackageGroupName="judged")["ModelPackageSummaryList"]
+    assert listed["ModelPackageArn"] == arn
+    for status in ({"ModelApprovalStatus": "Approved"}, {"ApprovalDescription": "no status"}):
+        with pytest.raises(ClientError, match="not authorized to perform: sagemaker:UpdateModelPackage"):
+            sagemaker.update_model_package(ModelPackageArn=arn, **status)
+    with pytest.raises(ClientError, match="not authorized to perform: sagemaker:ListModelPackages"):
+        sagemaker.list_model_packages()
+    sagemaker.update_model_package(ModelPackageArn=arn, ModelApprovalStatus="Rejected")
+
+    def statuses() -> list[str]:
+        lines = deployed.notes_file.read_text().splitlines() if deployed.notes_file.exists() else []
+        details = [json.loads(line)["event"].get("detail", {}) for line in lines]
+        return [detail["ModelApprovalStatus"] for detail in details if detail.get("ModelPackageArn") == arn]
+
+    wait_for(lambda: sorted(statuses()) == ["Approved", "Rejected"])
+    own.delete_model_package(ModelPackageName=arn)
+    own.delete_model_package_group(ModelPackageGroupName="judged")
 
 
 def test_a_signature_is_for_its_body_and_its_operation(emulators: Emulators, deployed: Deployed) -> None:
