@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from botocore.httpsession import URLLib3Session
 from fake_stack import ARTIFACTS, BUS, DATA, PLAN, SETTINGS, TRAINED_RUN, plan_request
+from msgspec import structs
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_request, policies
 
+from pipeline.jobs.answers import Opponents
 from pipeline.jobs.plan import job_request
 from tunedrop.config.model import ResolvedConfig
 
@@ -85,7 +87,9 @@ def request(kind: str) -> dict[str, Any]:
     plan["AlgorithmSpecification"] |= {"ContainerArguments": ["-c", SCRIPT]}
     instances = {"InstanceType": "ml.g5.4xlarge"}
     config = ResolvedConfig(model="base", compute={"instance_type": ["ml.g5.4xlarge"], "spot": True})
-    return job_request({kind: plan}, kind, TRAINED_RUN, config, SETTINGS, instances=instances)
+    run = structs.replace(TRAINED_RUN, start="cars-ba9876543210")
+    line = Opponents({"suite": "lines/cars/suite/1/", "answers_base": "lines/cars/answers/1/"}, {"line-version": "1"})
+    return job_request({kind: plan}, kind, run, config, SETTINGS, instances=instances, opponents=line)
 
 
 def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(
@@ -97,7 +101,13 @@ def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(
         s3.put_object(Bucket=ARTIFACTS, Key=f"{FOLDER}/input/{key}", Body=b"x")
     for kind in ("train", "test"):
         s3.put_object(Bucket=ARTIFACTS, Key=f"trainer/{PLAN}/{kind}/code/run.sh", Body=b"x")
-    s3.put_object(Bucket=ARTIFACTS, Key=f"{FOLDER}/checkpoints/checkpoint-1/a", Body=b"x")
+    for key in (
+        f"{FOLDER}/checkpoints/checkpoint-1/a",
+        f"{FOLDER}/start/a",
+        "lines/cars/suite/1/a",
+        "lines/cars/answers/1/a",
+    ):
+        s3.put_object(Bucket=ARTIFACTS, Key=key, Body=b"x")
     s3.put_object(Bucket=DATA, Key="models/base/config.json", Body=b"x")
     local = start()
     for kind in ("train", "test"):

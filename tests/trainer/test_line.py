@@ -176,26 +176,26 @@ def test_the_next_run_asks_base_and_champion_its_own_tests_only(line, capsys):
     line.keep_answers(base="base", champion="tuned")
     line.champion(OLD, seed=1)
     line.model("tuned", seed=3)
-    line.suite(suite, part(line, old, "cars-aaaaaaaaaaaa", rewards=[{"type": "contains", "text": "e"}]))
-    fresh = [case | {"id": f"n{case['id']}", "prompt": case["prompt"].upper()} for case in CASES]
+    line.suite(suite)
+    fresh = [case | {"id": f"n{case['id']}", "prompt": case["prompt"] + "y"} for case in CASES]
     capsys.readouterr()
     new = line.run(*fresh, tests={"max_completion_length": 20}, rewards=[{"type": "contains", "text": "a"}])
-    assert [test["run_id"] for test in new["suite"]] == [OLD] * 5 + ["cars-aaaaaaaaaaaa"] * 5
-    for before, after in zip(old["tests"], new["suite"][:5], strict=True):
+    assert [test["run_id"] for test in new["suite"]] == [OLD] * 5
+    for before, after in zip(old["tests"], new["suite"], strict=True):
         assert before["run_id"] is None
         assert (after["id"], after["base"], after["champion"]) == (before["id"], before["base"], before["tuned"])
         assert after["tuned"]["text"] != before["tuned"]["text"]
-    for one, other in zip(new["suite"][:5], new["suite"][5:], strict=True):
-        assert (one["tuned"]["text"], list(other["tuned"]["rewards"])) == (other["tuned"]["text"], ["contains"])
+        assert list(after["tuned"]["rewards"]) == ["length"]
     assert new["asked"] == {
-        "base": {"answers": 38, "asked": 4},
-        "champion": {"answers": 38, "asked": 4},
-        "tuned": {"answers": 38, "asked": 33},  # one model's answers, and the two parts of the suite share theirs
+        "base": {"answers": 33, "asked": 4},
+        "champion": {"answers": 33, "asked": 4},
+        "tuned": {"answers": 33, "asked": 33},  # one model's answers
     }
     assert "tested=5 total=5 model=champion_suite eta_seconds=0\n" in capsys.readouterr().out
 
 
-PART: dict[str, Any] = {"run_id": OLD, "decoding": GREEDY._asdict(), "rewards": REWARDS, "tests": CASES}
+STORED = json.loads(dump_tests(parse_tests(json.dumps(CASES).encode(), RunConfig(model="tiny"))))["evaluations"]
+PART: dict[str, Any] = {"run_id": OLD, "decoding": GREEDY._asdict(), "rewards": REWARDS, "tests": STORED}
 ROWS = [
     [{"role": "user", "content": " XX"}],
     [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "say 7"}],
@@ -223,7 +223,7 @@ def test_a_suite_test_that_asks_a_training_rows_question_does_not_judge(line, pr
 
 
 def test_a_test_that_did_not_judge_in_its_own_run_does_not_judge_now(line):
-    line.suite(PART | {"tests": [CASES[0] | {"judges": False}, CASES[1]]})
+    line.suite(PART | {"tests": [STORED[0] | {"judges": False}, STORED[1]]})
     (found,) = suite_tests.suite_parts(RunConfig(model="tiny"), [])
     assert [test.judges for test in found.tests] == [False, True]
 
@@ -233,11 +233,11 @@ SCORE = "def reward(prompts, completions, answer, **_):\n    return [len(each) /
 UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown reward": ({"rewards": [{"type": "gone"}]}, "unknown reward 'gone'"),
     "a reward's parameter": ({"rewards": [{"type": "length", "most": 3}]}, "rewards"),
-    "an unknown check": ({"tests": [CASES[0] | {"checks": [{"type": "gone"}]}]}, "'t1'.*unknown reward 'gone'"),
-    "a test without a prompt": ({"tests": [*CASES, {"id": "bad"}]}, r"inference test 5 \('bad'\)"),
+    "an unknown check": ({"tests": [STORED[0] | {"checks": [{"type": "gone"}]}]}, "'t1'.*unknown reward 'gone'"),
+    "a test without a prompt": ({"tests": [*STORED, {"id": "bad", "messages": []}]}, r"inference test 5 \('bad'\)"),
     "a forbidden reward": ({"rewards": [{"type": "code_tests"}]}, "not allowed"),
     "a missing file": ({"rewards": [PYTHON | {"file": "other.py"}]}, "has no file other.py"),
-    "a check's missing file": ({"tests": [CASES[0] | {"checks": [PYTHON | {"file": "no.py"}]}]}, "has no file no.py"),
+    "a check's missing file": ({"tests": [STORED[0] | {"checks": [PYTHON | {"file": "no.py"}]}]}, "has no file no.py"),
 }
 
 
@@ -271,6 +271,11 @@ def test_each_run_of_the_suite_has_its_own_reward_files(line):
     line.patch.setenv("ALLOW_PYTHON_REWARDS", "true")
     for run_id, factor in ((OLD, 10), (NEW, 100)):
         line.job.channel("suite", f"rewards/{run_id}/mine.py", SCORE.replace("10", str(factor)))
-    line.suite(*[PART | {"run_id": run_id, "rewards": [PYTHON], "tests": CASES[:1]} for run_id in (OLD, NEW)])
-    scores = [test["tuned"]["score"] for test in line.run(*CASES)["suite"]]
+    line.suite(
+        *[
+            PART | {"run_id": run_id, "rewards": [PYTHON], "tests": [test]}
+            for run_id, test in zip((OLD, NEW), STORED, strict=False)
+        ]
+    )
+    scores = [test["tuned"]["score"] for test in line.run(*CASES[2:])["suite"]]
     assert scores == [pytest.approx(0.1), pytest.approx(0.01)]
