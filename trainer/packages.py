@@ -28,7 +28,7 @@ _MODELS = (
 STAGES: dict[str, tuple[str, ...]] = {
     "train": (
         *("numpy", "pyarrow", "datasets", *_MODELS),
-        *("transformers.trainer", "accelerate", "peft", "bitsandbytes", "trl.trainer.grpo_trainer"),
+        *("transformers.trainer", "accelerate", "safetensors", "peft", "bitsandbytes", "trl.trainer.grpo_trainer"),
         *("tensorboardX", "tqdm", "arro3.io", *_REWARDS),
     ),
     "test": (*_MODELS, *_REWARDS),

@@ -30,17 +30,18 @@ WAY_OUT = "To test without the suite, set suite: {max: 0} in the config."
 def suite_parts(config: RunConfig, own: Sequence[InferenceTest]) -> list[Part]:
     """Return the parts of the line's suite, oldest run first; none without the channel, or if the config allows no tests.
 
-    The parts lack the questions of the run's `own` tests, which all models answer in any case. A test that asks a question
-    of this run's training rows does not judge. Raises JobError if a test cannot be read.
+    The parts have at most `suite.max` tests, and none with a question of the run's `own` tests, which all models answer in
+    any case. A test that asks a question of this run's training rows does not judge. Raises JobError for an unreadable test.
     """
     folder = folders.channel(NAME)
     if folder is None or config.suite.max == 0:
         return []
     try:
         whole = msgspec.json.decode((folder / "suite.json").read_bytes(), type=Suite)
-    except (OSError, msgspec.DecodeError) as error:
-        raise JobError(f"The line's suite, suite.json in {folder}, cannot be read: {error}. {WAY_OUT}") from None
-    suite = select(whole, config.suite.max, {question(prompt_text(test.prompt)) for test in own})
+        suite = select(whole, config.suite.max, {question(prompt_text(test.prompt)) for test in own})
+    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:  # a test may lack its messages
+        reason = f"{type(error).__name__}: {error}"
+        raise JobError(f"The line's suite, suite.json in {folder}, cannot be read: {reason}. {WAY_OUT}") from None
     parts = [_part(each, config, folder) for each in suite.parts]
     rows = folders.channel("training")
     if rows is None:

@@ -172,29 +172,36 @@ def test_the_key_of_an_answer_is_of_all_that_determines_it(change, greedy, drawn
 def test_the_next_run_asks_base_and_champion_its_own_tests_only(line, capsys):
     """The old run's tuned model becomes the champion, and its tests the suite, decoded and scored as they were."""
     old = line.run(*CASES, DRAWN, grpo={"temperature": 1.3, "seed": 5})
-    suite = part(line, old)
+    brought = part(line, old)
+    tests, contains = brought["tests"], [{"type": "contains", "text": "e"}]
     line.keep_answers(base="base", champion="tuned")
     line.champion(OLD, seed=1)
     line.model("tuned", seed=3)
-    line.suite(suite)
-    fresh = [case | {"id": f"n{case['id']}", "prompt": case["prompt"] + "y"} for case in CASES]
+    other = brought | {"run_id": "cars-aaaaaaaaaaaa", "tests": tests[:2], "rewards": contains}
+    line.suite(other, brought | {"tests": tests[2:]})
+    fresh = [case | {"id": f"n{case['id']}", "prompt": f"new {case['id']}"} for case in CASES]
     capsys.readouterr()
-    new = line.run(*fresh, tests={"max_completion_length": 20}, rewards=[{"type": "contains", "text": "a"}])
-    assert [test["run_id"] for test in new["suite"]] == [OLD] * 5
-    for before, after in zip(old["tests"], new["suite"], strict=True):
-        assert before["run_id"] is None
-        assert (after["id"], after["base"], after["champion"]) == (before["id"], before["base"], before["tuned"])
+    new = line.run(CASES[0], *fresh, tests={"max_completion_length": 20}, rewards=[{"type": "contains", "text": "a"}])
+    found = [(test["run_id"], test["id"], list(test["tuned"]["rewards"])) for test in new["suite"]]
+    # The first test of the suite is one of the run's own.
+    assert found == [(other["run_id"], "t2", ["contains"]), *[(OLD, each, ["length"]) for each in ("t3", "t4", "drawn")]]
+    for before, after in zip(old["tests"][1:], new["suite"], strict=True):
+        assert [after[name]["text"] for name in ("base", "champion")] == [before[name]["text"] for name in ("base", "tuned")]
         assert after["tuned"]["text"] != before["tuned"]["text"]
-        assert list(after["tuned"]["rewards"]) == ["length"]
+    for before, after in zip(old["tests"][2:], new["suite"][1:], strict=True):
+        assert (before["run_id"], after["base"], after["champion"]) == (None, before["base"], before["tuned"])
     assert new["asked"] == {
-        "base": {"answers": 33, "asked": 4},
-        "champion": {"answers": 33, "asked": 4},
-        "tuned": {"answers": 33, "asked": 33},  # one model's answers
+        "base": {"answers": 33, "asked": 5},
+        "champion": {"answers": 33, "asked": 5},
+        "tuned": {"answers": 33, "asked": 33},
     }
-    assert "tested=5 total=5 model=champion_suite eta_seconds=0\n" in capsys.readouterr().out
+    assert "tested=3 total=3 model=champion_suite eta_seconds=0\n" in capsys.readouterr().out
 
 
-STORED = json.loads(dump_tests(parse_tests(json.dumps(CASES).encode(), RunConfig(model="tiny"))))["evaluations"]
+STORED = [
+    {"id": case["id"], "messages": [{"role": "user", "content": case["prompt"]}], "reference_answer": case["description"]}
+    for case in CASES
+]
 PART: dict[str, Any] = {"run_id": OLD, "decoding": GREEDY._asdict(), "rewards": REWARDS, "tests": STORED}
 ROWS = [
     [{"role": "user", "content": " XX"}],
@@ -230,11 +237,12 @@ def test_a_test_that_did_not_judge_in_its_own_run_does_not_judge_now(line):
 
 PYTHON = {"type": "python", "file": "mine.py"}
 SCORE = "def reward(prompts, completions, answer, **_):\n    return [len(each) / 10 for each in answer]\n"
+BARE = {"id": "bad", "messages": [{"role": "user", "content": "bare"}]}
 UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown reward": ({"rewards": [{"type": "gone"}]}, "unknown reward 'gone'"),
     "a reward's parameter": ({"rewards": [{"type": "length", "most": 3}]}, "rewards"),
     "an unknown check": ({"tests": [STORED[0] | {"checks": [{"type": "gone"}]}]}, "'t1'.*unknown reward 'gone'"),
-    "a test without a prompt": ({"tests": [*STORED, {"id": "bad", "messages": []}]}, r"inference test 5 \('bad'\)"),
+    "a test without an answer": ({"tests": [*STORED, BARE]}, r"inference test 5 \('bad'\)"),
     "a forbidden reward": ({"rewards": [{"type": "code_tests"}]}, "not allowed"),
     "a missing file": ({"rewards": [PYTHON | {"file": "other.py"}]}, "has no file other.py"),
     "a check's missing file": ({"tests": [STORED[0] | {"checks": [PYTHON | {"file": "no.py"}]}]}, "has no file no.py"),
@@ -245,14 +253,16 @@ UNUSABLE: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_suite_that_cannot_be_used_any_more_names_its_run_and_the_way_out(line, name):
     change, message = UNUSABLE[name]
     line.patch.setenv("ALLOW_PYTHON_REWARDS", "true")
-    line.suite(PART, PART | {"run_id": NEW} | change)
+    line.suite(PART | {"tests": STORED[3:]}, PART | {"run_id": NEW, "tests": STORED[:3]} | change)
     with pytest.raises(JobError, match=f"of the run '{NEW}' that cannot be used any more: .*{message}") as error:
         suite_tests.suite_parts(RunConfig(model="tiny"), [])
     assert "suite: {max: 0}" in str(error.value)
     assert suite_tests.suite_parts(RunConfig.model_validate({"model": "tiny", "suite": {"max": 0}}), []) == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"parts": [{"run_id": "a"}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"parts": [{"run_id": "a"}]}', json.dumps({"parts": [PART | {"tests": [{"id": "bad"}]}]})]
+)
 def test_a_suite_that_cannot_be_read_is_named(line, content):
     line.suite(PART)
     line.job.channel("suite", "suite.json", content)
@@ -271,11 +281,7 @@ def test_each_run_of_the_suite_has_its_own_reward_files(line):
     line.patch.setenv("ALLOW_PYTHON_REWARDS", "true")
     for run_id, factor in ((OLD, 10), (NEW, 100)):
         line.job.channel("suite", f"rewards/{run_id}/mine.py", SCORE.replace("10", str(factor)))
-    line.suite(
-        *[
-            PART | {"run_id": run_id, "rewards": [PYTHON], "tests": [test]}
-            for run_id, test in zip((OLD, NEW), STORED, strict=False)
-        ]
-    )
+    tests = {OLD: STORED[:1], NEW: STORED[1:2]}
+    line.suite(*[PART | {"run_id": run_id, "rewards": [PYTHON], "tests": each} for run_id, each in tests.items()])
     scores = [test["tuned"]["score"] for test in line.run(*CASES[2:])["suite"]]
     assert scores == [pytest.approx(0.1), pytest.approx(0.01)]
