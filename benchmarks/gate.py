@@ -164,16 +164,16 @@ Shares = npt.NDArray[np.float64]
 @cache
 def lower_bound(won: int, lost: int, tests: int, tries: int) -> float:
     """Return the gate's lower bound for pass-or-fail scores."""
-    return low((won, lost, tests - won - lost), (1.0, -1.0, 0.0), tries)
+    return low((won, lost, tests - won - lost), (1.0, -1.0, 0.0), tries, extra_tests(tries))
 
 
-def low(counts: Sequence[int], lifts: Sequence[float], tries: int) -> float:
+def low(counts: Sequence[int], lifts: Sequence[float], tries: int, extra: int) -> float:
     """Return the gate's lower bound for so many tests of each lift, at the try of this number.
 
     The bootstrap of `interval` draws all tests and the extra ones with equal chances: how many it draws of each kind is
     multinomial, and numpy draws that at once.
     """
-    samples, extra = BOOTSTRAP_SAMPLES * tries, extra_tests(tries)
+    samples = BOOTSTRAP_SAMPLES * tries
     kinds = np.array([*counts, extra])
     means = np.random.default_rng(0).multinomial(kinds.sum(), kinds / kinds.sum(), samples) @ np.array([*lifts, -1.0])
     tail = max(1, int((1 - at_try(0.95, tries)) / 2 * samples))
@@ -290,25 +290,30 @@ def print_losses(runs: int) -> None:
 
 def print_disasters() -> None:
     """Print the exact chance that one of ten unimproved models is approved, for small gains and rare total losses."""
-    worst, counts = 0.0, (20, 30, 50, 100, 200, 400)
+    worst, plain, counts = 0.0, 0.0, (20, 30, 50, 100, 200, 400)
     print(f"{'approved, rare disasters, 10 new models':46}" + "".join(f"{f'{tests} tests':>12}" for tests in counts))
     for share in (0.03, 0.05, 0.07, 0.1, 0.12, 0.15, 0.2, 0.3):
-        chances = [1 - prod(1 - approval(share, tests, number + 1) for number in range(MOST_TRIES)) for tests in counts]
+        chances = [one_of_ten(share, tests, extra_tests) for tests in counts]
         worst = max(worst, *chances)
-        print(
-            f"{f'  total loss in {share:.0%} of the tests':46}" + "".join(f"{each:>12.1%}" for each in chances), flush=True
-        )
-    print(f"highest rate: {worst:.1%}")
+        plain = max(plain, *(one_of_ten(share, tests, lambda _: 1) for tests in counts))
+        text = f"  total loss in {share:.0%} of the tests"
+        print(f"{text:46}" + "".join(f"{each:>12.1%}" for each in chances), flush=True)
+    print(f"highest rate: {worst:.1%}; with one extra test for every model {plain:.1%}")
 
 
-def approval(share: float, tests: int, tries: int) -> float:
+def one_of_ten(share: float, tests: int, extra: Callable[[int], int]) -> float:
+    """Return the exact chance that one of ten models is approved. `extra` gives the number of extra tests by try."""
+    return 1 - prod(1 - approval(share, tests, tries, extra(tries)) for tries in range(1, MOST_TRIES + 1))
+
+
+def approval(share: float, tests: int, tries: int, extra: int) -> float:
     """Return the exact chance that a model is approved which loses a share of the tests and wins a little in the others.
 
     Fewer losses raise the lower bound, so that the sum ends at the first number of losses that is not approved.
     """
     gain, chance = share / (1 - share), 0.0
     for lost in range(tests + 1):
-        if low((tests - lost, lost), (gain, -1.0), tries) <= 0:
+        if low((tests - lost, lost), (gain, -1.0), tries, extra) <= 0:
             return chance
         chance += comb(tests, lost) * share**lost * (1 - share) ** (tests - lost)
     return chance

@@ -297,6 +297,12 @@ def test_the_benchmark_simulates_the_gates_interval(won, lost, tied, tries):
     assert lower_bound(won, lost, tests, tries) == pytest.approx(interval(lifts, [1.0] * tests, *given)[0], abs=2 / tests)
 
 
+@pytest.mark.parametrize(("tests", "tries", "kept"), [(149, 1, False), (150, 1, True), (397, 10, False), (400, 10, True)])
+def test_how_many_unchanged_answers_show_that_the_suite_is_kept(tests, tries, kept):
+    """The default of `suite.max` is enough for every model that the same tests may judge."""
+    assert (lower_bound(0, 0, tests, tries) > -0.02) == kept
+
+
 def test_later_tries_get_more_samples(monkeypatch):
     """A bound needs several samples in its tail: with 2,000, the tenth try's would be the lowest of them."""
     asked: list[int] = []

@@ -86,7 +86,7 @@ def extra_tests(tries: int) -> int:
     """Return the number of extra tests in the intervals that judge the model number `tries` on the same tests.
 
     Far out in its tails, a bootstrap of many small gains and rare large losses is too narrow with one extra test: one of
-    ten such models without an improvement would be approved in up to 7.5 % of the cases.
+    ten such models without an improvement would be approved in up to 7.1 % of the cases (`benchmarks/gate.py`).
     """
     return 1 if tries == 1 else 2
 
