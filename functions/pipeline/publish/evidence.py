@@ -1,6 +1,8 @@
 """All that a tested run's jobs left behind, from which its verdict and its results follow."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import msgspec
 
@@ -13,7 +15,8 @@ from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import Outcome
 
 
-class Evidence(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
     """The files of a tested run, and its jobs as SageMaker describes them.
 
     `trained` is the key of the training job's model folder, without a slash at its end, and `tested` that of the test job's.
@@ -29,13 +32,14 @@ class Evidence(NamedTuple):
     receipt: dict[str, Any]
     plan: dict[str, Any]
     jobs: dict[str, dict[str, Any]]
+    _evaluations: dict[int, Evaluation] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def tests(self) -> list[Outcome]:
         """The outcomes of the run's inference tests."""
         return msgspec.convert(self.inference["tests"], list[Outcome])
 
-    @property
+    @cached_property
     def suite(self) -> list[Outcome]:
         """The outcomes of the line's suite."""
         return msgspec.convert(self.inference.get("suite", []), list[Outcome])
@@ -60,8 +64,10 @@ class Evidence(NamedTuple):
         return champion
 
     def evaluation(self, tries: int) -> Evaluation:
-        """Return the comparison and the verdict, after so many tries on the same tests."""
-        return evaluate(self.tests, self.config, suite=self.suite, tries=tries)
+        """Return the comparison and the verdict, after so many tries on the same tests. It may take a minute, once."""
+        if tries not in self._evaluations:
+            self._evaluations[tries] = evaluate(self.tests, self.config, suite=self.suite, tries=tries)
+        return self._evaluations[tries]
 
 
 def read_evidence(run: Run, bucket: str, aws: Aws) -> Evidence:
