@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import botocore.session
@@ -8,10 +9,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped] # as in the rewards
+from pydantic import BaseModel
 
 from tunedrop.config import rules
 from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, config_fields
 from tunedrop.config.instances import gpu, gpus, has_bf16, has_local_disk
+from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import load_run_config, parse_run_config
 from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.config.rules import check_instances, config_warnings
@@ -563,3 +566,24 @@ def test_the_command_prints_both():
     printed = {flag: CliRunner().invoke(cli, ["config", *flag]).output for flag in [(), ("--defaults",), ("--schema",)]}
     assert printed[()] == printed["--defaults",] == config_defaults() + "\n"
     assert json.loads(printed["--schema",]) == config_schema()
+
+
+# --- numbers ---
+
+
+def numeric_keys(model: type[BaseModel] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of all sections whose values are numbers."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from numeric_keys(field.annotation, (*path, name))
+        elif any(kind in str(field.annotation) for kind in ("int", "float")):
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("written", ["true", "no", "0x10"])
+@pytest.mark.parametrize("path", numeric_keys(), ids=".".join)
+def test_a_number_is_not_a_word_and_not_a_number_of_another_base(path, written):
+    text = "".join(f"\n{'  ' * depth}{key}: " for depth, key in enumerate(path)) + written
+    with pytest.raises(RejectedError) as error:
+        load_run_config(text.encode(), default_model="base")
+    assert {problem.key for problem in error.value.problems} == {".".join(path)}

@@ -8,13 +8,33 @@ against each other, and schedule.py computes batches, steps and lengths.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, check_fields, config_fields
 from tunedrop.rewards import RewardSpec
 
 
-class _Section(BaseModel):
+class _NoBoolNumbers(BaseModel):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number: pydantic reads them as 1 and 0."""
+        kinds = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kinds in (int, float, int | None, float | None):
+            raise ValueError("must be a number")
+        return value
+
+
+class _Section(_NoBoolNumbers):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -48,7 +68,7 @@ class Columns(_Section):
     ignore: list[str] = Field(default=[], description="Columns that the model need not see.")
 
 
-class Lora(BaseModel):
+class Lora(_NoBoolNumbers):
     """PEFT's `LoraConfig` fields, and whether to load the base model in 4 bits (QLoRA)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
