@@ -1,12 +1,15 @@
 """Lines and champions: successive runs of a line, what a run starts from, and who decides about the model in use."""
 
 import json
+import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_stack import ARTIFACTS, MODELS
-from world import GOOD_DATA, WON, World
+from fake_stack import ARTIFACTS, MODELS, TABLE
+from template import load_template
+from world import GOOD_DATA, WON, World, client
 
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import ReconcileSettings
@@ -177,6 +180,81 @@ def test_lines_do_not_see_each_others_packages(world):
     cars, shoes = published(world), published(world, name="shoes")
     set_approval(world, shoes, "Rejected")
     assert (champion(world), champion(world, "shoes")) == (cars.run_id, None)
+
+
+# --- the rule that users copy ---
+
+RULE = load_template(Path(__file__).parents[2] / "events" / "rules" / "champion_changed.yaml")["Resources"]
+STATES = RULE["UseChampion"]["Properties"]["Definition"]["States"]
+
+
+def selected(path: str, document: Any) -> Any:
+    """Return what a JSONPath of names and indices selects, None for nothing."""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)]", path):
+        document = (document or {}).get(name) if name else document[int(index)]
+    return document
+
+
+def started(world: World, detail: dict[str, Any]) -> dict[str, Any] | None:
+    """Take an event's detail through the rule's state machine; return the input of the execution that it starts, if any."""
+    at, document = "LookUpLine", detail
+    while True:
+        state = STATES[at]
+        if at == "LookUpLine":
+            assert state["Parameters"]["Key"] == {"id": {"S.$": "States.Format('line#{}', $.line)"}}
+            document = client("dynamodb").get_item(TableName=TABLE, Key={"id": {"S": f"line#{document['line']}"}})
+        elif at == "LookUpPackage":
+            arn = selected(state["Parameters"]["ModelPackageName.$"], document)
+            document = document | {"Package": world.aws.sagemaker.describe_model_package(ModelPackageName=arn)}
+        elif state["Type"] == "Succeed":
+            return None
+        elif state["Type"] == "Task":
+            given = state["Parameters"]["Input"]
+            return {name.removesuffix(".$"): selected(path, document) for name, path in given.items()}
+        at = state["Next"] if "Next" in state else next_of(state, document)
+
+
+def next_of(choice: dict[str, Any], document: Any) -> str:
+    """Return the state that a Choice goes to."""
+    for rule in choice["Choices"]:
+        value = selected(rule["Variable"], document)
+        if value == rule["StringEquals"] if "StringEquals" in rule else value is not None:
+            return str(rule["Next"])
+    return str(choice["Default"])
+
+
+def used(world: World, run: Run) -> dict[str, Any]:
+    run = world.run(run.run_id)
+    return {
+        "line": "cars",
+        "run_id": run.run_id,
+        "model_data": f"{str(run.artifacts).rstrip('/')}/merged/",
+        "model_package": run.model_package,
+    }
+
+
+def test_what_a_line_uses_is_looked_up_in_the_run_table_and_the_registry(world):
+    first = published(world)
+    second = published(world, body=OTHER_DATA, tests=outcomes(0.0, 1.0, 0.0))
+    events = [json.loads(event["Detail"]) for event in world.sent_events if event["DetailType"] == "Champion Changed"]
+    late, newest = events
+    forged = {"line": "cars", "run_id": first.run_id, "model_package": first.model_package, "version": 99}
+    assert [started(world, each) for each in (newest, late, forged)] == [used(world, second)] * 3
+    set_approval(world, second, "Rejected", told=False)
+    assert started(world, newest) is None  # the run table does not know yet
+    set_approval(world, second, "Rejected")
+    assert started(world, newest) == used(world, first)
+    set_approval(world, first, "Rejected")
+    assert started(world, newest) == {"line": "cars"}
+    assert started(world, forged | {"line": "none"}) is None
+
+
+def test_a_champion_that_is_not_registered_yet_is_not_used(world):
+    published(world)
+    client("dynamodb").update_item(
+        TableName=TABLE, Key={"id": {"S": "line#cars"}}, UpdateExpression="REMOVE champion_package"
+    )
+    assert started(world, {"line": "cars"}) is None
 
 
 # --- nobody overtakes ---

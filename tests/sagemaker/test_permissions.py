@@ -13,6 +13,7 @@ from permissions import ACCOUNT, KEY, REGION, Permission, allows, needless, of_r
 from pipeline.jobs.answers import Opponents
 from pipeline.jobs.plan import job_request
 from tunedrop.config.model import ResolvedConfig
+from tunedrop.object_keys import line_key
 
 ROLE = "SageMakerRole"
 FOLDER = "runs/cars-0123456789ab"
@@ -130,6 +131,9 @@ def test_every_call_of_jobs_is_allowed_and_every_permission_is_needed(
         ("s3:PutObject", f"{ARTIFACTS}/trainer/{PLAN}/train/code/run.sh"),
         ("s3:PutObject", f"{ARTIFACTS}/launch_plans/current.json"),
         ("s3:PutObject", f"{ARTIFACTS}/{FOLDER}/input/train.jsonl"),
+        ("s3:PutObject", f"{ARTIFACTS}/{FOLDER}/start/adapter_model.safetensors"),
+        ("s3:PutObject", f"{ARTIFACTS}/{line_key('cars', 'suite/0/suite.json')}"),
+        ("s3:PutObject", f"{ARTIFACTS}/{line_key('cars', 'answers/0/job.jsonl')}"),
         ("s3:PutObject", f"{ARTIFACTS}/{FOLDER}/result.json"),
         ("s3:PutObject", f"{ARTIFACTS}/{FOLDER}/validation.json"),
         ("s3:GetObject", f"{ARTIFACTS}/{FOLDER}/inference/job/output/model/inference.json"),

@@ -18,7 +18,7 @@ CHART_POINTS = 200
 APART = {"learnability", "proofs", "sampling"}  # sections of training.json with a table of their own
 CURVES = {
     "completion_length": "Completion length (tokens)",
-    "kl": "KL divergence from the base model",
+    "kl": "KL divergence from the reference model",
     "entropy": "Entropy",
     "loss": "Loss",
     "frac_reward_zero_std": "Share of groups with equal rewards",
