@@ -273,7 +273,9 @@ def test_a_challenger_whose_champion_was_replaced_meanwhile_is_tested_again(worl
     )
     late = world.run(late.run_id)
     assert (late.state, late.attempt) == (RunState.TESTING, 2)
-    assert channels(world, late, "test")["champion"] == other.artifacts
+    again = channels(world, late, "test")
+    assert again["champion"] == other.artifacts
+    assert again.keys() >= {"answers_base", "answers_champion", "answers_tuned"}
     late = world.tested(late, outcomes(0.0, 1.0, 0.0))
     assert (late.state, late.verdict, champion(world)) == (RunState.PUBLISHED, "APPROVED", late.run_id)
     assert not world.aws.runs.has_slot(late)

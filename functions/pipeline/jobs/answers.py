@@ -37,7 +37,9 @@ def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Oppo
     SageMaker refuses a channel without objects: a channel is named only if its folder has some.
     """
     line = aws.lines.get(run.line)
-    channels = {"answers_base": answers_prefix(run.line, run.base, run.plan)}
+    # A model that is tested again, against another champion, has answered its own tests and most of the suite.
+    models = {"answers_base": run.base, "answers_tuned": str(run.train_job)}
+    channels = {name: answers_prefix(run.line, identity, run.plan) for name, identity in models.items()}
     hyperparameters = {"line-version": str(line.version)}
     champion = aws.runs.get(line.champion) if line.champion else None
     if champion is not None:
