@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pipeline.aws import Aws
-from pipeline.runs.states import Run, RunState
+from pipeline.runs.states import Run
 from pipeline.validation.modules import HEADER_BYTES, header_bytes
 from pipeline.validation.receipt import Receipt
 from tunedrop import object_keys
@@ -39,7 +39,7 @@ def resolve_start(
     if name is None:
         return Start(), [], [f"the line '{config.line}' has no champion yet: the run starts from the base model"]
     run = aws.runs.get(name)
-    if run is None or run.state != RunState.PUBLISHED or run.artifacts is None:
+    if run is None or run.verdict is None or run.artifacts is None:  # a champion is in use before its publication ends
         message = f"start_from: there is no published run '{name}'"
         return Start(), [_problem("START_UNKNOWN", message, "name a run that `tunedrop runs` lists as published")], []
     problems = [*_other_model(run, config, base), *_other_lora(run, config, bucket, aws)]
