@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_stack import ARTIFACTS, MODELS, TABLE
 from template import load_template
-from world import GOOD_DATA, WON, World, client
+from world import GOOD_DATA, WON, KilledError, World, client
 
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import ReconcileSettings
@@ -17,6 +17,7 @@ from pipeline.stages.reconcile import reconcile
 from tunedrop.object_keys import line_key
 
 OTHER_DATA = GOOD_DATA + b'{"question": "100+1?", "answer": "101"}\n'
+NEW_DATA = b"".join(b'{"question": "%d+2?", "answer": "%d"}\n' % (n, n + 2) for n in range(30))
 
 
 def outcomes(base: float, tuned: float, champion: float | None = None, count: int = 30) -> list[dict[str, Any]]:
@@ -281,6 +282,75 @@ def test_a_challenger_whose_champion_was_replaced_meanwhile_is_tested_again(worl
     assert not world.aws.runs.has_slot(late)
 
 
+def die(call: Any) -> Any:
+    raise KilledError
+
+
+def test_a_verdict_waits_until_the_champion_is_registered(world):
+    """Else the registry would have the older model under the newer version, and its suite would lack the older's tests."""
+    first = world.trained(world.drop())
+    world.next_call("CreateModelPackage", die)
+    with pytest.raises(KilledError):
+        world.tested(first)
+    assert champion(world) == first.run_id
+    second = world.tested(world.trained(world.drop(body=NEW_DATA)), outcomes(0.0, 1.0, 0.0))
+    assert (second.state, second.verdict) == (RunState.TESTED, None)
+    reconcile(ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
+    first, second = world.run(first.run_id), world.run(second.run_id)
+    assert (first.state, second.state, champion(world)) == (RunState.PUBLISHED, RunState.PUBLISHED, second.run_id)
+    assert str(first.model_package) < str(second.model_package)
+    reconcile(ReconcileSettings.from_environment(), world.aws, minimum_age=timedelta(0))
+    line = world.aws.lines.get("cars")
+    assert (line.champion, line.announced) == (second.run_id, 2)
+    suite = world.read_json(line_key("cars", f"suite/{line.suite}/suite.json"))
+    assert [part["run_id"] for part in suite["parts"]] == [first.run_id, second.run_id]
+
+
+def test_every_champion_is_announced_although_the_next_one_comes_before(world):
+    first = world.trained(world.drop())
+    world.next_call("Publish", die)  # after the registration, before the champion's announcement
+    with pytest.raises(KilledError):
+        world.tested(first)
+    set_approval(world, world.run(first.run_id), "Rejected")
+    changes = [json.loads(event["Detail"]) for event in world.sent_events if event["DetailType"] == "Champion Changed"]
+    assert [(each["version"], each.get("run_id")) for each in changes] == [(1, first.run_id), (2, None)]
+
+
+def test_the_verdict_counts_against_the_champion_that_the_registry_has(world):
+    published(world)
+    other = published(world, body=OTHER_DATA, tests=outcomes(0.0, 1.0, 1.0))
+    run = world.trained(world.drop(body=OTHER_DATA * 2))
+    set_approval(world, other, "Approved", told=False)
+    run = world.tested(run, outcomes(0.0, 1.0, 0.0))
+    assert (run.state, run.verdict, champion(world)) == (RunState.TRAINED, None, other.run_id)
+
+
+def test_the_suite_keeps_the_tests_of_a_run_whose_files_were_deleted(world):
+    first = published(world)
+    suite = line_key("cars", f"suite/{world.aws.lines.get('cars').suite}/")
+    (part,) = world.read_json(f"{suite}suite.json")["parts"]
+    world.write(f"{suite}suite.json", json.dumps({"parts": [part | {"rewards": [{"type": "python"}]}]}).encode())
+    world.write(f"{suite}rewards/{first.run_id}/exact.py", b"...")
+    for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=f"runs/{first.run_id}/input/")["Contents"]:
+        world.aws.s3.delete_object(Bucket=ARTIFACTS, Key=item["Key"])
+    second = published(world, body=NEW_DATA, tests=outcomes(0.0, 1.0, 0.0))
+    suite = line_key("cars", f"suite/{world.aws.lines.get('cars').suite}/")
+    assert [part["run_id"] for part in world.read_json(f"{suite}suite.json")["parts"]] == [first.run_id, second.run_id]
+    assert world.aws.read(ARTIFACTS, f"{suite}rewards/{first.run_id}/exact.py") == b"..."
+
+
+def test_a_suite_that_is_gone_ends_the_tests_with_the_way_out(world):
+    published(world)
+    run = world.start(world.drop(body=OTHER_DATA))
+    world.save_training(run)
+    key = line_key("cars", f"suite/{world.aws.lines.get('cars').suite}/suite.json")
+    world.aws.s3.delete_object(Bucket=ARTIFACTS, Key=key)
+    world.handle("test_model", world.job_event("test_model.train_completed", str(run.train_job)))
+    run = world.run(run.run_id)
+    assert run.state == RunState.TESTING_FAILED
+    assert "suite.json" in str(run.reason)
+
+
 def test_a_champion_whose_model_is_gone_ends_the_tests_with_the_way_out(world):
     first = published(world)
     run = world.start(world.drop(body=OTHER_DATA))
@@ -330,6 +400,23 @@ def test_a_run_starts_from_the_champion_and_keeps_a_copy_of_its_adapter(world):
         prefix = str(first.artifacts).removeprefix(f"s3://{ARTIFACTS}/")
         copy = world.aws.read(ARTIFACTS, f"runs/{second.run_id}/start/{name}")
         assert copy == world.aws.read(ARTIFACTS, f"{prefix}adapter/{name}")
+
+
+def test_a_run_starts_from_a_champion_whose_publication_has_not_ended(world):
+    first = world.trained(world.drop())
+    world.next_call("CreateModelPackage", die)
+    with pytest.raises(KilledError):
+        world.tested(first)
+    world.put("training_data/cars.yaml", b"start_from: champion")
+    second = world.drop(body=OTHER_DATA)
+    assert (second.state, second.start) == (RunState.VALIDATED, first.run_id)
+
+
+def test_a_run_may_start_from_a_run_of_another_line(world):
+    shoes = published(world, name="shoes")
+    world.put("training_data/cars.yaml", f"start_from: {shoes.run_id}".encode())
+    run = world.drop()
+    assert (run.state, run.line, run.start) == (RunState.VALIDATED, "cars", shoes.run_id)
 
 
 def test_the_start_is_part_of_a_runs_identity(world):
@@ -402,6 +489,6 @@ def test_the_champions_own_rows_and_tests_that_it_passes_are_said_before_a_job(w
     warnings = world.read_json(f"runs/{again.run_id}/validation.json")["warnings"]
     assert any(f"the rows that the line's champion, {first.run_id}, was trained on" in warning for warning in warnings)
     assert any("passes all" in warning for warning in warnings)
-    other = world.drop(body=b"".join(b'{"question": "%d+2?", "answer": "%d"}\n' % (n, n + 2) for n in range(30)))
+    other = world.drop(body=NEW_DATA)
     warnings = world.read_json(f"runs/{other.run_id}/validation.json")["warnings"]
     assert not any("the line's champion" in warning for warning in warnings)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from tunedrop.config.model import ResolvedConfig
 
 
-class ChampionGoneError(Exception):
-    """The champion's model is no longer in the artifact bucket."""
+class OpponentGoneError(Exception):
+    """The champion's model or the line's suite is no longer in the artifact bucket."""
 
 
 class Opponents(NamedTuple):
@@ -32,7 +32,7 @@ def answers_prefix(line: str, identity: str, plan: str) -> str:
 
 
 def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Opponents:
-    """Return what a run's test job gets to compare the tuned model with. Raises ChampionGoneError.
+    """Return what a run's test job gets to compare the tuned model with. Raises OpponentGoneError.
 
     SageMaker refuses a channel without objects: a channel is named only if its folder has some.
     """
@@ -46,7 +46,7 @@ def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Oppo
         assert champion.artifacts is not None  # it was published
         model = champion.artifacts.removeprefix(f"s3://{bucket}/").rstrip("/") + "/"
         if not _has_objects(f"{model}merged/config.json", bucket, aws):
-            raise ChampionGoneError(
+            raise OpponentGoneError(
                 f"The champion of the line '{run.line}', {champion.run_id}, has no model any more: "
                 f"s3://{bucket}/{model}merged/ lacks config.json. Restore it, or reject the champion's model package: "
                 f"tunedrop reject {champion.run_id}. Then drop the dataset again."
@@ -55,6 +55,11 @@ def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Oppo
         hyperparameters["champion"] = champion.run_id
         if line.suite and config.suite.max:
             channels["suite"] = object_keys.line_key(run.line, f"suite/{line.suite}/")
+            if not _has_objects(f"{channels['suite']}suite.json", bucket, aws):
+                raise OpponentGoneError(
+                    f"The suite of the line '{run.line}' is gone: s3://{bucket}/{channels['suite']} lacks suite.json. "
+                    "Restore it, or set suite.max to 0, which tests without the suite. Then drop the dataset again."
+                )
             channels["training"] = object_keys.run_key(run.run_id, "input/train.jsonl")
     there = {name: key for name, key in channels.items() if _has_objects(key, bucket, aws)}
     return Opponents(there, hyperparameters)

@@ -9,7 +9,7 @@ from msgspec import structs
 from pydantic import ValidationError
 
 from pipeline.aws import Aws, error_code
-from pipeline.jobs.answers import ChampionGoneError, opponents
+from pipeline.jobs.answers import OpponentGoneError, opponents
 from pipeline.jobs.plan import instance_choices, job_request, load_plan
 from pipeline.jobs.stopping import stop_if_over
 from pipeline.jobs.training_job import NO_CAPACITY, describe
@@ -118,7 +118,7 @@ def create_job(kind: str, run: Run, settings: JobSettings, aws: Aws) -> CreatedJ
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
     try:
         beside = opponents(run, config, settings.artifact_bucket, aws) if kind == "test" else None
-    except ChampionGoneError as error:
+    except OpponentGoneError as error:
         raise JobRefusedError(str(error)) from None
     choices = instance_choices(config.compute)
     first = (run.attempt - 1) % len(choices)

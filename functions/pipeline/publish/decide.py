@@ -3,6 +3,7 @@
 from pipeline.aws import Aws
 from pipeline.jobs.answers import answers_prefix
 from pipeline.jobs.launch import wait_for_test
+from pipeline.observability import logger
 from pipeline.publish.evidence import Evidence
 from pipeline.publish.registry import approved_packages, version_of
 from pipeline.publish.suites import questions_of_run, store_suite
@@ -20,19 +21,24 @@ def decide(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) ->
     """Decide about a tested run and return it with its verdict.
 
     If the line has another champion than the one in the tests, the run is tested again instead: it is returned in TRAINED.
+    While the champion is not registered or not announced, the run is returned without a verdict, and `reconcile` comes back
+    to it: packages are registered in the order of their verdicts, since the newest one is the champion's.
     """
     keep_answers(run, evidence, settings.artifact_bucket, aws)
     line = aws.lines.get(run.line)
     try:
         if line.version != evidence.line_version:
             raise StaleLineError
+        if not line.settled or line.announced < line.version:
+            logger.info("the verdict waits for the publication of the line's champion", champion=line.champion)
+            return run
         line = aws.lines.add_try(line, run.run_id)
         tries = _tries(line, run, settings.artifact_bucket, aws)
         verdict = evidence.evaluation(tries).verdict.status
         suite = None
         if verdict == "APPROVED":
             earlier = [line.packages[version_of(arn)] for arn in approved_packages(line, settings, aws)]
-            suite = store_suite(line.line, [*earlier, run.run_id], settings.artifact_bucket, aws)
+            suite = store_suite(line, [*earlier, run.run_id], settings.artifact_bucket, aws)
         return aws.lines.decide(run, line, verdict, tries, suite)
     except StaleLineError:
         return wait_for_test(run, ANOTHER_CHAMPION, settings, aws)

@@ -100,6 +100,7 @@ class LineTable:
         Both are one transaction, conditional on the line's version. A second delivery gets the run with its first verdict.
         Raises StaleLineError, or StaleMoveError for a run that is no longer tested, for example because it was stopped.
         """
+        now = clock.now()
         decided = {
             "Key": {"id": RUN + run.run_id},
             "UpdateExpression": "SET verdict = :verdict, tries = :tries, updated = :now",
@@ -108,7 +109,7 @@ class LineTable:
             "ExpressionAttributeValues": {
                 ":verdict": verdict,
                 ":tries": tries,
-                ":now": clock.now(),
+                ":now": now,
                 ":attempt": run.attempt,
                 ":tested": RunState.TESTED.value,
             },
@@ -123,7 +124,7 @@ class LineTable:
             if failed.index == 0:
                 raise StaleMoveError(f"{run.run_id} is no longer tested in attempt {run.attempt}: {current}") from None
             raise StaleLineError(f"the line {line.line} no longer has version {line.version}") from None
-        return msgspec.structs.replace(run, verdict=verdict, tries=tries)
+        return msgspec.structs.replace(run, verdict=verdict, tries=tries, updated=now)
 
     def add_package(self, name: str, version: str, run_id: str, arn: str) -> None:
         """Record the model package of a run of the line, and as the champion's if the run is the champion."""

@@ -36,23 +36,24 @@ def settle_lines(settings: PublishSettings, aws: Aws) -> None:
 def settle(name: str, settings: PublishSettings, aws: Aws) -> None:
     """Make the run of the newest approved model package the line's champion, and announce a change.
 
-    A champion that is not registered yet stays: its publication goes on, and the package's event comes after it.
+    A champion that is not registered yet stays: its publication goes on, and the package's event comes after it. The present
+    champion is announced before the next one takes its place: no version of a line goes without its announcement.
     """
     line = aws.lines.get(name)
     if not line.settled:
         return
+    announce_champion(line, settings, aws)
     approved = approved_packages(line, settings, aws)
     newest = approved[-1] if approved else None
     if newest != line.champion_package:
         runs = [line.packages[version_of(arn)] for arn in approved]
-        suite = store_suite(name, runs, settings.artifact_bucket, aws) if runs else None
+        suite = store_suite(line, runs, settings.artifact_bucket, aws) if runs else None
         aws.lines.set_champion(line, runs[-1] if runs else None, newest, suite)
-    announce_champion(name, settings, aws)
+        announce_champion(aws.lines.get(name), settings, aws)
 
 
-def announce_champion(name: str, settings: Settings, aws: Aws) -> None:
+def announce_champion(line: Line, settings: Settings, aws: Aws) -> None:
     """Announce a line's champion once. A champion that is not registered yet is announced after its registration."""
-    line = aws.lines.get(name)
     if line.announced < line.version and line.settled:
         event_bus.put(aws.events, event_bus.entry(settings.event_bus, events.CHAMPION_CHANGED, _detail(line, settings)))
         aws.lines.mark_announced(line)

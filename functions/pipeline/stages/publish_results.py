@@ -16,7 +16,7 @@ from pipeline.publish.report import render_report
 from pipeline.publish.result import model_quality, run_result, summary
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import PublishSettings
-from pipeline.stages.champions import announce_champion
+from pipeline.stages.champions import announce_champion, settle
 from tunedrop import object_keys
 
 
@@ -53,11 +53,16 @@ def _after_tests(run: Run, job: TrainingJob, settings: PublishSettings, aws: Aws
 
 
 def decide_and_publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
-    """Write a tested run's verdict, then publish the run. A run that must be tested again is returned in TRAINED."""
+    """Write a tested run's verdict, then publish the run. Without a verdict, the run is returned as `decide` left it.
+
+    The line is settled first: the event of a package that a person approved or rejected may be late, and the verdict counts
+    against the champion that the registry has.
+    """
     evidence = read_evidence(run, settings.artifact_bucket, aws)
     if run.verdict is None:
+        settle(run.line, settings, aws)
         run = decide(run, evidence, settings, aws)
-    return publish(run, evidence, settings, aws) if run.state == RunState.TESTED else run
+    return publish(run, evidence, settings, aws) if run.state == RunState.TESTED and run.verdict else run
 
 
 def publish(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) -> Run:
@@ -119,5 +124,5 @@ def announce(run: Run, settings: PublishSettings, aws: Aws) -> None:
                 ExpiresIn=settings.report_link_hours * 3600,
             )
         notify(aws, settings.topic_arn, event, link)
-    announce_champion(run.line, settings, aws)
+    announce_champion(aws.lines.get(run.line), settings, aws)
     aws.runs.close(run)

@@ -39,7 +39,7 @@ def resolve_start(
     if name is None:
         return Start(), [], [f"the line '{config.line}' has no champion yet: the run starts from the base model"]
     run = aws.runs.get(name)
-    if run is None or run.verdict is None or run.artifacts is None:  # a run with a verdict is published in a moment
+    if run is None or run.verdict is None or run.artifacts is None:  # a champion is in use before its publication ends
         message = f"start_from: there is no published run '{name}'"
         return Start(), [_problem("START_UNKNOWN", message, "name a run that `tunedrop runs` lists as published")], []
     problems = [*_other_model(run, config, base), *_other_lora(run, config, bucket, aws)]
