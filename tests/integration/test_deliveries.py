@@ -49,7 +49,7 @@ ORDER = {
     )
     for state in states
 }
-DATASETS = ["shop/a", "shop/b", "c", "d"]  # all but the last belong to one line
+DATASETS = ["shop/a", "shop/b", "c"]  # of one line: by their folder, and by a config
 CONTENTS = {
     "good": GOOD_DATA,
     "better": GOOD_DATA + b'{"question": "100+1?", "answer": "101"}\n',
@@ -165,12 +165,21 @@ class Deliveries(RuleBasedStateMachine):
 
     # --- what happens ---
 
-    @rule(name=st.sampled_from(DATASETS), content=st.sampled_from(sorted(CONTENTS)))
+    @rule(name=st.sampled_from(DATASETS), content=st.sampled_from(["good", "better", "good", "better", "broken"]))
     def upload(self, name, content):
         key = f"training_data/{name}.jsonl"
         event = self.world.upload_event(key, CONTENTS[content])
         self.newest[key] = event["detail"]["object"]["version-id"]
         self.pending.append(("validate_dataset", event))
+
+    @rule()
+    def all_goes_well(self):
+        """Trainings complete, and all that is in flight arrives: the search comes to the verdicts sooner."""
+        for job in self.world.active_jobs:
+            if JobName.parse(job, PREFIX).kind == "train" and self.world.jobs[job]["TrainingJobStatus"] == "InProgress":
+                self.end_job(job, "train_completed")
+        while self.pending:
+            self.handle(*self.pending.pop(0))
 
     @precondition(lambda self: self.pending)
     @rule(which=pick, again=st.booleans())
