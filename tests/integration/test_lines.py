@@ -11,10 +11,11 @@ from fake_stack import ARTIFACTS, MODELS, TABLE
 from template import load_template
 from world import GOOD_DATA, WON, KilledError, World, client
 
+from pipeline.publish.index import read_index
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import ReconcileSettings
 from pipeline.stages.reconcile import reconcile
-from tunedrop.object_keys import line_key
+from tunedrop.object_keys import INDEX, line_key
 
 OTHER_DATA = GOOD_DATA + b'{"question": "100+1?", "answer": "101"}\n'
 NEW_DATA = b"".join(b'{"question": "%d+2?", "answer": "%d"}\n' % (n, n + 2) for n in range(30))
@@ -337,6 +338,27 @@ def test_the_suite_keeps_the_tests_of_a_run_whose_files_were_deleted(world):
     suite = line_key("cars", f"suite/{world.aws.lines.get('cars').suite}/")
     assert [part["run_id"] for part in world.read_json(f"{suite}suite.json")["parts"]] == [first.run_id, second.run_id]
     assert world.aws.read(ARTIFACTS, f"{suite}rewards/{first.run_id}/exact.py") == b"..."
+
+
+def test_the_tests_of_a_rejected_run_join_no_suite(world):
+    first = published(world)
+    before = world.aws.lines.get("cars")
+    second = published(world, body=NEW_DATA, tests=outcomes(0.0, 1.0, 1.0))
+    assert (second.verdict, world.aws.lines.get("cars").suite) == ("REJECTED", before.suite)
+    stored = world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=line_key("cars", "suite/"))["Contents"]
+    parts = [part["run_id"] for item in stored for part in world.read_json(item["Key"])["parts"]]
+    assert parts == [first.run_id]
+
+
+def test_a_line_may_have_any_name(world):
+    name = "<script>R\u00fcckgabe & \"x\" \U0001f697 'y' .. %2F {z}"
+    config = json.dumps({"line": name}).encode()
+    first = published(world, config)
+    second = published(world, config, body=NEW_DATA, tests=outcomes(0.0, 1.0, 0.0))
+    assert (first.line, second.verdict, champion(world, name)) == (name, "APPROVED", second.run_id)
+    assert [run.line for run in read_index((world.aws.read(ARTIFACTS, INDEX) or b"").decode())] == [name, name]
+    changes = [json.loads(event["Detail"]) for event in world.sent_events if event["DetailType"] == "Champion Changed"]
+    assert [change["id"] for change in changes] == [f"{name}/1", f"{name}/2"]
 
 
 def test_a_suite_that_is_gone_ends_the_tests_with_the_way_out(world):
