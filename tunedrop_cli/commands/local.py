@@ -14,6 +14,7 @@ import click
 from local_app import base_model
 from local_app.stack import PROJECT, STACK_NAME, Stack, StackError
 from pipeline.notify import events
+from pipeline.runs import clock
 from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment, in_words
 from tunedrop_cli.listener import listening
@@ -171,11 +172,15 @@ def demo(context: click.Context) -> None:
     """
     stack = _start(context.obj)
     try:
-        deployment = Deployment.local(stack)
+        deployment, began = Deployment.local(stack), clock.now()
         with listening(stack) as listener:
             run = follow(deployment, deployment.drop(DATA, CONFIG, TESTS), console)
             facts = facts_of_end(deployment, run)
-            if run.state == RunState.PUBLISHED:
+            if run.state == RunState.PUBLISHED and run.updated < began:
+                facts[-1:-1] = [
+                    ("published", f"{run.updated[:16].replace('T', ' ')} UTC, by an earlier drop of these files")
+                ]
+            elif run.state == RunState.PUBLISHED:
                 notification, types = listener.heard_of(run.run_id, events.PUBLISHED)
                 facts[-1:-1] = [("notification", notification["Subject"]), ("events", ", ".join(types))]
     finally:
