@@ -7,11 +7,11 @@ from botocore.exceptions import ClientError
 
 from local_app.stack import StackError
 from pipeline.aws import error_code
+from pipeline.publish.registry import NO_SUCH
 from tunedrop.plain import one_line
 from tunedrop_cli.deployment import Deployment
 
 APPROVED, REJECTED, PENDING = "Approved", "Rejected", "PendingManualApproval"
-NO_SUCH_PACKAGE = frozenset({"ValidationException", "ResourceNotFound"})  # also for an unknown group
 LONGEST_REASON = 1024  # of ApprovalDescription
 
 
@@ -29,7 +29,7 @@ def describe_package(sagemaker: Any, arn: str) -> dict[str, Any]:
     try:
         described: dict[str, Any] = sagemaker.describe_model_package(ModelPackageName=arn)
     except ClientError as error:
-        if error_code(error) not in NO_SUCH_PACKAGE:
+        if error_code(error) not in NO_SUCH:
             raise
         raise StackError(
             f"The model package {arn} does not exist: it was deleted, or belongs to another account or region. Approve "
@@ -48,7 +48,7 @@ def packages_of(deployment: Deployment, runs: Mapping[str, str]) -> list[Package
     try:
         found = [item for page in pages for item in page["ModelPackageSummaryList"]]
     except ClientError as error:
-        if error_code(error) not in NO_SUCH_PACKAGE:
+        if error_code(error) not in NO_SUCH:
             raise
         found = []  # the first publication creates the group
     packages = []

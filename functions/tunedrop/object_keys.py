@@ -64,6 +64,11 @@ def run_key(run_id: str, name: str = "") -> str:
     return f"runs/{run_id}/{name}"
 
 
+def folder_key(uri: str, bucket: str) -> str:
+    """Return the key of a folder of a bucket from its S3 URI, with one slash at its end."""
+    return uri.removeprefix(f"s3://{bucket}/").rstrip("/") + "/"
+
+
 def slug(dataset: str) -> str:
     """Return the readable part of a run id: the dataset's name, reduced to the characters of SageMaker's job names."""
     return re.sub(r"[^a-zA-Z0-9]+", "-", dataset).strip("-")[:SLUG_LENGTH].strip("-") or "dataset"

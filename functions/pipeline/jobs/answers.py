@@ -31,6 +31,11 @@ def answers_prefix(line: str, identity: str, plan: str) -> str:
     return object_keys.line_key(line, f"answers/{digest}/")
 
 
+def suite_prefix(line: str, digest: str) -> str:
+    """Return the folder of a line's suite in the artifact bucket."""
+    return object_keys.line_key(line, f"suite/{digest}/")
+
+
 def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Opponents:
     """Return what a run's test job gets to compare the tuned model with. Raises OpponentGoneError.
 
@@ -44,7 +49,7 @@ def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Oppo
     champion = aws.runs.get(line.champion) if line.champion else None
     if champion is not None:
         assert champion.artifacts is not None  # it was published
-        model = champion.artifacts.removeprefix(f"s3://{bucket}/").rstrip("/") + "/"
+        model = object_keys.folder_key(champion.artifacts, bucket)
         if not _has_objects(f"{model}merged/config.json", bucket, aws):
             raise OpponentGoneError(
                 f"The champion of the line '{run.line}', {champion.run_id}, has no model any more: "
@@ -54,7 +59,7 @@ def opponents(run: Run, config: "ResolvedConfig", bucket: str, aws: Aws) -> Oppo
         channels |= {"champion": model, "answers_champion": answers_prefix(run.line, str(champion.train_job), run.plan)}
         hyperparameters["champion"] = champion.run_id
         if line.suite and config.suite.max:
-            channels["suite"] = object_keys.line_key(run.line, f"suite/{line.suite}/")
+            channels["suite"] = suite_prefix(run.line, line.suite)
             if not _has_objects(f"{channels['suite']}suite.json", bucket, aws):
                 raise OpponentGoneError(
                     f"The suite of the line '{run.line}' is gone: s3://{bucket}/{channels['suite']} lacks suite.json. "

@@ -73,7 +73,7 @@ class Evidence:
 def read_evidence(run: Run, bucket: str, aws: Aws) -> Evidence:
     """Read the files of a tested run. Raises FileNotFoundError without one that every run has."""
     assert run.artifacts is not None
-    trained = run.artifacts.removeprefix(f"s3://{bucket}/").rstrip("/")
+    trained = object_keys.folder_key(run.artifacts, bucket).removesuffix("/")
     tested = object_keys.run_key(run.run_id, f"inference/{run.test_job}/output/model")
     return Evidence(
         trained=trained,

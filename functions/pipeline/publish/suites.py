@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from pipeline.aws import Aws
+from pipeline.jobs.answers import suite_prefix
 from pipeline.observability import logger
 from pipeline.runs.lines import Line
 from pipeline.runs.states import Run
@@ -38,11 +39,6 @@ def store_suite(line: Line, run_ids: Sequence[str], bucket: str, aws: Aws) -> st
             _copy(source, f"{folder}rewards/{part.run_id}/", bucket, aws)
     aws.s3.put_object(Bucket=bucket, Key=f"{folder}suite.json", Body=raw, ContentType="application/json")
     return digest
-
-
-def suite_prefix(line: str, digest: str) -> str:
-    """Return the folder of a line's suite in the artifact bucket."""
-    return object_keys.line_key(line, f"suite/{digest}/")
 
 
 def questions_of_run(run_id: str, bucket: str, aws: Aws) -> list[str]:

@@ -11,6 +11,7 @@ from pipeline.jobs.training_job import TrainingJob, run_of_job
 from pipeline.notify.announcements import announce_failure, announce_waiting
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import JobSettings
+from tunedrop.object_keys import folder_key
 
 
 def training_ended(name: str, settings: JobSettings, aws: Aws) -> Run | None:
@@ -55,6 +56,6 @@ def _after_training(run: Run, job: TrainingJob, settings: JobSettings, aws: Aws)
 
 def _summary(job: TrainingJob, settings: JobSettings, aws: Aws) -> dict[str, Any] | None:
     """Return the job's training.json, which the trainer writes after the model; None without one."""
-    folder = (job.artifacts or "").removeprefix(f"s3://{settings.artifact_bucket}/").rstrip("/")
-    raw = aws.read(settings.artifact_bucket, f"{folder}/training.json")
+    folder = folder_key(job.artifacts or "", settings.artifact_bucket)
+    raw = aws.read(settings.artifact_bucket, f"{folder}training.json")
     return None if raw is None else msgspec.json.decode(raw)

@@ -59,7 +59,7 @@ def resolve_start(
 def adapter_prefix(run: Run, bucket: str) -> str:
     """Return the folder of a published run's adapter in the artifact bucket."""
     assert run.artifacts is not None
-    return run.artifacts.removeprefix(f"s3://{bucket}/").rstrip("/") + "/adapter/"
+    return object_keys.folder_key(run.artifacts, bucket) + "adapter/"
 
 
 def _problem(code: str, message: str, hint: str) -> Problem:
