@@ -21,8 +21,8 @@ from moto.dynamodb.models import DynamoDBBackend
 from msgspec import structs
 from world import GOOD_DATA, KilledError, World, deployed
 
+from pipeline.jobs.answers import suite_prefix
 from pipeline.notify.events import CHAMPION_CHANGED, PUBLISHED
-from pipeline.publish.suites import suite_prefix
 from pipeline.runs import clock
 from pipeline.runs.lines import LINE, OPEN_LINE, Line
 from pipeline.runs.states import FINAL, Run, RunState
