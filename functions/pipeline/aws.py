@@ -7,6 +7,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from pipeline.runs.deployments import DeploymentTable
 from pipeline.runs.lines import LineTable
 from pipeline.runs.table import RunTable
 
@@ -61,6 +62,11 @@ class Aws:
     def lines(self) -> LineTable:
         """The line items of the run table."""
         return LineTable(self._table)
+
+    @cached_property
+    def deployments(self) -> DeploymentTable:
+        """The deployment items of the run table."""
+        return DeploymentTable(self._table)
 
     @cached_property
     def _table(self) -> Any:

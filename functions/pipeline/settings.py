@@ -48,3 +48,14 @@ class PublishSettings(Settings):
 
 class ReconcileSettings(JobSettings, PublishSettings):
     """The environment of reconcile, which does the work of every other function."""
+
+
+class DeploySettings(Settings):
+    """The environment of deploy_model. The function exists only in a stack that serves models."""
+
+    endpoint_instance_type: str
+    endpoint_max_instances: int = Field(ge=1)
+    endpoint_idle_minutes: int = Field(ge=1)
+    endpoint_bake_minutes: int = Field(ge=0)
+    serving_role_arn: str
+    alarm_topic_arn: str

@@ -74,6 +74,25 @@ def slug(dataset: str) -> str:
     return re.sub(r"[^a-zA-Z0-9]+", "-", dataset).strip("-")[:SLUG_LENGTH].strip("-") or "dataset"
 
 
+def component_name(prefix: str, line: str) -> str:
+    """Return the name under which a line answers: its inference component, `<prefix>-<line>`.
+
+    A line's name may have other characters than a component's, or more of them: its slug and a hash stand for it then. Names
+    have at most 63 characters, and `-next` follows this one (CreateInferenceComponent).
+    """
+    short = slug(line)
+    return f"{prefix}-{short}" if short == line else f"{prefix}-{short}-{hashlib.sha256(line.encode()).hexdigest()[:8]}"
+
+
+def endpoint_name(prefix: str, model: str, base: str, instance_type: str) -> str:
+    """Return the name of the endpoint, and of its base component, that serves the lines of a base model.
+
+    `base` identifies the base model's files: another revision of a model is another endpoint.
+    """
+    digest = hashlib.sha256("\n".join([model, base, instance_type]).encode()).hexdigest()[:8]
+    return f"{prefix}-{slug(model.rpartition('/')[2])}-{digest}"
+
+
 class JobName(NamedTuple):
     """`<prefix>-<train|test>-<run_id>-<attempt>`.
 

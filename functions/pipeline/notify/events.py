@@ -20,9 +20,13 @@ FAILED = "Training Failed"
 TESTS_STARTED = "Inference Tests Started"
 PUBLISHED = "Results Published"
 CHAMPION_CHANGED = "Champion Changed"
+DEPLOYED = "Model Deployed"
+DEPLOYMENT_FAILED = "Deployment Failed"
+ROLLED_BACK = "Model Rolled Back"
 # Detail types of requests, from people and from `reconcile`.
 STOP_REQUESTED = "Stop Requested"
 VALIDATION_REQUESTED = "Validation Requested"
+UNDEPLOY_REQUESTED = "Undeploy Requested"
 
 
 class Upload(BaseModel):

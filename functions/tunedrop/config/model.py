@@ -234,6 +234,15 @@ class Alerts(_Section):
     )
 
 
+class Serve(_Section):
+    """How the line's model is served once it is approved. The stack's parameter EndpointInstanceType turns serving on."""
+
+    enabled: bool = Field(default=True, description="Whether the stack serves the line, if the stack serves models at all.")
+    instance_type: InstanceType | None = Field(
+        default=None, description="The endpoint's instance type. Default: the stack's parameter EndpointInstanceType."
+    )
+
+
 class Notify(_Section):
     """The notifications to send."""
 
@@ -291,6 +300,7 @@ class RunConfig(_Section):
     sampling: Sampling = Sampling()
     alerts: Alerts = Alerts()
     notify: Notify = Notify()
+    serve: Serve = Serve()
     max_prompt_length: Annotated[
         int, Field(ge=1, le=1_000_000, description="Limit for a prompt in tokens, chat template included.")
     ] = 512

@@ -1,0 +1,109 @@
+"""Deployment items of the run table (`deployment#<line>`): which run's model answers under a line's name.
+
+`version` counts the writes: each write is conditional on the version that its writer read, so of two invocations that look
+at one line at the same time, one stops. The sparse index `open` lists all deployment items under `DEPLOYMENT`.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from boto3.dynamodb.conditions import Key
+
+from pipeline.runs import clock
+
+DEPLOYMENT = "deployment#"
+OPEN_DEPLOYMENT = "DEPLOYMENT"  # a deployment item's value in the index `open`
+
+
+class Stage(StrEnum):
+    """What happens to a line's deployment.
+
+    PREPARING: endpoint and base model. TRYING: the new model under the candidate's name. SWITCHING: the new model under the
+    line's name, and its alarms. RETURNING: the former model comes back. REMOVING: nothing will answer under the line's name.
+    IDLE: nothing happens.
+    """
+
+    IDLE = "IDLE"
+    PREPARING = "PREPARING"
+    TRYING = "TRYING"
+    SWITCHING = "SWITCHING"
+    RETURNING = "RETURNING"
+    REMOVING = "REMOVING"
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """A line's deployment. Times are ISO 8601 in UTC.
+
+    `run` is the run whose model answers under the line's name, None without one, and `target` the run that is to replace it.
+    `refused` has the runs whose deployment failed, with the reasons. `removed` is the line's version whose champion a person
+    took down: it stays down until the line has another champion. `since` is the beginning of the stage. `answered` is the
+    number of tests that the identity test asked, and how many of them were answered as recorded.
+    """
+
+    line: str
+    version: int = 0
+    stage: Stage = Stage.IDLE
+    run: str | None = None
+    target: str | None = None
+    endpoint: str | None = None
+    component: str | None = None
+    model: str | None = None
+    instance_type: str | None = None
+    refused: dict[str, str] = {}
+    removed: int | None = None
+    since: str = ""
+    deployed: str | None = None
+    answered: str | None = None
+    event: str | None = None
+    reason: str | None = None
+    arrived: str = ""
+
+
+class StaleDeploymentError(Exception):
+    """Another invocation wrote the deployment first."""
+
+
+class DeploymentTable:
+    """The deployment items of the run table."""
+
+    def __init__(self, table: Any):
+        self._table = table
+
+    def get(self, line: str) -> Deployment:
+        """Return a line's deployment; a line without an item has version 0."""
+        item = self._table.get_item(Key={"id": DEPLOYMENT + line}, ConsistentRead=True).get("Item")
+        return _of_item(item) if item else Deployment(line=line)
+
+    def all(self) -> list[Deployment]:
+        """Return all deployments. The index lags behind the table by up to seconds."""
+        pages = self._table.meta.client.get_paginator("query").paginate(
+            TableName=self._table.name, IndexName="open", KeyConditionExpression=Key("open").eq(OPEN_DEPLOYMENT)
+        )
+        return [_of_item(item) for page in pages for item in page["Items"]]
+
+    def write(self, deployment: Deployment, **changes: Any) -> Deployment:
+        """Write a deployment with changes, and return it. Raises StaleDeploymentError if it has another version by now."""
+        now = clock.now()
+        if "stage" in changes:
+            changes["since"] = now
+        written = msgspec.structs.replace(
+            deployment, version=deployment.version + 1, arrived=deployment.arrived or now, **changes
+        )
+        values = {key: value for key, value in msgspec.to_builtins(written).items() if value is not None}
+        try:
+            self._table.put_item(
+                Item={"id": DEPLOYMENT + written.line, "open": OPEN_DEPLOYMENT, **values},
+                ConditionExpression="attribute_not_exists(id) OR version = :seen",
+                ExpressionAttributeValues={":seen": deployment.version},
+            )
+        except self._table.meta.client.exceptions.ConditionalCheckFailedException:
+            raise StaleDeploymentError(
+                f"the deployment of {written.line} no longer has version {deployment.version}"
+            ) from None
+        return written
+
+
+def _of_item(item: dict[str, Any]) -> Deployment:
+    numbers = {"version", "removed"}
+    return msgspec.convert({key: int(value) if key in numbers else value for key, value in item.items()}, Deployment)
