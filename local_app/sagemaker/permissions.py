@@ -21,6 +21,19 @@ NAMED = {
     "DescribeModelPackage": ("model-package", "ModelPackageName"),
     "UpdateModelPackage": ("model-package", "ModelPackageArn"),
     "DeleteModelPackage": ("model-package", "ModelPackageName"),
+    **{f"{verb}Model": ("model", "ModelName") for verb in ("Create", "Describe", "Delete")},
+    **{f"{verb}EndpointConfig": ("endpoint-config", "EndpointConfigName") for verb in ("Create", "Describe", "Delete")},
+    **{f"{verb}Endpoint": ("endpoint", "EndpointName") for verb in ("Create", "Describe", "Delete")},
+    **{
+        f"{verb}InferenceComponent": ("inference-component", "InferenceComponentName")
+        for verb in ("Create", "Describe", "Update", "Delete")
+    },
+    "UpdateInferenceComponentRuntimeConfig": ("inference-component", "InferenceComponentName"),
+}
+# The second resource on which an operation needs its permission: resource type and member.
+ALSO = {
+    "CreateEndpoint": ("endpoint-config", "EndpointConfigName"),
+    "CreateInferenceComponent": ("endpoint", "EndpointName"),
 }
 
 
@@ -51,9 +64,53 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
     if operation == "CreateModelPackage":  # on the group, and on the new version in the group
         package = f"{arn_prefix}:model-package/{name.rpartition('/')[2]}/1"
         permissions.append(RequiredPermission("sagemaker:CreateModelPackage", package, context))
+    if operation in ALSO:
+        kind, member = ALSO[operation]
+        permissions.append(RequiredPermission(f"sagemaker:{operation}", f"{arn_prefix}:{kind}/{request.get(member, '')}"))
     if request.get("Tags"):
         permissions.append(RequiredPermission("sagemaker:AddTags", resource))
-    if "RoleArn" in request:
-        passed_to = {"iam:PassedToService": "sagemaker.amazonaws.com"}
-        permissions.append(RequiredPermission("iam:PassRole", request["RoleArn"], passed_to))
+    for member in ("RoleArn", "ExecutionRoleArn"):
+        if member in request:
+            passed_to = {"iam:PassedToService": "sagemaker.amazonaws.com"}
+            permissions.append(RequiredPermission("iam:PassRole", request[member], passed_to))
+    return permissions
+
+
+def invocation_permissions(operation: str, parameters: Json, arn_prefix: str) -> list[RequiredPermission]:
+    """Return the permissions that an invocation needs, on the endpoint and on its inference component.
+
+    For a stream, "IAM permissions must allow the sagemaker:InvokeEndpoint action" (InvokeEndpointWithResponseStream in the
+    API reference); the service authorization reference has an action of the operation's name.
+    """
+    resources = [f"{arn_prefix}:endpoint/{parameters['EndpointName']}"]
+    if name := parameters.get("InferenceComponentName"):
+        resources.append(f"{arn_prefix}:inference-component/{name}")
+    actions = dict.fromkeys(("InvokeEndpoint", operation))
+    return [RequiredPermission(f"sagemaker:{action}", resource) for action in actions for resource in resources]
+
+
+def scaling_permissions(operation: str, request: Json, arn_prefix: str) -> list[RequiredPermission]:
+    """Return the permissions that a request to Application Auto Scaling needs.
+
+    https://docs.aws.amazon.com/service-authorization/latest/reference/list_awsapplicationautoscaling.html. Who registers a
+    component also needs the permissions to describe and to change its copies
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-auto-scaling-prerequisites.html).
+    """
+    action = f"application-autoscaling:{operation}"
+    if operation.startswith("Describe"):
+        return [RequiredPermission(action, "*")]
+    _, _, _, region, account = arn_prefix.split(":")
+    context = {
+        "application-autoscaling:service-namespace": str(request.get("ServiceNamespace", "")),
+        "application-autoscaling:scalable-dimension": str(request.get("ScalableDimension", "")),
+    }
+    # A target's id is SageMaker's choice: nobody can name it in a policy.
+    target = f"arn:aws:application-autoscaling:{region}:{account}:scalable-target/0"
+    permissions = [RequiredPermission(action, target, context)]
+    if operation == "RegisterScalableTarget":
+        component = f"{arn_prefix}:{request.get('ResourceId', '')}"
+        permissions += [
+            RequiredPermission(f"sagemaker:{needed}", component)
+            for needed in ("DescribeInferenceComponent", "UpdateInferenceComponentRuntimeConfig")
+        ]
     return permissions
