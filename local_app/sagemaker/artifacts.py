@@ -15,7 +15,6 @@ from local_app.sagemaker.api import JobError, ServiceError
 from local_app.sagemaker.services import AWS_ERRORS, Services
 from local_app.sagemaker.transfer import channel_objects, download, split_s3_uri
 
-
 ENVIRONMENT = "environment.json"  # of a version's container, beside its model
 
 
@@ -53,7 +52,8 @@ def check_adapter(services: Services, uri: str) -> None:
 def fetch_model(s3: Any, uri: str | None, environment: dict[str, str], folder: Path, check: Callable[[], None]) -> Path:
     """Copy every object under an S3 prefix into `folder`/model, unless that is done already.
 
-    The container's environment is noted beside them. Raises JobError. `check` may raise before each object. A model of the hub has no `uri`.
+    The container's environment is noted beside them. A model of the hub has no `uri`. `check` may raise before each object.
+    Raises JobError.
     """
 
     def fill(draft: Path) -> None:

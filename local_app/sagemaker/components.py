@@ -26,7 +26,6 @@ from local_app.sagemaker.endpoints import Endpoints
 from local_app.sagemaker.hosting import Lease
 from local_app.sagemaker.metrics import Metrics
 from local_app.sagemaker.models import Models, already_exists, could_not_find, tags_of
-from local_app.sagemaker.services import Services
 from local_app.sagemaker.store import Store
 
 logger = logging.getLogger(__name__)
@@ -38,14 +37,13 @@ class InferenceComponents:
     def __init__(
         self,
         store: Store,
-        services: Services,
         endpoints: Endpoints,
         models: Models,
         deployments: Deployments,
         metrics: Metrics,
         arn_prefix: str,
     ) -> None:
-        self._store, self._services, self._endpoints, self._models = store, services, endpoints, models
+        self._store, self._endpoints, self._models = store, endpoints, models
         self._deployments, self._metrics, self._arn_prefix = deployments, metrics, arn_prefix
 
     # -------------------------------------------------------------------------------------------------- operations
@@ -55,7 +53,7 @@ class InferenceComponents:
         name = request["InferenceComponentName"]
         endpoint = self._endpoints.get(request["EndpointName"])
         check_new(request, endpoint["Variant"])
-        self._check_artifacts(request["Specification"], endpoint)
+        self._check_artifacts(request["Specification"], endpoint["EndpointName"])
         with self._store.transaction():
             if self._store.get("component", name):
                 raise already_exists("inference component", self._arn(name))
@@ -109,8 +107,7 @@ class InferenceComponents:
         check_update(request, component)
         specification = component["Specification"] | request.get("Specification", {})
         if "Specification" in request:
-            endpoint = self._endpoints.get(component["EndpointName"])
-            self._check_artifacts(specification, endpoint)
+            self._check_artifacts(specification, component["EndpointName"])
             update: Json = {"Specification": specification, "DeploymentConfig": request.get("DeploymentConfig", {})}
         else:
             update = {}
@@ -153,8 +150,8 @@ class InferenceComponents:
         if not name:
             raise ServiceError(
                 "ValidationError",
-                "Inference Component Name header is required for endpoints to which you plan to deploy inference components. Please "
-                "include Inference Component Name header or consider using SageMaker models.",
+                "Inference Component Name header is required for endpoints to which you plan to deploy inference "
+                "components. Please include Inference Component Name header or consider using SageMaker models.",
             )
         component = self._store.get("component", name)
         if component is None or component["EndpointName"] != endpoint_name:
@@ -202,12 +199,12 @@ class InferenceComponents:
 
     # ------------------------------------------------------------------------------------------------------ checks
 
-    def _check_artifacts(self, specification: Json, endpoint: Json) -> None:
+    def _check_artifacts(self, specification: Json, endpoint_name: str) -> None:
         """Raise ServiceError unless the model, or the adapter's archive, exists."""
         if "ModelName" in specification:
             self._models.describe_model(specification)
         else:
-            check_adapter(self._services.assume(endpoint["ExecutionRoleArn"]), specification["Container"]["ArtifactUrl"])
+            check_adapter(self._endpoints.services_of(endpoint_name), specification["Container"]["ArtifactUrl"])
 
     def _check_base(self, request: Json) -> None:
         """Raise ServiceError unless the base serves on the same endpoint.

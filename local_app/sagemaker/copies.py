@@ -233,8 +233,8 @@ class Fleet:
                 failed = any(copy.failed_starts >= MOST_FAILED_STARTS and not copy.served for copy in self._copies)
                 if failed or time.monotonic() > deadline:
                     raise JobError(
-                        "The container for the inference component did not pass the ping health check. Please check the logs "
-                        f"of this inference component (here: {self._container.log})."
+                        "The container for the inference component did not pass the ping health check. Please check "
+                        f"its logs (here: {self._container.log})."
                     )
                 self._changed.wait(0.1)
 

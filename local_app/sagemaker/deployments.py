@@ -162,7 +162,7 @@ class Deployments:
                 host = self._hosts[component["InferenceComponentName"]]
                 container = self._container(component, component["Specification"], component["Version"])
                 host.start(container, component["DesiredCopyCount"]).wait(self._closing)
-        except Exception as error:  # noqa: BLE001 - a component must not stay in Creating
+        except Exception as error:
             if isinstance(error, Closed):
                 raise
             if not is_adapter(component):
@@ -191,7 +191,7 @@ class Deployments:
                 self._load(following)
             else:
                 self._change_copies(component, following, update)
-        except Exception as error:  # noqa: BLE001 - a component must not stay in Updating
+        except Exception as error:
             if isinstance(error, Closed):
                 raise
             former = {"FailureReason": _reason(error), "DesiredCopyCount": update["FormerCopyCount"]}
@@ -265,8 +265,8 @@ class Deployments:
         if host is None:
             raise JobError(f"Could not find the base inference component {base_of(component)}")
         folder = self._version(component, component["Version"])
-        services = self._role_of(component)
-        fetch_adapter(services.s3, component["Specification"]["Container"]["ArtifactUrl"], folder)
+        s3 = self._endpoints.services_of(component["EndpointName"]).s3
+        fetch_adapter(s3, component["Specification"]["Container"]["ArtifactUrl"], folder)
         host.load(adapter_name(component), folder)
 
     def _container(self, component: Json, specification: Json, version: int) -> Container:
@@ -280,7 +280,7 @@ class Deployments:
                 raise JobError(
                     f"The model {specification['ModelName']} has no ModelDataSource, and no SM_VLLM_MODEL of the hub."
                 )
-            s3 = self._role_of(component).s3
+            s3 = self._endpoints.services_of(component["EndpointName"]).s3
             fetch_model(s3, source if is_local else None, environment, folder, self._check_closing)
         environment = json.loads((folder / ENVIRONMENT).read_text())
         location = environment.get("SM_VLLM_MODEL", MODEL_FOLDER)
@@ -298,10 +298,6 @@ class Deployments:
     def _version(self, component: Json, version: int) -> Path:
         name: str = component["InferenceComponentName"]
         return self._folder / name / f"version-{version}"
-
-    def _role_of(self, component: Json) -> Services:
-        """Return the services with the credentials of the endpoint's role."""
-        return self._services.assume(self._endpoints.get(component["EndpointName"])["ExecutionRoleArn"])
 
     def _host(self, component: Json) -> Host | None:
         """Return the servers of a component with a model, or those of an adapter's base."""

@@ -109,7 +109,7 @@ class SageMakerEmulator:
         self._registry = ModelRegistry(self._store, arn_prefix)
         self._models = Models(self._store, services, self._registry, arn_prefix)
         limits: dict[str, Any] = {"max_instances": max_instances, "quotas": quotas, "without_capacity": without_capacity}
-        self._endpoints = Endpoints(self._store, self._models, arn_prefix, **limits)
+        self._endpoints = Endpoints(self._store, services, self._models, arn_prefix, **limits)
         self._deployments = Deployments(
             self._store,
             state_dir / "components",
@@ -122,7 +122,7 @@ class SageMakerEmulator:
         self._endpoints.on_delete = self._deployments.end_processes
         self.metrics = Metrics()
         self._components = InferenceComponents(
-            self._store, services, self._endpoints, self._models, self._deployments, self.metrics, arn_prefix
+            self._store, self._endpoints, self._models, self._deployments, self.metrics, arn_prefix
         )
         self.runtime = Runtime(self._components, self.metrics)
         self._scaling = scaling.Scaling(self._store, services, self._components, arn_prefix)

@@ -16,6 +16,7 @@ from local_app.common import Json
 from local_app.sagemaker.api import JobError, ServiceError, fitting, page
 from local_app.sagemaker.models import HERE, Models, already_exists, could_not_find, tags_of
 from local_app.sagemaker.quotas import check_quota
+from local_app.sagemaker.services import Services
 from local_app.sagemaker.store import Store
 from pipeline.notify.endpoint_events import endpoint_event
 from tunedrop.config.instances import gpus
@@ -40,6 +41,7 @@ class Endpoints:
     def __init__(
         self,
         store: Store,
+        services: Services,
         models: Models,
         arn_prefix: str,
         *,
@@ -47,7 +49,8 @@ class Endpoints:
         quotas: Mapping[str, int],
         without_capacity: Collection[str],
     ) -> None:
-        self._store, self._models, self._arn_prefix = store, models, arn_prefix
+        self._store, self._services, self._models, self._arn_prefix = store, services, models, arn_prefix
+        self._assumed: dict[str, Services] = {}  # by the role's ARN: their clients take time to make
         self._max_instances, self._quotas, self._without_capacity = max_instances, quotas, without_capacity
         self.on_delete: Callable[[str], None] = lambda _name: None
 
@@ -119,6 +122,13 @@ class Endpoints:
         """Return whether an endpoint has instances for its components."""
         endpoint = self._store.get("endpoint", name)
         return endpoint is not None and endpoint["EndpointStatus"] == "InService"
+
+    def services_of(self, name: str) -> Services:
+        """Return the services with the credentials of an endpoint's role. Raises ServiceError."""
+        role = self.get(name)["ExecutionRoleArn"]
+        if role not in self._assumed:
+            self._assumed[role] = self._services.assume(role)
+        return self._assumed[role]
 
     def check_room(self, component: Json, copies: int) -> None:
         """Raise JobError unless the endpoint's instances can hold `copies` of a component beside the others' copies."""

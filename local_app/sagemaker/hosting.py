@@ -110,7 +110,7 @@ class Host:
                 old.scale(max(0, before - done))
                 bake()
                 if time.monotonic() > deadline:
-                    raise JobError("The update did not end within its MaximumExecutionTimeoutInSeconds.")  # noqa: TRY301
+                    raise JobError("The update did not end within its MaximumExecutionTimeoutInSeconds.")
         except JobError:
             old.scale(before)
             try:

@@ -39,8 +39,8 @@ def check_quota(name: str, used: int, count: int, limit: int) -> None:
         raise ServiceError(
             "ResourceLimitExceeded",
             f"The account-level service limit '{name}' is {limit} Instances, with current utilization of {used} Instances "
-            f"and a request delta of {count} Instances. Please use AWS Service Quotas to request an increase for this quota. If "
-            "AWS Service Quotas is not available, contact AWS support to request an increase for this quota.",
+            f"and a request delta of {count} Instances. Please use AWS Service Quotas to request an increase for this "
+            "quota. If AWS Service Quotas is not available, contact AWS support to request an increase for this quota.",
         )
 
 
