@@ -15,7 +15,7 @@ from pathlib import Path
 from local_app.build import build
 
 RUNS = 7
-HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")
+HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile", "deploy_model")
 TIMED = "import sys, time; sys.path[:0] = {paths!r}; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
 
 

@@ -1,11 +1,14 @@
 """Writes what a training job leaves in `/opt/ml/model`: adapter, merged model, run config and summary, and proves them."""
 
+import gzip
 import json
 import logging
 import shutil
+import tarfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import folders, models
@@ -25,7 +28,7 @@ log = logging.getLogger("trainer")
 
 
 def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", location: str, config: "RunConfig") -> None:
-    """Write the run config, the checkpoint's `adapter/`, and `merged/`: the bf16 base model with the adapter added."""
+    """Write the run config, the checkpoint's `adapter/` and its archive, and `merged/`: the bf16 base model with the adapter."""
     import torch
 
     adapter = folders.model_dir() / "adapter"
@@ -38,9 +41,32 @@ def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", locatio
         "revision": revision or None,
     }
     (adapter / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1))
+    archive(adapter, folders.model_dir() / "adapter.tar.gz")
     (folders.model_dir() / "run_config.json").write_text(config.model_dump_json(indent=1))
     tokenizer.save_pretrained(str(folders.model_dir() / "merged"))
     save_merged(location, torch.bfloat16)
+
+
+def archive(adapter: Path, target: Path) -> None:
+    """Write an adapter's two files as a .tar.gz without folders. The same files give the same bytes.
+
+    SageMaker loads this archive as an adapter on an endpoint
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/realtime-endpoints-adapt.html). Weights hardly shrink, so it is packed fast.
+    """
+
+    def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        member.mode = 0o644
+        return member
+
+    with (
+        target.open("wb") as file,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            tar.add(adapter / name, name, filter=anonymous)
 
 
 def save_merged(location: str, dtype: "torch.dtype") -> None:

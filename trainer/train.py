@@ -6,6 +6,7 @@ The job reads the run config (channel `run`; flags override it) and the rows (ch
 `GRPOTrainer`, and writes to `/opt/ml/model`, in a shell to `output/model`:
 
     adapter/          the LoRA adapter, as PEFT saves it
+    adapter.tar.gz    the same two files, as an endpoint loads them
     merged/           base model and adapter in bf16, or in fp32 for an adapter that bf16 loses, with the tokenizer
     run_config.json   the run config with all values
     metrics.jsonl     one line per logging step

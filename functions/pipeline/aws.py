@@ -49,6 +49,21 @@ class Aws:
         return self._session.client("sagemaker", config=_CONFIG)
 
     @cached_property
+    def runtime(self) -> Any:
+        """The client that asks SageMaker's endpoints."""
+        return self._session.client("sagemaker-runtime", config=_CONFIG)
+
+    @cached_property
+    def autoscaling(self) -> Any:
+        """The Application Auto Scaling client."""
+        return self._session.client("application-autoscaling", config=_CONFIG)
+
+    @cached_property
+    def cloudwatch(self) -> Any:
+        """The CloudWatch client."""
+        return self._session.client("cloudwatch", config=_CONFIG)
+
+    @cached_property
     def sns(self) -> Any:
         """The SNS client."""
         return self._session.client("sns", config=_CONFIG)

@@ -31,6 +31,7 @@ class ValidateSettings(Settings):
     instance_types: InstanceTypes
     use_spot: bool
     max_run_cost_usd: float
+    endpoint_instance_type: str = ""
 
 
 class JobSettings(Settings):

@@ -289,6 +289,29 @@ def hook_alarms() -> None:
     cloudwatch._dispatch_alarm_actions = dispatch_alarm_actions
 
 
+def hook_alarm_arns() -> None:
+    """Hold DeleteAlarms against the alarm that it names first, and DescribeAlarms against all alarms, as AWS does.
+
+    MiniStack finds no resource in both: it reads the name of one alarm, where these requests have a list of names
+    (https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoncloudwatch.html).
+    """
+    from ministack.core import iam_actions
+
+    arn_of = iam_actions.extract_resource_arn
+
+    def extract_resource_arn(
+        service: str, method: str, path: str, headers: Json, body: bytes, query: Json, region: str, account: str
+    ) -> str:
+        if service == "monitoring":
+            action = iam_actions.extract_iam_action(service, method, path, headers, body, query)
+            if action in ("cloudwatch:DeleteAlarms", "cloudwatch:DescribeAlarms"):
+                names = ["*"] if action == "cloudwatch:DescribeAlarms" else json.loads(body)["AlarmNames"]
+                return f"arn:aws:cloudwatch:{region}:{account}:alarm:{names[0] if names else ''}"
+        return str(arn_of(service, method, path, headers, body, query, region, account))
+
+    iam_actions.extract_resource_arn = extract_resource_arn
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 

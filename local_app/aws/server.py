@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     hooks.hook_function_credentials()
     hooks.hook_requests_without_action(root)
     hooks.hook_alarms()
+    hooks.hook_alarm_arns()
     asyncio.run(serve(options.host, options.port, tls, invocations, state, root))
 
 

@@ -1,6 +1,7 @@
-"""The IAM permissions that a SageMaker request needs. AWS checks them before the operation.
+"""The IAM permissions that a request to SageMaker or Application Auto Scaling needs. AWS checks them before the operation.
 
 https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonsagemakerai.html
+https://docs.aws.amazon.com/service-authorization/latest/reference/list_awsapplicationautoscaling.html
 """
 
 from collections.abc import Mapping
@@ -21,20 +22,35 @@ NAMED = {
     "DescribeModelPackage": ("model-package", "ModelPackageName"),
     "UpdateModelPackage": ("model-package", "ModelPackageArn"),
     "DeleteModelPackage": ("model-package", "ModelPackageName"),
-    **{f"{verb}Model": ("model", "ModelName") for verb in ("Create", "Describe", "Delete")},
-    **{f"{verb}EndpointConfig": ("endpoint-config", "EndpointConfigName") for verb in ("Create", "Describe", "Delete")},
-    **{f"{verb}Endpoint": ("endpoint", "EndpointName") for verb in ("Create", "Describe", "Delete")},
-    **{
-        f"{verb}InferenceComponent": ("inference-component", "InferenceComponentName")
-        for verb in ("Create", "Describe", "Update", "Delete")
-    },
+    "CreateModel": ("model", "ModelName"),
+    "DescribeModel": ("model", "ModelName"),
+    "DeleteModel": ("model", "ModelName"),
+    "CreateEndpointConfig": ("endpoint-config", "EndpointConfigName"),
+    "DescribeEndpointConfig": ("endpoint-config", "EndpointConfigName"),
+    "DeleteEndpointConfig": ("endpoint-config", "EndpointConfigName"),
+    "CreateEndpoint": ("endpoint", "EndpointName"),
+    "DescribeEndpoint": ("endpoint", "EndpointName"),
+    "UpdateEndpoint": ("endpoint", "EndpointName"),
+    "DeleteEndpoint": ("endpoint", "EndpointName"),
+    "InvokeEndpoint": ("endpoint", "EndpointName"),
+    "InvokeEndpointWithResponseStream": ("endpoint", "EndpointName"),
+    "CreateInferenceComponent": ("inference-component", "InferenceComponentName"),
+    "DescribeInferenceComponent": ("inference-component", "InferenceComponentName"),
+    "UpdateInferenceComponent": ("inference-component", "InferenceComponentName"),
     "UpdateInferenceComponentRuntimeConfig": ("inference-component", "InferenceComponentName"),
+    "DeleteInferenceComponent": ("inference-component", "InferenceComponentName"),
 }
-# The second resource on which an operation needs its permission: resource type and member.
-ALSO = {
+# The second resource of an operation, which the request may name.
+ALSO_NAMED = {
     "CreateEndpoint": ("endpoint-config", "EndpointConfigName"),
+    "UpdateEndpoint": ("endpoint-config", "EndpointConfigName"),
     "CreateInferenceComponent": ("endpoint", "EndpointName"),
+    "InvokeEndpoint": ("inference-component", "InferenceComponentName"),
+    "InvokeEndpointWithResponseStream": ("inference-component", "InferenceComponentName"),
 }
+SCALING = frozenset({"RegisterScalableTarget", "DeregisterScalableTarget", "PutScalingPolicy", "DeleteScalingPolicy"})
+SCALING_SERVICE = "sagemaker.application-autoscaling.amazonaws.com"
+SCALING_ROLE = "AWSServiceRoleForApplicationAutoScaling_SageMakerEndpoint"
 
 
 class RequiredPermission(NamedTuple):
@@ -50,11 +66,13 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
 
     A request with tags also needs AddTags on the new resource. A request with a role also needs PassRole for the role.
     """
+    if operation in SCALING:
+        return _scaling_permissions(operation, request, arn_prefix)
+    if operation in ("DescribeScalableTargets", "DescribeScalingPolicies"):
+        return [RequiredPermission(f"application-autoscaling:{operation}", "*")]
     if operation in ("AddTags", "ListTags", "DeleteTags"):
         return [RequiredPermission(f"sagemaker:{operation}", request["ResourceArn"])]
-    kind, member = NAMED.get(operation, ("", ""))
-    name = request.get(member, "")
-    resource = name if name.startswith("arn:") else f"{arn_prefix}:{kind}/{name}" if name else "*"
+    resource = _named(NAMED.get(operation), request, arn_prefix) or "*"
     if operation == "ListModelPackages":  # its resource type is model-package: all versions in the group
         group = request.get("ModelPackageGroupName", "").rpartition("/")[2]
         resource = f"{arn_prefix}:model-package/{group}/*" if group else f"{arn_prefix}:model-package/*"
@@ -62,55 +80,43 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
     context = {"sagemaker:ModelApprovalStatus": approval} if approval else {}
     permissions = [RequiredPermission(f"sagemaker:{operation}", resource, context)]
     if operation == "CreateModelPackage":  # on the group, and on the new version in the group
-        package = f"{arn_prefix}:model-package/{name.rpartition('/')[2]}/1"
+        package = f"{arn_prefix}:model-package/{resource.rpartition('/')[2]}/1"
         permissions.append(RequiredPermission("sagemaker:CreateModelPackage", package, context))
-    if operation in ALSO:
-        kind, member = ALSO[operation]
-        permissions.append(RequiredPermission(f"sagemaker:{operation}", f"{arn_prefix}:{kind}/{request.get(member, '')}"))
+    if second := _named(ALSO_NAMED.get(operation), request, arn_prefix):
+        permissions.append(RequiredPermission(f"sagemaker:{operation}", second))
+    if operation == "InvokeEndpointWithResponseStream":  # "IAM permissions must allow the sagemaker:InvokeEndpoint action"
+        permissions += [permission._replace(action="sagemaker:InvokeEndpoint") for permission in permissions]
     if request.get("Tags"):
         permissions.append(RequiredPermission("sagemaker:AddTags", resource))
-    for member in ("RoleArn", "ExecutionRoleArn"):
-        if member in request:
-            passed_to = {"iam:PassedToService": "sagemaker.amazonaws.com"}
-            permissions.append(RequiredPermission("iam:PassRole", request[member], passed_to))
+    if role := request.get("RoleArn") or request.get("ExecutionRoleArn"):
+        passed_to = {"iam:PassedToService": "sagemaker.amazonaws.com"}
+        permissions.append(RequiredPermission("iam:PassRole", role, passed_to))
     return permissions
 
 
-def invocation_permissions(operation: str, parameters: Json, arn_prefix: str) -> list[RequiredPermission]:
-    """Return the permissions that an invocation needs, on the endpoint and on its inference component.
+def _named(member: tuple[str, str] | None, request: Json, arn_prefix: str) -> str | None:
+    """Return the ARN of the resource that a member of the request names, by its name or its ARN; None without one."""
+    kind, name = (member[0], request.get(member[1], "")) if member else ("", "")
+    if not name:
+        return None
+    return name if name.startswith("arn:") else f"{arn_prefix}:{kind}/{name}"
 
-    For a stream, "IAM permissions must allow the sagemaker:InvokeEndpoint action" (InvokeEndpointWithResponseStream in the
-    API reference); the service authorization reference has an action of the operation's name.
+
+def _scaling_permissions(operation: str, request: Json, arn_prefix: str) -> list[RequiredPermission]:
+    """Return the permissions of a request to Application Auto Scaling, which makes up the ids of scalable targets.
+
+    The first target in an account creates a role for the service, which the caller must be allowed
+    (https://docs.aws.amazon.com/autoscaling/application/userguide/application-auto-scaling-service-linked-roles.html).
     """
-    resources = [f"{arn_prefix}:endpoint/{parameters['EndpointName']}"]
-    if name := parameters.get("InferenceComponentName"):
-        resources.append(f"{arn_prefix}:inference-component/{name}")
-    actions = dict.fromkeys(("InvokeEndpoint", operation))
-    return [RequiredPermission(f"sagemaker:{action}", resource) for action in actions for resource in resources]
-
-
-def scaling_permissions(operation: str, request: Json, arn_prefix: str) -> list[RequiredPermission]:
-    """Return the permissions that a request to Application Auto Scaling needs.
-
-    https://docs.aws.amazon.com/service-authorization/latest/reference/list_awsapplicationautoscaling.html. Who registers a
-    component also needs the permissions to describe and to change its copies
-    (https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-auto-scaling-prerequisites.html).
-    """
-    action = f"application-autoscaling:{operation}"
-    if operation.startswith("Describe"):
-        return [RequiredPermission(action, "*")]
-    _, _, _, region, account = arn_prefix.split(":")
+    _, partition, _, region, account = arn_prefix.split(":")
+    target = f"arn:{partition}:application-autoscaling:{region}:{account}:scalable-target/1"
     context = {
-        "application-autoscaling:service-namespace": str(request.get("ServiceNamespace", "")),
-        "application-autoscaling:scalable-dimension": str(request.get("ScalableDimension", "")),
+        "application-autoscaling:service-namespace": request.get("ServiceNamespace", ""),
+        "application-autoscaling:scalable-dimension": request.get("ScalableDimension", ""),
     }
-    # A target's id is SageMaker's choice: nobody can name it in a policy.
-    target = f"arn:aws:application-autoscaling:{region}:{account}:scalable-target/0"
-    permissions = [RequiredPermission(action, target, context)]
+    permissions = [RequiredPermission(f"application-autoscaling:{operation}", target, context)]
     if operation == "RegisterScalableTarget":
-        component = f"{arn_prefix}:{request.get('ResourceId', '')}"
-        permissions += [
-            RequiredPermission(f"sagemaker:{needed}", component)
-            for needed in ("DescribeInferenceComponent", "UpdateInferenceComponentRuntimeConfig")
-        ]
+        role = f"arn:{partition}:iam::{account}:role/aws-service-role/{SCALING_SERVICE}/{SCALING_ROLE}"
+        created_for = {"iam:AWSServiceName": SCALING_SERVICE}
+        permissions.append(RequiredPermission("iam:CreateServiceLinkedRole", role, created_for))
     return permissions

@@ -32,12 +32,7 @@ from local_app.common import ACCOUNT, REGION, Json
 from local_app.credentials import Credentials, post_signed
 from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.emulator import SageMakerEmulator
-from local_app.sagemaker.permissions import (
-    RequiredPermission,
-    invocation_permissions,
-    required_permissions,
-    scaling_permissions,
-)
+from local_app.sagemaker.permissions import RequiredPermission, required_permissions
 from local_app.sagemaker.runtime import parse
 from local_app.sagemaker.sandbox import StartupError
 
@@ -47,9 +42,8 @@ logger = logging.getLogger(__name__)
 Authorizer = Callable[[Json, list[RequiredPermission]], None]
 # The same for one request.
 Require = Callable[..., None]
-# By the prefix of X-Amz-Target: the service, and the permissions that its requests need.
+# The services by the prefix of X-Amz-Target.
 SERVICES = {"SageMaker": "sagemaker", "AnyScaleFrontendService": "application-autoscaling"}
-PERMISSIONS = {"SageMaker": required_permissions, "AnyScaleFrontendService": scaling_permissions}
 
 
 def remote_authorizer(url: str, root: Credentials) -> Authorizer:
@@ -121,7 +115,7 @@ async def _invoke(
     """Answer a request of SageMaker Runtime."""
     _refuse_browsers(scope)
     invocation = parse(scope["method"], scope["path"], headers_of(scope), body)
-    permissions = invocation_permissions(invocation.operation, invocation.parameters, emulator.arn_prefix)
+    permissions = required_permissions(invocation.operation, invocation.parameters, emulator.arn_prefix)
     await asyncio.to_thread(require, *permissions)
     await emulator.runtime.serve(invocation, receive, send)
 
@@ -149,15 +143,15 @@ def _respond(emulator: SageMakerEmulator, require: Require, scope: Scope, body: 
 
 def _call(emulator: SageMakerEmulator, require: Require, target: str, body: bytes) -> Json:
     prefix, _, operation = target.partition(".")
-    if prefix not in PERMISSIONS:
+    if prefix not in SERVICES:
         raise ServiceError(
             "UnknownOperationException",
-            f"Expected a header X-Amz-Target: <service>.<operation>, of {', '.join(PERMISSIONS)}.",
+            f"Expected a header X-Amz-Target: <service>.<operation>, of {', '.join(SERVICES)}.",
         )
     request = json.loads(body or b"{}")
     if not isinstance(request, dict):
         raise ServiceError("SerializationException", "The body must be a JSON object.")
-    require(*PERMISSIONS[prefix](operation, request, emulator.arn_prefix))
+    require(*required_permissions(operation, request, emulator.arn_prefix))
     return emulator.call(operation, request, SERVICES[prefix])
 
 

@@ -2,37 +2,52 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aws_lambda_powertools.utilities.parser import parse
 from aws_lambda_powertools.utilities.parser.models import S3EventNotificationEventBridgeModel
+from fake_stack import SETTINGS
 from pydantic import ValidationError
 
 from local_app.aws.hooks import matches_pattern
 from pipeline.jobs.training_job import TrainingJob
 from pipeline.notify.events import (
+    DEPLOY_MODEL_EVENT,
     PUBLISH_RESULTS_EVENT,
     START_TRAINING_EVENT,
+    ChampionChanged,
     DatasetValidated,
+    EndpointStateChange,
     JobStateChange,
     PackageStateChange,
     RunEvent,
+    Scheduled,
     SlotMayBeFree,
     StopRequested,
+    UndeployRequested,
     Upload,
     ValidationRequested,
 )
+from pipeline.runs.lines import Line
 from pipeline.runs.states import Run, RunState
+from pipeline.stages.champions import announce_champion
 
 EVENTS = Path(__file__).parents[2] / "events"
 NAMES = sorted(path.stem for path in EVENTS.glob("*.json"))
 # One more than the rules let through: a function that is invoked by hand, or twice, must take it too.
-OUTSIDE_RULES = {"validate_dataset.outside", "reconcile.scheduled"}
+OUTSIDE_RULES = {"validate_dataset.outside", "reconcile.scheduled", "deploy_model.scheduled"}
+# What deploy_model takes of each event's detail.
+DEPLOYMENTS = {
+    "Champion Changed": (ChampionChanged, "line"),
+    "Undeploy Requested": (UndeployRequested, "line"),
+    "SageMaker Endpoint State Change": (EndpointStateChange, "EndpointName"),
+}
 
 
 def test_there_is_an_event_for_every_function():
     assert {name.split(".")[0] for name in NAMES} == {
-        "validate_dataset", "start_training", "test_model", "publish_results", "reconcile",
+        "validate_dataset", "start_training", "test_model", "publish_results", "reconcile", "deploy_model",
     }  # fmt: skip
 
 
@@ -42,6 +57,13 @@ def test_events_parse_in_their_consumers(name, load_event):
     if event["source"] == "aws.s3":
         upload = Upload.from_event(parse(event, model=S3EventNotificationEventBridgeModel))
         assert upload.key == event["detail"]["object"]["key"]
+    elif event["detail-type"] in DEPLOYMENTS:
+        kind, member = DEPLOYMENTS[event["detail-type"]]
+        parsed = DEPLOY_MODEL_EVENT.validate_python(event)
+        assert isinstance(parsed, kind)
+        assert getattr(parsed.detail, member) == event["detail"][member]
+    elif event["source"] == "aws.events":
+        assert isinstance(DEPLOY_MODEL_EVENT.validate_python(event), Scheduled)
     elif event["detail-type"] == "SageMaker Model Package State Change":
         parsed = PUBLISH_RESULTS_EVENT.validate_python(event)
         assert isinstance(parsed, PackageStateChange)
@@ -68,12 +90,41 @@ def test_start_training_refuses_an_event_that_no_rule_delivers(load_event):
         START_TRAINING_EVENT.validate_python(event)
 
 
-def test_start_training_takes_every_event_of_its_rules(rules, load_event):
+@pytest.mark.parametrize(
+    ("function", "adapter", "detail"),
+    [
+        ("start_training", START_TRAINING_EVENT, {"run_id": "cars-0123456789ab"}),
+        ("deploy_model", DEPLOY_MODEL_EVENT, {"line": "cars", "EndpointName": "tunedrop-base-0a1b2c3d"}),
+    ],
+)
+def test_a_function_takes_every_event_of_its_rules(function, adapter, detail, rules, load_event):
     """A detail type that the template's rules deliver and the union lacks would end in the dead-letter queue."""
-    delivered = {kind for rule in rules if rule.function == "start_training" for kind in rule.pattern["detail-type"]}
-    event = load_event("start_training.dataset_validated")
+    delivered = {kind for rule in rules if rule.function == function for kind in rule.pattern["detail-type"]}
+    assert delivered
+    event = load_event("start_training.dataset_validated") | {"detail": detail}
     for kind in delivered:
-        assert START_TRAINING_EVENT.validate_python(event | {"detail-type": kind}).detail_type == kind
+        assert adapter.validate_python(event | {"detail-type": kind}).detail_type == kind
+
+
+def test_deploy_model_takes_awss_sample_of_an_endpoints_event(load_event):
+    """https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html#eventbridge-endpoint"""
+    event = load_event("deploy_model.endpoint_in_service") | {"time": "1583831889050"}
+    event["detail"]["ProductionVariants"] = [{"DesiredWeight": 1.0, "DesiredInstanceCount": 1.0}]
+    assert isinstance(DEPLOY_MODEL_EVENT.validate_python(event), EndpointStateChange)
+
+
+def test_a_champions_event_reaches_deploy_model(rules, load_event):
+    line = Line(line="Größe & Co", version=3, champion="cars-0123456789ab", champion_package="arn")
+    sent: list[dict[str, str]] = []
+    aws = SimpleNamespace(
+        events=SimpleNamespace(put_events=lambda Entries: sent.extend(Entries) or {"FailedEntryCount": 0}),
+        lines=SimpleNamespace(mark_announced=lambda line: None),
+    )
+    announce_champion(line, SETTINGS, aws)
+    event = load_event("deploy_model.champion_changed") | {"detail": json.loads(sent[0]["Detail"])}
+    assert event["detail"].keys() == load_event("deploy_model.champion_changed")["detail"].keys()
+    assert {rule.function for rule in rules if matches_pattern(rule.pattern, event)} == {"deploy_model"}
+    assert DEPLOY_MODEL_EVENT.validate_python(event).detail.line == line.line
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - OUTSIDE_RULES - {"start_training.job_ended"}))

@@ -53,7 +53,7 @@ def recorded(world) -> Iterator[set[Permission]]:
     handle, make_api_call = world.handle, BaseClient._make_api_call
 
     def call(client, operation, arguments):
-        if role and client.meta.service_model.service_name == "sagemaker":
+        if role and client.meta.service_model.service_name in ("sagemaker", "sagemaker-runtime"):
             found.update(of_sagemaker(role, operation, arguments))
         return make_api_call(client, operation, arguments)
 

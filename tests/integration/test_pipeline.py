@@ -243,6 +243,24 @@ def test_what_is_fixed_or_unlikely_to_be_meant_is_in_the_receipt(world):
     assert world.read_json(f"runs/{run.run_id}/input/config.json")["grpo"]["generation_batch_size"] == 16
 
 
+@pytest.mark.parametrize(
+    ("serve", "stack", "warns"),
+    [
+        ("{instance_type: ml.g5.xlarge}", "", True),
+        ("{instance_type: ml.g5.xlarge}", "ml.g6.xlarge", False),
+        ("{instance_type: ml.g5.xlarge, enabled: false}", "", False),
+        ("{enabled: true}", "", False),  # the default
+    ],
+)
+def test_how_to_serve_a_model_has_no_effect_where_none_is_served(world, monkeypatch, serve, stack, warns):
+    monkeypatch.setenv("ENDPOINT_INSTANCE_TYPE", stack)
+    world.put("training_data/cars.yaml", f"serve: {serve}".encode())
+    run = world.drop()
+    assert run.state == RunState.VALIDATED
+    warnings = world.read_json(f"runs/{run.run_id}/validation.json")["warnings"]
+    assert any(warning.startswith("serve has no effect") for warning in warnings) == warns
+
+
 def test_mistakes_in_config_and_data_are_in_one_receipt(world):
     world.put("training_data/cars.yaml", b"modle: x")
     run = world.drop(body=b'{"question":"a"}\n')

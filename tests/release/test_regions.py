@@ -28,9 +28,9 @@ def known(region, **more):
     } | more
 
 
-def pulled(region, uri=""):
-    """The repository that the jobs' role may pull from."""
-    (policy,) = of_type(TEMPLATE, "AWS::IAM::Role")["SageMakerRole"]["Policies"]
+def pulled(region, uri="", role="SageMakerRole"):
+    """The repository that a role may pull from."""
+    (policy,) = of_type(TEMPLATE, "AWS::IAM::Role")[role]["Policies"]
     (statement,) = [s for s in policy["PolicyDocument"]["Statement"] if "ecr:BatchGetImage" in s.get("Action", ())]
     return resolve(statement["Resource"], known(region, TrainingImageUri=uri), {"HasTrainingImage": bool(uri)})
 
@@ -55,13 +55,16 @@ def test_the_training_image_is_the_sdks_and_the_role_may_pull_it(region):
 
 
 @pytest.mark.parametrize("region", REGIONS)
-def test_the_serving_image_is_the_newest_of_the_region(region):
+def test_the_serving_image_is_the_newest_of_the_region_and_endpoints_may_pull_it(region):
     newest = [version for version, image in SERVING.items() if region in image["registries"]][-1]
     image = inference_image(region)
     assert image is not None
     registry, _, image = image.partition("/")
     assert registry.startswith(f"{SERVING[newest]['registries'][region]}.dkr.ecr.{region}.")
     assert image.startswith(f"vllm:{newest}-")
+    account = registry.partition(".")[0]
+    repository = f"arn:{known(region)['AWS::Partition']}:ecr:{region}:{account}:repository/vllm"
+    assert pulled(region, role="ServingRole") == repository
 
 
 def test_a_region_without_the_serving_image_has_none():

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError, EventStreamError
 from components import CONTAINER, Serving
 
 from local_app.sagemaker import runtime
-from local_app.sagemaker.permissions import RequiredPermission, invocation_permissions
+from local_app.sagemaker.permissions import RequiredPermission, required_permissions
 from local_app.sagemaker.server import serve as serve_http
 
 ARN = "arn:aws:sagemaker:us-east-1:000000000000"
@@ -185,11 +185,11 @@ def test_an_invocation_needs_its_permission_on_the_endpoint_and_on_the_component
     both = [f"{ARN}:endpoint/ep", f"{ARN}:inference-component/base"]
     parameters = {"EndpointName": "ep", "InferenceComponentName": "base"}
     invoking = [RequiredPermission("sagemaker:InvokeEndpoint", resource) for resource in both]
-    assert invocation_permissions("InvokeEndpoint", parameters, ARN) == invoking
+    assert required_permissions("InvokeEndpoint", parameters, ARN) == invoking
     # The API reference: "your IAM permissions must allow the sagemaker:InvokeEndpoint action".
-    assert invocation_permissions("InvokeEndpointWithResponseStream", parameters, ARN) == [
-        *invoking,
+    assert required_permissions("InvokeEndpointWithResponseStream", parameters, ARN) == [
         *(RequiredPermission("sagemaker:InvokeEndpointWithResponseStream", resource) for resource in both),
+        *invoking,
     ]
 
 

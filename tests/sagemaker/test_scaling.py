@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError
 from components import Serving
 
 from local_app.sagemaker.metrics import NAMESPACE, Metrics, evaluate
-from local_app.sagemaker.permissions import scaling_permissions
+from local_app.sagemaker.permissions import required_permissions
 from local_app.sagemaker.scaling import _is_in
 
 ARN = "arn:aws:sagemaker:us-east-1:000000000000"
@@ -251,13 +251,9 @@ def test_the_alarm_of_a_refused_change_asks_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_scaling_needs_of_iam() -> None:
-    """https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-auto-scaling-prerequisites.html"""
-    first, *others = scaling_permissions("RegisterScalableTarget", TARGET, ARN)
-    assert first.resource.startswith("arn:aws:application-autoscaling:us-east-1:000000000000:scalable-target/")
-    assert first.context["application-autoscaling:service-namespace"] == "sagemaker"
-    component = f"{ARN}:inference-component/base"
-    assert [(each.action, each.resource) for each in others] == [
-        ("sagemaker:DescribeInferenceComponent", component),
-        ("sagemaker:UpdateInferenceComponentRuntimeConfig", component),
-    ]
-    assert [each.resource for each in scaling_permissions("DescribeScalableTargets", {}, ARN)] == ["*"]
+    """https://docs.aws.amazon.com/service-authorization/latest/reference/list_awsapplicationautoscaling.html"""
+    target, role = required_permissions("RegisterScalableTarget", TARGET, ARN)
+    assert target.resource.startswith("arn:aws:application-autoscaling:us-east-1:000000000000:scalable-target/")
+    assert target.context["application-autoscaling:service-namespace"] == "sagemaker"
+    assert role.action == "iam:CreateServiceLinkedRole"
+    assert required_permissions("DescribeScalableTargets", {}, ARN)[0].resource == "*"

@@ -102,6 +102,12 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
         "TOPIC_ARN": topic,
         "MODEL_PACKAGE_GROUP": MODELS,
         "REPORT_LINK_HOURS": "12",
+        "ENDPOINT_INSTANCE_TYPE": "ml.g5.xlarge",
+        "ENDPOINT_MAX_INSTANCES": "2",
+        "ENDPOINT_IDLE_MINUTES": "15",
+        "ENDPOINT_BAKE_MINUTES": "5",
+        "SERVING_ROLE_ARN": "arn:aws:iam::123456789012:role/ServingRole",
+        "ALARM_TOPIC_ARN": "arn:aws:sns:us-east-1:123456789012:alarms",
         "POWERTOOLS_SERVICE_NAME": "test",
         "POWERTOOLS_METRICS_NAMESPACE": "tunedrop",
     }

@@ -16,8 +16,10 @@ from ministack.app import _extract_s3_vhost_bucket
 from ministack.core import iam_actions, iam_evaluator, router
 from template import listed, load_template, of_type, resolve
 
+from local_app.aws import hooks
 from local_app.sagemaker.permissions import required_permissions
 
+hooks.hook_alarm_arns()
 Json = dict[str, Any]
 ACCOUNT, REGION = "123456789012", "us-east-1"
 KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/11111111-2222-3333-4444-555555555555"
@@ -43,6 +45,9 @@ def of_request(role: str, method: str, url: str, headers: Json, body: object = b
     names["host"] = parts.netloc
     if names.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         query |= parse_qs(body.decode())
+    if parts.netloc.startswith("application-autoscaling."):
+        yield from of_sagemaker(role, names["x-amz-target"].rpartition(".")[2], json.loads(body))
+        return
     service = router.detect_service(method, path, names, query)
     if service == "s3" and (bucket := _extract_s3_vhost_bucket(parts.netloc)):
         path = f"/{bucket}{path}"
@@ -60,7 +65,7 @@ def of_request(role: str, method: str, url: str, headers: Json, body: object = b
 
 
 def of_sagemaker(role: str, operation: str, request: Json) -> Iterator[Permission]:
-    """Yield the permissions that a call of SageMaker needs."""
+    """Yield the permissions that a call of SageMaker or Application Auto Scaling needs."""
     for check in required_permissions(operation, request, f"arn:aws:sagemaker:{REGION}:{ACCOUNT}"):
         yield Permission(role, check.action, check.resource, dict(check.context))
 
@@ -69,7 +74,7 @@ def known_names(prefix: str = PREFIX) -> dict[str, str]:
     """Return the names that the stack of `fake_stack` would have had from CloudFormation."""
     logs = {
         f"{name}Logs.Arn": f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/lambda/tunedrop-{name}:*"
-        for name in ("ValidateDataset", "StartTraining", "TestModel", "PublishResults", "Reconcile")
+        for name in ("ValidateDataset", "StartTraining", "TestModel", "PublishResults", "Reconcile", "DeployModel")
     }
     return logs | {
         "AWS::Partition": "aws",
@@ -87,6 +92,7 @@ def known_names(prefix: str = PREFIX) -> dict[str, str]:
         "AlarmTopic": f"arn:aws:sns:{REGION}:{ACCOUNT}:alarms",
         "DeadLetterQueue.Arn": f"arn:aws:sqs:{REGION}:{ACCOUNT}:dead-letters",
         "SageMakerRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/SageMakerRole",
+        "ServingRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/ServingRole",
         "AWS::StackId": f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/tunedrop/{STACK_ID}",
         "JobPrefix": prefix,
         "TrainingImageUri": IMAGE,
@@ -95,9 +101,9 @@ def known_names(prefix: str = PREFIX) -> dict[str, str]:
 
 
 def policies(has_image: bool = False) -> dict[str, list[Json]]:
-    """Return every role's statements, resolved for a stack with a key and a VPC."""
+    """Return every role's statements, resolved for a stack with a key and a VPC that serves models."""
     template = load_template()
-    conditions = {"HasKmsKey": True, "HasVpc": True, "HasTrainingImage": has_image}
+    conditions = {"HasKmsKey": True, "HasVpc": True, "HasTrainingImage": has_image, "ServesModels": True}
     conditions |= {"HasRewardFunctions": False, "HasRewardJudge": False}  # tests/template/test_reward_parameters.py
     shared = {
         name: resolve(policy["PolicyDocument"]["Statement"], known_names(), conditions)
@@ -107,8 +113,8 @@ def policies(has_image: bool = False) -> dict[str, list[Json]]:
     for name, role in of_type(template, "AWS::IAM::Role").items():
         own = [statement for policy in role["Policies"] for statement in policy["PolicyDocument"]["Statement"]]
         found[name] = resolve(own, known_names(), conditions)
-        for managed in role.get("ManagedPolicyArns", []):
-            found[name] += shared[managed["Ref"]]
+        for managed in resolve(role.get("ManagedPolicyArns", []), {policy: policy for policy in shared}, conditions):
+            found[name] += shared[managed]
     return found
 
 

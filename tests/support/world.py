@@ -1,4 +1,4 @@
-"""The five handlers over moto: real events in, real (emulated) state behind, everything that was sent recorded."""
+"""The handlers over moto: real events in, real (emulated) state behind, everything that was sent recorded."""
 
 import copy
 import importlib
@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
+from fake_serving import FakeServing
 from fake_stack import ARTIFACTS, DATA, OWN_RULES, PREFIX, TABLE, create_resources
 from moto import mock_aws
 from moto.dynamodb.models import DynamoDBBackend
@@ -121,6 +122,7 @@ class World:
     groups: set[str] = field(default_factory=set)  # model package groups
     packages: dict[str, Any] = field(default_factory=dict)  # what CreateModelPackage answered, by client token
     deleted_packages: set[str] = field(default_factory=set)
+    serving: FakeServing = field(default_factory=FakeServing)
     group_is_there: str = "ValidationException"  # how the registry says so of one that is to be made again
     uploads: int = 0
     calls: list[str] = field(default_factory=list)  # the operations of the last invocation, in order
@@ -411,6 +413,13 @@ def _record(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     make_api_call = BaseClient._make_api_call
 
     def call(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if FakeServing.has(operation):
+            # The checks that an HTTP request would have had.
+            client._serializer.serialize_to_request(arguments, client.meta.service_model.operation_model(operation))
+            try:
+                return world.serving.answer(operation, arguments)
+            except ClientError as error:  # the service's own class, where its model has one
+                raise client.exceptions.from_code(error.response["Error"]["Code"])(error.response, operation) from None
         _refuse(world, operation, arguments)
         answer = _answer(world, operation, arguments, lambda: make_api_call(client, operation, arguments))
         _note(world, operation, arguments)

@@ -18,7 +18,7 @@ from template import load_template, of_type
 from local_app.build import Build, build
 from local_app.stack import PROJECT
 
-HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")
+HANDLERS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile", "deploy_model")
 # What the layer of validate_dataset is for. Nothing of it may cost a cold start.
 ON_DEMAND = ("math_verify", "sympy", "rapidfuzz", "jsonschema", "tokenizers", "arro3")
 REWARDS: list[dict[str, Any]] = [

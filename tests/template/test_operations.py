@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from template import TEMPLATE, load_template, of_type, resolve
+from template import TEMPLATE, Json, load_template, of_type, resolve
 
 TEMPLATE_DATA = load_template()
 ALARMS = of_type(TEMPLATE_DATA, "AWS::CloudWatch::Alarm")
@@ -20,8 +20,17 @@ KNOWN = {
 }
 
 
-def names() -> set[str]:
-    return {resolve(alarm["AlarmName"], KNOWN) for alarm in ALARMS.values()}
+def names_of(resources: dict[str, Json], name: str, serves: bool) -> set[str]:
+    """The names of alarms or functions of a stack that serves models, or of one that does not."""
+    return {
+        resolve(properties[name], KNOWN)
+        for logical_id, properties in resources.items()
+        if serves or TEMPLATE_DATA["Resources"][logical_id].get("Condition") != "ServesModels"
+    }
+
+
+def names(serves: bool = True) -> set[str]:
+    return names_of(ALARMS, "AlarmName", serves)
 
 
 def test_every_function_the_dead_letters_and_old_runs_have_an_alarm() -> None:
@@ -65,22 +74,28 @@ def test_the_metric_of_old_runs_is_the_one_that_reconcile_emits() -> None:
     assert alarm["Dimensions"] == [{"Name": "service", "Value": "reconcile"}]
 
 
-def test_the_dashboard_is_json_and_shows_every_alarm_and_function() -> None:
+@pytest.mark.parametrize("serves", [True, False])
+def test_the_dashboard_is_json_and_shows_every_alarm_and_function(serves: bool) -> None:
     (dashboard,) = of_type(TEMPLATE_DATA, "AWS::CloudWatch::Dashboard").values()
-    body = json.loads(resolve(dashboard["DashboardBody"], KNOWN))
+    body = json.loads(resolve(dashboard["DashboardBody"], KNOWN, {"ServesModels": serves}))
     shown = {arn.rpartition(":")[2] for widget in body["widgets"] for arn in widget["properties"].get("alarms", [])}
-    assert shown == names()
-    functions = {resolve(function["FunctionName"], KNOWN) for function in FUNCTIONS.values()}
+    assert shown == names(serves)
+    functions = names_of(FUNCTIONS, "FunctionName", serves)
+    rows = [row for widget in body["widgets"] for row in widget["properties"].get("metrics", [])]
     for metric in ("Errors", "Duration"):
-        rows = [row for widget in body["widgets"] for row in widget["properties"].get("metrics", [])]
         assert {row[3] for row in rows if row[:2] == ["AWS/Lambda", metric]} == functions
+    searches = [row[0]["expression"] for row in rows if isinstance(row[0], dict)]
+    assert len(searches) == (6 if serves else 0)
+    assert all(search.startswith("SEARCH('{") and "InferenceComponentName=ours'" in search for search in searches)
     assert all(widget["width"] + widget["x"] <= 24 for widget in body["widgets"])
 
 
 def test_operations_tells_of_every_alarm_parameter_and_state() -> None:
     for name in names():
         assert f"`{name.replace('mine-', '<stack>-', 1)}`" in OPERATIONS, name
-    for parameter in ("KmsKeyArn", "VpcSubnetIds", "EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"):
+    endpoints = [parameter for parameter in TEMPLATE_DATA["Parameters"] if parameter.startswith("Endpoint")]
+    isolation = ["EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"]
+    for parameter in ("KmsKeyArn", "VpcSubnetIds", *isolation, *endpoints):
         assert f"`{parameter}`" in OPERATIONS
     from pipeline.runs.states import RunState
 

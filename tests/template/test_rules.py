@@ -15,7 +15,7 @@ def test_the_templates_rules(transformed: Json) -> None:
     patterns = [
         rule["EventPattern"] for rule in of_type(transformed, "AWS::Events::Rule").values() if "EventPattern" in rule
     ]
-    assert len(patterns) == 7
+    assert len(patterns) == 9
     assert max(map(complexity, patterns)) <= MOST
 
 

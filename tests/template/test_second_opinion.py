@@ -29,13 +29,15 @@ NOT_MADE = {
 }
 NO_VALUE = {"Ref": "AWS::NoValue"}
 NAME = "second"
+SERVES = "ServesModels"
 
 
 def chosen(value: Any) -> Any:
-    """Take the second branch of every condition (no key, no VPC, no image of one's own), and out what is no value."""
+    """Take a branch of every condition (models are served; no key, no VPC, no image of one's own), and out what is no value."""
     if isinstance(value, dict):
         if value.keys() == {"Fn::If"}:
-            return chosen(value["Fn::If"][2])
+            condition, yes, no = value["Fn::If"]
+            return chosen(yes if condition == SERVES else no)
         if value == {"Ref": "EventBus"}:
             return NAME
         return {name: kept for name, item in value.items() if (kept := chosen(item)) != NO_VALUE}
@@ -47,7 +49,7 @@ def chosen(value: Any) -> Any:
 @pytest.fixture(scope="module")
 def template(transformed: Json) -> Json:
     mine = copy.deepcopy(transformed)
-    mine["Resources"] = {n: chosen(r) for n, r in mine["Resources"].items() if "Condition" not in r}
+    mine["Resources"] = {n: chosen(r) for n, r in mine["Resources"].items() if r.get("Condition", SERVES) == SERVES}
     mine["Outputs"] = chosen(mine["Outputs"])
     return mine
 
@@ -67,7 +69,10 @@ def stack(template: Json) -> Iterator[Json]:
         for key in ("functions.zip", "layer.zip"):
             boto3.client("s3").put_object(Bucket="bucket", Key=key, Body=package.getvalue())
         cloudformation = boto3.client("cloudformation")
-        cloudformation.create_stack(StackName=NAME, TemplateBody=json.dumps(template), Capabilities=["CAPABILITY_IAM"])
+        serving = [{"ParameterKey": "EndpointInstanceType", "ParameterValue": "ml.g5.xlarge"}]
+        cloudformation.create_stack(
+            StackName=NAME, TemplateBody=json.dumps(template), Parameters=serving, Capabilities=["CAPABILITY_IAM"]
+        )
         (made,) = cloudformation.describe_stacks(StackName=NAME)["Stacks"]
         passed_over = {str(each.message).split()[3] for each in said if "Tried to parse" in str(each.message)}
         outputs = {output["OutputKey"]: output["OutputValue"] for output in made["Outputs"]}
@@ -83,14 +88,15 @@ def test_it_is_created_but_for_what_moto_does_not_know(template: Json, stack: Js
 def test_functions_are_named_after_the_prefix_and_know_what_was_made(template: Json, stack: Json) -> None:
     client, outputs = boto3.client("lambda"), stack["Outputs"]
     found = {each["FunctionName"]: each["Environment"]["Variables"] for each in client.list_functions()["Functions"]}
-    assert found.keys() == {
-        f"tunedrop-{name}" for name in "validate-dataset start-training test-model publish-results reconcile".split()
-    }
+    names = "validate-dataset start-training test-model publish-results reconcile deploy-model".split()
+    assert found.keys() == {f"tunedrop-{name}" for name in names}
     for variables in found.values():
         assert variables["DATA_BUCKET"] == outputs["DataBucket"]
         assert variables["RUN_TABLE"] == outputs["RunTable"]
     group = f"tunedrop-{stack['Id'].rpartition('/')[2].partition('-')[0]}"
     assert outputs["ModelPackageGroup"] == found["tunedrop-publish-results"]["MODEL_PACKAGE_GROUP"] == group
+    assert outputs["ServingRoleArn"] == found["tunedrop-deploy-model"]["SERVING_ROLE_ARN"]
+    assert outputs["EndpointInstanceType"] == found["tunedrop-validate-dataset"]["ENDPOINT_INSTANCE_TYPE"] == "ml.g5.xlarge"
     assert outputs["TrainingImageUri"] == (
         "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
     )
@@ -107,7 +113,7 @@ def test_rules_have_the_names_that_were_given(template: Json, stack: Json) -> No
         if rule.get("EventBusName") == "default"
     ]
     assert sorted(found, key=str) == sorted(wanted, key=str)
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 def test_roles_have_their_policies(template: Json, stack: Json) -> None:

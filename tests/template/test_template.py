@@ -6,6 +6,7 @@ import re
 import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_stack import OWN_RULES
@@ -13,7 +14,14 @@ from template import Json, listed, of_type, resolve
 
 from local_app.aws.hooks import matches_pattern
 from local_app.stack import PROJECT
-from pipeline.settings import JobSettings, PublishSettings, ReconcileSettings, Settings, ValidateSettings
+from pipeline.settings import (
+    DeploySettings,
+    JobSettings,
+    PublishSettings,
+    ReconcileSettings,
+    Settings,
+    ValidateSettings,
+)
 from tunedrop.rewards import REWARD_ENVIRONMENT
 
 SAM = PROJECT / ".venv-sam" / "bin"
@@ -24,10 +32,14 @@ SETTINGS: dict[str, type[Settings]] = {
     "test_model": JobSettings,
     "publish_results": PublishSettings,
     "reconcile": ReconcileSettings,
+    "deploy_model": DeploySettings,
 }
 # AWS knows no narrower resource for these
 # (https://docs.aws.amazon.com/service-authorization/latest/reference/reference_policies_actions-resources-contextkeys.html).
-ON_EVERYTHING = ["xray:Put*", "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "ec2:Describe*"]
+ON_EVERYTHING = [
+    *("xray:Put*", "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "ec2:Describe*"),
+    *("sagemaker:ListEndpoints", "sagemaker:ListInferenceComponents"),
+]
 
 
 def functions(template: Json) -> dict[str, Json]:
@@ -68,7 +80,7 @@ def test_cfn_lint_finds_nothing_to_say_about_the_transformed_template(transforme
 # ---- functions -------------------------------------------------------------------------------------------------------
 
 
-def test_every_function_is_one_of_the_five_with_its_own_role_and_log_group(transformed: Json) -> None:
+def test_every_function_is_one_of_the_six_with_its_own_role_and_log_group(transformed: Json) -> None:
     found = functions(transformed)
     assert {f["Handler"] for f in found.values()} == {f"{name}.app.handler" for name in SETTINGS}
     assert len({json.dumps(f["Role"]) for f in found.values()}) == len(found)
@@ -102,9 +114,8 @@ def test_every_function_gets_the_settings_it_reads(transformed: Json) -> None:
         variables = function["Environment"]["Variables"]
         name = variables["POWERTOOLS_SERVICE_NAME"]
         assert function["Handler"] == f"{name}.app.handler"
-        needed = {field.upper() for field, info in SETTINGS[name].model_fields.items() if info.is_required()}
         own = {v for v in variables if not v.startswith(("POWERTOOLS_", "AWS_"))}
-        assert needed == own, name
+        assert own == {field.upper() for field in SETTINGS[name].model_fields}, name
 
 
 # ---- nothing lost ----------------------------------------------------------------------------------------------------
@@ -114,14 +125,17 @@ DEAD_LETTERS = {"Fn::GetAtt": ["DeadLetterQueue", "Arn"]}
 
 def test_every_rule_has_a_dead_letter_queue_that_takes_its_events(transformed: Json) -> None:
     rules = of_type(transformed, "AWS::Events::Rule")
-    assert len(rules) == 8
+    assert len(rules) == 11
     for name, rule in rules.items():
         assert all(target["DeadLetterConfig"] == {"Arn": DEAD_LETTERS} for target in rule["Targets"]), name
     (policy,) = of_type(transformed, "AWS::SQS::QueuePolicy").values()
     allow = next(s for s in policy["PolicyDocument"]["Statement"] if s["Effect"] == "Allow")
     assert allow["Resource"] == DEAD_LETTERS
-    allowed = {arn["Fn::GetAtt"][0] for arn in allow["Condition"]["ArnEquals"]["aws:SourceArn"]}
-    assert allowed == rules.keys()
+    allowed = {}
+    for arn in allow["Condition"]["ArnEquals"]["aws:SourceArn"]:
+        condition, there, _ = arn.get("Fn::If", [None, arn, None])
+        allowed[there["Fn::GetAtt"][0]] = condition
+    assert allowed == {name: transformed["Resources"][name].get("Condition") for name in rules}
 
 
 def test_every_function_has_an_on_failure_destination_that_it_may_send_to(transformed: Json) -> None:
@@ -157,14 +171,16 @@ def test_no_policy_allows_every_action_or_more_resources_than_it_must(transforme
     assert {n for n in of_type(transformed, "AWS::IAM::Role") if n.endswith("FunctionRole")} == set()
 
 
-def test_only_the_sagemaker_role_is_passed_and_only_to_sagemaker(transformed: Json) -> None:
-    passes = [(name, s) for name, s in statements(transformed) if "iam:PassRole" in listed(s["Action"])]
-    assert {name for name, _ in passes} == {"StartJobsPolicy"}
+def test_only_the_sagemaker_roles_are_passed_and_only_to_sagemaker(transformed: Json) -> None:
+    passes = {name: s for name, s in statements(transformed) if "iam:PassRole" in listed(s["Action"])}
+    passed = {"StartJobsPolicy": "SageMakerRole", "DeployModelRole": "ServingRole"}
+    assert {name: s["Resource"] for name, s in passes.items()} == {
+        name: {"Fn::GetAtt": [role, "Arn"]} for name, role in passed.items()
+    }
     roles = of_type(transformed, "AWS::IAM::Role").items()
     allowed = {name for name, role in roles if {"Ref": "StartJobsPolicy"} in role.get("ManagedPolicyArns", [])}
     assert allowed == {"StartTrainingRole", "TestModelRole", "ReconcileRole"}
-    for _, statement in passes:
-        assert statement["Resource"] == {"Fn::GetAtt": ["SageMakerRole", "Arn"]}
+    for statement in passes.values():
         assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
 
 
@@ -194,6 +210,7 @@ def test_parameters_and_outputs(transformed: Json) -> None:
         *("NotificationEmail", "ReportLinkHours", "ReconcileInterval", "RunAgeLimitHours", "LogRetentionDays"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds", "SageMakerEndpointUrl"),
         *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
+        *("EndpointInstanceType", "EndpointMaxInstances", "EndpointIdleMinutes", "EndpointBakeMinutes"),
         *REWARD_ENVIRONMENT.values(),
     }
     assert transformed["Outputs"].keys() == {
@@ -201,6 +218,7 @@ def test_parameters_and_outputs(transformed: Json) -> None:
         *("StopRunsPolicyArn", "SageMakerRoleArn", "ModelPackageGroup", "TrainingImageUri", "JobPrefix"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds"),
         *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
+        *("EndpointInstanceType", "ServingRoleArn", "InvokeModelsPolicyArn", "UndeployPolicyArn"),
         *REWARD_ENVIRONMENT.values(),
     }
 
@@ -225,6 +243,15 @@ def takers(template: Json, known: dict[str, str], bus: str, event: Json) -> set[
         if matches_pattern(resolve(rule["EventPattern"], known), event):
             taken |= {target["Arn"]["Fn::GetAtt"][0] for target in rule["Targets"]}
     return taken
+
+
+def without_serving(value: Any) -> Any:
+    """Take the second branch of every choice by the condition ServesModels."""
+    if isinstance(value, dict) and value.get("Fn::If", [None])[0] == "ServesModels":
+        return without_serving(value["Fn::If"][2])
+    if isinstance(value, dict):
+        return {name: without_serving(item) for name, item in value.items()}
+    return [without_serving(item) for item in value] if isinstance(value, list) else value
 
 
 def stack(prefix: str) -> dict[str, str]:
@@ -261,6 +288,14 @@ def test_changes_of_its_own_model_packages_reach_the_stack(transformed: Json) ->
     kind = "SageMaker Model Package State Change"
     for group, takes in (("one-6f6e6500", {"PublishResultsFunction"}), ("two-74776f00", set()), ("one", set())):
         happened = event("aws.sagemaker", kind, {"ModelPackageGroupName": group, "ModelApprovalStatus": "Approved"})
+        assert takers(transformed, stack("one"), "default", happened) == takes
+
+
+@pytest.mark.parametrize("status", ["CREATING", "IN_SERVICE", "FAILED", "DELETING"])
+def test_every_change_of_its_own_endpoints_reaches_the_stack(transformed: Json, status: str) -> None:
+    for name, takes in (("one-base-0a1b2c3d", {"DeployModelFunction"}), ("two-base-0a1b2c3d", set()), ("one", set())):
+        detail = {"EndpointName": name, "EndpointStatus": status}
+        happened = event("aws.sagemaker", "SageMaker Endpoint State Change", detail)
         assert takers(transformed, stack("one"), "default", happened) == takes
 
 
@@ -307,8 +342,30 @@ def test_own_events_reach_the_functions_that_act_on_them_and_no_other_stack(tran
         assert takers(transformed, stack("one"), "two", event("tunedrop", detail_type, {})) == set()
 
 
+@pytest.mark.parametrize("detail_type", ["Champion Changed", "Undeploy Requested"])
+def test_what_changes_a_lines_deployment_reaches_deploy_model(transformed: Json, detail_type: str) -> None:
+    happened = event("tunedrop", detail_type, {"line": "cars"})
+    assert takers(transformed, stack("one"), "one", happened) == {"DeployModelFunction"}
+
+
+def test_a_stack_that_serves_no_model_has_nothing_for_it(transformed: Json) -> None:
+    assert transformed["Conditions"]["ServesModels"] == {"Fn::Not": [{"Fn::Equals": [{"Ref": "EndpointInstanceType"}, ""]}]}
+    assert transformed["Parameters"]["EndpointInstanceType"]["Default"] == ""
+    resources = transformed["Resources"]
+    serving = {name for name, resource in resources.items() if resource.get("Condition") == "ServesModels"}
+    assert serving >= {name for name in resources if name.startswith("DeployModel")}
+    others = json.dumps(without_serving({name: each for name, each in resources.items() if name not in serving}))
+    assert [
+        name for name in serving if f'"{name}"' in others or f"${{{name}" in others
+    ] == []  # no such resource to refer to
+
+
 @pytest.mark.parametrize(
-    "detail_type", ["Dataset Rejected", "Training Started", "Inference Tests Started", "Champion Changed"]
+    "detail_type",
+    [
+        *("Dataset Rejected", "Training Started", "Inference Tests Started"),
+        *("Model Deployed", "Deployment Failed", "Model Rolled Back"),
+    ],
 )
 def test_own_events_that_only_tell_people_reach_no_function(transformed: Json, detail_type: str) -> None:
     assert takers(transformed, stack("one"), "one", event("tunedrop", detail_type, {})) == set()

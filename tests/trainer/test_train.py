@@ -1,7 +1,10 @@
 """The training job on a tiny model, in this process."""
 
 import json
+import os
 import re
+import shutil
+import tarfile
 import weakref
 from typing import Any
 
@@ -74,6 +77,22 @@ def test_adapter_weights_move_and_base_weights_do_not(trained, tiny):
     assert untouched
     for name in untouched:
         assert merged[name].equal(base[name].bfloat16())
+
+
+def test_the_archive_has_the_adapter_and_its_bytes_depend_on_nothing_else(trained, tmp_path):
+    job, _, _ = trained
+    saved, names = job.model / "adapter.tar.gz", ["adapter_config.json", "adapter_model.safetensors"]
+    with tarfile.open(saved) as tar:
+        assert tar.getnames() == names
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
+        for name in names:
+            assert tar.extractfile(name).read() == (job.model / "adapter" / name).read_bytes()
+    copy = shutil.copytree(job.model / "adapter", tmp_path / "adapter", copy_function=shutil.copyfile)
+    for file in copy.iterdir():
+        os.utime(file, (1e9, 1e9))
+        file.chmod(0o600)
+    results.archive(copy, tmp_path / "another.tar.gz")
+    assert (tmp_path / "another.tar.gz").read_bytes() == saved.read_bytes()
 
 
 def test_merged_model_answers_like_base_with_adapter(trained, tiny):

@@ -10,7 +10,7 @@ import pytest
 
 from local_app.stack import PROJECT
 
-FUNCTIONS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile")
+FUNCTIONS = ("validate_dataset", "start_training", "test_model", "publish_results", "reconcile", "deploy_model")
 # Each room, its folder, and the rooms that its modules may import.
 ROOMS: dict[str, tuple[str, set[str]]] = {
     "tunedrop": ("functions/tunedrop", set()),

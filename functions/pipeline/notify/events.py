@@ -134,6 +134,56 @@ START_TRAINING_EVENT: TypeAdapter[DatasetValidated | StopRequested | SlotMayBeFr
 )
 
 
+class LineReference(BaseModel):
+    """The field that deploy_model reads of our events about a line: the line's name."""
+
+    line: str = Field(min_length=1)
+
+
+class ChampionChanged(EventBridgeModel):
+    """Our "Champion Changed" event. It names a line, and the line's item has the champion."""
+
+    detail_type: Literal["Champion Changed"] = Field(alias="detail-type")
+    detail: LineReference
+
+
+class UndeployRequested(EventBridgeModel):
+    """A request to take a line's model down. A request from before a deployment means an earlier one."""
+
+    detail_type: Literal["Undeploy Requested"] = Field(alias="detail-type")
+    detail: LineReference
+
+
+class EndpointReference(BaseModel):
+    """The field that deploy_model reads of a "SageMaker Endpoint State Change": the endpoint's name."""
+
+    EndpointName: str
+
+
+class EndpointStateChange(BaseModel):
+    """A "SageMaker Endpoint State Change" event: it names an endpoint, and DescribeEndpoint has the endpoint's state.
+
+    AWS's own sample has no time of EventBridge's form
+    (https://docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html#eventbridge-endpoint).
+    """
+
+    detail_type: Literal["SageMaker Endpoint State Change"] = Field(alias="detail-type")
+    detail: EndpointReference
+
+
+class Scheduled(BaseModel):
+    """The event of a schedule."""
+
+    detail_type: Literal["Scheduled Event"] = Field(alias="detail-type")
+
+
+# What deploy_model takes, by `detail-type`.
+DEPLOY_MODEL_EVENT: TypeAdapter[ChampionChanged | UndeployRequested | EndpointStateChange | Scheduled] = TypeAdapter(
+    Annotated[ChampionChanged | UndeployRequested | EndpointStateChange | Scheduled, Field(discriminator="detail_type")],
+    config=ConfigDict(defer_build=True),  # only deploy_model uses it
+)
+
+
 class ObjectReference(BaseModel):
     """The field that validate_dataset reads of a request: the object's key."""
 

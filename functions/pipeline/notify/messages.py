@@ -6,7 +6,7 @@ subscribers receive a custom notification for Amazon Q Developer in chat applica
 (https://docs.aws.amazon.com/chatbot/latest/adminguide/custom-notifs.html).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -24,6 +24,69 @@ MOST_CHARACTERS = 2_000
 MOST_BYTES = 32_000
 
 
+class Message(NamedTuple):
+    """What a message says, in any format.
+
+    `headline` and `subject` are its first two lines. `detail` is what programs get. `attributes` are those of filter policies;
+    `verdict` is one of them.
+    """
+
+    event_type: str
+    headline: str
+    subject: str
+    reasons: list[str]
+    figures: dict[str, str]
+    links: dict[str, str]
+    attributes: dict[str, str]
+    detail: dict[str, Any]
+
+    def publication(self) -> dict[str, Any]:
+        """Return the arguments of SNS's Publish."""
+        text = [self.headline, self.subject, "", *self.reasons]
+        text += ["", *(f"{name}: {value}" for name, value in self.figures.items())] if self.figures else []
+        text += ["", *(f"{name}: {uri}" for name, uri in self.links.items())]
+        program = msgspec.json.encode(self.detail).decode()
+        chat = msgspec.json.encode(self._card()).decode()
+        forms = {"default": "\n".join(text), "sms": self.headline, "https": chat} | dict.fromkeys(PROGRAMS, program)
+        return {
+            "Subject": self.headline.encode("ascii", "replace")
+            .decode()[:SUBJECT_CHARACTERS]
+            .translate(dict.fromkeys(range(32), " ")),
+            "Message": msgspec.json.encode(forms).decode(),
+            "MessageStructure": "json",
+            "MessageAttributes": {
+                name: {"DataType": "String", "StringValue": value} for name, value in self.attributes.items()
+            },
+        }
+
+    def _card(self) -> dict[str, Any]:
+        """Return a custom notification for chat channels, version 1.0 of its schema."""
+        lines = [*map(without_markup, self.reasons), *(f"*{name}*: {value}" for name, value in self.figures.items())]
+        return {
+            "version": "1.0",
+            "source": "custom",
+            "id": self.attributes["id"],
+            "content": {
+                "textType": "client-markdown",
+                "title": without_markup(self.headline),
+                "description": "\n".join(lines)[: 2 * MOST_CHARACTERS],
+                "nextSteps": [
+                    f"<{uri}|Open the {name}>" if uri.startswith("https:") else f"{name}: {uri}"
+                    for name, uri in self.links.items()
+                ],
+                "keywords": [without_markup(self.attributes["dataset"]), self.attributes["verdict"]],
+            },
+            "metadata": {
+                "threadId": self.attributes["run_id"],
+                "summary": without_markup(self.headline),
+                "eventType": self.event_type,
+                "additionalContext": {
+                    name: without_markup(value) for name, value in (self.attributes | self.figures).items()
+                },
+            },
+        }
+
+
 def outcome_of(event: RunEvent) -> str:
     """Return the attribute `verdict` of filter policies: the gate's, FAILED, CANCELLED, WAITING or DATASET_REJECTED."""
     if event.detail_type == events.PUBLISHED:
@@ -38,36 +101,28 @@ def outcome_of(event: RunEvent) -> str:
 def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
     """Return the arguments of SNS's Publish about an event; `link` opens the report in a browser."""
     outcome, run, detail = outcome_of(event), event.run, event.detail
-    headline, figures = _headline(event, outcome), _figures(event)
     given = event.extra.get("reasons", [run.reason] if run.reason else [])
-    reasons = [one_line(reason)[:MOST_CHARACTERS] for reason in given]
-    links = ({"report": link} if link else {}) | {
-        name: uri for name, uri in event.links.items() if not (link and name == "report")
-    }
-    text = [headline, f"run {run.run_id}, attempt {run.attempt}", "", *reasons]
-    text += ["", *(f"{name}: {value}" for name, value in figures.items())] if figures else []
-    text += ["", *(f"{name}: {uri}" for name, uri in links.items())]
     attributes = {
         "id": detail["id"],
         "run_id": run.run_id,
         "dataset": one_line(run.dataset),
-        "status": run.state,
+        "status": str(run.state),
         "verdict": outcome,
         **({"line": one_line(run.line)} if run.line else {}),  # a rejected dataset has none
     }
     if len(msgspec.json.encode(detail)) > MOST_BYTES:  # the documents in S3 have all of it
         detail = {name: value for name, value in detail.items() if name not in event.extra}
-    program = msgspec.json.encode({**detail, "verdict": outcome} | ({"report_link": link} if link else {})).decode()
-    chat = msgspec.json.encode(_card(event, headline, reasons, figures, links, attributes)).decode()
-    forms = {"default": "\n".join(text), "sms": headline, "https": chat} | dict.fromkeys(PROGRAMS, program)
-    return {
-        "Subject": headline.encode("ascii", "replace")
-        .decode()[:SUBJECT_CHARACTERS]
-        .translate(dict.fromkeys(range(32), " ")),
-        "Message": msgspec.json.encode(forms).decode(),
-        "MessageStructure": "json",
-        "MessageAttributes": {name: {"DataType": "String", "StringValue": str(value)} for name, value in attributes.items()},
-    }
+    return Message(
+        event_type=event.detail_type,
+        headline=_headline(event, outcome),
+        subject=f"run {run.run_id}, attempt {run.attempt}",
+        reasons=[one_line(reason)[:MOST_CHARACTERS] for reason in given],
+        figures=_figures(event),
+        links=({"report": link} if link else {})
+        | {name: uri for name, uri in event.links.items() if not (link and name == "report")},
+        attributes=attributes,
+        detail={**detail, "verdict": outcome} | ({"report_link": link} if link else {}),
+    ).publication()
 
 
 def _headline(event: RunEvent, outcome: str) -> str:
@@ -113,35 +168,3 @@ def _figures(event: RunEvent) -> dict[str, str]:
 
 def _lift(comparison: dict[str, Any]) -> str:
     return f"{comparison['lift']:+.3f} (interval {comparison['lift_low']:+.3f} to {comparison['lift_high']:+.3f})"
-
-
-def _card(
-    event: RunEvent,
-    headline: str,
-    reasons: list[str],
-    figures: dict[str, str],
-    links: dict[str, str],
-    context: dict[str, str],
-) -> dict[str, Any]:
-    """Return a custom notification for chat channels, version 1.0 of its schema."""
-    lines = [*map(without_markup, reasons), *(f"*{name}*: {value}" for name, value in figures.items())]
-    return {
-        "version": "1.0",
-        "source": "custom",
-        "id": event.detail["id"],
-        "content": {
-            "textType": "client-markdown",
-            "title": without_markup(headline),
-            "description": "\n".join(lines)[: 2 * MOST_CHARACTERS],
-            "nextSteps": [
-                f"<{uri}|Open the {name}>" if uri.startswith("https:") else f"{name}: {uri}" for name, uri in links.items()
-            ],
-            "keywords": [without_markup(event.run.dataset), context["verdict"]],
-        },
-        "metadata": {
-            "threadId": event.run.run_id,
-            "summary": without_markup(headline),
-            "eventType": event.detail_type,
-            "additionalContext": {name: without_markup(str(value)) for name, value in (context | figures).items()},
-        },
-    }

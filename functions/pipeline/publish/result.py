@@ -44,6 +44,7 @@ def run_result(run: Run, evidence: Evidence, settings: Settings) -> dict[str, An
             "report": folder + "report.html",
             "merged_model": f"{trained}/merged/",
             "adapter": f"{trained}/adapter/",
+            "adapter_archive": f"{trained}/adapter.tar.gz",
             "receipt": folder + "validation.json",
             "input": folder + "input/",
             "metrics": f"{trained}/metrics.jsonl",

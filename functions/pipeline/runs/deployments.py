@@ -1,7 +1,7 @@
 """Deployment items of the run table (`deployment#<line>`): which run's model answers under a line's name.
 
-`version` counts the writes: each write is conditional on the version that its writer read, so of two invocations that look
-at one line at the same time, one stops. The sparse index `open` lists all deployment items under `DEPLOYMENT`.
+`version` counts the writes, and each write is conditional on the version that its writer read. Whoever changes AWS's
+resources for a line holds the item meanwhile (`busy`). The sparse index `open` lists all items under `DEPLOYMENT`.
 """
 
 from enum import StrEnum
@@ -35,10 +35,12 @@ class Stage(StrEnum):
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """A line's deployment. Times are ISO 8601 in UTC.
 
-    `run` is the run whose model answers under the line's name, None without one, and `target` the run that is to replace it.
-    `refused` has the runs whose deployment failed, with the reasons. `removed` is the line's version whose champion a person
-    took down: it stays down until the line has another champion. `since` is the beginning of the stage. `answered` is the
-    number of tests that the identity test asked, and how many of them were answered as recorded.
+    `run` is the run whose model answers under the line's name, None without one; `target` is the run that is to replace it,
+    or that could not. `refused` has the reasons of failed deployments by run. `refused_version` and `removed` are versions
+    of the line: the champion of the first could not be deployed, that of the second is not to be served. Both stay so until
+    the line has another version. `since` is the beginning of the stage, and `updates` how often the stage has updated the
+    line's component. `answered` says how many tests the line's name answered as recorded. `unused` are endpoints that the
+    line has left, or has not come to. `event` is still to be announced. Nobody else works on the line until `busy`.
     """
 
     line: str
@@ -51,12 +53,16 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     instance_type: str | None = None
     refused: dict[str, str] = {}
+    refused_version: int | None = None
     removed: int | None = None
     since: str = ""
-    deployed: str | None = None
+    updates: int = 0
     answered: str | None = None
+    unused: list[str] = []
+    deployed: str | None = None
     event: str | None = None
     reason: str | None = None
+    busy: str | None = None
     arrived: str = ""
 
 
@@ -86,7 +92,7 @@ class DeploymentTable:
         """Write a deployment with changes, and return it. Raises StaleDeploymentError if it has another version by now."""
         now = clock.now()
         if "stage" in changes:
-            changes["since"] = now
+            changes |= {"since": now, "updates": 0}
         written = msgspec.structs.replace(
             deployment, version=deployment.version + 1, arrived=deployment.arrived or now, **changes
         )
@@ -103,7 +109,19 @@ class DeploymentTable:
             ) from None
         return written
 
+    def release(self, deployment: Deployment) -> None:
+        """End the time in which nobody else works on the line, unless another one began."""
+        try:
+            self._table.update_item(
+                Key={"id": DEPLOYMENT + deployment.line},
+                UpdateExpression="REMOVE busy",
+                ConditionExpression="busy = :busy",
+                ExpressionAttributeValues={":busy": deployment.busy},
+            )
+        except self._table.meta.client.exceptions.ConditionalCheckFailedException:
+            return
+
 
 def _of_item(item: dict[str, Any]) -> Deployment:
-    numbers = {"version", "removed"}
+    numbers = {"version", "removed", "refused_version", "updates"}
     return msgspec.convert({key: int(value) if key in numbers else value for key, value in item.items()}, Deployment)

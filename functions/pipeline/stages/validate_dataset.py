@@ -157,6 +157,7 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
         # The jobs' environment: rewards have the same permissions here as in a job.
         permissions=reward_permissions(environment, aws.client, rewards),
         prices=Prices(**plan["prices"]) if plan.get("prices") else None,
+        endpoint_instance_type=settings.endpoint_instance_type,
     )
     return Fetched(
         submission,

@@ -16,7 +16,10 @@ class Prices(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """A stack's decisions: parameters of the template, the released jobs' container image, and prices if known."""
+    """A stack's decisions: parameters of the template, the released jobs' container image, and prices if known.
+
+    A stack with an `endpoint_instance_type` serves approved models.
+    """
 
     instance_types: Sequence[str]
     spot: bool = False
@@ -24,6 +27,7 @@ class Terms(NamedTuple):
     image: str = ""
     permissions: RewardPermissions = NO_PERMISSIONS
     prices: Prices | None = None
+    endpoint_instance_type: str = ""
 
 
 def resolve(config: RunConfig, terms: Terms) -> ResolvedConfig:

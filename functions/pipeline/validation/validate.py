@@ -20,7 +20,7 @@ from pipeline.validation.receipt import Receipt, accepts, assemble
 from pipeline.validation.rows import RowsRead, read_rows
 from pipeline.validation.section import Section
 from pipeline.validation.terms import Terms, resolve
-from tunedrop.config.model import ResolvedConfig, RunConfig
+from tunedrop.config.model import ResolvedConfig, RunConfig, Serve
 from tunedrop.config.parse import load_run_config
 from tunedrop.config.rules import check_instances, config_warnings
 from tunedrop.config.schedule import check_steps, fit_batches
@@ -104,6 +104,7 @@ def _validate(submission: Submission, terms: Terms) -> Receipt:
     if refused := refuse(submission.name, submission.size):
         return assemble([*sections, _problems(refused)])
     sections.append(_problems(*check_instances(submission.config, config.compute.instance_type, terms.image)))
+    sections.append(Section({}, [], _not_served(config, terms)))
     accepted = accepts(sections)
     tests, problems = _read_tests(submission.tests, config, terms.permissions)
     sections.append(_problems(*problems))
@@ -132,6 +133,13 @@ def _validate(submission: Submission, terms: Terms) -> Receipt:
 
 def _problems(*problems: Problem) -> Section:
     return Section({}, list(problems), [])
+
+
+def _not_served(config: RunConfig, terms: Terms) -> list[str]:
+    """Return a warning if the config says how to serve the model, and the stack serves none."""
+    if terms.endpoint_instance_type or not config.serve.enabled or config.serve == Serve():
+        return []
+    return ["serve has no effect: the stack serves no model, because its parameter EndpointInstanceType is empty"]
 
 
 def reward_files(config: RunConfig) -> list[str]:

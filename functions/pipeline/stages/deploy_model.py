@@ -1,0 +1,324 @@
+"""Let each line's champion answer under the line's name, and bring the former model back if it does not.
+
+SageMaker sends no event when an inference component is ready. A deployment therefore goes on by looks: each look does what
+is due in the deployment's stage, by what Describe… answers, and ends. Events and a schedule begin a look; repeating one
+changes nothing.
+
+    PREPARING   endpoint, base model and scaling
+    TRYING      the adapter under the name <component>-next, where no user asks, and the identity test there
+    SWITCHING   the model under the line's name, the identity test, then quiet alarms for the bake time
+    RETURNING   after a failure: the former model under the line's name, if there is one, and the candidate deleted
+    REMOVING    after `tunedrop undeploy`, or without a champion: nothing under the line's name
+"""
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import msgspec
+
+from pipeline.aws import Aws
+from pipeline.notify import events
+from pipeline.notify.deployments import announce_deployment
+from pipeline.observability import logger
+from pipeline.publish.evidence import read
+from pipeline.runs import clock
+from pipeline.runs.deployments import Deployment, Stage, StaleDeploymentError
+from pipeline.runs.lines import Line
+from pipeline.runs.states import Run
+from pipeline.serving import components, endpoint, identity, scaling
+from pipeline.serving.served import Served, read_config, served
+from pipeline.serving.waiting import DeploymentFailedError, NotYetError
+from pipeline.settings import DeploySettings
+from tunedrop import object_keys
+from tunedrop.inference_tests import Outcome
+
+# The longest stages before RETURNING. An endpoint and a large model take long; an adapter takes seconds.
+LONGEST = {Stage.PREPARING: timedelta(hours=2), Stage.TRYING: timedelta(minutes=30), Stage.SWITCHING: timedelta(hours=1)}
+PAUSE_SECONDS = 5.0
+# A look ends before: it is the function's timeout.
+HELD = timedelta(minutes=5)
+# SageMaker takes an update back that fails. It is tried again, since the reason may be the service's own.
+MOST_UPDATES = 2
+
+
+class Look(NamedTuple):
+    """What a look at a line needs."""
+
+    line: Line
+    settings: DeploySettings
+    aws: Aws
+
+
+def look_until(deadline: float, settings: DeploySettings, aws: Aws, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Look at every line, and again while something goes on, until `deadline`, a time of the monotonic clock.
+
+    An error of one line does not hide the others: it is raised after them.
+    """
+    while look_at_all(settings, aws) and time.monotonic() + PAUSE_SECONDS < deadline:
+        sleep(PAUSE_SECONDS)
+
+
+def look_at_all(settings: DeploySettings, aws: Aws) -> bool:
+    """Look at every line; return whether something goes on."""
+    names = {line.line for line in aws.lines.all()} | {deployment.line for deployment in aws.deployments.all()}
+    errors: list[Exception] = []
+    going_on = False
+    for name in sorted(names):
+        try:
+            going_on |= look_at(name, settings, aws)
+        except StaleDeploymentError as error:
+            logger.info("another look was faster", detail=str(error))
+        except Exception as error:  # noqa: BLE001 - raised after the other lines
+            logger.exception("a line could not be deployed", line=name)
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return going_on
+
+
+def look_at(name: str, settings: DeploySettings, aws: Aws) -> bool:
+    """Do what is due for a line; return whether something goes on. Raises StaleDeploymentError."""
+    deployment, line = aws.deployments.get(name), aws.lines.get(name)
+    if not _due(deployment, line):
+        return False
+    if deployment.busy and deployment.busy > clock.now():
+        return True
+    deployment = held = aws.deployments.write(deployment, busy=clock.ago(-HELD))
+    try:
+        while following := _STEPS[deployment.stage](deployment, Look(line, settings, aws)):
+            deployment = following
+    except (NotYetError, DeploymentFailedError) as error:
+        _go_on(deployment, line, error, aws)
+        return True
+    finally:
+        aws.deployments.release(held)
+    return False
+
+
+def undeploy(name: str, aws: Aws) -> None:
+    """Take down what answers under a line's name, until the line has another champion. Raises StaleDeploymentError."""
+    deployment, line = aws.deployments.get(name), aws.lines.get(name)
+    if deployment.version and deployment.stage != Stage.REMOVING:
+        aws.deployments.write(deployment, stage=Stage.REMOVING, removed=line.version, reason="undeployed")
+
+
+def _due(deployment: Deployment, line: Line) -> bool:
+    """Return whether a line's deployment goes on, or is to begin."""
+    if deployment.stage != Stage.IDLE or deployment.event or deployment.unused:
+        return True
+    skipped = line.version in {deployment.refused_version, deployment.removed}
+    return line.settled and not skipped and line.champion != deployment.run
+
+
+def _go_on(deployment: Deployment, line: Line, error: NotYetError | DeploymentFailedError, aws: Aws) -> None:
+    """Wait for what is not ready, or give the target up. Raises the error of a stage that cannot be given up."""
+    longest, reason = LONGEST.get(deployment.stage), str(error)
+    if isinstance(error, NotYetError):
+        logger.info("a deployment goes on", line=line.line, stage=deployment.stage, detail=reason)
+        if longest is None or _age(deployment) < longest:
+            return
+        reason += f", after {longest}"
+    elif longest is None:
+        raise error
+    target = str(deployment.target)
+    event = events.ROLLED_BACK if deployment.stage == Stage.SWITCHING and deployment.run else events.DEPLOYMENT_FAILED
+    aws.deployments.write(
+        deployment,
+        stage=Stage.RETURNING,
+        refused=deployment.refused | {target: reason},
+        refused_version=line.version if line.champion == target else deployment.refused_version,
+        reason=reason,
+        event=event,
+    )
+
+
+def _rest(deployment: Deployment, look: Look) -> Deployment | None:
+    """IDLE: announce the last change, delete endpoints that are not used any more, begin what the champion asks for."""
+    if deployment.event:
+        announce_deployment(deployment, deployment.event, look.settings, look.aws)
+        return look.aws.deployments.write(deployment, event=None)
+    if deployment.unused:
+        others = [each for each in look.aws.deployments.all() if each.line != deployment.line]
+        for name in deployment.unused:
+            if name != deployment.endpoint and not any(_uses(each, name) for each in others):
+                endpoint.tear_down(name, look.aws)
+        return look.aws.deployments.write(deployment, unused=[])
+    if not _due(deployment, look.line):
+        return None
+    if look.line.champion is None:
+        return look.aws.deployments.write(
+            deployment, stage=Stage.REMOVING, reason=f"the line {look.line.line} has no champion"
+        )
+    config = read_config(look.line.champion, look.settings.artifact_bucket, look.aws)
+    if config.serve.enabled:
+        wanted = _served(look.line.champion, None, look.settings, look.aws)
+        unused = [wanted.endpoint] if wanted.endpoint != deployment.endpoint else []
+        return look.aws.deployments.write(
+            deployment, stage=Stage.PREPARING, target=look.line.champion, unused=unused, answered=None, reason=None
+        )
+    reason = f"the config of {look.line.champion} has serve.enabled: false"
+    return look.aws.deployments.write(deployment, stage=Stage.REMOVING, removed=look.line.version, reason=reason)
+
+
+def _prepare(deployment: Deployment, look: Look) -> Deployment | None:
+    """PREPARING: endpoint, base model and scaling."""
+    if look.line.champion != deployment.target:
+        return _begin_again(deployment, look.aws)
+    wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    endpoint.prepare(wanted, look.settings, look.aws)
+    return look.aws.deployments.write(deployment, stage=Stage.TRYING if wanted.adapter else Stage.SWITCHING)
+
+
+def _try(deployment: Deployment, look: Look) -> Deployment | None:
+    """TRYING: the adapter where no user asks."""
+    if look.line.champion != deployment.target:
+        return _begin_again(deployment, look.aws)
+    wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    endpoint.serve(wanted, wanted.candidate, look.settings, look.aws)
+    _prove(wanted, wanted.candidate, look.settings, look.aws)
+    return look.aws.deployments.write(deployment, stage=Stage.SWITCHING)
+
+
+def _switch(deployment: Deployment, look: Look) -> Deployment | None:
+    """SWITCHING: the model under the line's name. A champion that comes meanwhile waits for the end of this."""
+
+    def before(reason: str) -> None:
+        nonlocal deployment
+        if deployment.updates == MOST_UPDATES:
+            raise DeploymentFailedError(f"{MOST_UPDATES} updates of {wanted.component} failed: {reason}")
+        deployment = look.aws.deployments.write(deployment, updates=deployment.updates + 1)
+
+    wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    endpoint.serve(wanted, wanted.component, look.settings, look.aws, before)
+    if deployment.answered is None:
+        if wanted.adapter is None:
+            scaling.scale(wanted.component, look.settings, look.aws)
+        return look.aws.deployments.write(deployment, answered=_prove(wanted, wanted.component, look.settings, look.aws))
+    if alarm := scaling.ringing(wanted.component, datetime.fromisoformat(deployment.since), look.aws):
+        raise DeploymentFailedError(alarm)
+    if _age(deployment) < timedelta(minutes=look.settings.endpoint_bake_minutes):
+        raise NotYetError(f"the alarms of {wanted.component} are quiet")
+    _remove(wanted.candidate, look.aws)
+    if deployment.run and deployment.run != wanted.run_id:
+        _delete_merged(_served(deployment.run, deployment.instance_type, look.settings, look.aws), look.aws)
+    return look.aws.deployments.write(
+        deployment,
+        stage=Stage.IDLE,
+        run=wanted.run_id,
+        target=None,
+        endpoint=wanted.endpoint,
+        component=wanted.component,
+        model=wanted.model,
+        instance_type=wanted.instance_type,
+        unused=[deployment.endpoint] if deployment.endpoint not in {None, wanted.endpoint} else [],
+        deployed=clock.now(),
+        reason=None,
+        event=events.DEPLOYED,
+    )
+
+
+def _return(deployment: Deployment, look: Look) -> Deployment | None:
+    """RETURNING: the former model under the line's name, the candidate deleted."""
+    name = object_keys.component_name(look.settings.job_prefix, deployment.line)
+    target = _served(str(deployment.target), None, look.settings, look.aws)
+    if deployment.run:
+        former = _served(deployment.run, deployment.instance_type, look.settings, look.aws)
+        endpoint.prepare(former, look.settings, look.aws)
+        try:
+            endpoint.serve(former, name, look.settings, look.aws)
+        except DeploymentFailedError:
+            components.remove(name, look.aws)  # and then another one is made
+    else:
+        _remove(name, look.aws)
+    _remove(target.candidate, look.aws)
+    _delete_merged(target, look.aws)
+    return look.aws.deployments.write(deployment, stage=Stage.IDLE)
+
+
+def _take_down(deployment: Deployment, look: Look) -> Deployment | None:
+    """REMOVING: nothing answers under the line's name, and the endpoint goes unless another line uses it."""
+    name = object_keys.component_name(look.settings.job_prefix, deployment.line)
+    _remove(f"{name}-next", look.aws)
+    _remove(name, look.aws)
+    for run_id in {deployment.run, deployment.target} - {None}:
+        _delete_merged(_served(str(run_id), None, look.settings, look.aws), look.aws)
+    return look.aws.deployments.write(
+        deployment,
+        stage=Stage.IDLE,
+        run=None,
+        target=deployment.run,
+        endpoint=None,
+        component=None,
+        model=None,
+        instance_type=None,
+        deployed=None,
+        unused=sorted({*deployment.unused, *([deployment.endpoint] if deployment.endpoint else [])}),
+        event=events.ROLLED_BACK if deployment.run else None,
+    )
+
+
+_STEPS = {
+    Stage.IDLE: _rest,
+    Stage.PREPARING: _prepare,
+    Stage.TRYING: _try,
+    Stage.SWITCHING: _switch,
+    Stage.RETURNING: _return,
+    Stage.REMOVING: _take_down,
+}
+
+
+def _begin_again(deployment: Deployment, aws: Aws) -> Deployment:
+    """Give the target up before it has the line's name, because the line has another champion by now."""
+    return aws.deployments.write(deployment, stage=Stage.RETURNING)
+
+
+def _prove(wanted: Served, component: str, settings: DeploySettings, aws: Aws) -> str:
+    """Ask a component the run's tests, and return what it answered.
+
+    Raises NotYetError if the component does not answer, and DeploymentFailedError if another model answers.
+    """
+    run = _run(wanted.run_id, aws)
+    key = object_keys.run_key(run.run_id, f"inference/{run.test_job}/output/model/inference.json")
+    tested = msgspec.json.decode(read(aws, settings.artifact_bucket, key))
+    outcomes = msgspec.convert([*tested["tests"], *tested.get("probe", [])], list[Outcome])
+
+    def ask(outcome: Outcome) -> str:
+        body = identity.question(outcome, tested["generation"], tested["chat_template_kwargs"])
+        return identity.invoke(wanted.endpoint, component, body, aws)
+
+    shown = identity.prove(outcomes, ask)
+    if not shown.proved:
+        raise DeploymentFailedError(f"{component} does not answer as the tested model: {shown}")
+    return str(shown)
+
+
+def _remove(component: str, aws: Aws) -> None:
+    """Delete a component with its alarms. Raises NotYetError until it is gone."""
+    scaling.forget(component, aws)
+    components.remove(component, aws)
+
+
+def _delete_merged(other: Served, aws: Aws) -> None:
+    if other.adapter is None:
+        endpoint.delete_model(other.merged_name, aws)
+
+
+def _uses(deployment: Deployment, name: str) -> bool:
+    """Return whether a line's endpoint is this one, or will be."""
+    return deployment.endpoint == name or (deployment.stage != Stage.IDLE and name in deployment.unused)
+
+
+def _served(run_id: str, instance_type: str | None, settings: DeploySettings, aws: Aws) -> Served:
+    return served(_run(run_id, aws), instance_type, settings, aws)
+
+
+def _run(run_id: str, aws: Aws) -> Run:
+    run = aws.runs.get(run_id)
+    assert run is not None  # a champion is a published run
+    return run
+
+
+def _age(deployment: Deployment) -> timedelta:
+    return datetime.fromisoformat(clock.now()) - datetime.fromisoformat(deployment.since)
