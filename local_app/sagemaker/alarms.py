@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from local_app.common import Json
-from local_app.sagemaker.metrics import NAMESPACE, Evaluation, Metrics, evaluate
+from local_app.sagemaker.metrics import Evaluation, Metrics, Query, evaluate, query_of
 from local_app.sagemaker.services import AWS_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -24,14 +24,17 @@ Scale = Callable[[str, float], None]
 
 
 class Alarms:
-    """Looks at the alarms every `interval` seconds, from `start` to `close`.
+    """Looks at the alarms every `interval` seconds, from `start` to `close`. `measure` is called before each look.
 
     "For Auto Scaling actions, the alarm continues to invoke the action once per minute that the alarm remains in the new
     state" (https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarm-actions.html).
     """
 
-    def __init__(self, cloudwatch: Callable[[], Any], metrics: Metrics, scale: Scale, interval: float) -> None:
-        self._cloudwatch, self._metrics, self._scale, self._interval = cloudwatch, metrics, scale, interval
+    def __init__(
+        self, cloudwatch: Callable[[], Any], metrics: Metrics, measure: Callable[[], None], scale: Scale, interval: float
+    ) -> None:
+        self._cloudwatch, self._metrics, self._measure = cloudwatch, metrics, measure
+        self._scale, self._interval = scale, interval
         self._scaled: dict[str, float] = {}  # when an alarm's policies were carried out last, by its ARN
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="alarms", daemon=True)
@@ -48,8 +51,10 @@ class Alarms:
     def _loop(self) -> None:
         while not self._closing.wait(self._interval):
             try:
+                self._measure()
                 for alarm in self._described():
-                    self._look_at(alarm)
+                    if query := query_of(alarm, self._metrics):
+                        self._look_at(alarm, query)
             except AWS_ERRORS as error:  # the AWS emulator starts later, or ends earlier
                 logger.debug("the alarms cannot be read: %s", error)
             except Exception:  # the other alarms must go on
@@ -57,13 +62,10 @@ class Alarms:
 
     def _described(self) -> Iterator[Json]:
         for page in self._cloudwatch().get_paginator("describe_alarms").paginate(AlarmTypes=["MetricAlarm"]):
-            for alarm in page["MetricAlarms"]:
-                # Assumption: alarms with percentiles or metric math watch something else.
-                if alarm.get("Namespace") == NAMESPACE and "MetricName" in alarm and "Statistic" in alarm:
-                    yield alarm
+            yield from page["MetricAlarms"]
 
-    def _look_at(self, alarm: Json) -> None:
-        found = evaluate(alarm, self._metrics, time.time())
+    def _look_at(self, alarm: Json, query: Query) -> None:
+        found = evaluate(alarm, query, self._metrics.begin, time.time())
         if found.state != alarm["StateValue"]:
             logger.info("alarm %s: %s (%s)", alarm["AlarmName"], found.state, found.reason)
             self._cloudwatch().set_alarm_state(

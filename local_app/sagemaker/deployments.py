@@ -20,6 +20,7 @@ from local_app.sagemaker.component_requests import base_of, is_adapter
 from local_app.sagemaker.copies import Closed, Container
 from local_app.sagemaker.endpoints import Endpoints
 from local_app.sagemaker.hosting import Host, Lease, watch
+from local_app.sagemaker.metrics import Metrics
 from local_app.sagemaker.models import Models
 from local_app.sagemaker.services import AWS_ERRORS, Services
 from local_app.sagemaker.store import Store
@@ -95,6 +96,12 @@ class Deployments:
         component = self._store.get("component", name)
         host = self._host(component) if component else None
         return host is not None and host.served
+
+    def measure(self, metrics: Metrics) -> None:
+        """Record the open requests of each component with copies that take requests, a value for each copy."""
+        for name, host in list(self._hosts.items()):
+            if copies := host.ready_copies:
+                metrics.add("ConcurrentRequestsPerCopy", [{"InferenceComponentName": name}], host.open_requests / copies)
 
     def end_processes(self, endpoint_name: str) -> None:
         """End the servers of an endpoint's components."""

@@ -126,7 +126,13 @@ class SageMakerEmulator:
         )
         self.runtime = Runtime(self._components, self.metrics)
         self._scaling = scaling.Scaling(self._store, services, self._components, arn_prefix)
-        self._alarms = Alarms(lambda: services.cloudwatch, self.metrics, self._scaling.carry_out, alarm_interval)
+        self._alarms = Alarms(
+            lambda: services.cloudwatch,
+            self.metrics,
+            lambda: self._deployments.measure(self.metrics),
+            self._scaling.carry_out,
+            alarm_interval,
+        )
         self._on_state_change = on_state_change
         self._closed = threading.Event()
         self._outbox = threading.Thread(target=self._deliver, name="outbox", daemon=True)

@@ -49,6 +49,11 @@ class Host:
         return sum(len(fleet.ready) for fleet in self._fleets)
 
     @property
+    def open_requests(self) -> int:
+        """The number of open requests."""
+        return sum(copy.open.total() for fleet in self._fleets for copy in fleet.ready)
+
+    @property
     def served(self) -> bool:
         """Whether a copy that should run has been ready before: without ready copies, its process is starting again."""
         return any(fleet.served for fleet in self._fleets)

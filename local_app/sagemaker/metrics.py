@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from local_app.common import Json
 
@@ -23,6 +25,11 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "LessThanThreshold": operator.lt,
     "LessThanOrEqualToThreshold": operator.le,
 }
+
+
+STATISTICS = ("Sum", "Average", "Minimum", "Maximum", "SampleCount")
+EXPRESSION = re.compile(r"(?P<function>SUM|MAX|MIN)\(\[\s*(?P<names>[a-z]\w*(\s*,\s*[a-z]\w*)*)\s*\]\)")
+FUNCTIONS: dict[str, Callable[[list[float]], float]] = {"SUM": sum, "MAX": max, "MIN": min}
 
 
 @dataclass
@@ -89,28 +96,71 @@ class Evaluation:
     value: float
 
 
-def evaluate(alarm: Json, metrics: Metrics, now: float) -> Evaluation:
-    """Return the state of an alarm about one metric, by its description in DescribeAlarms.
+class Query(NamedTuple):
+    """What an alarm watches: its value between two moments, None without data, and the length of a period in seconds."""
 
-    It is ALARM when DatapointsToAlarm of its last EvaluationPeriods periods breach the threshold. TreatMissingData says
-    what a period without data is
-    (https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarms-and-missing-data.html). A period before the
-    emulator's start is unknown: an alarm that it could decide keeps its state.
+    read: Callable[[float, float], float | None]
+    period: int
+
+
+def query_of(alarm: Json, metrics: Metrics) -> Query | None:
+    """Return what an alarm watches; None for an alarm about anything but statistics of AWS/SageMaker.
+
+    Of metric math, SUM, MAX and MIN of several metrics are known: those that have no data in a period are left out
+    (https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/using-metric-math.html).
     """
-    periods, period = alarm["EvaluationPeriods"], alarm["Period"]
+    if not alarm.get("Metrics"):
+        stat = {"Metric": alarm, "Stat": alarm.get("Statistic"), "Period": alarm.get("Period")}
+        return Query(_reader(stat, metrics), alarm["Period"]) if _is_known(stat) else None
+    stats = {query["Id"]: query["MetricStat"] for query in alarm["Metrics"] if "MetricStat" in query}
+    expression = next((query["Expression"] for query in alarm["Metrics"] if "Expression" in query), "")
+    match = EXPRESSION.fullmatch(expression)
+    names = re.split(r"\s*,\s*", match["names"]) if match else []
+    if not match or not stats or not all(map(_is_known, stats.values())) or not stats.keys() >= set(names):
+        return None
+    readers = [_reader(stats[name], metrics) for name in names]
+
+    def read(start: float, end: float) -> float | None:
+        values = [value for value in (reader(start, end) for reader in readers) if value is not None]
+        return float(FUNCTIONS[match["function"]](values)) if values else None
+
+    return Query(read, next(iter(stats.values()))["Period"])
+
+
+def _is_known(stat: Json) -> bool:
+    return stat["Metric"].get("Namespace") == NAMESPACE and stat["Stat"] in STATISTICS
+
+
+def _reader(stat: Json, metrics: Metrics) -> Callable[[float, float], float | None]:
+    metric = stat["Metric"]
+    dimensions = {dimension["Name"]: dimension["Value"] for dimension in metric.get("Dimensions", [])}
+
+    def read(start: float, end: float) -> float | None:
+        found = metrics.statistics(metric["MetricName"], dimensions, start, end)
+        return found.get(stat["Stat"]) if found else None
+
+    return read
+
+
+def evaluate(alarm: Json, query: Query, begin: float, now: float) -> Evaluation:
+    """Return the state of an alarm, by its description in DescribeAlarms.
+
+    It is ALARM when DatapointsToAlarm of its last EvaluationPeriods periods breach the threshold. TreatMissingData says what
+    a period without data is (https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarms-and-missing-data.html). A
+    period before `begin`, the emulator's start, is unknown: an alarm that it could decide keeps its state.
+    """
+    periods = alarm["EvaluationPeriods"]
     needed, missing = alarm.get("DatapointsToAlarm") or periods, alarm.get("TreatMissingData") or "missing"
-    dimensions = {dimension["Name"]: dimension["Value"] for dimension in alarm.get("Dimensions", [])}
     breaches = OPERATORS[alarm["ComparisonOperator"]]
     values: list[float | None] = []
     breaching, decided, unknown = 0, 0, 0
     for number in range(periods):
-        end = now - number * period
-        found = metrics.statistics(alarm["MetricName"], dimensions, end - period, end)
-        values.append(value := found.get(alarm["Statistic"]) if found else None)
+        end = now - number * query.period
+        values.append(value := query.read(end - query.period, end))
         if value is not None:
             decided += 1
             breaching += breaches(value, alarm["Threshold"])
-        elif end - period < metrics.begin:
+        elif end - query.period < begin:
             unknown += 1
         elif missing in ("breaching", "notBreaching"):
             decided += 1

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 from components import Serving
 from tiny_model import make_tiny_model
 
-QUESTION = {"messages": [{"role": "user", "content": "What is 4 + 3?"}], "max_tokens": 12, "temperature": 0}
+QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 4 + 3?"}], "max_tokens": 12, "temperature": 0}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from botocore.exceptions import ClientError
 from components import Serving
 
-from local_app.sagemaker.metrics import NAMESPACE, Metrics, evaluate
+from local_app.sagemaker.metrics import NAMESPACE, Metrics, evaluate, query_of
 from local_app.sagemaker.permissions import required_permissions
 from local_app.sagemaker.scaling import _is_in
 
@@ -48,6 +48,12 @@ def metrics(minutes: list[list[float]], monkeypatch: pytest.MonkeyPatch, begin: 
     return result
 
 
+def state_of(described: dict[str, Any], values: Metrics) -> str:
+    query = query_of(described, values)
+    assert query is not None
+    return evaluate(described, query, values.begin, NOW).state
+
+
 @pytest.mark.parametrize(
     ("minutes", "changes", "state"),
     [
@@ -78,7 +84,47 @@ def test_an_alarms_state_follows_from_its_metric(
     minutes: list[list[float]], changes: dict[str, Any], state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarms-and-missing-data.html"""
-    assert evaluate(alarm(**{"StateValue": "OK"} | changes), metrics(minutes, monkeypatch), NOW).state == state
+    assert state_of(alarm(**{"StateValue": "OK"} | changes), metrics(minutes, monkeypatch)) == state
+
+
+def math(expression: str, **changes: Any) -> dict[str, Any]:
+    """An alarm on an expression of the base's requests and of its open requests."""
+    named = {"requests": ("Invocations", "Sum"), "open": ("ConcurrentRequestsPerCopy", "Maximum")}
+    queries: list[dict[str, Any]] = [
+        {"Id": name, "MetricStat": {"Metric": alarm(MetricName=metric), "Period": 60, "Stat": stat}, "ReturnData": False}
+        for name, (metric, stat) in named.items()
+    ]
+    described = {k: v for k, v in alarm(StateValue="OK").items() if k not in ("Namespace", "MetricName", "Statistic")}
+    return described | {"Metrics": [*queries, {"Id": "use", "Expression": expression}]} | changes
+
+
+@pytest.mark.parametrize(
+    ("minutes", "open_requests", "state"),
+    [
+        ([[], [], []], None, "OK"),  # asleep: no value, and not breaching
+        ([[], [], []], 0, "ALARM"),
+        ([[], [], []], 1, "OK"),
+        ([[], [1], []], 0, "OK"),
+    ],
+)
+def test_an_alarm_on_the_use_of_a_component(
+    minutes: list[list[float]], open_requests: float | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/using-metric-math.html"""
+    values = metrics(minutes, monkeypatch)
+    for number in range(3):
+        monkeypatch.setattr("local_app.sagemaker.metrics.time.time", lambda number=number: NOW - 60 * number - 5)
+        if open_requests is not None:
+            values.add("ConcurrentRequestsPerCopy", [{"InferenceComponentName": "base"}], open_requests)
+    idle = math("SUM([requests, open])", TreatMissingData="notBreaching", Threshold=0.0)
+    assert state_of(idle | {"ComparisonOperator": "LessThanOrEqualToThreshold"}, values) == state
+
+
+@pytest.mark.parametrize(
+    "described", [math("requests/open"), math("SUM([requests,other])"), alarm(Namespace="AWS/Lambda"), alarm(Statistic=None)]
+)
+def test_other_alarms_are_left_alone(described: dict[str, Any]) -> None:
+    assert query_of(described, Metrics()) is None
 
 
 @pytest.mark.parametrize(("minutes", "state"), [([[], [], []], "INSUFFICIENT_DATA"), ([[2], [], []], "OK")])
@@ -86,7 +132,7 @@ def test_what_was_before_the_emulators_start_is_unknown(
     minutes: list[list[float]], state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     idle = alarm(StateValue="INSUFFICIENT_DATA", TreatMissingData="breaching")
-    assert evaluate(idle, metrics(minutes, monkeypatch, begin=NOW - 90), NOW).state == state
+    assert state_of(idle, metrics(minutes, monkeypatch, begin=NOW - 90)) == state
 
 
 @pytest.mark.parametrize(
@@ -236,17 +282,20 @@ def test_the_alarm_of_a_refused_change_asks_again(monkeypatch: pytest.MonkeyPatc
             pass
 
     done: list[str] = []
-    watch = alarms.Alarms(CloudWatch, metrics([[]], monkeypatch), lambda arn, _: done.append(arn), 1)
+    values = metrics([[]], monkeypatch)
+    watch = alarms.Alarms(CloudWatch, values, lambda: None, lambda arn, _: done.append(arn), 1)
     clock = [1000.0]
     monkeypatch.setattr("local_app.sagemaker.alarms.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("local_app.sagemaker.alarms.time.time", lambda: NOW)
     arn = "arn:aws:autoscaling:us-east-1:1:scalingPolicy:1:resource/sagemaker/inference-component/base:policyName/sleep"
     ringing = alarm(AlarmArn="a", StateValue="ALARM", TreatMissingData="breaching", AlarmActions=[arn, "arn:aws:sns:x"])
+    query = query_of(ringing, values)
+    assert query is not None
     for moment, times in ((1000.0, 1), (1030.0, 1), (1061.0, 2), (1090.0, 2), (1122.0, 3)):
         clock[0] = moment
-        watch._look_at(ringing)
+        watch._look_at(ringing, query)
         assert len(done) == times
-    watch._look_at(ringing | {"ActionsEnabled": False})
+    watch._look_at(ringing | {"ActionsEnabled": False}, query)
     assert set(done) == {arn}
 
 
