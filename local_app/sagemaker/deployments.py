@@ -22,7 +22,7 @@ from local_app.sagemaker.endpoints import Endpoints
 from local_app.sagemaker.hosting import Host, Lease, watch
 from local_app.sagemaker.metrics import Metrics
 from local_app.sagemaker.models import Models
-from local_app.sagemaker.services import AWS_ERRORS, Services
+from local_app.sagemaker.services import AWS_ERRORS
 from local_app.sagemaker.store import Store
 
 logger = logging.getLogger(__name__)
@@ -54,15 +54,13 @@ class Deployments:
         self,
         store: Store,
         folder: Path,
-        services: Services,
         endpoints: Endpoints,
         models: Models,
         *,
         command: Sequence[str],
         startup_limit: float,
     ) -> None:
-        self._store, self._folder, self._services = store, folder, services
-        self._endpoints, self._models = endpoints, models
+        self._store, self._folder, self._endpoints, self._models = store, folder, endpoints, models
         self._command, self._startup_limit = command, startup_limit
         self._hosts: dict[str, Host] = {}  # of the components with a model
         self._wakes: dict[str, threading.Event] = {}
@@ -229,7 +227,7 @@ class Deployments:
             copies,
             before,
             policy,
-            lambda: watch(lambda: self._ringing(names), seconds, self._closing),
+            lambda: watch(lambda: self._ringing(component, names), seconds, self._closing),
             self._closing,
         )
 
@@ -310,13 +308,14 @@ class Deployments:
         """Return the servers of a component with a model, or those of an adapter's base."""
         return self._hosts.get(base_of(component) if is_adapter(component) else component["InferenceComponentName"])
 
-    def _ringing(self, alarms: Sequence[Json]) -> list[str]:
-        """Return those of the alarms that are in the state ALARM."""
+    def _ringing(self, component: Json, alarms: Sequence[Json]) -> list[str]:
+        """Return those of the alarms that are in the state ALARM, as the endpoint's role sees them."""
         names = [alarm["AlarmName"] for alarm in alarms]
         if not names:
             return []
         try:
-            found = self._services.cloudwatch.describe_alarms(AlarmNames=names, AlarmTypes=["MetricAlarm", "CompositeAlarm"])
+            cloudwatch = self._endpoints.services_of(component["EndpointName"]).cloudwatch
+            found = cloudwatch.describe_alarms(AlarmNames=names, AlarmTypes=["MetricAlarm", "CompositeAlarm"])
         except AWS_ERRORS as error:
             logger.warning("the alarms %s cannot be read: %s", names, error)
             return []
