@@ -270,15 +270,21 @@ def hook_function_credentials() -> None:
 
 
 def hook_alarms() -> None:
-    """Send an alarm only to topics whose policy lets CloudWatch publish. MiniStack does not check the policy."""
+    """Send an alarm only to topics whose policy lets CloudWatch publish, and keep an alarm's metric math.
+
+    MiniStack does not check the policy, and forgets the member Metrics of PutMetricAlarm. It evaluates no such alarm.
+    """
     from ministack.services import cloudwatch, sns
 
     dispatch = cloudwatch._dispatch_alarm_actions
+    put_metric_alarm = cloudwatch._put_metric_alarm
     lists = ("AlarmActions", "OKActions", "InsufficientDataActions")
 
     def dispatch_alarm_actions(alarm: Json, *args: Any) -> None:
         def lets_cloudwatch_publish(topic: str) -> bool:
             arn = alarm["AlarmArn"]
+            if not cloudwatch._is_sns_action_arn(topic):  # a scaling policy
+                return False
             allowed = bool(sns.topic_policy_allows(topic, "cloudwatch.amazonaws.com", arn, arn.split(":")[4]))
             if not allowed:
                 logger.warning("The policy of %s does not let CloudWatch publish the alarm %s", topic, alarm["AlarmName"])
@@ -286,7 +292,17 @@ def hook_alarms() -> None:
 
         dispatch(alarm | {name: list(filter(lets_cloudwatch_publish, alarm.get(name) or [])) for name in lists}, *args)
 
+    def put_alarm_with_metrics(params: Json, request: Json, *protocol: bool) -> Any:
+        answer = put_metric_alarm(params, request, *protocol)
+        alarm = cloudwatch._alarms.get(request.get("AlarmName", ""))
+        if alarm and request.get("Metrics"):
+            for member in ("Namespace", "MetricName", "Statistic", "Period"):
+                alarm.pop(member, None)
+            alarm["Metrics"] = request["Metrics"]
+        return answer
+
     cloudwatch._dispatch_alarm_actions = dispatch_alarm_actions
+    cloudwatch._put_metric_alarm = put_alarm_with_metrics
 
 
 def hook_alarm_arns() -> None:

@@ -1,4 +1,4 @@
-"""SageMaker's API by botocore's service model: checks requests, words refusals as AWS does, and pages lists."""
+"""The APIs by botocore's service models: checks requests, words refusals as AWS does, and pages lists."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from local_app.sagemaker.constraints import shape_problems
 
 
 class ServiceError(Exception):
-    """An error response of the service: boto3 shows `code` as `Error.Code`; `message` is for people."""
+    """An error response of the service: boto3 shows `code` as `Error.Code`; `message` is for people.
 
-    def __init__(self, code: str, message: str, status: int = 400) -> None:
+    `members` are the other members of the error's shape.
+    """
+
+    def __init__(self, code: str, message: str, status: int = 400, members: Json | None = None) -> None:
         super().__init__(f"{code}: {message}")
-        self.code, self.message, self.status = code, message, status
+        self.code, self.message, self.status, self.members = code, message, status, members or {}
 
 
 class JobError(Exception):
@@ -31,9 +34,9 @@ def not_found(message: str = "Requested resource not found.") -> ServiceError:
 
 
 @functools.cache
-def service_model() -> ServiceModel:
-    """Return botocore's model of SageMaker (read once: 2.5 MB of JSON)."""
-    return botocore.session.get_session().get_service_model("sagemaker")
+def service_model(service: str = "sagemaker") -> ServiceModel:
+    """Return botocore's model of a service (read once: SageMaker's is 2.5 MB of JSON)."""
+    return botocore.session.get_session().get_service_model(service)
 
 
 def fitting(shape: str, values: Json) -> Json:
@@ -42,13 +45,13 @@ def fitting(shape: str, values: Json) -> Json:
     return {name: value for name, value in values.items() if name in members}
 
 
-def validate_request(operation: str, request: Json) -> None:
+def validate_request(operation: str, request: Json, service: str = "sagemaker") -> None:
     """Raise ServiceError("ValidationException") when `request` does not fit the operation's input shape."""
-    if problems := shape_problems(service_model().operation_model(operation).input_shape, request):
+    if problems := shape_problems(service_model(service).operation_model(operation).input_shape, request):
         raise ServiceError("ValidationException", problems)
 
 
-def page(items: list[Json], request: Json, name_key: str) -> Json:
+def page(items: list[Json], request: Json, name_key: str, status_key: str = "TrainingJobStatus") -> Json:
     """Filter, sort and page `items` as the List operations do: name and time filters, SortBy, SortOrder, MaxResults.
 
     Returns {"items": [...]} and, when more follow, "NextToken".
@@ -64,7 +67,7 @@ def page(items: list[Json], request: Json, name_key: str) -> Json:
             limit = parse_timestamp(request[parameter]).timestamp()
             items = [item for item in items if sign * (item[key] - limit) > 0]
     items = [item for item in items if request.get("NameContains", "").lower() in item[name_key].lower()]
-    sort_key = {"Name": name_key, "Status": "TrainingJobStatus"}.get(request.get("SortBy", ""), "CreationTime")
+    sort_key = {"Name": name_key, "Status": status_key}.get(request.get("SortBy", ""), "CreationTime")
     items = sorted(items, key=lambda item: item[sort_key], reverse=request.get("SortOrder") == "Descending")
     try:
         start = int(base64.b64decode(request["NextToken"], validate=True)) if "NextToken" in request else 0

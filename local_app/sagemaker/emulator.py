@@ -1,21 +1,31 @@
-"""One account's SageMaker in one region: dispatches API operations, and delivers the events of jobs and model packages."""
+"""One account's SageMaker in one region: dispatches API operations, and delivers the events of what changes."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
+import math
+import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from botocore import xform_name
 
 from local_app.common import ACCOUNT, REGION, Json
+from local_app.sagemaker import scaling
+from local_app.sagemaker.alarms import Alarms
 from local_app.sagemaker.api import ServiceError, validate_request
+from local_app.sagemaker.components import InferenceComponents
+from local_app.sagemaker.deployments import Deployments
+from local_app.sagemaker.endpoints import Endpoints
 from local_app.sagemaker.jobs import TrainingJobs
+from local_app.sagemaker.metrics import Metrics
+from local_app.sagemaker.models import Models
 from local_app.sagemaker.registry import ModelRegistry
+from local_app.sagemaker.runtime import Runtime
 from local_app.sagemaker.sandbox import StartupError
 from local_app.sagemaker.services import Services
 from local_app.sagemaker.store import Store
@@ -27,18 +37,32 @@ REGISTRY_OPERATIONS = (
     *("CreateModelPackageGroup", "DescribeModelPackageGroup", "ListModelPackageGroups", "DeleteModelPackageGroup"),
     *("CreateModelPackage", "DescribeModelPackage", "ListModelPackages", "UpdateModelPackage", "DeleteModelPackage"),
 )
+MODEL_OPERATIONS = tuple(
+    f"{verb}{what}" for what in ("Model", "EndpointConfig") for verb in ("Create", "Describe", "Delete")
+)
+ENDPOINT_OPERATIONS = ("CreateEndpoint", "DescribeEndpoint", "ListEndpoints", "DeleteEndpoint")
+COMPONENT_OPERATIONS = (
+    *("CreateInferenceComponent", "DescribeInferenceComponent", "ListInferenceComponents", "DeleteInferenceComponent"),
+    *("UpdateInferenceComponent", "UpdateInferenceComponentRuntimeConfig"),
+)
 TAG_OPERATIONS = ("AddTags", "ListTags", "DeleteTags")
-OPERATIONS = (*TRAINING_OPERATIONS, *REGISTRY_OPERATIONS, *TAG_OPERATIONS)
+OPERATIONS = (
+    *(*TRAINING_OPERATIONS, *REGISTRY_OPERATIONS, *MODEL_OPERATIONS, *ENDPOINT_OPERATIONS, *COMPONENT_OPERATIONS),
+    *TAG_OPERATIONS,
+)
 MOST_TAGS = 50  # of one resource
+SERVER = (sys.executable, "-m", "local_app.serving")
 
 
 class SageMakerEmulator:
     """SageMaker, with its state in `state_dir`, which one emulator at a time may use. Raises StartupError.
 
-    `endpoint_url` serves S3 and CloudWatch Logs of the same account (credentials from boto3's usual places).
-    `on_state_change` gets every event "SageMaker Training Job State Change" and "SageMaker Model Package State Change" in
-    order. While it raises, the event is kept and delivered again, also after a restart: at least once, as on AWS. Jobs do
-    not see the folder `private`.
+    `endpoint_url` serves S3, CloudWatch and its Logs of the same account (credentials from boto3's usual places).
+    `on_state_change` gets every event "SageMaker Training Job State Change", "SageMaker Model Package State Change" and
+    "SageMaker Endpoint State Change" in order. While it raises, the event is kept and delivered again, also after a
+    restart: at least once, as on AWS. Jobs do not see the folder `private`. `server_command` starts the server of an
+    inference component's copy, and `startup_limit` is the longest, in seconds, to wait until it is healthy. The alarms are
+    looked at every `alarm_interval` seconds.
     """
 
     def __init__(
@@ -53,6 +77,9 @@ class SageMakerEmulator:
         grace: float = 120,
         checkpoint_interval: float = 5,
         private: Path | None = None,
+        server_command: Sequence[str] = SERVER,
+        startup_limit: float = math.inf,
+        alarm_interval: float = 2,
         region: str = REGION,
         account: str = ACCOUNT,
     ) -> None:
@@ -66,10 +93,11 @@ class SageMakerEmulator:
             raise StartupError(f"Another SageMaker emulator uses {state_dir}: end it, or choose another folder") from error
         self._store = Store(state_dir / "state.sqlite")
         self.arn_prefix = arn_prefix = f"arn:aws:sagemaker:{region}:{account}"
+        services = Services(endpoint_url, region)
         self._training = TrainingJobs(
             self._store,
             state_dir / "jobs",
-            Services(endpoint_url, region),
+            services,
             arn_prefix,
             max_instances=max_instances,
             quotas=quotas,
@@ -79,11 +107,40 @@ class SageMakerEmulator:
             private=private,
         )
         self._registry = ModelRegistry(self._store, arn_prefix)
+        self._models = Models(self._store, services, self._registry, arn_prefix)
+        limits: dict[str, Any] = {"max_instances": max_instances, "quotas": quotas, "without_capacity": without_capacity}
+        self._endpoints = Endpoints(self._store, services, self._models, arn_prefix, **limits)
+        self._deployments = Deployments(
+            self._store,
+            state_dir / "components",
+            services,
+            self._endpoints,
+            self._models,
+            command=server_command,
+            startup_limit=startup_limit,
+        )
+        self._endpoints.on_delete = self._deployments.end_processes
+        self.metrics = Metrics()
+        self._components = InferenceComponents(
+            self._store, self._endpoints, self._models, self._deployments, self.metrics, arn_prefix
+        )
+        self.runtime = Runtime(self._components, self.metrics)
+        self._scaling = scaling.Scaling(self._store, services, self._components, arn_prefix)
+        self._alarms = Alarms(
+            lambda: services.cloudwatch,
+            self.metrics,
+            lambda: self._deployments.measure(self.metrics),
+            self._scaling.carry_out,
+            alarm_interval,
+        )
         self._on_state_change = on_state_change
         self._closed = threading.Event()
         self._outbox = threading.Thread(target=self._deliver, name="outbox", daemon=True)
         self._outbox.start()
         self._training.resume()
+        self._endpoints.resume()
+        self._deployments.resume()
+        self._alarms.start()
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +151,9 @@ class SageMakerEmulator:
         self.close()
 
     def close(self) -> None:
-        """End the jobs' processes and release the state. Open jobs continue in the next emulator of the folder."""
+        """End all processes and release the state. Open jobs and components continue in the next emulator of the folder."""
+        self._alarms.close()
+        self._deployments.close()
         self._training.close()
         self._closed.set()
         self._store.changed.set()
@@ -102,17 +161,29 @@ class SageMakerEmulator:
         self._store.close()
         self._guard.close()
 
-    def call(self, operation: str, request: Json) -> Json:
-        """Perform one API operation (named as in the API reference). Raises ServiceError."""
-        if operation not in OPERATIONS:
+    def call(self, operation: str, request: Json, service: str = "sagemaker") -> Json:
+        """Perform one API operation (named as in the API reference) of SageMaker or application-autoscaling.
+
+        Raises ServiceError.
+        """
+        operations = OPERATIONS if service == "sagemaker" else scaling.OPERATIONS
+        if operation not in operations:
             raise ServiceError(
                 "UnknownOperationException",
-                f"The local SageMaker emulator has no operation {operation}. It has: {', '.join(OPERATIONS)}.",
+                f"The local SageMaker emulator has no operation {operation}. It has: {', '.join(operations)}.",
             )
-        validate_request(operation, request)
+        validate_request(operation, request, service)
         if operation in TAG_OPERATIONS:
             return self._tags(operation, request)
-        owner = self._training if operation in TRAINING_OPERATIONS else self._registry
+        owners: dict[Any, Sequence[str]] = {
+            self._training: TRAINING_OPERATIONS,
+            self._registry: REGISTRY_OPERATIONS,
+            self._models: MODEL_OPERATIONS,
+            self._endpoints: ENDPOINT_OPERATIONS,
+            self._components: COMPONENT_OPERATIONS,
+            self._scaling: scaling.OPERATIONS,
+        }
+        owner = next(owner for owner, theirs in owners.items() if operation in theirs)
         result: Json = getattr(owner, xform_name(operation))(request)
         return result
 
@@ -121,8 +192,13 @@ class SageMakerEmulator:
         self._training.interrupt(job_name)
 
     def health(self) -> Json:
-        """Return the number of jobs by status, and the number of events still to deliver."""
-        return {"status": "ok", "jobs": self._training.counts(), "undelivered_events": self._store.undelivered()}
+        """Return the numbers of jobs and of inference components by status, and the number of events still to deliver."""
+        return {
+            "status": "ok",
+            "jobs": self._training.counts(),
+            "inference_components": self._components.counts(),
+            "undelivered_events": self._store.undelivered(),
+        }
 
     def _tags(self, operation: str, request: Json) -> Json:
         arn = request["ResourceArn"]

@@ -13,7 +13,11 @@ from tunedrop.config.instances import has_local_disk
 
 def check_request(request: Json, region: str) -> None:
     """Raise ServiceError if a request breaks AWS's rules between members, or needs a feature that this emulator lacks."""
-    for refused, message in (*_aws_rules(request), *_image_rules(request, region), *_local_limits(request)):
+    for refused, message in (
+        *_aws_rules(request),
+        *image_rules(request.get("AlgorithmSpecification", {}).get("TrainingImage"), region),
+        *_local_limits(request),
+    ):
         if refused:
             raise ServiceError("ValidationException", message)
 
@@ -62,14 +66,14 @@ def _aws_rules(request: Json) -> list[tuple[bool, str]]:
     ]
 
 
-def _image_rules(request: Json, region: str) -> list[tuple[bool, str]]:
-    image = request.get("AlgorithmSpecification", {}).get("TrainingImage")
+def image_rules(image: str | None, region: str) -> list[tuple[bool, str]]:
+    """Return the rules for an image of a job or a model: whether it breaks each, and the message."""
     if image is None or ".dkr.ecr" not in image:
         return []  # an image of this machine, or of another registry
     parts = ECR_IMAGE.fullmatch(image)
     return [
         (parts is None, f'ECR image "{image}" is invalid.'),
-        # Assumption: the API reference has this rule for models' images only.
+        # ContainerDefinition in the API reference has this rule for models' images. Assumption: it holds for jobs' too.
         (parts is not None and parts["region"] != region, f'ECR image "{image}" is not in the region of the job, {region}.'),
     ]
 

@@ -13,8 +13,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import ClientError
-
 from local_app.common import Json
 from local_app.sagemaker.api import ServiceError, fitting, not_found, page
 from local_app.sagemaker.job_process import JobProcess, Outcome
@@ -74,7 +72,7 @@ class TrainingJobs:
     def create_training_job(self, request: Json) -> Json:
         """Check, store and start a job. Returns at once, as AWS does."""
         check_request(request, self._services.region)
-        self._check_role(request["RoleArn"])
+        self._services.check_role(request["RoleArn"])
         name = request["TrainingJobName"]
         with self._lock, self._store.transaction():
             if self._store.get("job", name):
@@ -90,16 +88,6 @@ class TrainingJobs:
             self._record(job, "Starting", "InProgress", "Starting the training job")
         self._start(name)
         return {"TrainingJobArn": job["TrainingJobArn"]}
-
-    def _check_role(self, role_arn: str) -> None:
-        try:
-            _ = self._services.assume(role_arn).credentials
-        except ClientError as error:
-            raise ServiceError(
-                "ValidationException",
-                f"Could not assume role {role_arn}. Please ensure that the role exists and allows principal "
-                "'sagemaker.amazonaws.com' to assume the role.",
-            ) from error
 
     def describe_training_job(self, request: Json) -> Json:
         """Return the job's record."""

@@ -68,6 +68,8 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
     """
     if operation in SCALING:
         return _scaling_permissions(operation, request, arn_prefix)
+    if operation in ("DescribeScalableTargets", "DescribeScalingPolicies"):
+        return [RequiredPermission(f"application-autoscaling:{operation}", "*")]
     if operation in ("AddTags", "ListTags", "DeleteTags"):
         return [RequiredPermission(f"sagemaker:{operation}", request["ResourceArn"])]
     resource = _named(NAMED.get(operation), request, arn_prefix) or "*"
@@ -82,6 +84,8 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
         permissions.append(RequiredPermission("sagemaker:CreateModelPackage", package, context))
     if second := _named(ALSO_NAMED.get(operation), request, arn_prefix):
         permissions.append(RequiredPermission(f"sagemaker:{operation}", second))
+    if operation == "InvokeEndpointWithResponseStream":  # "IAM permissions must allow the sagemaker:InvokeEndpoint action"
+        permissions += [permission._replace(action="sagemaker:InvokeEndpoint") for permission in permissions]
     if request.get("Tags"):
         permissions.append(RequiredPermission("sagemaker:AddTags", resource))
     if role := request.get("RoleArn") or request.get("ExecutionRoleArn"):
@@ -107,8 +111,8 @@ def _scaling_permissions(operation: str, request: Json, arn_prefix: str) -> list
     _, partition, _, region, account = arn_prefix.split(":")
     target = f"arn:{partition}:application-autoscaling:{region}:{account}:scalable-target/1"
     context = {
-        "application-autoscaling:service-namespace": request["ServiceNamespace"],
-        "application-autoscaling:scalable-dimension": request["ScalableDimension"],
+        "application-autoscaling:service-namespace": request.get("ServiceNamespace", ""),
+        "application-autoscaling:scalable-dimension": request.get("ScalableDimension", ""),
     }
     permissions = [RequiredPermission(f"application-autoscaling:{operation}", target, context)]
     if operation == "RegisterScalableTarget":

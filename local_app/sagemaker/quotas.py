@@ -1,4 +1,4 @@
-"""SageMaker's quotas of training instances: one for each instance type, for spot and on demand apart.
+"""SageMaker's quotas of instances: for each instance type, those of endpoints, of spot training and of training on demand.
 
 The names are AWS's (https://docs.aws.amazon.com/general/latest/gr/sagemaker.html). AWS does not document the message; users
 quote it, for example in https://github.com/zenml-io/zenml/issues/847.
@@ -30,14 +30,18 @@ def check_quotas(request: Json, running: Iterable[Json], limit: Callable[[str], 
         [name, count], *_ = _instances(job)
         used[name] = used.get(name, 0) + count
     for name, count in _instances(request):
-        if used.get(name, 0) + count > limit(name):
-            raise ServiceError(
-                "ResourceLimitExceeded",
-                f"The account-level service limit '{name}' is {limit(name)} Instances, with current utilization of "
-                f"{used.get(name, 0)} Instances and a request delta of {count} Instances. Please use AWS Service Quotas to "
-                "request an increase for this quota. If AWS Service Quotas is not available, contact AWS support to request "
-                "an increase for this quota.",
-            )
+        check_quota(name, used.get(name, 0), count, limit(name))
+
+
+def check_quota(name: str, used: int, count: int, limit: int) -> None:
+    """Raise ServiceError(ResourceLimitExceeded) if `count` more instances exceed the quota `name`."""
+    if used + count > limit:
+        raise ServiceError(
+            "ResourceLimitExceeded",
+            f"The account-level service limit '{name}' is {limit} Instances, with current utilization of {used} Instances "
+            f"and a request delta of {count} Instances. Please use AWS Service Quotas to request an increase for this "
+            "quota. If AWS Service Quotas is not available, contact AWS support to request an increase for this quota.",
+        )
 
 
 def _instances(job: Json) -> list[tuple[str, int]]:

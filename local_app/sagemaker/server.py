@@ -1,12 +1,15 @@
-"""SageMaker on this machine: an HTTP server that boto3 reaches through AWS_ENDPOINT_URL_SAGEMAKER.
+"""SageMaker, SageMaker Runtime and Application Auto Scaling on this machine: an HTTP server.
+
+boto3 reaches it through AWS_ENDPOINT_URL_SAGEMAKER, …_SAGEMAKER_RUNTIME and …_APPLICATION_AUTO_SCALING.
 
     python -m local_app.sagemaker.server --port 4570 --state-dir .tunedrop/sagemaker --s3-endpoint https://127.0.0.1:4566 \\
       --event-sink https://127.0.0.1:4566/_tunedrop/events --authorizer https://127.0.0.1:4566/_tunedrop/authorize
 
-Training jobs are real processes on this machine (`job_process`). Their state survives a kill (`store`), and each change of
-the state is an EventBridge event. Every request is signed, and IAM decides about the request. The root credentials are the
-environment's. Besides the AWS API, the server has `GET /_tunedrop/health`, which answers everybody, and, for root,
-`POST /_tunedrop/interrupt/<job>` (a spot interruption).
+Training jobs are real processes on this machine (`job_process`), and so are the copies of inference components (`copies`).
+Their state survives a kill (`store`), and each change of a job's or an endpoint's state is an EventBridge event. Every
+request is signed, and IAM decides about the request. The root credentials are the environment's. Besides the AWS API, the
+server has `GET /_tunedrop/health`, which answers everybody, and, for root, `POST /_tunedrop/interrupt/<job>` (a spot
+interruption).
 """
 
 from __future__ import annotations
@@ -30,12 +33,17 @@ from local_app.credentials import Credentials, post_signed
 from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.emulator import SageMakerEmulator
 from local_app.sagemaker.permissions import RequiredPermission, required_permissions
+from local_app.sagemaker.runtime import parse
 from local_app.sagemaker.sandbox import StartupError
 
 logger = logging.getLogger(__name__)
 
 # Raises ServiceError unless IAM grants a signed request (path, headers, body) the permissions that it needs.
 Authorizer = Callable[[Json, list[RequiredPermission]], None]
+# The same for one request.
+Require = Callable[..., None]
+# The services by the prefix of X-Amz-Target.
+SERVICES = {"SageMaker": "sagemaker", "AnyScaleFrontendService": "application-autoscaling"}
 
 
 def remote_authorizer(url: str, root: Credentials) -> Authorizer:
@@ -51,36 +59,76 @@ def remote_authorizer(url: str, root: Credentials) -> Authorizer:
 
 
 def application(emulator: SageMakerEmulator, authorize: Authorizer | None) -> Application:
-    """Return the ASGI application: AWS JSON 1.1 (POST / with `X-Amz-Target: SageMaker.<operation>`) and `/_tunedrop/`."""
+    """Return the ASGI application: AWS JSON 1.1 (POST / with `X-Amz-Target`), `/endpoints/` and `/_tunedrop/`."""
 
     async def serve_request(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         body = await read_body(receive)
+        headers = {"x-amzn-requestid": str(uuid.uuid4())}
+        require = _authorization(authorize, scope, body)
+        if scope["path"].startswith("/endpoints/"):
+            try:
+                await _invoke(emulator, require, scope, body, receive, send)
+            except Exception as error:  # noqa: BLE001 - the client gets a response
+                status, content = _failure(error, scope)
+                headers["x-amzn-errortype"] = content.pop("__type")  # as REST-JSON has it
+                await answer_json(send, status, content | {"Message": content["message"]}, headers)
+            return
         # SQLite, the authorizer and STS block, so each request has a thread.
-        status, content = await asyncio.to_thread(_respond, emulator, authorize, scope, body)
-        headers = {"content-type": "application/x-amz-json-1.1", "x-amzn-requestid": str(uuid.uuid4())}
-        await answer_json(send, status, content, headers)
+        status, content = await asyncio.to_thread(_respond, emulator, require, scope, body)
+        await answer_json(send, status, content, headers | {"content-type": "application/x-amz-json-1.1"})
 
     return serve_request
 
 
-def _respond(emulator: SageMakerEmulator, authorize: Authorizer | None, scope: Scope, body: bytes) -> tuple[int, Json]:
+def _authorization(authorize: Authorizer | None, scope: Scope, body: bytes) -> Require:
+    """Return the function that raises ServiceError unless IAM grants a request the permissions that it needs."""
+    content = base64.b64encode(body).decode()
+    signed = {"path": scope["raw_path"].decode("latin-1"), "headers": headers_of(scope), "body": content}
+
+    def require(*permissions: RequiredPermission) -> None:
+        if authorize:
+            authorize(signed, list(permissions))
+
+    return require
+
+
+def _refuse_browsers(scope: Scope) -> None:
+    if headers_of(scope).get("origin"):  # a web page in the user's browser must not start jobs
+        raise ServiceError("AccessDeniedException", "This server does not answer browsers.", 403)
+
+
+def _failure(error: Exception, scope: Scope) -> tuple[int, Json]:
+    """Return the HTTP status and the JSON document for an error."""
+    if isinstance(error, json.JSONDecodeError):
+        return 400, {"__type": "SerializationException", "message": str(error)}
+    if isinstance(error, ServiceError):
+        return error.status, {"__type": error.code, "message": error.message, **error.members}
+    logger.error("%s %s", scope["path"], headers_of(scope).get("x-amz-target"), exc_info=error)
+    return 500, {"__type": "InternalFailure", "message": repr(error)}
+
+
+async def _invoke(
+    emulator: SageMakerEmulator, require: Require, scope: Scope, body: bytes, receive: Receive, send: Send
+) -> None:
+    """Answer a request of SageMaker Runtime."""
+    _refuse_browsers(scope)
+    invocation = parse(scope["method"], scope["path"], headers_of(scope), body)
+    permissions = required_permissions(invocation.operation, invocation.parameters, emulator.arn_prefix)
+    await asyncio.to_thread(require, *permissions)
+    await emulator.runtime.serve(invocation, receive, send)
+
+
+def _respond(emulator: SageMakerEmulator, require: Require, scope: Scope, body: bytes) -> tuple[int, Json]:
     """Return the HTTP status and the JSON document for a request."""
-    headers, path = headers_of(scope), scope["path"]
+    path = scope["path"]
     try:
         if scope["method"] == "GET":
             if path == "/_tunedrop/health":
                 return 200, emulator.health()
             raise ServiceError("NotFound", f"There is no {path} here.", 404)
-        if headers.get("origin"):  # a web page in the user's browser must not start jobs
-            raise ServiceError("AccessDeniedException", "This server does not answer browsers.", 403)
-        signed = {"path": scope["raw_path"].decode("latin-1"), "headers": headers, "body": base64.b64encode(body).decode()}
-
-        def require(*permissions: RequiredPermission) -> None:
-            if authorize:
-                authorize(signed, list(permissions))
-
+        _refuse_browsers(scope)
         prefix, _, job = path.rpartition("/")
         if prefix == "/_tunedrop/interrupt":
             # An action of no AWS service: policies grant it to nobody but root.
@@ -88,25 +136,23 @@ def _respond(emulator: SageMakerEmulator, authorize: Authorizer | None, scope: S
             emulator.interrupt(job)
             return 202, {}
         require()  # the signature, before the request is read
-        return 200, _call(emulator, require, headers, body)
-    except json.JSONDecodeError as error:
-        return 400, {"__type": "SerializationException", "message": str(error)}
-    except ServiceError as error:
-        return error.status, {"__type": error.code, "message": error.message}
-    except Exception as error:  # the client gets a response, the log gets the traceback
-        logger.exception("%s %s", path, headers.get("x-amz-target"))
-        return 500, {"__type": "InternalFailure", "message": repr(error)}
+        return 200, _call(emulator, require, headers_of(scope).get("x-amz-target", ""), body)
+    except Exception as error:  # noqa: BLE001 - the client gets a response
+        return _failure(error, scope)
 
 
-def _call(emulator: SageMakerEmulator, require: Callable[..., None], headers: dict[str, str], body: bytes) -> Json:
-    target, _, operation = headers.get("x-amz-target", "").partition(".")
-    if target != "SageMaker":
-        raise ServiceError("UnknownOperationException", "Expected a header X-Amz-Target: SageMaker.<operation>.")
+def _call(emulator: SageMakerEmulator, require: Require, target: str, body: bytes) -> Json:
+    prefix, _, operation = target.partition(".")
+    if prefix not in SERVICES:
+        raise ServiceError(
+            "UnknownOperationException",
+            f"Expected a header X-Amz-Target: <service>.<operation>, of {', '.join(SERVICES)}.",
+        )
     request = json.loads(body or b"{}")
     if not isinstance(request, dict):
         raise ServiceError("SerializationException", "The body must be a JSON object.")
     require(*required_permissions(operation, request, emulator.arn_prefix))
-    return emulator.call(operation, request)
+    return emulator.call(operation, request, SERVICES[prefix])
 
 
 def serve(

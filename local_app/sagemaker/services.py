@@ -1,8 +1,9 @@
-"""The AWS services that the SageMaker emulator uses for its jobs: S3, CloudWatch Logs, STS and EC2."""
+"""The AWS services that the SageMaker emulator uses: S3, CloudWatch and its Logs, STS and EC2."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import boto3
 import botocore.session
@@ -11,6 +12,7 @@ from botocore.config import Config
 from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
+from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.sandbox import StartupError
 
 AWS_ERRORS = (BotoCoreError, ClientError, Boto3Error)
@@ -44,6 +46,22 @@ class Services:
         session = botocore.session.Session()
         session._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
         return Services(self.endpoint_url, self.region, session)
+
+    def check_role(self, role_arn: str) -> None:
+        """Raise ServiceError, in AWS's words, unless SageMaker can assume the role."""
+        try:
+            _ = self.assume(role_arn).credentials
+        except ClientError as error:
+            raise ServiceError(
+                "ValidationException",
+                f"Could not assume role {role_arn}. Please ensure that the role exists and allows principal "
+                "'sagemaker.amazonaws.com' to assume the role.",
+            ) from error
+
+    @cached_property
+    def cloudwatch(self) -> Any:
+        """CloudWatch's client."""
+        return self._session.client("cloudwatch", endpoint_url=self.endpoint_url)
 
     def reach_internet(self, subnets: list[str]) -> bool:
         """Return whether a job in these subnets reaches the internet: all of them have a route to a NAT gateway.

@@ -107,7 +107,8 @@ class Emulators:
 
     def client(self, service: str, **credentials: str) -> Any:
         """A client with the account's own credentials, or with `credentials`."""
-        url = self.url_of("sagemaker" if service == "sagemaker" else "aws")
+        of_sagemaker = service in ("sagemaker", "sagemaker-runtime", "application-autoscaling")
+        url = self.url_of("sagemaker" if of_sagemaker else "aws")
         root = {"aws_access_key_id": self.root.access_key_id, "aws_secret_access_key": self.root.secret_access_key}
         key = credentials or root
         return boto3.client(service, endpoint_url=url, region_name="us-east-1", verify=str(self.authority), **key)

@@ -295,6 +295,82 @@ def test_sagemaker_does_what_iam_lets_the_caller_do(emulators: Emulators, deploy
     emulators.client("sagemaker").delete_model_package_group(ModelPackageGroupName="ours-1")
 
 
+def test_a_question_without_a_copy_wakes_its_component_by_the_alarm_in_cloudwatch(
+    emulators: Emulators, deployed: Deployed
+) -> None:
+    sagemaker, scaling, cloudwatch, s3 = (
+        emulators.client(name) for name in ("sagemaker", "application-autoscaling", "cloudwatch", "s3")
+    )
+    bucket = deployed.outputs["Bucket"]
+    s3.put_object(Bucket=bucket, Key="models/m/config.json", Body=b"{}")
+    files = f"arn:aws:s3:::{bucket}"
+    serving = Role(emulators, allow("s3:GetObject", f"{files}/models/*"), allow("s3:ListBucket", files)).arn
+    source = {"S3Uri": f"s3://{bucket}/models/m/", "S3DataType": "S3Prefix", "CompressionType": "None"}
+    image = "763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:1"
+    container = {"Image": image, "ModelDataSource": {"S3DataSource": source}}
+    sagemaker.create_model(ModelName="m", ExecutionRoleArn=serving, PrimaryContainer=container)
+    variant = {
+        "VariantName": "AllTraffic",
+        "InstanceType": "ml.g5.xlarge",
+        "InitialInstanceCount": 1,
+        "ManagedInstanceScaling": {"Status": "ENABLED", "MinInstanceCount": 0, "MaxInstanceCount": 1},
+    }
+    sagemaker.create_endpoint_config(EndpointConfigName="e", ExecutionRoleArn=serving, ProductionVariants=[variant])
+    sagemaker.create_endpoint(EndpointName="e", EndpointConfigName="e")
+    wait_for(lambda: sagemaker.describe_endpoint(EndpointName="e")["EndpointStatus"] == "InService")
+    compute = {"NumberOfAcceleratorDevicesRequired": 1, "MinMemoryRequiredInMb": 1024}
+    sagemaker.create_inference_component(
+        InferenceComponentName="c",
+        EndpointName="e",
+        VariantName="AllTraffic",
+        Specification={"ModelName": "m", "ComputeResourceRequirements": compute},
+        RuntimeConfig={"CopyCount": 0},
+    )
+
+    def component() -> Json:
+        return dict(sagemaker.describe_inference_component(InferenceComponentName="c"))
+
+    wait_for(lambda: component()["InferenceComponentStatus"] == "InService")
+    target = {
+        "ServiceNamespace": "sagemaker",
+        "ResourceId": "inference-component/c",
+        "ScalableDimension": "sagemaker:inference-component:DesiredCopyCount",
+    }
+    scaling.register_scalable_target(MinCapacity=0, MaxCapacity=1, **target)
+    steps = [{"MetricIntervalLowerBound": 0, "ScalingAdjustment": 1}]
+    wake = {"AdjustmentType": "ExactCapacity", "StepAdjustments": steps}
+    policy = scaling.put_scaling_policy(
+        PolicyName="wake", PolicyType="StepScaling", StepScalingPolicyConfiguration=wake, **target
+    )["PolicyARN"]
+    metric = {
+        "Namespace": "AWS/SageMaker",
+        "MetricName": "NoCapacityInvocationFailures",
+        "Dimensions": [{"Name": "InferenceComponentName", "Value": "c"}],
+    }
+    failures = {"Id": "failures", "MetricStat": {"Metric": metric, "Period": 60, "Stat": "Sum"}, "ReturnData": False}
+    cloudwatch.put_metric_alarm(  # metric math, which MiniStack itself forgets
+        AlarmName="wake",
+        Metrics=[failures, {"Id": "all", "Expression": "SUM([failures])", "ReturnData": True}],
+        EvaluationPeriods=1,
+        Threshold=1,
+        ComparisonOperator="GreaterThanOrEqualToThreshold",
+        TreatMissingData="notBreaching",
+        AlarmActions=[policy],
+    )
+    endpoint, question = "arn:aws:sagemaker:us-east-1:000000000000:endpoint/e", {"EndpointName": "e", "Body": b"{}"}
+    role = Role(emulators, allow("sagemaker:InvokeEndpoint", endpoint))
+    with pytest.raises(ClientError, match="AccessDeniedException"):
+        emulators.client("sagemaker-runtime", **role.credentials()).invoke_endpoint(**question, InferenceComponentName="c")
+    assert [allowed for _, _, allowed in role.calls()] == [True, False]  # on the endpoint, and on the component
+    assert component()["RuntimeConfig"]["DesiredCopyCount"] == 0
+    with pytest.raises(ClientError, match="has no capacity"):
+        emulators.client("sagemaker-runtime").invoke_endpoint(**question, InferenceComponentName="c")
+    wait_for(lambda: component()["RuntimeConfig"]["DesiredCopyCount"] == 1)
+    assert cloudwatch.describe_alarms(AlarmNames=["wake"])["MetricAlarms"][0]["StateValue"] == "ALARM"
+    cloudwatch.delete_alarms(AlarmNames=["wake"])
+    sagemaker.delete_endpoint(EndpointName="e")
+
+
 def test_a_person_who_may_only_reject_rejects_and_the_rules_function_gets_the_event(
     emulators: Emulators, deployed: Deployed
 ) -> None:

@@ -20,11 +20,13 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from components import CONTAINER, Serving
 from moto.server import ThreadedMotoServer
 
 from local_app.sagemaker.api import service_model
 from local_app.sagemaker.constraints import shape_problems
 from local_app.sagemaker.emulator import OPERATIONS, SageMakerEmulator
+from local_app.sagemaker.metrics import Metrics
 from local_app.sagemaker.server import serve
 
 Json = dict[str, Any]
@@ -78,6 +80,13 @@ class Local:
     folder: Path
     events: list[Json] = field(default_factory=list)
     close: Callable[[], None] = lambda: None
+    emulator: Any = None  # in this process
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics of the emulator."""
+        metrics: Metrics = self.emulator.metrics
+        return metrics
 
     def create(self, name: str, script: str, **changes: Any) -> str:
         """Create a job whose entry point is the bash script `script` in the `code` channel."""
@@ -161,16 +170,16 @@ class Local:
         return self.text(key)
 
 
-def sagemaker_client(url: str) -> Any:
+def sagemaker_client(url: str, service: str = "sagemaker") -> Any:
     """A boto3 client that also checks every response against the output shape of botocore's model."""
-    client = boto3.client("sagemaker", endpoint_url=url, config=Config(retries={"total_max_attempts": 1}))
+    client = boto3.client(service, endpoint_url=url, config=Config(retries={"total_max_attempts": 1}))
 
     def check(http_response: Any, model: Any, **_: Any) -> None:
         if http_response.status_code == 200 and model.output_shape:
             problems = shape_problems(model.output_shape, json.loads(http_response.content))
             assert not problems, f"{model.name}: {problems}"
 
-    client.meta.events.register("after-call.sagemaker", check)
+    client.meta.events.register(f"after-call.{service}", check)
     return client
 
 
@@ -185,7 +194,8 @@ def launch(endpoint: str, s3: Any, folder: Path, **options: Any) -> Local:
         emulator.close()
 
     url = f"http://127.0.0.1:{server.port}"
-    return Local(client=sagemaker_client(url), s3=s3, url=url, folder=folder, events=events, close=close)
+    client = sagemaker_client(url)
+    return Local(client=client, s3=s3, url=url, folder=folder, events=events, close=close, emulator=emulator)
 
 
 @pytest.fixture
@@ -213,6 +223,29 @@ def idle(endpoint: str, s3: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture
 def local(start: Callable[..., Local]) -> Local:
     return start()
+
+
+def serving_of(local: Local, **variant: Any) -> Serving:
+    """An endpoint `ep` of an emulator."""
+    serving = Serving(local, sagemaker_client(local.url, "application-autoscaling"))
+    serving.endpoint(**variant)
+    return serving
+
+
+@pytest.fixture
+def hosted(start: Callable[..., Local]) -> Callable[..., Serving]:
+    """Start an emulator with the endpoint `ep`, whose containers start at once."""
+    return lambda **options: serving_of(start(**{"server_command": CONTAINER, "startup_limit": 10.0} | options))
+
+
+@pytest.fixture(scope="module")
+def shared(endpoint: str, s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One emulator with a base component, for all tests that change neither."""
+    local = launch(endpoint, s3, tmp_path_factory.mktemp("shared") / "state", server_command=CONTAINER)
+    serving = serving_of(local)
+    serving.base()
+    yield serving
+    local.close()
 
 
 class Sink:
