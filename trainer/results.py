@@ -28,7 +28,7 @@ log = logging.getLogger("trainer")
 
 
 def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", location: str, config: "RunConfig") -> None:
-    """Write the run config, the checkpoint's `adapter/` and its archive, and `merged/`: the bf16 base model with the adapter."""
+    """Write the run config, the checkpoint's `adapter/` and its archive, and `merged/`: base model plus adapter in bf16."""
     import torch
 
     adapter = folders.model_dir() / "adapter"
@@ -50,8 +50,8 @@ def save(checkpoint: "Checkpoint", tokenizer: "PreTrainedTokenizerBase", locatio
 def archive(adapter: Path, target: Path) -> None:
     """Write an adapter's two files as a .tar.gz without folders. The same files give the same bytes.
 
-    SageMaker loads this archive as an adapter on an endpoint
-    (https://docs.aws.amazon.com/sagemaker/latest/dg/realtime-endpoints-adapt.html). Weights hardly shrink, so it is packed fast.
+    An endpoint loads this archive (https://docs.aws.amazon.com/sagemaker/latest/dg/realtime-endpoints-adapt.html). Weights
+    hardly shrink, so the fastest level of compression is used.
     """
 
     def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

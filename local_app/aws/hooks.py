@@ -306,10 +306,11 @@ def hook_alarms() -> None:
 
 
 def hook_alarm_arns() -> None:
-    """Hold DeleteAlarms against the alarm that it names first, and DescribeAlarms against all alarms, as AWS does.
+    """Hold DeleteAlarms against the alarm that it names first, and DescribeAlarms against all alarms.
 
-    MiniStack finds no resource in both: it reads the name of one alarm, where these requests have a list of names
-    (https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoncloudwatch.html).
+    MiniStack finds no resource in both, because they have a list of names. AWS documents that both need an alarm
+    (https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazoncloudwatch.html). Assumption:
+    DescribeAlarms is checked on `alarm:*`, whatever names it has.
     """
     from ministack.core import iam_actions
 

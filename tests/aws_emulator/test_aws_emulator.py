@@ -446,6 +446,38 @@ def test_a_service_takes_on_a_role_that_trusts_it_for_this_account_only(emulator
         Role(emulators, allow("s3:GetObject", "*"), trusted_for="999999999999").credentials()
 
 
+def test_alarms_are_deleted_by_their_names_and_described_by_who_may_describe_all(
+    emulators: Emulators, deployed: Deployed
+) -> None:
+    alarms = "arn:aws:cloudwatch:us-east-1:000000000000:alarm:"
+    mine, every = allow("cloudwatch:*Alarm*", f"{alarms}mine-*"), allow("cloudwatch:DescribeAlarms", f"{alarms}*")
+    role, blind = Role(emulators, mine, every), Role(emulators, mine)
+    cloudwatch = emulators.client("cloudwatch", **role.credentials())
+    for name in ("mine-1", "other"):
+        emulators.client("cloudwatch").put_metric_alarm(
+            AlarmName=name,
+            Namespace="N",
+            MetricName="M",
+            Statistic="Sum",
+            Period=60,
+            EvaluationPeriods=1,
+            Threshold=0,
+            ComparisonOperator="GreaterThanThreshold",
+        )
+    assert len(cloudwatch.describe_alarms(AlarmNames=["mine-1"])["MetricAlarms"]) == 1
+    with pytest.raises(ClientError, match="DescribeAlarms"):
+        emulators.client("cloudwatch", **blind.credentials()).describe_alarms(AlarmNames=["mine-1"])
+    with pytest.raises(ClientError, match="DeleteAlarms"):
+        cloudwatch.delete_alarms(AlarmNames=["other"])
+    cloudwatch.delete_alarms(AlarmNames=["mine-1"])
+    assert role.calls() == [
+        ("cloudwatch:DescribeAlarms", f"{alarms}*", True),
+        ("cloudwatch:DeleteAlarms", f"{alarms}other", False),
+        ("cloudwatch:DeleteAlarms", f"{alarms}mine-1", True),
+    ]
+    emulators.client("cloudwatch").delete_alarms(AlarmNames=["other"])
+
+
 def test_an_alarm_is_announced_where_the_topic_lets_cloudwatch_publish(emulators: Emulators, deployed: Deployed) -> None:
     sns, sqs, cloudwatch = (emulators.client(name) for name in ("sns", "sqs", "cloudwatch"))
     queue = sqs.create_queue(QueueName="alarms")["QueueUrl"]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from aws_lambda_powertools.utilities.parser import parse
@@ -59,9 +59,9 @@ def test_events_parse_in_their_consumers(name, load_event):
         assert upload.key == event["detail"]["object"]["key"]
     elif event["detail-type"] in DEPLOYMENTS:
         kind, member = DEPLOYMENTS[event["detail-type"]]
-        parsed = DEPLOY_MODEL_EVENT.validate_python(event)
-        assert isinstance(parsed, kind)
-        assert getattr(parsed.detail, member) == event["detail"][member]
+        about = DEPLOY_MODEL_EVENT.validate_python(event)
+        assert isinstance(about, kind)
+        assert getattr(about.detail, member) == event["detail"][member]
     elif event["source"] == "aws.events":
         assert isinstance(DEPLOY_MODEL_EVENT.validate_python(event), Scheduled)
     elif event["detail-type"] == "SageMaker Model Package State Change":
@@ -115,16 +115,17 @@ def test_deploy_model_takes_awss_sample_of_an_endpoints_event(load_event):
 
 def test_a_champions_event_reaches_deploy_model(rules, load_event):
     line = Line(line="Größe & Co", version=3, champion="cars-0123456789ab", champion_package="arn")
-    sent: list[dict[str, str]] = []
-    aws = SimpleNamespace(
-        events=SimpleNamespace(put_events=lambda Entries: sent.extend(Entries) or {"FailedEntryCount": 0}),
-        lines=SimpleNamespace(mark_announced=lambda line: None),
-    )
+    aws = MagicMock()
+    aws.events.put_events.return_value = {"FailedEntryCount": 0}
     announce_champion(line, SETTINGS, aws)
-    event = load_event("deploy_model.champion_changed") | {"detail": json.loads(sent[0]["Detail"])}
-    assert event["detail"].keys() == load_event("deploy_model.champion_changed")["detail"].keys()
+    (entry,) = aws.events.put_events.call_args.kwargs["Entries"]
+    sample = load_event("deploy_model.champion_changed")
+    event = sample | {"detail-type": entry["DetailType"], "detail": json.loads(entry["Detail"])}
+    assert event["detail"].keys() == sample["detail"].keys()
     assert {rule.function for rule in rules if matches_pattern(rule.pattern, event)} == {"deploy_model"}
-    assert DEPLOY_MODEL_EVENT.validate_python(event).detail.line == line.line
+    parsed = DEPLOY_MODEL_EVENT.validate_python(event)
+    assert isinstance(parsed, ChampionChanged)
+    assert parsed.detail.line == line.line
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - OUTSIDE_RULES - {"start_training.job_ended"}))

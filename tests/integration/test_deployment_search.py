@@ -8,6 +8,7 @@ long as its function may run.
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def search(deploy: Callable[[], Any], scenario: Callable[[World], None], trouble
                     if (trouble is take_no_entry and operation != "PutEvents") or (trouble is die_before and at > 0):
                         continue
                     tried += 1
-                    failure = in_a_fork(lambda trouble=trouble, at=at: go_on(world, trouble, at, expected))
+                    failure = in_a_fork(partial(go_on, world, trouble, at, expected))
                     assert not failure, f"{trouble.__name__} at {operation}, call {at}:\n{failure}"
             look(world)
     return tried

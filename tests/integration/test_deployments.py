@@ -331,7 +331,7 @@ def test_a_second_look_does_not_disturb_the_first(world, look):
     """While a look asks the identity test's questions, another invocation looks too."""
     run = approved(world)
     settings = DeploySettings.from_environment()
-    meanwhile = []
+    meanwhile: list[bool] = []
 
     def ask(content: str, question: str) -> str:
         if len(meanwhile) < 3:

@@ -10,18 +10,24 @@ import pytest
 from botocore.client import BaseClient
 from fake_stack import TABLE
 from permissions import ACCOUNT, KEY, REGION, Permission, allows, known_names, needless, of_request, of_sagemaker, policies
+from world import WON
 
+from deploy_model import app as deploy_model
 from pipeline.aws import connect
+from pipeline.runs.deployments import Stage
 from pipeline.runs.states import RunState
 from pipeline.runs.table import RUN
 
+WON_AGAIN = [{**each, "champion": each["base"]} for each in WON]
 ROLES = {
     "validate_dataset": "ValidateDatasetRole",
     "start_training": "StartTrainingRole",
     "test_model": "TestModelRole",
     "publish_results": "PublishResultsRole",
     "reconcile": "ReconcileRole",
+    "deploy_model": "DeployModelRole",
 }
+IN_MEMORY = {"sagemaker", "sagemaker-runtime", "application-autoscaling"}  # the services that send no request here
 
 
 def made_by_lambda(role: str) -> list[Permission]:
@@ -53,8 +59,13 @@ def recorded(world) -> Iterator[set[Permission]]:
     handle, make_api_call = world.handle, BaseClient._make_api_call
 
     def call(client, operation, arguments):
-        if role and client.meta.service_model.service_name in ("sagemaker", "sagemaker-runtime"):
+        model = client.meta.service_model
+        if role and model.service_name in IN_MEMORY:
             found.update(of_sagemaker(role, operation, arguments))
+        if role and model.service_name == "cloudwatch":
+            request = client._serializer.serialize_to_request(arguments, model.operation_model(operation))
+            url = f"https://monitoring.{REGION}.amazonaws.com{request['url_path']}"
+            found.update(of_request(role, request["method"], url, request["headers"], request["body"]))
         return make_api_call(client, operation, arguments)
 
     def send(request, **_):
@@ -167,6 +178,38 @@ def run_everything(world) -> None:
     assert world.jobs[world.run(waiting.run_id).train_job]["TrainingJobStatus"] == "Stopping"
 
 
+def deploy_everything(world) -> None:
+    """Let an adapter be served, then a merged model, one that is refused, and none."""
+    for config in (b"", b"lora: {r: 2}", b"lora: {r: 128}", b"lora: {r: 8}"):
+        world.put("training_data/served.yaml", config)
+        run = world.trained(world.drop("training_data/served.jsonl"))
+        world.tested(run, WON_AGAIN)
+        look(world)
+        assert world.aws.deployments.get("served").run == run.run_id
+    world.put("training_data/served.yaml", b"lora: {r: 4}")
+    refused = world.trained(world.drop("training_data/served.jsonl"))
+    world.tested(refused, WON_AGAIN)
+    world.serving.ask = lambda content, question: "?"
+    base = world.serving.components[str(world.aws.deployments.get("served").endpoint)]
+    base["RuntimeConfig"] = {"DesiredCopyCount": 0, "CurrentCopyCount": 0}
+    look(world)
+    assert refused.run_id in world.aws.deployments.get("served").refused
+    for each in world.aws.deployments.all():  # other lines' champions are served as well
+        event = world.load_event("deploy_model.undeploy_requested")
+        event["detail"]["line"] = each.line
+        world.handle("deploy_model", event)
+    look(world)
+    assert not world.serving.endpoints
+
+
+def look(world) -> None:
+    """Have the schedule invoke deploy_model until nothing goes on."""
+    while True:
+        world.handle("deploy_model", world.load_event("deploy_model.scheduled"))
+        if all(each.stage == Stage.IDLE and not each.unused for each in world.aws.deployments.all()):
+            return
+
+
 def stop(world, run):
     request = world.load_event("start_training.stop_requested")
     request["detail"]["run_id"] = run.run_id
@@ -198,8 +241,11 @@ def reconcile(world) -> None:
     world.handle("reconcile", world.load_event("reconcile.scheduled"))
 
 
-def test_every_call_is_allowed_and_every_permission_is_needed(world, recorded):
+def test_every_call_is_allowed_and_every_permission_is_needed(world, recorded, monkeypatch):
+    monkeypatch.setenv("ENDPOINT_BAKE_MINUTES", "0")
+    monkeypatch.setattr(deploy_model, "SECONDS", 0)  # one look per invocation
     run_everything(world)
+    deploy_everything(world)
     assert {permission.role for permission in recorded} == set(ROLES.values())
     given = policies()
     for role in ROLES.values():

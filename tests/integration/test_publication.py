@@ -5,14 +5,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from botocore.client import BaseClient
-from fake_stack import ARTIFACTS, MODELS, PLAN, SERVING_IMAGE
+from fake_stack import ARTIFACTS, MODELS, PLAN, SERVING_IMAGE, TABLE, TRAINED_RUN
 from template import load_template, resolve
 
 from local_app.aws.hooks import matches_pattern
+from pipeline.notify import events
+from pipeline.notify.deployments import deployment_detail
 from pipeline.publish.index import read_index
 from pipeline.publish.result import cost
+from pipeline.runs.deployments import Deployment
 from pipeline.runs.states import RunState
 from tunedrop import object_keys
 
@@ -169,6 +173,18 @@ def test_a_failure_pages_someone(world):
 
 
 @pytest.mark.parametrize(
+    ("detail_type", "pages"), [(events.DEPLOYED, False), (events.DEPLOYMENT_FAILED, True), (events.ROLLED_BACK, True)]
+)
+def test_a_failed_deployment_pages_someone(detail_type, pages):
+    detail = deployment_detail(Deployment(line="cars", reason="no room"), detail_type, TRAINED_RUN, ARTIFACTS)
+    event = {"source": "tunedrop", "detail-type": detail_type, "detail": detail}
+    assert matches_pattern(pattern_of("page_on_failed.yaml"), event) == pages
+    (target,) = load_template(RULES / "page_on_failed.yaml")["Resources"]["Rule"]["Properties"]["Targets"]
+    named = {path.removeprefix("$.detail.") for path in target["InputTransformer"]["InputPathsMap"].values()}
+    assert named <= detail.keys()
+
+
+@pytest.mark.parametrize(
     ("change", "is_taken"),
     [
         ({}, True),
@@ -211,3 +227,20 @@ def test_what_is_deployed_is_looked_up_in_the_registry(world):
         "model_data.$": result["artifacts"]["merged_model"],
         "model_package.$": result["model_package"],
     }
+
+
+def test_what_answers_is_looked_up_in_the_run_table(world):
+    rule = load_template(RULES / "model_deployed.yaml")["Resources"]
+    pattern = rule["Rule"]["Properties"]["EventPattern"]
+    assert set(pattern["detail-type"]) == {events.DEPLOYED, events.ROLLED_BACK}
+    states = rule["UseDeployment"]["Properties"]["Definition"]["States"]
+    assert states["LookUpDeployment"]["Parameters"]["Key"] == {"id": {"S.$": "States.Format('deployment#{}', $.line)"}}
+    (choice,) = states["Answers"]["Choices"]
+    assert choice == {"Variable": "$.Item.run.S", "IsPresent": True, "Next": "Use"}
+    deployment = world.aws.deployments.write(Deployment(line="cars"), endpoint="e", component="c")
+    key = {"id": {"S": "deployment#cars"}}
+    assert "run" not in boto3.client("dynamodb").get_item(TableName=TABLE, Key=key)["Item"]
+    world.aws.deployments.write(deployment, run="cars-0123456789ab")
+    found = boto3.client("dynamodb").get_item(TableName=TABLE, Key=key)
+    given = {name: at(path, found) for name, path in states["Use"]["Parameters"]["Input"].items()}
+    assert given == {"line.$": "cars", "run_id.$": "cars-0123456789ab", "endpoint.$": "e", "component.$": "c"}

@@ -124,7 +124,7 @@ class FakeServing:
 
     def _DescribeInferenceComponent(self, InferenceComponentName: str) -> dict[str, Any]:
         found = self._get(self.components, InferenceComponentName)
-        answer = json.loads(json.dumps(found))
+        answer: dict[str, Any] = json.loads(json.dumps(found))
         content = _content(found["Specification"])
         reason = self.failing.get(InferenceComponentName) or self.failing.get(content)
         if found["InferenceComponentStatus"] == "Deleting":

@@ -33,7 +33,7 @@ SERVES = "ServesModels"
 
 
 def chosen(value: Any) -> Any:
-    """Take a branch of every condition (models are served; no key, no VPC, no image of one's own), and out what is no value."""
+    """Take a branch of every condition (models are served; no key, no VPC, no own image), and out what is no value."""
     if isinstance(value, dict):
         if value.keys() == {"Fn::If"}:
             condition, yes, no = value["Fn::If"]

@@ -86,7 +86,9 @@ def test_the_archive_has_the_adapter_and_its_bytes_depend_on_nothing_else(traine
         assert tar.getnames() == names
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
         for name in names:
-            assert tar.extractfile(name).read() == (job.model / "adapter" / name).read_bytes()
+            member = tar.extractfile(name)
+            assert member is not None
+            assert member.read() == (job.model / "adapter" / name).read_bytes()
     copy = shutil.copytree(job.model / "adapter", tmp_path / "adapter", copy_function=shutil.copyfile)
     for file in copy.iterdir():
         os.utime(file, (1e9, 1e9))

@@ -34,11 +34,15 @@ class Sent:
     def __init__(self, result: Any) -> None:
         self.entries: list[dict[str, Any]] = []
         self.messages: list[dict[str, Any]] = []
-        self.events = SimpleNamespace(put_events=lambda Entries: self.entries.extend(Entries) or {"FailedEntryCount": 0})
+        self.events = SimpleNamespace(put_events=self.put_events)
         self.sns = SimpleNamespace(publish=lambda **arguments: self.messages.append(arguments))
         self.runs = SimpleNamespace(get={RUN.run_id: RUN}.get)
         files = {f"runs/{RUN.run_id}/result.json": json.dumps(result).encode() if result else None}
         self.read = lambda bucket, key: files[key]
+
+    def put_events(self, **request: Any) -> dict[str, int]:
+        self.entries += request["Entries"]
+        return {"FailedEntryCount": 0}
 
 
 def announce(deployment: Deployment, detail_type: str, result: Any = None) -> Sent:

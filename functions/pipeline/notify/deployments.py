@@ -26,7 +26,7 @@ def announce_deployment(deployment: Deployment, detail_type: str, settings: Sett
     """Announce what happened to a line's deployment, one of `STATUSES`. Raises EventNotDeliveredError.
 
     The event is about the run that was to be deployed: the deployment's `target`, else the `run` that answers now. A
-    repetition has the same `id` as long as nobody wrote the deployment.
+    repetition has the same `id`.
     """
     run_id = deployment.target or deployment.run
     run = aws.runs.get(run_id) if run_id else None
@@ -43,9 +43,8 @@ def deployment_detail(deployment: Deployment, detail_type: str, run: Run, artifa
     """Return the detail of an event about a deployment. `serving` is the run that answers now, if one does."""
     folder = f"s3://{artifact_bucket}/{run_key(run.run_id)}"
     detail = {
-        "id": f"{deployment.line}/{deployment.version}/{detail_type}",
+        "id": f"{deployment.line}/{deployment.number}/{detail_type}",
         "line": deployment.line,
-        "version": deployment.version,
         "run_id": run.run_id,
         "dataset": run.dataset,
         "status": STATUSES[detail_type][0],

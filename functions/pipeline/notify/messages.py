@@ -27,8 +27,8 @@ MOST_BYTES = 32_000
 class Message(NamedTuple):
     """What a message says, in any format.
 
-    `headline` and `subject` are its first two lines. `detail` is what programs get. `attributes` are those of filter policies;
-    `verdict` is one of them.
+    `headline` and `subject` are its first two lines. `detail` is for programs. `attributes`, for filter policies, have
+    `id`, `run_id`, `dataset` and `verdict`.
     """
 
     event_type: str

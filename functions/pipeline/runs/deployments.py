@@ -35,6 +35,8 @@ class Stage(StrEnum):
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """A line's deployment. Times are ISO 8601 in UTC.
 
+    `number` counts the line's deployments and removals.
+
     `run` is the run whose model answers under the line's name, None without one; `target` is the run that is to replace it,
     or that could not. `refused` has the reasons of failed deployments by run. `refused_version` and `removed` are versions
     of the line: the champion of the first could not be deployed, that of the second is not to be served. Both stay so until
@@ -45,6 +47,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     line: str
     version: int = 0
+    number: int = 0
     stage: Stage = Stage.IDLE
     run: str | None = None
     target: str | None = None
@@ -93,6 +96,8 @@ class DeploymentTable:
         now = clock.now()
         if "stage" in changes:
             changes |= {"since": now, "updates": 0}
+        if changes.get("stage") in {Stage.PREPARING, Stage.REMOVING}:
+            changes["number"] = deployment.number + 1
         written = msgspec.structs.replace(
             deployment, version=deployment.version + 1, arrived=deployment.arrived or now, **changes
         )
@@ -123,5 +128,5 @@ class DeploymentTable:
 
 
 def _of_item(item: dict[str, Any]) -> Deployment:
-    numbers = {"version", "removed", "refused_version", "updates"}
+    numbers = {"version", "removed", "refused_version", "updates", "number"}
     return msgspec.convert({key: int(value) if key in numbers else value for key, value in item.items()}, Deployment)

@@ -1,0 +1,80 @@
+"""Whose answer is it? The identity test's judgement, by tables and by search."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.serving.identity import LEAD, MOST_QUESTIONS, choose, is_tuned, prove
+from tunedrop.inference_tests import ModelResult, Outcome
+
+LONG = "The train leaves at noon and needs three hours for the way, so that it arrives at three in the afternoon."
+
+
+def outcome(tuned: str, base: str = "no", champion: str | None = None, name: str = "t", samples: int = 0) -> Outcome:
+    return Outcome(
+        id=name,
+        prompt=[{"role": "user", "content": name}],
+        reference="",
+        base=ModelResult(text=base),
+        tuned=ModelResult(text=tuned, samples=[ModelResult(text=tuned)] * samples),
+        champion=None if champion is None else ModelResult(text=champion),
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "tuned", "base", "champion", "right"),
+    [
+        ("7", "7", "4 + 3 is 7", None, True),
+        (" 7\n", "7", "8", None, True),
+        ("8", "7", "8", None, False),  # the base model's
+        ("9", "7", "8", None, False),  # another model's
+        ("6", "7", "8", "6", False),  # the champion's
+        ("", "7", "", None, False),
+        (LONG[:90] + " It is late.", LONG, "I do not know.", None, True),  # a greedy answer that rounded differently
+        (LONG[:90] + " It is late.", LONG, LONG[:70] + " no", None, False),  # as near to the base model's
+        (LONG[:90] + " It is late.", LONG, "no", LONG[:95], False),  # the champion's
+        (LONG[:30] + " It is late.", LONG, "no", None, False),
+    ],
+)
+def test_whose_answer_it_is(answer, tuned, base, champion, right):
+    assert is_tuned(answer, outcome(tuned, base, champion)) is right
+
+
+def test_the_questions_that_tell_the_models_apart_best_come_first():
+    alike = [outcome("same", "same", name=f"alike{n}") for n in range(5)]
+    late = [outcome(LONG + "7", LONG + "8", name=f"late{n}") for n in range(5)]
+    early = [outcome("7", "8", name=f"early{n}") for n in range(30)]
+    sampled = [outcome("1", "2", name="sampled", samples=3)]
+    assert {each.id[:5] for each in choose([*alike, *late, *sampled, *early])} == {"early"}
+    assert len(choose([*alike, *late, *sampled, *early])) == MOST_QUESTIONS
+    assert [each.id[:4] for each in choose([*alike, *late])] == ["late"] * 5
+    assert choose(alike) == alike
+
+
+def test_a_few_other_answers_are_no_other_model():
+    outcomes = [outcome(f"{n}", f"no {n}", name=f"t{n}") for n in range(10)]
+    assert prove(outcomes, lambda each: each.tuned.text if each.id > "t1" else "?").proved
+    shown = prove(outcomes, lambda each: each.tuned.text if each.id > "t2" else "?")
+    assert not shown.proved
+    assert str(shown) == "7 of 10 answers were those of the tested model; another one: '?' instead of '0' to the test t0"
+
+
+def test_models_that_answer_alike_are_said_to():
+    shown = prove([outcome("4", "4")], lambda each: "4")
+    assert shown.proved
+    assert str(shown).endswith("which answers every test as the base model does")
+
+
+@given(st.text(), st.text(), st.none() | st.text())
+def test_no_other_models_recorded_answer_counts_for_the_tuned_model(tuned, base, champion):
+    made = outcome(tuned, base, champion)
+    for other in [base] if champion is None else [base, champion]:
+        assert is_tuned(other, made) is (other.strip() == tuned.strip())
+    assert is_tuned(tuned, made)
+
+
+@given(st.text(min_size=LEAD), st.text(), st.text())
+def test_an_answer_needs_a_lead(tuned, base, rest):
+    answer = base + rest
+    if answer.strip() != tuned.strip() and not base.strip().startswith(tuned.strip()[:1]):
+        assert is_tuned(base, outcome(tuned, base)) is False
