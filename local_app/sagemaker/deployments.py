@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "/opt/ml/model"  # where a container has its model's files
 RETRY_SECONDS = 5.0
+# CloudWatch's periods are whole minutes: what has just come has not been idle for one.
+FIRST_MINUTE = 60.0
 STARTUP_SECONDS = 600  # without a ContainerStartupHealthCheckTimeoutInSeconds
 
 
@@ -63,6 +65,7 @@ class Deployments:
         self._store, self._folder, self._endpoints, self._models = store, folder, endpoints, models
         self._command, self._startup_limit = command, startup_limit
         self._hosts: dict[str, Host] = {}  # of the components with a model
+        self._ready_since: dict[str, float] = {}
         self._wakes: dict[str, threading.Event] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._switch = threading.Lock()  # taken before the store's: no request sees a component change its adapter
@@ -96,9 +99,13 @@ class Deployments:
         return host is not None and host.served
 
     def measure(self, metrics: Metrics) -> None:
-        """Record the open requests of each component with copies that take requests, a value for each copy."""
+        """Record the open requests per copy of each component, from its first whole minute with copies on."""
+        now = time.monotonic()
         for name, host in list(self._hosts.items()):
-            if copies := host.ready_copies:
+            copies = host.ready_copies
+            if not copies:
+                self._ready_since.pop(name, None)
+            elif now - self._ready_since.setdefault(name, now) >= FIRST_MINUTE:
                 metrics.add("ConcurrentRequestsPerCopy", [{"InferenceComponentName": name}], host.open_requests / copies)
 
     def end_processes(self, endpoint_name: str) -> None:
