@@ -272,12 +272,13 @@ def hook_function_credentials() -> None:
 def hook_alarms() -> None:
     """Send an alarm only to topics whose policy lets CloudWatch publish, and keep an alarm's metric math.
 
-    MiniStack does not check the policy, and forgets the member Metrics of PutMetricAlarm. It evaluates no such alarm.
+    MiniStack does not check the policy, and forgets the member Metrics of PutMetricAlarm. It evaluates alarms without their
+    dimensions; the SageMaker emulator evaluates those about SageMaker.
     """
     from ministack.services import cloudwatch, sns
 
     dispatch = cloudwatch._dispatch_alarm_actions
-    put_metric_alarm = cloudwatch._put_metric_alarm
+    put_metric_alarm, evaluate_alarm = cloudwatch._put_metric_alarm, cloudwatch._evaluate_alarm
     lists = ("AlarmActions", "OKActions", "InsufficientDataActions")
 
     def dispatch_alarm_actions(alarm: Json, *args: Any) -> None:
@@ -302,7 +303,13 @@ def hook_alarms() -> None:
         return answer
 
     cloudwatch._dispatch_alarm_actions = dispatch_alarm_actions
+
+    def evaluate_other_alarms(alarm: Json) -> None:
+        if alarm.get("Namespace") != "AWS/SageMaker":
+            evaluate_alarm(alarm)
+
     cloudwatch._put_metric_alarm = put_alarm_with_metrics
+    cloudwatch._evaluate_alarm = evaluate_other_alarms
 
 
 def hook_alarm_arns() -> None:

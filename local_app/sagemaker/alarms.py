@@ -1,6 +1,7 @@
 """Evaluates CloudWatch's alarms about AWS/SageMaker by the emulator's metrics, and has their scaling policies carried out.
 
-The alarms are in the AWS emulator, which does what an alarm's other actions say when its state changes.
+The alarms are in the AWS emulator, which does what an alarm's other actions say when its state changes. It gets the metrics
+of each full minute, for people and dashboards.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from local_app.common import Json
-from local_app.sagemaker.metrics import Evaluation, Metrics, Query, evaluate, query_of
+from local_app.sagemaker.metrics import NAMESPACE, Evaluation, Metrics, Query, evaluate, query_of
 from local_app.sagemaker.services import AWS_ERRORS
 
 logger = logging.getLogger(__name__)
 
 REPEAT_SECONDS = 60.0
+MOST_DATA = 1000  # of one PutMetricData request
 
 # Carries a scaling policy out: its ARN, and by how much the metric is above the alarm's threshold.
 Scale = Callable[[str, float], None]
@@ -52,6 +54,7 @@ class Alarms:
         while not self._closing.wait(self._interval):
             try:
                 self._measure()
+                self._publish()
                 for alarm in self._described():
                     if query := query_of(alarm, self._metrics):
                         self._look_at(alarm, query)
@@ -59,6 +62,11 @@ class Alarms:
                 logger.debug("the alarms cannot be read: %s", error)
             except Exception:  # the other alarms must go on
                 logger.exception("alarms")
+
+    def _publish(self) -> None:
+        data = self._metrics.new_minutes()
+        for first in range(0, len(data), MOST_DATA):
+            self._cloudwatch().put_metric_data(Namespace=NAMESPACE, MetricData=data[first : first + MOST_DATA])
 
     def _described(self) -> Iterator[Json]:
         for page in self._cloudwatch().get_paginator("describe_alarms").paginate(AlarmTypes=["MetricAlarm"]):

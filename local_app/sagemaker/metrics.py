@@ -66,6 +66,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._series: dict[tuple[str, frozenset[tuple[str, str]]], dict[int, Statistics]] = defaultdict(dict)
         self.begin = time.time()
+        self._published = int(self.begin)  # the seconds before it are in CloudWatch
 
     def add(self, name: str, dimensions: Iterable[Mapping[str, str]], value: float) -> None:
         """Record a value now, under each of several sets of dimensions."""
@@ -81,10 +82,39 @@ class Metrics:
         """Return the values from `start` (excluded) to `end`, in seconds since 1970; None without any."""
         result = Statistics()
         with self._lock:
-            for second, values in self._series.get((name, frozenset(dimensions.items())), {}).items():
-                if start < second <= end:
+            for second, values in reversed(self._series.get((name, frozenset(dimensions.items())), {}).items()):
+                if second <= start:
+                    break
+                if second <= end:
                     result.add(values)
         return result if result.count else None
+
+    def new_minutes(self) -> list[Json]:
+        """Return the metric data, in PutMetricData's form, of the full minutes since the last call."""
+        start, end = self._published, int(time.time()) // 60 * 60
+        self._published = max(start, end)
+        found: dict[tuple[str, frozenset[tuple[str, str]], int], Statistics] = defaultdict(Statistics)
+        with self._lock:
+            for (name, dimensions), seconds in self._series.items():
+                for second, values in reversed(seconds.items()):
+                    if second < start:
+                        break
+                    if second < end:
+                        found[name, dimensions, second // 60 * 60].add(values)
+        return [
+            {
+                "MetricName": name,
+                "Dimensions": [{"Name": key, "Value": value} for key, value in sorted(dimensions)],
+                "Timestamp": minute,
+                "StatisticValues": {
+                    "SampleCount": values.count,
+                    "Sum": values.total,
+                    "Minimum": values.least,
+                    "Maximum": values.most,
+                },
+            }
+            for (name, dimensions, minute), values in found.items()
+        ]
 
 
 @dataclass

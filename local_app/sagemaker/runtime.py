@@ -11,6 +11,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from typing import NamedTuple
 
 import httpx2
@@ -87,18 +88,17 @@ class Runtime:
         report = Report(self._metrics, self._components.dimensions(component))
         headers = {"x-amzn-invoked-production-variant": component["VariantName"]}
         try:
-            async with asyncio.timeout(RESPONSE_SECONDS):
-                response = await self._send(invocation, lease)
-                body = b"" if invocation.is_stream and response.is_success else await response.aread()
+            async with asyncio.timeout(RESPONSE_SECONDS) as limit, aclosing(await self._send(invocation, lease)) as response:
+                kind = response.headers.get("content-type", "application/octet-stream")
+                if invocation.is_stream and response.is_success:
+                    limit.reschedule(None)
+                    await _stream(response, headers | {"x-amzn-sagemaker-content-type": kind}, report, receive, send)
+                    return
+                body = await response.aread()
+            report.end(response.status_code)
             if not response.is_success:
-                report.end(response.status_code)
                 raise _model_error(response.status_code, body.decode(errors="replace"))
-            kind = response.headers.get("content-type", "application/octet-stream")
-            if invocation.is_stream:
-                await _stream(response, headers | {"x-amzn-sagemaker-content-type": kind}, report, receive, send)
-            else:
-                report.end(response.status_code)
-                await answer(send, 200, body, kind, headers)
+            await answer(send, 200, body, kind, headers)
         except TimeoutError:
             report.end(None)
             message = "Your invocation timed out while waiting for a response from container primary."
@@ -166,7 +166,6 @@ async def _stream(
         await send({"type": "http.response.body", "body": exception_event(content), "more_body": True})
     finally:
         gone.cancel()
-        await response.aclose()  # the container writes no longer for a client that is gone
         report.end(status)
     await send({"type": "http.response.body", "body": b""})
 

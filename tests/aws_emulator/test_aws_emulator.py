@@ -367,7 +367,14 @@ def test_a_question_without_a_copy_wakes_its_component_by_the_alarm_in_cloudwatc
         emulators.client("sagemaker-runtime").invoke_endpoint(**question, InferenceComponentName="c")
     wait_for(lambda: component()["RuntimeConfig"]["DesiredCopyCount"] == 1)
     assert cloudwatch.describe_alarms(AlarmNames=["wake"])["MetricAlarms"][0]["StateValue"] == "ALARM"
-    cloudwatch.delete_alarms(AlarmNames=["wake"])
+    data = {"SampleCount": 3, "Sum": 9, "Minimum": 1, "Maximum": 5}
+    cloudwatch.put_metric_data(Namespace="AWS/SageMaker", MetricData=[{"MetricName": "M", "StatisticValues": data}])
+    plain = {"Namespace": "AWS/SageMaker", "MetricName": "M", "Statistic": "Sum", "Period": 60, "EvaluationPeriods": 1}
+    compare = {"Threshold": 0, "ComparisonOperator": "GreaterThanThreshold", "TreatMissingData": "ignore"}
+    cloudwatch.put_metric_alarm(AlarmName="by-the-emulator", **plain, **compare)
+    state = cloudwatch.describe_alarms(AlarmNames=["by-the-emulator"])["MetricAlarms"][0]["StateValue"]
+    assert state == "INSUFFICIENT_DATA"  # MiniStack, which knows no dimensions, leaves it to the SageMaker emulator
+    cloudwatch.delete_alarms(AlarmNames=["wake", "by-the-emulator"])
     sagemaker.delete_endpoint(EndpointName="e")
 
 

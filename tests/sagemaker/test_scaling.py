@@ -42,7 +42,7 @@ def metrics(minutes: list[list[float]], monkeypatch: pytest.MonkeyPatch, begin: 
     """Values of the base's Invocations, by minutes before now."""
     result = Metrics()
     result.begin = begin
-    for number, values in enumerate(minutes):
+    for number, values in reversed(list(enumerate(minutes))):
         monkeypatch.setattr("local_app.sagemaker.metrics.time.time", lambda number=number: NOW - 60 * number - 30)
         for value in values:
             result.add("Invocations", [{"InferenceComponentName": "base"}], value)
@@ -113,7 +113,7 @@ def test_an_alarm_on_the_use_of_a_component(
 ) -> None:
     """https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/using-metric-math.html"""
     values = metrics(minutes, monkeypatch)
-    for number in range(3):
+    for number in (2, 1, 0):
         monkeypatch.setattr("local_app.sagemaker.metrics.time.time", lambda number=number: NOW - 60 * number - 5)
         if open_requests is not None:
             values.add("ConcurrentRequestsPerCopy", [{"InferenceComponentName": "base"}], open_requests)
@@ -173,6 +173,23 @@ def test_open_requests_are_measured_from_the_first_whole_minute_on(
     serving.local.until(lambda: most() == 0)
     serving.ask("base", sleep=0.5)
     assert most() == 1
+
+
+def test_full_minutes_are_published_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Metrics()
+    minute = (int(NOW) // 60 + 1) * 60
+    clock = [float(minute)]
+    monkeypatch.setattr("local_app.sagemaker.metrics.time.time", lambda: clock[0])
+    values._published = minute
+    for second, value in ((1, 2), (59, 3), (61, 4)):
+        clock[0] = minute + second
+        values.add("Invocations", [{"InferenceComponentName": "base"}], value)
+    [datum] = values.new_minutes()
+    assert datum["Timestamp"] == minute
+    assert datum["StatisticValues"] == {"SampleCount": 2, "Sum": 5, "Minimum": 2, "Maximum": 3}
+    assert values.new_minutes() == []
+    clock[0] = minute + 120
+    assert [each["StatisticValues"]["Sum"] for each in values.new_minutes()] == [4]
 
 
 def policy(serving: Serving, name: str, adjustment: int, kind: str = "ExactCapacity", **bounds: float) -> str:
