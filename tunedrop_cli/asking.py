@@ -87,17 +87,15 @@ def answering(deployment: Deployment, line: str) -> Answering:
 
 def _why(item: deployments.Deployment) -> str:
     """Return why nothing answers under a line's name, and what to do."""
-    if item.stage == Stage.REMOVING or item.removed is not None:
-        return "it was taken down with `tunedrop undeploy`. It is served again as soon as it has another champion."
-    if item.target and item.stage != Stage.IDLE:
+    if item.stage == Stage.REMOVING:
+        return "it is being taken down."
+    if item.stage != Stage.IDLE:
         return f"{item.target} is being deployed. `tunedrop endpoints` shows how far it is."
-    if item.refused:
-        run, reason = list(item.refused.items())[-1]
-        return f"{run} was not deployed: {reason}"
-    return (
-        "none of its models is deployed. A stack serves each line's champion if its parameter EndpointInstanceType is set: "
-        "on this machine with `tunedrop up --serve`. Approve a run with `tunedrop approve RUN`."
+    advice = (
+        "The champion of each line is served if the stack's parameter EndpointInstanceType is set, on this machine with "
+        "`tunedrop up --serve`, until the next champion comes or `tunedrop undeploy` takes it down."
     )
+    return f"{item.reason or 'none of its models is deployed'}. {advice}"
 
 
 def base_of(served: Served) -> Served:

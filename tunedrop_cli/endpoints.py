@@ -50,7 +50,7 @@ def summaries(deployment: Deployment) -> list[dict[str, Any]]:
                 "state": state(item, copies),
                 "run": item.run,
                 "package_version": next((int(version) for version, run in packages.items() if run == item.run), None),
-                "target": item.target,
+                "next": item.target if item.stage not in {Stage.IDLE, Stage.REMOVING} else None,
                 "endpoint": item.endpoint,
                 "component": item.component,
                 "model": item.model,
@@ -94,7 +94,7 @@ def state(item: deployments.Deployment, copies: int | None) -> str:
     if item.stage != Stage.IDLE:
         return item.stage.lower()
     if item.run is None:
-        return "removed" if item.removed is not None else "refused" if item.refused else "not served"
+        return "refused" if item.reason in item.refused.values() else "not served"
     return "deployed" if copies is None else "answers" if copies else "asleep"
 
 
@@ -140,15 +140,15 @@ def undeploy(deployment: Deployment, line: str, timeout: float = 120) -> deploym
 
     Raises StackError if nothing is deployed, and if nothing has happened after `timeout` seconds.
     """
-    item = deployment.deployments.get(line)
-    if item.run is None and item.stage in {Stage.IDLE, Stage.REMOVING}:
+    before = deployment.deployments.get(line)
+    if before.run is None and before.stage in {Stage.IDLE, Stage.REMOVING}:
         raise StackError(f"The line '{line}' is not served: there is nothing to take down. See `tunedrop endpoints`.")
     request = event_bus.entry(deployment.outputs.event_bus_name, events.UNDEPLOY_REQUESTED, {"line": line})
     event_bus.put(deployment.connect("client", "events"), request)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         item = deployment.deployments.get(line)
-        if item.stage == Stage.REMOVING or item.removed is not None:
+        if item.stage == Stage.REMOVING or item.removed != before.removed:
             return item
         time.sleep(0.3)
     raise StackError(f"The line '{line}' is still served after {timeout:.0f} s. Read the log of the function deploy_model.")

@@ -237,17 +237,18 @@ def test_a_stream_that_breaks_is_an_error(endpoint: Endpoint, cars: str, tunedro
 def test_a_line_that_nothing_answers_says_why(world: World, endpoint: Endpoint, tunedrop: Command) -> None:
     run = made(world, "cars")
     assert "There is no line 'carts'. Did you mean 'cars'?" in tunedrop("ask", "carts", "red?")
-    assert "none of its models is deployed. A stack serves each line's champion if" in tunedrop("ask", "cars", "red?")
+    assert "none of its models is deployed. The champion of each line is served if" in tunedrop("ask", "cars", "red?")
     for changes, words in (
         ({"stage": Stage.TRYING, "target": run}, f"{run} is being deployed"),
         (
-            {"stage": Stage.IDLE, "target": None, "refused": {run: "the answers differ"}},
-            f"{run} was not deployed: the answers",
+            {"stage": Stage.IDLE, "reason": "the answers differ", "refused": {run: "the answers differ"}},
+            "the answers differ. ",
         ),
-        ({"removed": 1}, "it was taken down with `tunedrop undeploy`"),
+        ({"stage": Stage.REMOVING, "removed": 1}, "it is being taken down."),
+        ({"stage": Stage.IDLE, "reason": "undeployed"}, "undeployed. The champion of each line is served"),
     ):
         deploy(world, "cars", **changes)
-        assert words in tunedrop("ask", "cars", "red?")
+        assert f"The line 'cars' is not served: {words}" in tunedrop("ask", "cars", "red?")
 
 
 def test_a_chat_keeps_the_conversation(endpoint: Endpoint, cars: str, tunedrop: Command, tmp_path) -> None:
@@ -302,15 +303,22 @@ def test_endpoints_says_what_is_unknown_and_what_was_refused(
     plan_with(world, on_demand={"ml.g5.xlarge": 1.5})
     endpoint.copies = 0
     deploy(world, "cars", cars, refused={"cars-000000000000": "3 of 20 answers\ndiffer"})
-    deploy(world, "gone", None, removed=3, endpoint=None, component=None, instance_type=None)
+    nothing = dict.fromkeys(("endpoint", "component", "instance_type"))
+    deploy(world, "gone", None, removed=3, reason="undeployed", **nothing)
+    deploy(world, "lost", None, target="lost-0", reason="no capacity", refused={"lost-0": "no capacity"}, **nothing)
     deploy(world, "new", None, stage=Stage.TRYING, target="new-000000000001", endpoint="elsewhere")
     table, *notes = tunedrop("endpoints").split("\n\n")
     rows = [re.split(r"  +", line) for line in table.splitlines()[1:]]
-    assert [row[:2] for row in rows] == [["cars", "asleep"], ["gone", "removed"], ["new", "trying"]]
+    assert [row[:2] for row in rows] == [
+        ["cars", "asleep"],
+        ["gone", "not served"],
+        ["lost", "refused"],
+        ["new", "trying"],
+    ]
     assert rows[0][5:] == ["0 x ml.g5.xlarge", "$1.50", "$0.00", "$30.00"]
     assert notes[0].startswith("cars\nrefused  cars-000000000000: 3 of 20 answers\n")
-    assert notes[1] == "new\nnext  new-000000000001"
-    assert "prices of endpoints: those of training are shown" in notes[2]
+    assert notes[1:4] == ["gone\nreason  undeployed", "lost\nreason  no capacity", "new\nnext  new-000000000001"]
+    assert "prices of endpoints: those of training are shown" in notes[4]
     found = {each["line"]: each for each in json.loads(tunedrop("endpoints", "--json"))}
     assert (found["cars"]["requests_24h"], found["gone"]["endpoint"], found["new"]["copies"]) == (None, None, None)
 

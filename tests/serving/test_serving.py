@@ -183,6 +183,10 @@ def test_the_template_gets_its_arguments_and_the_tools(client):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     plain = client.ask("say 1")[1]["usage"]["prompt_tokens"]
     assert client.ask("say 1", tools=tools)[1]["usage"]["prompt_tokens"] > plain
+    messages = [{"role": "user", "content": "say 1"}]
+    for more in ({}, {"tools": json.dumps(tools)}):  # a message's own key does nothing
+        body = client.chat("", messages=[message | more for message in messages])
+        assert client("POST", "/invocations", body)[1]["usage"]["prompt_tokens"] == 8
     assert client.ask("say 1", chat_template_kwargs={"enable_thinking": False})[0] == 200
 
 

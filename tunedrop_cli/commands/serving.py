@@ -163,8 +163,8 @@ def endpoints(deployment: Deployment, as_json: bool) -> None:
     header = ["line", "state", "run", "version", "endpoint", "instances", "requests in 24 h", "busy", "idle", "at most"]
     print_table([_row(each) for each in found], header=header)
     for each in found:
-        notes = [("next", each["target"])] if each["target"] else []
-        notes += [("refused", f"{run}: {reason}") for run, reason in each["refused"].items()]
+        notes = [(name, each[name]) for name in ("next", "reason") if each[name]]
+        notes += [("refused", f"{run}: {reason}") for run, reason in each["refused"].items() if reason != each["reason"]]
         if notes:
             console.print(f"\n{printable(each['line'])}", markup=False)
             print_facts(notes)
