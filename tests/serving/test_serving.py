@@ -293,6 +293,20 @@ def test_settings_of_the_container(folders):
         assert "SM_VLLM_ENABLE_LORA" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "fast", "dtype"),
+    [
+        ("auto", True, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float16", False, torch.float16),
+    ],
+)
+def test_the_type_of_the_weights(folders, monkeypatch, asked, fast, dtype):
+    monkeypatch.setattr(models, "fast_bf16", lambda: fast)
+    assert ServedModel(folders["base"], {"SM_VLLM_DTYPE": asked})._model.dtype == dtype
+
+
 def test_the_last_adapter_can_go_and_another_come(folders, recorded):
     model = ServedModel(folders["base"], VLLM)
     with ThreadedServer(ServingApp(model, TOKEN), "127.0.0.1", 0) as server:
