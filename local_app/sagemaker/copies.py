@@ -161,7 +161,7 @@ class Copy:
     def _is_up(self, process: subprocess.Popen[bytes]) -> bool:
         """Wait until the process answers GET /ping with 200. Returns False when it ends before that, or is to end."""
         while process.poll() is None and not self._stopping.is_set():
-            with contextlib.suppress(Refused, OSError, http.client.HTTPException):
+            with contextlib.suppress(Refused, OSError):
                 self._call("GET", "/ping", None, END_SECONDS)
                 return True
             self._stopping.wait(0.1)
@@ -189,11 +189,14 @@ class Copy:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=seconds)
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         with contextlib.closing(connection):
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read(4096).decode(errors="replace")
-            if answer.status // 100 != 2:
-                raise Refused(f"HTTP {answer.status}: {text}")
+            try:
+                connection.request(method, path, None if body is None else json.dumps(body), headers)
+                answer = connection.getresponse()
+                text = answer.read(4096).decode(errors="replace")
+            except http.client.HTTPException as error:
+                raise ConnectionError(repr(error)) from error
+        if answer.status // 100 != 2:
+            raise Refused(f"HTTP {answer.status}: {text}")
 
 
 class Fleet:
@@ -216,11 +219,12 @@ class Fleet:
 
     def scale(self, count: int) -> None:
         """Start copies, or end those with the fewest open requests, until `count` are left."""
-        while len(self._copies) < count:
-            self._copies.append(Copy(self._container, self._adapters, self._changed))
-        for copy in sorted(self._copies, key=lambda copy: (copy.ready, copy.open.total()))[: len(self._copies) - count]:
-            self._copies.remove(copy)
-            self._leaving.append(copy)
+        copies = sorted(self._copies, key=lambda copy: (not copy.ready, -copy.open.total()))
+        copies += [Copy(self._container, self._adapters, self._changed) for _ in range(count - len(copies))]
+        leaving = copies[count:]
+        self._copies = copies[:count]  # a new list: requests read it meanwhile
+        self._leaving = [copy for copy in self._leaving if not copy.ended.is_set()] + leaving
+        for copy in leaving:
             copy.stop()
 
     def wait(self, is_closing: threading.Event) -> None:

@@ -22,13 +22,15 @@ from local_app.sagemaker.endpoints import Endpoints
 from local_app.sagemaker.hosting import Host, Lease, watch
 from local_app.sagemaker.metrics import Metrics
 from local_app.sagemaker.models import Models
-from local_app.sagemaker.services import AWS_ERRORS, Services
+from local_app.sagemaker.services import AWS_ERRORS
 from local_app.sagemaker.store import Store
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "/opt/ml/model"  # where a container has its model's files
 RETRY_SECONDS = 5.0
+# CloudWatch's periods are whole minutes: what has just come has not been idle for one.
+FIRST_MINUTE = 60.0
 STARTUP_SECONDS = 600  # without a ContainerStartupHealthCheckTimeoutInSeconds
 
 
@@ -54,17 +56,16 @@ class Deployments:
         self,
         store: Store,
         folder: Path,
-        services: Services,
         endpoints: Endpoints,
         models: Models,
         *,
         command: Sequence[str],
         startup_limit: float,
     ) -> None:
-        self._store, self._folder, self._services = store, folder, services
-        self._endpoints, self._models = endpoints, models
+        self._store, self._folder, self._endpoints, self._models = store, folder, endpoints, models
         self._command, self._startup_limit = command, startup_limit
         self._hosts: dict[str, Host] = {}  # of the components with a model
+        self._ready_since: dict[str, float] = {}
         self._wakes: dict[str, threading.Event] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._switch = threading.Lock()  # taken before the store's: no request sees a component change its adapter
@@ -98,9 +99,13 @@ class Deployments:
         return host is not None and host.served
 
     def measure(self, metrics: Metrics) -> None:
-        """Record the open requests of each component with copies that take requests, a value for each copy."""
+        """Record the open requests per copy of each component, from its first whole minute with copies on."""
+        now = time.monotonic()
         for name, host in list(self._hosts.items()):
-            if copies := host.ready_copies:
+            copies = host.ready_copies
+            if not copies:
+                self._ready_since.pop(name, None)
+            elif now - self._ready_since.setdefault(name, now) >= FIRST_MINUTE:
                 metrics.add("ConcurrentRequestsPerCopy", [{"InferenceComponentName": name}], host.open_requests / copies)
 
     def end_processes(self, endpoint_name: str) -> None:
@@ -229,7 +234,7 @@ class Deployments:
             copies,
             before,
             policy,
-            lambda: watch(lambda: self._ringing(names), seconds, self._closing),
+            lambda: watch(lambda: self._ringing(component, names), seconds, self._closing),
             self._closing,
         )
 
@@ -310,13 +315,14 @@ class Deployments:
         """Return the servers of a component with a model, or those of an adapter's base."""
         return self._hosts.get(base_of(component) if is_adapter(component) else component["InferenceComponentName"])
 
-    def _ringing(self, alarms: Sequence[Json]) -> list[str]:
-        """Return those of the alarms that are in the state ALARM."""
+    def _ringing(self, component: Json, alarms: Sequence[Json]) -> list[str]:
+        """Return those of the alarms that are in the state ALARM, as the endpoint's role sees them."""
         names = [alarm["AlarmName"] for alarm in alarms]
         if not names:
             return []
         try:
-            found = self._services.cloudwatch.describe_alarms(AlarmNames=names, AlarmTypes=["MetricAlarm", "CompositeAlarm"])
+            cloudwatch = self._endpoints.services_of(component["EndpointName"]).cloudwatch
+            found = cloudwatch.describe_alarms(AlarmNames=names, AlarmTypes=["MetricAlarm", "CompositeAlarm"])
         except AWS_ERRORS as error:
             logger.warning("the alarms %s cannot be read: %s", names, error)
             return []

@@ -113,7 +113,6 @@ class SageMakerEmulator:
         self._deployments = Deployments(
             self._store,
             state_dir / "components",
-            services,
             self._endpoints,
             self._models,
             command=server_command,

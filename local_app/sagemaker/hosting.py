@@ -141,16 +141,16 @@ class Host:
             return [copy for fleet in self._fleets for copy in fleet.ready]
 
     def load(self, name: str, folder: Path) -> None:
-        """Load an adapter into every copy. Raises JobError, with the adapter in none, if a server refuses it."""
+        """Load an adapter into every copy. Raises JobError, with the adapter in none, if a server refuses it or ends."""
         try:
             for copy in self.expect(name, folder):
-                try:
-                    copy.load(name, folder)
-                except OSError:
-                    continue  # the process ended: the next one loads the adapter before it is ready
+                copy.load(name, folder)
         except Refused as refused:
             self.unload(name)
             raise JobError(f"Failed to load the adapter: the container answered {refused}") from refused
+        except OSError as error:
+            self.unload(name)  # or each new process would end again
+            raise JobError(f"Failed to load the adapter: the container ended meanwhile ({error!r})") from error
 
     def unload(self, name: str) -> None:
         """Remove an adapter from every copy, after its open requests."""

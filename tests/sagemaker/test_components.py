@@ -101,6 +101,16 @@ def test_an_adapter_that_cannot_be_loaded_fails_and_the_former_serves_on(
         assert error.value.response["OriginalStatusCode"] == 404
 
 
+def test_an_adapter_that_ends_the_server_is_not_loaded_again(hosted: Callable[..., Serving]) -> None:
+    serving = hosted()
+    serving.base()
+    serving.adapter("line", "one")
+    update = serving.update("line", Specification={"Container": {"ArtifactUrl": serving.archive("deadly")}})
+    assert "the container ended meanwhile" in update["FailureReason"]
+    serving.local.until(lambda: serving.describe("base")["RuntimeConfig"]["CurrentCopyCount"] == 1)
+    assert serving.ask("line")["version"] == "one"
+
+
 def test_an_archive_that_is_none_fails_its_component(hosted: Callable[..., Serving]) -> None:
     serving = hosted()
     serving.base(copies=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,26 @@ def test_the_breach_selects_the_step(above: float, lower: float | None, upper: f
     """https://docs.aws.amazon.com/autoscaling/application/APIReference/API_StepAdjustment.html"""
     bounds = {"MetricIntervalLowerBound": lower, "MetricIntervalUpperBound": upper}
     assert _is_in(above, {name: value for name, value in bounds.items() if value is not None}) == expected
+
+
+def test_open_requests_are_measured_from_the_first_whole_minute_on(
+    hosted: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ConcurrentRequestsPerCopy: https://docs.aws.amazon.com/sagemaker/latest/dg/monitoring-cloudwatch.html"""
+    serving = hosted(alarm_interval=0.05)
+    serving.base()
+
+    def most() -> float | None:
+        name, dimensions = "ConcurrentRequestsPerCopy", {"InferenceComponentName": "base"}
+        found = serving.local.metrics.statistics(name, dimensions, 0, time.time() + 1)
+        return found.most if found else None
+
+    time.sleep(0.3)
+    assert most() is None
+    monkeypatch.setattr("local_app.sagemaker.deployments.FIRST_MINUTE", 0)
+    serving.local.until(lambda: most() == 0)
+    serving.ask("base", sleep=0.5)
+    assert most() == 1
 
 
 def policy(serving: Serving, name: str, adjustment: int, kind: str = "ExactCapacity", **bounds: float) -> str:

@@ -3,8 +3,9 @@
     python vllm_container.py --model FOLDER --port PORT
 
 The model's folder has a file `version`. Its environment can make it unhealthy (`UNHEALTHY=1`) or end it at once (`CRASH=1`).
-An adapter is a folder with a file `version`; one that says `broken` is refused. The body of an invocation can have `sleep`
-(seconds), `status` (the answer's), `die`, and `stream` with `parts` and `pause` (seconds).
+An adapter is a folder with a file `version`; one that says `broken` is refused, and one that says `deadly` ends the
+process. The body of an invocation can have `sleep` (seconds), `status` (the answer's), `die`, and `stream` with `parts` and
+`pause` (seconds).
 """
 
 import argparse
@@ -39,6 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(401, {})
         elif self.path == "/adapters":
             version = (Path(body["src"]) / "version").read_text()
+            if version == "deadly":
+                os._exit(3)
             if version == "broken":
                 self._answer(400, {"error": "a broken adapter"})
             else:
