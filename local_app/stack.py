@@ -39,6 +39,8 @@ __all__ = ["PROJECT", "STACK_NAME", "Outputs", "Stack", "StackError", "read_outp
 SERVERS = ("aws", "sagemaker")
 # A laptop trains one job at a time. `reconcile` recovers from a lost event within a minute instead of 15.
 PARAMETERS = {"MaxConcurrentJobs": "1", "ReconcileInterval": "rate(1 minute)"}
+# The services that the SageMaker emulator answers for.
+OF_SAGEMAKER = {"sagemaker", "sagemaker-runtime", "application-autoscaling"}
 STARTUP_SECONDS = 60.0
 RESPONSE_SECONDS = 30.0
 
@@ -134,7 +136,7 @@ class Stack:
         """Return this stack's boto3 `client` or `resource` (the `kind`) of a service."""
         import boto3
 
-        endpoint = self.sagemaker_endpoint if service == "sagemaker" else self.endpoint
+        endpoint = self.sagemaker_endpoint if service in OF_SAGEMAKER else self.endpoint
         session = boto3.Session(*self.credentials, region_name=self.region)
         return getattr(session, kind)(service, endpoint_url=endpoint, verify=str(self.tls.authority))
 

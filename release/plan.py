@@ -29,7 +29,7 @@ from sagemaker.train import ModelTrainer
 
 import trainer
 import tunedrop
-from release.prices import inference_image, training_prices
+from release.prices import inference_image, instance_prices
 from release.target import Target
 from trainer.job import MODULES
 from tunedrop.object_keys import CURRENT_PLAN, LAUNCH_PLANS
@@ -192,7 +192,7 @@ def release(target: Target, region: str) -> str:
         folder = Path(scratch)
         plan = build_plan(target, region, folder)
         # Not part of the digest: prices and images change from day to day, and do not change what a job runs.
-        plan["prices"] = training_prices(region)
+        plan["prices"] = instance_prices(region)
         plan["inference_image"] = inference_image(region)
         for path in _files(folder):
             key = f"trainer/{plan['digest']}/{path.relative_to(folder).as_posix()}"

@@ -57,6 +57,7 @@ def check_file(data: Path, config: Path | None, tests: Path | None, model: Path 
         spot=defaults["UseSpot"] == "true",
         # As in `python -m trainer.train`: the shell's environment allows rewards, and their files lie beside the dataset.
         permissions=reward_permissions(os.environ, cache(boto3.client), data.parent),
+        endpoint_instance_type=defaults.get("EndpointInstanceType") or "",
     )
     with tempfile.TemporaryDirectory() as folder, data.open("rb") as file:
         submission = Submission(
@@ -127,6 +128,13 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
         if each["hours"]:
             dollars = "" if each["usd"] is None else ", ${:.2f} to ${:.2f}".format(*each["usd"])
             yield "cost", "{}, {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars
+    if serving := receipt.cost.get("serving"):
+        busy = (
+            "at an unknown price"
+            if serving["busy_usd_per_hour"] is None
+            else "${busy_usd_per_hour:.2f} an hour".format(**serving)
+        )
+        yield "serving", f"{serving['instance_type']}, {busy} while it is asked, nothing while it is not"
 
 
 def _reward_facts(rewards: dict[str, Any]) -> Iterator[tuple[str, str]]:

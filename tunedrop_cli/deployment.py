@@ -19,6 +19,7 @@ from local_app.stack import STACK_NAME, Outputs, Stack, StackError, read_outputs
 from pipeline.aws import read_object
 from pipeline.jobs.price import job_price, on_demand_prices
 from pipeline.notify import events
+from pipeline.runs.deployments import DeploymentTable
 from pipeline.runs.lines import LineTable
 from pipeline.runs.states import FINAL, Run, RunState
 from pipeline.runs.table import RUN, RunTable, run_of_item
@@ -45,7 +46,7 @@ class Deployment:
         self.s3 = connect("client", "s3")
         self.logs = connect("client", "logs")
         self._table = connect("resource", "dynamodb").Table(outputs.run_table)
-        self.runs, self.lines = RunTable(self._table), LineTable(self._table)
+        self.runs, self.lines, self.deployments = RunTable(self._table), LineTable(self._table), DeploymentTable(self._table)
 
     @classmethod
     def local(cls, stack: Stack) -> "Deployment":

@@ -1,7 +1,7 @@
 """The `tunedrop` command: run the whole application on this machine, and use it, here or on AWS.
 
 `tunedrop_cli.commands` has the commands: `local` (the application on this machine), `inputs` (config and dataset, without a
-stack), `runs`, `lines`, and `operations` (events, dead letters, doctor).
+stack), `runs`, `lines`, `serving` (ask and list the models that answer), and `operations` (events, dead letters, doctor).
 """
 
 import sys
@@ -11,7 +11,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from local_app.stack import StackError
-from tunedrop_cli.commands import inputs, lines, local, operations, runs
+from tunedrop_cli.commands import inputs, lines, local, operations, runs, serving
 from tunedrop_cli.options import DEFAULT_FOLDER
 from tunedrop_cli.output import console, print_raw
 
@@ -44,6 +44,7 @@ for command in (
     *(inputs.config, inputs.check, inputs.init),
     *(runs.drop, runs.runs, runs.show, runs.watch, runs.compare, runs.open_, runs.logs, runs.stop),
     *(lines.lines, lines.approve, lines.reject, lines.rollback),
+    *(serving.ask, serving.chat, serving.endpoints, serving.undeploy),
     *(operations.event, operations.redrive, operations.doctor, completion),
 ):
     cli.add_command(command)

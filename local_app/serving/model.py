@@ -43,10 +43,8 @@ class ServedModel:
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         location = str(folder)
-        dtype = environment.get("SM_VLLM_DTYPE", "auto")
-        self._model = models.load_model(
-            location, dtype=models.test_dtype(location) if dtype == "auto" else getattr(torch, dtype)
-        ).eval()
+        dtype = _dtype(location, environment.get("SM_VLLM_DTYPE", "auto"))
+        self._model = models.load_model(location, dtype=dtype).eval()
         self._tokenizer = models.load_tokenizer(location)
         self._context = int(environment.get("SM_VLLM_MAX_MODEL_LEN") or models.context(location) or sys.maxsize)
         self._takes_adapters = all(
@@ -204,6 +202,14 @@ class ServedModel:
             "top_p": _first(sampling.top_p, own.top_p, 1.0),
             "top_k": _first(own.top_k, 0),
         }
+
+
+def _dtype(location: str, asked: str) -> torch.dtype:
+    """Return the type to compute in: the one asked for or the model's own, but fp32 where bf16 is slow, as in a test job."""
+    if asked == "auto":
+        return models.test_dtype(location)
+    dtype: torch.dtype = getattr(torch, asked)
+    return torch.float32 if dtype == torch.bfloat16 and not models.fast_bf16() else dtype
 
 
 def _first(*values: Any) -> Any:

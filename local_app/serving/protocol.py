@@ -117,9 +117,10 @@ def _check(body: _Body, limit: int | None) -> None:
 
 
 def _messages(body: _Body) -> list[Message]:
-    """Return the body's messages in Tunedrop's own form: texts alone, and the tools in the first one."""
+    """Return the body's messages in Tunedrop's own form: texts alone, and the body's tools in the first one."""
     try:
-        messages = messages_of(body.messages or [])[0]
+        # As in vLLM, other keys of a message do nothing.
+        messages = [{key: each[key] for key in ("role", "content")} for each in messages_of(body.messages or [])[0]]
         return [messages[0] | {"tools": tools(body.tools)}, *messages[1:]] if body.tools else messages
     except BadRowError as error:
         raise _refused(f"{error}", "messages") from None

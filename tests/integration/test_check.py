@@ -105,6 +105,14 @@ def test_the_text_has_a_line_for_each_fact_and_is_plain_in_a_pipe(tmp_path):
     ]
 
 
+def test_a_stack_that_serves_by_default_says_what_that_costs(monkeypatch):
+    serving = template_defaults() | {"EndpointInstanceType": "ml.g5.xlarge"}
+    monkeypatch.setattr("tunedrop_cli.check.template_defaults", lambda: serving)
+    said = CliRunner().invoke(cli, ["check", str(SAMPLES / "repeated.jsonl")])
+    line = "serving:           ml.g5.xlarge, at an unknown price while it is asked, nothing while it is not"
+    assert line in said.output.splitlines()
+
+
 def test_many_errors_are_counted_by_code_after_the_first_twenty(tmp_path):
     data = tmp_path / "cars.jsonl"
     data.write_text("".join(f'{{"question {n}": "?"}}\n' for n in range(25)) + '{"question": "?"}\n' * 5)

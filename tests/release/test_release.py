@@ -20,7 +20,7 @@ from moto import mock_aws
 import trainer
 from release import __main__ as command
 from release import plan as launch_plans
-from release.prices import training_prices
+from release.prices import instance_prices
 from release.target import Target, differences
 from trainer.job import MODULES
 
@@ -270,13 +270,13 @@ def test_a_stack_that_is_not_deployed_is_said(monkeypatch):
 # ---- prices ----------------------------------------------------------------------------------------------------------
 
 
-def product(usage_type: str, usd: str, unit: str = "Hrs", terms: str = "OnDemand") -> str:
+def product(usage_type: str, usd: str, unit: str = "Hrs", terms: str = "OnDemand", component: str = "Training") -> str:
     """A product of the service AmazonSageMaker as GetProducts gives it: a JSON text."""
     price = {"SKU.T.R": {"unit": unit, "rateCode": "SKU.T.R", "pricePerUnit": {"USD": usd}, "beginRange": "0"}}
     attributes = {
         "servicecode": "AmazonSageMaker",
         "regionCode": REGION,
-        "component": "Training",
+        "component": component,
         "instanceName": usage_type.partition("ml.")[2] and "ml." + usage_type.partition("ml.")[2],
         "usagetype": usage_type,
     }
@@ -312,7 +312,7 @@ def price_list(monkeypatch) -> Iterator[tuple[list[Any], list[Any]]]:
         server.shutdown()
 
 
-def test_prices_are_those_of_training_instances_by_the_hour(price_list):
+def test_prices_are_those_of_instances_by_the_hour(price_list):
     requests, answers = price_list
     offered = [
         product("EUC1-Train:ml.g5.xlarge", "1.7600000000"),
@@ -323,17 +323,17 @@ def test_prices_are_those_of_training_instances_by_the_hour(price_list):
     answers += [
         (200, {"FormatVersion": "aws_v1", "PriceList": offered, "NextToken": "more"}),
         (200, {"FormatVersion": "aws_v1", "PriceList": [product("Train:ml.p5.48xlarge", "63.296")]}),
+        (200, {"FormatVersion": "aws_v1", "PriceList": [product("EUC1-Host:ml.g5.xlarge", "1.9", component="Hosting")]}),
     ]
-    prices = training_prices(REGION)
+    prices = instance_prices(REGION)
     assert prices is not None
     assert prices["on_demand"] == {"ml.g5.xlarge": 1.76, "ml.p5.48xlarge": 63.296}
+    assert prices["hosting"] == {"ml.g5.xlarge": 1.9}
     assert prices["region"] == REGION
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", prices["dated"])
     assert requests[0]["ServiceCode"] == "AmazonSageMaker"
-    assert {each["Field"]: each["Value"] for each in requests[0]["Filters"]} == {
-        "regionCode": REGION,
-        "component": "Training",
-    }
+    wanted = [{each["Field"]: each["Value"] for each in request["Filters"]} for request in requests]
+    assert wanted == [{"regionCode": REGION, "component": name} for name in ("Training", "Training", "Hosting")]
     assert {each["Type"] for each in requests[0]["Filters"]} == {"TERM_MATCH"}
     assert requests[1]["NextToken"] == "more"
 
@@ -343,13 +343,13 @@ def test_prices_are_those_of_training_instances_by_the_hour(price_list):
 )
 def test_a_plan_without_prices_is_a_plan(price_list, answer, capsys):
     price_list[1].append(answer)
-    assert training_prices(REGION) is None
+    assert instance_prices(REGION) is None
     assert ("not authorized" in capsys.readouterr().err) == (answer[0] == 400)
 
 
 def test_a_stand_in_for_aws_is_not_asked(price_list, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:4566")
-    assert training_prices(REGION) is None
+    assert instance_prices(REGION) is None
     assert price_list[0] == []
 
 

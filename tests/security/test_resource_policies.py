@@ -15,16 +15,16 @@ class Names(dict[str, str]):
         return f"arn:aws:events:{REGION}:{ACCOUNT}:rule/tunedrop-{name.removesuffix('.Arn')}"
 
 
-KNOWN = Names(known_names())
+KNOWN = Names(known_names(prefix="mine"))  # the stack itself is named tunedrop
 TEMPLATE = load_template()
 OURS, THEIRS = f"arn:aws:iam::{ACCOUNT}:role/somebody", "arn:aws:iam::999999999999:role/somebody"
 
 
 def policy_of(kind: str, target: str) -> dict[str, Any]:
-    """The policy document of a bucket, queue or topic, by the target's logical id."""
+    """The policy document of a bucket, queue or topic, by the target's logical id, in a stack that serves models."""
     member = {"AWS::S3::BucketPolicy": "Bucket", "AWS::SQS::QueuePolicy": "Queues", "AWS::SNS::TopicPolicy": "Topics"}[kind]
     (found,) = [p for p in of_type(TEMPLATE, kind).values() if p[member] in ({"Ref": target}, [{"Ref": target}])]
-    return resolve(found["PolicyDocument"], KNOWN)
+    return resolve(found["PolicyDocument"], KNOWN, {"ServesModels": True})
 
 
 def decide(
@@ -77,7 +77,8 @@ def test_only_the_own_rules_put_dead_letters() -> None:
     policy, queue = policy_of("AWS::SQS::QueuePolicy", "DeadLetterQueue"), KNOWN["DeadLetterQueue.Arn"]
     events: dict[str, Any] = {"service": "events.amazonaws.com"}
     own, other = KNOWN["ReconcileFunctionInterval.Arn"], f"arn:aws:events:{REGION}:{ACCOUNT}:rule/other"
-    assert decide(policy, "sqs:SendMessage", queue, **events, aws_sourcearn=own) == "Allow"
+    for ours in (own, KNOWN["DeployModelFunctionInterval.Arn"]):
+        assert decide(policy, "sqs:SendMessage", queue, **events, aws_sourcearn=ours) == "Allow"
     assert decide(policy, "sqs:SendMessage", queue, **events, aws_sourcearn=other) != "Allow"
     assert decide(policy, "sqs:ReceiveMessage", queue, **events, aws_sourcearn=own) != "Allow"
     assert decide(policy, "sqs:SendMessage", queue, tls=False) == "Deny"
@@ -87,7 +88,8 @@ def test_only_the_own_alarms_are_announced() -> None:
     policy, topic = policy_of("AWS::SNS::TopicPolicy", "AlarmTopic"), KNOWN["AlarmTopic"]
     alarms = f"arn:aws:cloudwatch:{REGION}:{ACCOUNT}:alarm:"
     ours: dict[str, Any] = {"service": "cloudwatch.amazonaws.com", "aws_sourceaccount": ACCOUNT}
-    assert decide(policy, "sns:Publish", topic, **ours, aws_sourcearn=f"{alarms}tunedrop-dead-letters") == "Allow"
+    for name in ("tunedrop-dead-letters", "mine-cars-errors"):  # the stack's, and an endpoint's
+        assert decide(policy, "sns:Publish", topic, **ours, aws_sourcearn=f"{alarms}{name}") == "Allow"
     assert decide(policy, "sns:Publish", topic, **ours, aws_sourcearn=f"{alarms}other-dead-letters") != "Allow"
     foreign = ours | {"aws_sourceaccount": "999999999999"}
     assert decide(policy, "sns:Publish", topic, **foreign, aws_sourcearn=f"{alarms}tunedrop-dead-letters") != "Allow"

@@ -183,6 +183,10 @@ def test_the_template_gets_its_arguments_and_the_tools(client):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     plain = client.ask("say 1")[1]["usage"]["prompt_tokens"]
     assert client.ask("say 1", tools=tools)[1]["usage"]["prompt_tokens"] > plain
+    messages = [{"role": "user", "content": "say 1"}]
+    for more in ({}, {"tools": json.dumps(tools)}):  # a message's own key does nothing
+        body = client.chat("", messages=[message | more for message in messages])
+        assert client("POST", "/invocations", body)[1]["usage"]["prompt_tokens"] == 8
     assert client.ask("say 1", chat_template_kwargs={"enable_thinking": False})[0] == 200
 
 
@@ -287,6 +291,20 @@ def test_settings_of_the_container(folders):
         status, answer = client("POST", "/adapters", {"name": "one", "src": str(folders["one"])})
         assert status == 404
         assert "SM_VLLM_ENABLE_LORA" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "fast", "dtype"),
+    [
+        ("auto", True, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float16", False, torch.float16),
+    ],
+)
+def test_the_type_of_the_weights(folders, monkeypatch, asked, fast, dtype):
+    monkeypatch.setattr(models, "fast_bf16", lambda: fast)
+    assert ServedModel(folders["base"], {"SM_VLLM_DTYPE": asked})._model.dtype == dtype
 
 
 def test_the_last_adapter_can_go_and_another_come(folders, recorded):

@@ -226,3 +226,17 @@ def test_the_size_from_the_weights_and_their_type(tmp_path, config, expected):
 def test_every_gpu_family_has_its_figures():
     known = {family: gpu(f"ml.{family}.24xlarge") for family in _GPUS}
     assert {family for family, found in known.items() if found is None} == {"p2"}  # SageMaker retired it
+
+
+def test_the_receipt_says_what_serving_costs_busy_and_idle():
+    terms = stack(PRICES._replace(hosting={"ml.g5.xlarge": 1.75}))._replace(endpoint_instance_type="ml.g5.xlarge")
+
+    def serving(terms=terms, **serve):
+        return estimate(config(serve=serve), WORK, G5, terms)[0]["serving"]
+
+    busy = {"instance_type": "ml.g5.xlarge", "busy_usd_per_hour": 1.75, "idle_usd_per_hour": 0.0}
+    assert serving() == busy
+    assert serving(instance_type="ml.g6.xlarge") == busy | {"instance_type": "ml.g6.xlarge", "busy_usd_per_hour": None}
+    assert serving(terms._replace(prices=None)) == busy | {"busy_usd_per_hour": None}
+    assert serving(enabled=False) is None
+    assert serving(terms._replace(endpoint_instance_type="")) is None

@@ -17,7 +17,8 @@ RUN = structs.replace(TRAINED_RUN, dataset="Größe\n& Co", line="Größe\nof al
 FOLDER = f"s3://{ARTIFACTS}/runs/{RUN.run_id}/"
 ROLLED_BACK = Deployment(
     line=RUN.line,
-    version=12,
+    version=25,
+    number=12,
     run="cars-ba9876543210",
     target=RUN.run_id,
     endpoint="tunedrop-base-0a1b2c3d",
@@ -57,7 +58,6 @@ def test_the_event_names_the_run_what_serves_and_the_reason():
     assert json.loads(entry["Detail"]) == {
         "id": "Größe\nof all/12/Model Rolled Back",
         "line": "Größe\nof all",
-        "version": 12,
         "run_id": RUN.run_id,
         "dataset": "Größe\n& Co",
         "status": "ROLLED_BACK",

@@ -24,6 +24,8 @@ from tunedrop_cli.results import facts_of_end
 from tunedrop_cli.sample import CONFIG, DATA, TESTS
 from tunedrop_cli.watch import follow
 
+# The parameters with which the stack serves models on this machine, without a pause for alarms.
+SERVING = {"EndpointInstanceType": "ml.g5.xlarge", "EndpointBakeMinutes": "0"}
 ALMOST_FULL = 64 * 2**20  # bytes left on the disk
 # Columns of `up`, in characters: most run ids, and the longest state.
 RUN_WIDTH, STATE_WIDTH = 32, 15
@@ -62,6 +64,7 @@ def _start(state: Path, host: str = "127.0.0.1", parameters: Mapping[str, str] |
 @click.command()
 @click.option("--detach", "-d", is_flag=True, help="Return when the application is up; do not follow its runs.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--serve", is_flag=True, help="Serve the champion of each line: ask it with `tunedrop ask`.")
 @click.option(
     *("--parameter", "-p", "parameters"),
     multiple=True,
@@ -70,13 +73,13 @@ def _start(state: Path, host: str = "127.0.0.1", parameters: Mapping[str, str] |
     help="A parameter of template.yaml.",
 )
 @click.pass_obj
-def up(state: Path, detach: bool, host: str, parameters: dict[str, str]) -> None:
+def up(state: Path, detach: bool, host: str, serve: bool, parameters: dict[str, str]) -> None:
     """Start the application on this machine and follow its runs.
 
     \b
     Example: tunedrop up -p AllowCodeRewards=true
     """
-    stack = _start(state, host, parameters)
+    stack = _start(state, host, (SERVING if serve else {}) | parameters)
     outputs = stack.outputs
     print_facts(
         [

@@ -1,4 +1,4 @@
-"""The price of a job: hours times USD an hour times instances."""
+"""Prices of jobs and endpoints: hours times USD an hour times instances."""
 
 from typing import Any
 
@@ -6,6 +6,12 @@ from typing import Any
 def on_demand_prices(plan: dict[str, Any]) -> dict[str, float]:
     """Return a launch plan's prices in USD an hour by instance type; empty when the release found no prices."""
     prices: dict[str, float] = (plan.get("prices") or {}).get("on_demand", {})
+    return prices
+
+
+def hosting_prices(plan: dict[str, Any]) -> dict[str, float]:
+    """Return a launch plan's prices of endpoints in USD an hour by instance type; empty when the release found none."""
+    prices: dict[str, float] = (plan.get("prices") or {}).get("hosting", {})
     return prices
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pipeline.validation.section import Section
 from pipeline.validation.terms import Prices, Terms
 from tunedrop.config.instances import Gpu, gpu, gpus
-from tunedrop.config.model import ResolvedConfig
+from tunedrop.config.model import ResolvedConfig, RunConfig
 from tunedrop.config.schedule import generated_answers, generation_batch, limit_of_tests, optimizer_steps, prompt_limit
 from tunedrop.problems import Problem
 
@@ -65,11 +65,24 @@ def estimate(config: ResolvedConfig, work: Work, terms: Terms) -> Section:
         "generated_tokens": [round(answers * tokens) for tokens in _completion(config, work)],
         "instances": instances,
         "limit_usd": compute.max_cost_usd,
+        "serving": serving(config, terms),
         "prices": {"dated": terms.prices.dated, "region": terms.prices.region} if terms.prices else None,
         "assumptions": _assumptions(config, work, terms.prices),
     }
     problems, warnings = _check_cost(config, work, instances, terms)
     return Section(receipt, problems, warnings + _check_time(config, instances))
+
+
+def serving(config: RunConfig, terms: Terms) -> dict[str, Any] | None:
+    """Return what it costs to serve the model once it is approved; None if the stack does not serve the line.
+
+    An endpoint without requests has no instance, and costs nothing.
+    """
+    if not (terms.endpoint_instance_type and config.serve.enabled):
+        return None
+    name = config.serve.instance_type or terms.endpoint_instance_type
+    price = terms.prices.hosting.get(name) if terms.prices else None
+    return {"instance_type": name, "busy_usd_per_hour": price, "idle_usd_per_hour": 0.0}
 
 
 def _check_cost(

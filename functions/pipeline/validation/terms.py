@@ -1,6 +1,7 @@
 """A stack's decisions for every run, and the config that these decisions complete."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tunedrop.config.model import ResolvedCompute, ResolvedConfig, RunConfig
@@ -8,11 +9,15 @@ from tunedrop.rewards import NO_PERMISSIONS, RewardPermissions
 
 
 class Prices(NamedTuple):
-    """SageMaker's on-demand training prices in US dollars an hour by instance type, with their date and region."""
+    """SageMaker's prices in US dollars an hour by instance type, with their date and region.
+
+    `on_demand` are the prices of training jobs, `hosting` those of endpoints.
+    """
 
     dated: str
     region: str
     on_demand: dict[str, float]
+    hosting: Mapping[str, float] = MappingProxyType({})
 
 
 class Terms(NamedTuple):
