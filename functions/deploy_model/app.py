@@ -25,5 +25,5 @@ def handler(event: Event, context: LambdaContext) -> None:
     settings = DeploySettings.from_environment()
     aws = connect(settings.run_table)
     if isinstance(parsed, UndeployRequested):
-        undeploy(parsed.detail.line, aws)
+        undeploy(parsed.detail.line, parsed.time, aws)
     look_until(deadline, settings, aws)

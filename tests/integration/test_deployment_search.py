@@ -84,7 +84,7 @@ def wrong_under_the_lines_name(world: World) -> None:
 def taken_down(world: World) -> None:
     approved(world)
     settle(world)
-    undeploy("cars", world.aws)
+    undeploy("cars", datetime.fromisoformat(clock.now()), world.aws)
 
 
 def merged_model(world: World) -> None:
@@ -232,7 +232,7 @@ class Deployments(RuleBasedStateMachine):
 
     @rule()
     def take_down(self) -> None:
-        undeploy("cars", self.world.aws)
+        undeploy("cars", datetime.fromisoformat(clock.now()), self.world.aws)
 
     @rule()
     def sleep(self) -> None:

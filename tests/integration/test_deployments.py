@@ -236,10 +236,10 @@ def test_lines_share_the_endpoint_of_their_base_model_until_the_last_one_leaves(
     look()
     (endpoint,) = world.serving.endpoints
     assert set(world.serving.components) == {endpoint, COMPONENT, component_name(PREFIX, "taxis")}
-    undeploy("cars", world.aws)
+    undeploy("cars", datetime.fromisoformat(clock.now()), world.aws)
     look()
     assert set(world.serving.components) == {endpoint, component_name(PREFIX, "taxis")}
-    undeploy("taxis", world.aws)
+    undeploy("taxis", datetime.fromisoformat(clock.now()), world.aws)
     look()
     assert not world.serving.endpoints
     assert look() == 0  # it stays down

@@ -17,6 +17,7 @@ MODELS = f"{PREFIX}-7fb2c419"  # the model package group
 OWN_RULES = {
     "start_training": {"Dataset Validated", "Stop Requested", "Training Waiting", "Training Failed", "Results Published"},
     "validate_dataset": {"Validation Requested"},
+    "deploy_model": {"Champion Changed", "Undeploy Requested"},
 }
 PLAN = "f00d"
 SETTINGS = Settings(

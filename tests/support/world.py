@@ -313,6 +313,7 @@ def deployed(load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
     with mock_aws(), pytest.MonkeyPatch.context() as patch:
         for name, value in create_resources(client).items():
             patch.setenv(name, value)
+        patch.setattr("deploy_model.app.SECONDS", 0)  # one look for an event
         _roll_back_items(patch)
         world = World(connect(TABLE), load_event)
         _record(world, patch)

@@ -40,9 +40,10 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     `run` is the run whose model answers under the line's name, None without one; `target` is the run that is to replace it,
     or that could not. `refused` has the reasons of failed deployments by run. `refused_version` and `removed` are versions
     of the line: the champion of the first could not be deployed, that of the second is not to be served. Both stay so until
-    the line has another version. `since` is the beginning of the stage, and `updates` how often the stage has updated the
-    line's component. `answered` says how many tests the line's name answered as recorded. `unused` are endpoints that the
-    line has left, or has not come to. `event` is still to be announced. Nobody else works on the line until `busy`.
+    the line has another version. `begun` is the beginning of the deployment, `since` that of the stage, and `updates` counts
+    the stage's updates of the line's component. `answered` says how many tests the line's name answered as recorded.
+    `unused` are endpoints that the line has left, or has not come to. `event` is still to be announced. Nobody else works on
+    the line until `busy`.
     """
 
     line: str
@@ -58,6 +59,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     refused: dict[str, str] = {}
     refused_version: int | None = None
     removed: int | None = None
+    begun: str | None = None
     since: str = ""
     updates: int = 0
     answered: str | None = None
@@ -97,7 +99,7 @@ class DeploymentTable:
         if "stage" in changes:
             changes |= {"since": now, "updates": 0}
         if changes.get("stage") in {Stage.PREPARING, Stage.REMOVING}:
-            changes["number"] = deployment.number + 1
+            changes |= {"number": deployment.number + 1, "begun": now}
         written = msgspec.structs.replace(
             deployment, version=deployment.version + 1, arrived=deployment.arrived or now, **changes
         )

@@ -108,6 +108,7 @@ def _endpoint_config(wanted: Served, settings: DeploySettings) -> dict[str, Any]
         "EndpointConfigName": wanted.endpoint,
         "ExecutionRoleArn": settings.serving_role_arn,
         "ProductionVariants": [variant],
+        **wanted.network,
         "Tags": _tags(settings),
     }
 

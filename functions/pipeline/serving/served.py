@@ -27,7 +27,8 @@ class Served(NamedTuple):
     """How a run's model is served.
 
     With an `adapter`, the S3 URI of its archive, the line's component is an adapter component on the base component, which
-    has the endpoint's name. Without one, the line's component has the merged model of the model `package`.
+    has the endpoint's name. Without an adapter, the line's component has the merged model of the model `package`. `network`
+    is that of the stack's jobs.
     """
 
     run_id: str
@@ -38,6 +39,7 @@ class Served(NamedTuple):
     adapter: str | None
     package: str
     image: str
+    network: dict[str, Any]
     model: str
     config: RunConfig
 
@@ -71,6 +73,7 @@ def served(run: Run, instance_type: str | None, settings: DeploySettings, aws: A
     assert run.model_package is not None
     config = read_config(run.run_id, settings.artifact_bucket, aws)
     instance_type = instance_type or config.serve.instance_type or settings.endpoint_instance_type
+    plan = load_plan(aws, settings.artifact_bucket, run.plan)
     adapter = run.artifacts.rstrip("/") + "/adapter.tar.gz"
     return Served(
         run_id=run.run_id,
@@ -80,7 +83,8 @@ def served(run: Run, instance_type: str | None, settings: DeploySettings, aws: A
         instance_type=instance_type,
         adapter=adapter if adapter_fits(config.lora.peft_kwargs()) else None,
         package=run.model_package,
-        image=load_plan(aws, settings.artifact_bucket, run.plan)["inference_image"],
+        image=plan["inference_image"],
+        network={"VpcConfig": plan["train"]["VpcConfig"]} if "VpcConfig" in plan["train"] else {},
         model=config.model,
         config=config,
     )

@@ -97,11 +97,18 @@ def look_at(name: str, settings: DeploySettings, aws: Aws) -> bool:
     return False
 
 
-def undeploy(name: str, aws: Aws) -> None:
-    """Take down what answers under a line's name, until the line has another champion. Raises StaleDeploymentError."""
+def undeploy(name: str, requested: datetime, aws: Aws) -> None:
+    """Take down what answers under a line's name, until the line has another champion. Raises StaleDeploymentError.
+
+    A request from before the deployment meant an earlier one and changes nothing; events carry whole seconds.
+    """
     deployment, line = aws.deployments.get(name), aws.lines.get(name)
-    if deployment.version and deployment.stage != Stage.REMOVING:
-        aws.deployments.write(deployment, stage=Stage.REMOVING, removed=line.version, reason="undeployed")
+    if deployment.begun is None or deployment.stage == Stage.REMOVING:
+        return
+    if requested < datetime.fromisoformat(deployment.begun).replace(microsecond=0):
+        logger.info("ignored a request to take down an earlier deployment", line=name)
+        return
+    aws.deployments.write(deployment, stage=Stage.REMOVING, removed=line.version, reason="undeployed")
 
 
 def _due(deployment: Deployment, line: Line) -> bool:

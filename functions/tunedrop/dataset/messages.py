@@ -34,7 +34,7 @@ _TEMPLATES = (
     re.compile(r"<start_of_turn>(\w+)\n(.*?)(?:<end_of_turn>\s*|\Z)", re.DOTALL),
 )
 # Texts with these marks already went through a chat template.
-_MARKS = re.compile(
+TURN_MARKS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|assistant|system|User|Assistant)\|>|<\uff5cUser\uff5c>"
 )
 _BEGIN = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*")
@@ -61,7 +61,7 @@ def from_text(text: str) -> list[Any] | None:
     if media := _MEDIA.search(text):
         raise BadRowError("MEDIA", f"the prompt has the placeholder {media[0]}", MEDIA_HINT)
     begin = _BEGIN.match(text).end()  # type: ignore[union-attr]
-    if not (mark := _MARKS.match(text, begin)):
+    if not (mark := TURN_MARKS.match(text, begin)):
         return None
     for template in _TEMPLATES:
         turns = template.findall(text, begin)
