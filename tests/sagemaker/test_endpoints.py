@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 from botocore.exceptions import ClientError
-from components import COMPUTE, ROLE, VARIANT, Serving
+from components import COMPUTE, IMAGE, ROLE, VARIANT, Serving
 
 ARN = "arn:aws:sagemaker:us-east-1:000000000000"
 ADAPTER = {"BaseInferenceComponentName": "base"}
@@ -317,7 +318,14 @@ def test_a_model_of_a_package_has_the_packages_files_and_environment(hosted: Cal
     assert serving.ask("base")["version"] == "packaged"
 
 
-def _is_alive(pid: int) -> bool:
-    import psutil
+def test_a_model_of_the_hub_is_the_containers_to_fetch(hosted: Callable[..., Serving]) -> None:
+    serving = hosted()
+    container = {"Image": IMAGE, "Environment": {"SM_VLLM_MODEL": "team/model", "SM_VLLM_REVISION": "main"}}
+    serving.client.create_model(ModelName="hub", PrimaryContainer=container)
+    serving.base(model="hub")
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children()]
+    assert any("--model team/model --port" in command for command in commands)
 
+
+def _is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
