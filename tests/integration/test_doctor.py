@@ -42,6 +42,7 @@ QUOTAS = {
     "ml.g6e.4xlarge for spot training job usage": "L-11111111",
     "ml.g5.4xlarge for spot training job usage": "L-22222222",
 }
+SERVING = {"ml.g5.xlarge for endpoint usage": "L-55555555"}
 ON_DEMAND = {"ml.g6e.4xlarge for training job usage": "L-33333333", "ml.g5.4xlarge for training job usage": "L-44444444"}
 (KEY_POLICY,) = re.findall(
     r"```json\n({(?:(?!```).)*?RolesOfThisAccount.*?)```",
@@ -207,7 +208,7 @@ class Healthy:
             return {"StackResourceSummaries": listed}
         values = {"ListServiceQuotas": self.applied, "ListAWSDefaultServiceQuotas": self.default}.get(operation)
         if values is not None:
-            codes = QUOTAS | ON_DEMAND
+            codes = QUOTAS | ON_DEMAND | SERVING
             quotas = [
                 {"ServiceCode": "sagemaker", "QuotaName": name, "QuotaCode": code, "Value": values[code], "Adjustable": True}
                 for name, code in codes.items()
@@ -550,6 +551,15 @@ def test_a_quota_without_a_value_of_the_account_is_the_default(stack: Healthy) -
     assert "'ml.g5.4xlarge for spot training job usage' (L-22222222) is 0" in finding.what
     stack.denied = {"ListAWSDefaultServiceQuotas"}
     assert codes(stack.examine()) == ["NOT_ALLOWED"]
+
+
+@pytest.mark.parametrize(("value", "code"), [(2.0, None), (1.0, "QUOTA_LOW"), (0.0, "QUOTA_ZERO"), (None, "QUOTA_UNKNOWN")])
+def test_a_stack_that_serves_needs_instances_for_endpoints(stack: Healthy, value: float | None, code: str | None) -> None:
+    stack.parameters |= {"EndpointInstanceType": "ml.g5.xlarge", "EndpointMaxInstances": "2"}
+    if value is not None:
+        stack.applied["L-55555555"] = value
+    findings = [finding for finding in stack.examine() if "for endpoint usage" in finding.what]
+    assert [(finding.code, finding.trouble) for finding in findings] == ([(code, code != "QUOTA_LOW")] if code else [])
 
 
 # --- permissions ---

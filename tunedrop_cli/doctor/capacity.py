@@ -1,4 +1,4 @@
-"""Checks what SageMaker needs on AWS to start a job: quotas and the training image."""
+"""Checks what SageMaker needs on AWS to start a job or an endpoint: quotas and the training image."""
 
 from collections.abc import Iterator
 
@@ -39,8 +39,7 @@ def quotas(stack: DeployedStack) -> Iterator[Finding]:
             fix = "Use other types (parameter InstanceTypes), or deploy in another region."
             yield Finding("QUOTA_UNKNOWN", message, fix, trouble=not works)
             continue
-        increase = f"service-quotas request-service-quota-increase --service-code sagemaker --quota-code {quota.code}"
-        request = f"Request an increase with `{stack.location.aws_command(f'{increase} --desired-value {jobs}')}`."
+        request = _request(stack, quota, jobs)
         if quota.value < 1:
             message = (
                 f"The quota '{name}' ({quota.code}) is {quota.value:g} in {stack.region}: no job can start on it.{rest}"
@@ -51,6 +50,30 @@ def quotas(stack: DeployedStack) -> Iterator[Finding]:
                 f"The quota '{name}' ({quota.code}) is {quota.value:g}, and MaxConcurrentJobs is {jobs}: more runs wait."
             )
             yield Finding("QUOTA_LOW", message, request, trouble=False)
+
+
+def endpoint_quota(stack: DeployedStack) -> Iterator[Finding]:
+    """The account has a quota for the instance type of the endpoints, if the stack serves models."""
+    instance_type = stack.parameters["EndpointInstanceType"]
+    if not instance_type:
+        return
+    name, wanted = f"{instance_type} for endpoint usage", int(stack.parameters["EndpointMaxInstances"])
+    quota = _quotas(stack, {name}).get(name)
+    if quota is None:
+        message = f"Service Quotas has no quota '{name}' in {stack.region}: SageMaker does not offer this type there."
+        fix = "Use another type (parameter EndpointInstanceType), or deploy in another region."
+        yield Finding("QUOTA_UNKNOWN", message, fix)
+    elif quota.value < 1:
+        message = f"The quota '{name}' ({quota.code}) is {quota.value:g} in {stack.region}: no model can be served on it."
+        yield Finding("QUOTA_ZERO", message, _request(stack, quota, wanted))
+    elif quota.value < wanted:
+        message = f"The quota '{name}' ({quota.code}) is {quota.value:g}, and EndpointMaxInstances is {wanted}."
+        yield Finding("QUOTA_LOW", message, _request(stack, quota, wanted), trouble=False)
+
+
+def _request(stack: DeployedStack, quota: Quota, wanted: int) -> str:
+    increase = f"service-quotas request-service-quota-increase --service-code sagemaker --quota-code {quota.code}"
+    return f"Request an increase with `{stack.location.aws_command(f'{increase} --desired-value {wanted}')}`."
 
 
 def _quotas(stack: DeployedStack, names: set[str]) -> dict[str, Quota]:

@@ -10,7 +10,7 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.aws import error_code
-from tunedrop_cli.doctor.capacity import image, quotas
+from tunedrop_cli.doctor.capacity import endpoint_quota, image, quotas
 from tunedrop_cli.doctor.events import bucket_events, rules, subscriptions
 from tunedrop_cli.doctor.finding import DeployedStack, Finding
 from tunedrop_cli.doctor.functions import alarms, dead_letters, function_errors, functions
@@ -45,7 +45,7 @@ CHECKS: list[Callable[[DeployedStack], Iterator[Finding]]] = [
     *(launch_plan, base_model, bucket_events, rules, functions, function_errors, dead_letters, alarms, key, subscriptions),
 ]
 # The local app pulls no image, and its SageMaker emulator has quotas of its own.
-ON_AWS: list[Callable[[DeployedStack], Iterator[Finding]]] = [quotas, image]
+ON_AWS: list[Callable[[DeployedStack], Iterator[Finding]]] = [quotas, endpoint_quota, image]
 
 
 def examine(location: StackLocation) -> list[Finding]:
