@@ -276,7 +276,9 @@ def plan_with(world: World, **prices: dict[str, float]) -> None:
 
 def test_endpoints_lists_what_is_served(world: World, endpoint: Endpoint, cars: str, tunedrop: Command) -> None:
     plan_with(world, on_demand={"ml.g5.xlarge": 1.5}, hosting={"ml.g5.xlarge": 1.75})
-    data = [{"MetricName": "Invocations", "Dimensions": [{"Name": "InferenceComponentName", "Value": CARS}], "Value": 4}] * 3
+    dimensions = [{"Name": "InferenceComponentName", "Value": CARS}]
+    hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    data = [{"MetricName": "Invocations", "Dimensions": dimensions, "Timestamp": hour_ago, "Value": 4}] * 3
     boto3.client("cloudwatch").put_metric_data(Namespace="AWS/SageMaker", MetricData=data)
     header, row = (re.split(r"  +", line) for line in tunedrop("endpoints").splitlines())
     assert header == [
