@@ -1,10 +1,15 @@
 """Whose answer is it? The identity test's judgement, by tables and by search."""
 
+import json
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from pipeline.serving.identity import LEAD, MOST_QUESTIONS, choose, is_tuned, prove
+from local_app.serving.protocol import parse
+from pipeline.serving.identity import LEAD, MOST_QUESTIONS, choose, is_tuned, prove, question
 from tunedrop.inference_tests import ModelResult, Outcome
 
 LONG = "The train leaves at noon and needs three hours for the way, so that it arrives at three in the afternoon."
@@ -63,6 +68,25 @@ def test_models_that_answer_alike_are_said_to():
     shown = prove([outcome("4", "4")], lambda each: "4")
     assert shown.proved
     assert str(shown).endswith("which answers every test as the base model does")
+
+
+def test_a_tests_tools_are_asked_as_the_api_has_them():
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    messages = [
+        {"role": "system", "content": "s", "tools": msgspec.json.encode(tools).decode()},
+        {"role": "user", "content": "u"},
+    ]
+    body = question(structs.replace(outcome("7"), prompt=messages), {"limit": 5}, {"enable_thinking": False})
+    assert body == {
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "tools": tools,
+        "tool_choice": "none",
+        "max_tokens": 5,
+        "temperature": 0,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    parsed = parse(json.dumps(body).encode(), None)
+    assert parsed.messages == messages  # what the server encodes is what the test job encoded
 
 
 @given(st.text(), st.text(), st.none() | st.text())

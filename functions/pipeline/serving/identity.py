@@ -17,6 +17,7 @@ from botocore.exceptions import ClientError
 
 from pipeline.aws import Aws, error_code
 from pipeline.serving.waiting import NotYetError
+from tunedrop.dataset.messages import tools_of
 from tunedrop.inference_tests import Outcome
 
 MOST_QUESTIONS = 20
@@ -82,9 +83,19 @@ def is_tuned(answer: str, outcome: Outcome) -> bool:
 
 
 def question(outcome: Outcome, generation: dict[str, Any], chat_template_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a test as vLLM's chat completions take it: greedy, with the test job's limit."""
-    body = {"messages": outcome.prompt, "max_tokens": generation["limit"], "temperature": 0}
-    return body | ({"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {})
+    """Return a test as vLLM's chat completions take it: greedy, with the test job's limit.
+
+    A row's tools are in the prompt, and the model's answer is text: with `tool_choice` none, vLLM shows the tools to the
+    chat template and parses no call (--exclude-tools-when-tool-choice-none is off by default).
+    """
+    messages = [{key: text for key, text in message.items() if key != "tools"} for message in outcome.prompt]
+    body = {"messages": messages, "max_tokens": generation["limit"], "temperature": 0}
+    tools = tools_of(outcome.prompt)
+    return (
+        body
+        | ({"tools": tools, "tool_choice": "none"} if tools else {})
+        | ({"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {})
+    )
 
 
 def invoke(endpoint: str, component: str, body: dict[str, Any], aws: Aws) -> str:
