@@ -19,7 +19,7 @@ pytestmark = pytest.mark.soak
 
 SAMPLE = PROJECT / "tunedrop_cli/sample"
 WORDINGS = ("What is {} + {}?", "How much is {} plus {}?", "{} + {} = ?")
-START = "line: numbers\nstart_from: champion\ntests: {max_completion_length: 48}\n"
+START = "line: numbers\nstart_from: champion\ntests: {max_completion_length: 96}\n"
 
 
 class Line:

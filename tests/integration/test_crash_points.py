@@ -254,13 +254,18 @@ def outcome(n: int) -> dict[str, Any]:
 
 
 def fingerprint(world) -> dict[str, Any]:
-    """All that there is in the end, but for the versions that S3 gave the uploads, and how long rewards took."""
+    """All that there is in the end, but for the versions that S3 gave the uploads, and how long rewards took.
+
+    The files of a run that never began stay unused.
+    """
     items = sorted(world.aws.runs._table.scan()["Items"], key=lambda item: item["id"])
+    runs = {item["id"].removeprefix(RUN) for item in items if item["id"].startswith(RUN)}
     versions = [version["VersionId"] for version in world.aws.s3.list_object_versions(Bucket=DATA)["Versions"]]
     objects = {
         item["Key"]: world.aws.read(ARTIFACTS, item["Key"]).decode()
         for prefix in ("runs/", "lines/")
         for item in world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=prefix).get("Contents", [])
+        if prefix == "lines/" or item["Key"].count("/") == 1 or item["Key"].split("/")[1] in runs
     }
     jobs = sorted(request["TrainingJobName"] for request in world.job_requests)
     everything = {

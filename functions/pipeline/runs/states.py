@@ -140,6 +140,10 @@ class IdTakenError(Exception):
     """A run with other inputs got the id in the same moment. The upload's event must be delivered again."""
 
 
+class UploadDoneError(Exception):
+    """Another delivery of the upload's event validated the upload to its end meanwhile."""
+
+
 class StaleMoveError(Exception):
     """A move came too late: the run is in a later state or in another attempt. The event behind the move is done."""
 

@@ -22,6 +22,7 @@ from pipeline.runs.states import (
     Run,
     RunState,
     StaleMoveError,
+    UploadDoneError,
 )
 from pipeline.runs.transactions import ConditionFailedError, transact
 
@@ -106,13 +107,16 @@ class RunTable:
 
         Identical inputs reuse the existing run in any state, even before its end was announced. `sequencer` is the upload's:
         only the newest upload of a key begins an attempt, and only during its validation. Raises IdTakenError if a run with
-        other inputs has the id.
+        other inputs has the id, and UploadDoneError if the upload has its run already.
         """
+        put = {"Item": _item_of(run), "ConditionExpression": "attribute_not_exists(id)"}
+        not_done = self._upload(run, sequencer, "sequencer <> :sequencer OR #state = :state")
         try:
-            self._table.put_item(Item=_item_of(run), ConditionExpression=Attr("id").not_exists())
-        except self._table.meta.client.exceptions.ConditionalCheckFailedException:
+            transact(self._table, {"Put": put}, {"ConditionCheck": not_done})
+        except ConditionFailedError as failed:
             existing = self.get(run.run_id)
-            assert existing is not None  # runs are never deleted
+            if existing is None:
+                raise UploadDoneError(f"{run.trigger} was validated meanwhile") from failed
             if existing.digest != run.digest:
                 raise IdTakenError(f"{run.run_id} has other inputs") from None
             if existing.state in RETRYABLE and existing.open is None and existing.trigger != run.trigger:
@@ -120,16 +124,21 @@ class RunTable:
             return existing
         return run
 
+    @staticmethod
+    def _upload(run: Run, sequencer: str, condition: str) -> dict[str, Any]:
+        """Return a check of the item of a run's upload; `:state` in the condition is VALIDATING."""
+        return {
+            "Key": {"id": UPLOAD + run.key},
+            "ConditionExpression": condition,
+            "ExpressionAttributeNames": {"#state": "state"},
+            "ExpressionAttributeValues": {":sequencer": sequencer, ":state": RunState.VALIDATING},
+        }
+
     def _next_attempt(self, existing: Run, run: Run, sequencer: str) -> Run:
         run = structs.replace(run, attempt=existing.attempt + 1)
         unchanged = {name: part for name, part in self._is(existing, existing.state).items() if name != "Key"}
         put = {"Item": _item_of(run)} | unchanged
-        newest = {
-            "Key": {"id": UPLOAD + run.key},
-            "ConditionExpression": "sequencer = :sequencer AND #state = :state",
-            "ExpressionAttributeNames": {"#state": "state"},
-            "ExpressionAttributeValues": {":sequencer": sequencer, ":state": RunState.VALIDATING},
-        }
+        newest = self._upload(run, sequencer, "sequencer = :sequencer AND #state = :state")
         try:
             transact(self._table, {"Put": put}, {"ConditionCheck": newest})
         except ConditionFailedError:

@@ -16,7 +16,7 @@ from pipeline.notify.announcements import notify
 from pipeline.notify.events import RunEvent, Upload
 from pipeline.observability import logger
 from pipeline.runs import clock
-from pipeline.runs.states import RETRYABLE, Run, RunState, inputs_digest, run_ids
+from pipeline.runs.states import RETRYABLE, Run, RunState, UploadDoneError, inputs_digest, run_ids
 from pipeline.settings import Settings, ValidateSettings
 from pipeline.validation.hub import pin_model
 from pipeline.validation.internal import INTERNAL
@@ -218,7 +218,8 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
     """Store the run's input files and receipt, then create the run, then announce it. Return the run as it is stored.
 
     Because of this order, a second delivery of the event completes what the first delivery left undone. None if the run's
-    last attempt has not ended.
+    last attempt has not ended. An upload has one run, although its config may mean another champion by now: what a late
+    delivery stored for another run stays unused.
     """
     dataset = object_keys.dataset_of(upload.key)
     digest = inputs_digest(dataset, [suffix_of(upload.key), fetched.download.identity, *fetched.identity])
@@ -245,7 +246,11 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
     )
     if existing is None or existing.failed:  # the jobs of a run that goes on may be reading its input
         _store(run, receipt, fetched, settings, aws)
-    stored = aws.runs.create(run, upload.sequencer)
+    try:
+        stored = aws.runs.create(run, upload.sequencer)
+    except UploadDoneError as error:
+        logger.info("another delivery of the event was faster", detail=str(error))
+        return _announced_again(upload, settings, aws)
     if stored.state == RunState.REJECTED and stored.open is not None and stored.trigger != run.trigger:
         announce(stored, settings, aws)  # only an announced run can begin its next attempt
         stored = aws.runs.create(run, upload.sequencer)
