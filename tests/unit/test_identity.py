@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from local_app.serving.protocol import parse
-from pipeline.serving.identity import LEAD, MOST_QUESTIONS, choose, is_tuned, prove, question
+from pipeline.serving.identity import MOST_QUESTIONS, choose, is_tuned, prove, question
 from tunedrop.inference_tests import ModelResult, Outcome
 
 LONG = "The train leaves at noon and needs three hours for the way, so that it arrives at three in the afternoon."
@@ -32,13 +32,13 @@ def outcome(tuned: str, base: str = "no", champion: str | None = None, name: str
         ("7", "7", "4 + 3 is 7", None, True),
         (" 7\n", "7", "8", None, True),
         ("8", "7", "8", None, False),  # the base model's
-        ("9", "7", "8", None, False),  # another model's
+        ("9", "7", "8", None, None),  # an unknown model's
         ("6", "7", "8", "6", False),  # the champion's
-        ("", "7", "", None, False),
+        ("", "7", "", None, None),
         (LONG[:90] + " It is late.", LONG, "I do not know.", None, True),  # a greedy answer that rounded differently
-        (LONG[:90] + " It is late.", LONG, LONG[:70] + " no", None, False),  # as near to the base model's
-        (LONG[:90] + " It is late.", LONG, "no", LONG[:95], False),  # the champion's
-        (LONG[:30] + " It is late.", LONG, "no", None, False),
+        (LONG[:90] + " It is late.", LONG, LONG[:95], None, None),  # as near to the base model's
+        (LONG[:90] + " It is late.", LONG, "no", LONG[:40], True),
+        (LONG[:30] + " It is late.", LONG, LONG[:30] + " It was.", None, False),
     ],
 )
 def test_whose_answer_it_is(answer, tuned, base, champion, right):
@@ -56,12 +56,28 @@ def test_the_questions_that_tell_the_models_apart_best_come_first():
     assert choose(alike) == alike
 
 
-def test_a_few_other_answers_are_no_other_model():
-    outcomes = [outcome(f"{n}", f"no {n}", name=f"t{n}") for n in range(10)]
-    assert prove(outcomes, lambda each: each.tuned.text if each.id > "t1" else "?").proved
-    shown = prove(outcomes, lambda each: each.tuned.text if each.id > "t2" else "?")
-    assert not shown.proved
-    assert str(shown) == "7 of 10 answers were those of the tested model; another one: '?' instead of '0' to the test t0"
+@pytest.mark.parametrize(
+    ("right", "wrong", "proved"), [(20, 0, True), (16, 4, True), (15, 5, False), (10, 0, True), (9, 0, False), (0, 0, False)]
+)
+def test_how_many_answers_prove_the_model(right, wrong, proved):
+    """The first answers are the tuned model's, the next ones the base model's, and the rest nobody's."""
+    outcomes = [outcome(f"{n:02}", f"no {n}", name=f"{n:02}") for n in range(20)]
+
+    def ask(each: Outcome) -> str:
+        number = int(each.id)
+        return each.tuned.text if number < right else each.base.text if number < right + wrong else "?"
+
+    assert prove(outcomes, ask).proved is proved
+
+
+def test_what_it_says():
+    outcomes = [outcome(f"{n}", f"no {n}", name=f"t{n}") for n in range(4)]
+    answers = {"t0": "?", "t1": "no 1", "t2": "2", "t3": "3"}
+    said = str(prove(outcomes, lambda each: answers[each.id]))
+    assert said == (
+        "2 of 4 answers were those of the tested model, and 1 those of another model; for example '?' instead of '0' to the "
+        "test t0"
+    )
 
 
 def test_models_that_answer_alike_are_said_to():
@@ -93,12 +109,5 @@ def test_a_tests_tools_are_asked_as_the_api_has_them():
 def test_no_other_models_recorded_answer_counts_for_the_tuned_model(tuned, base, champion):
     made = outcome(tuned, base, champion)
     for other in [base] if champion is None else [base, champion]:
-        assert is_tuned(other, made) is (other.strip() == tuned.strip())
+        assert (is_tuned(other, made) is True) is (other.strip() == tuned.strip())
     assert is_tuned(tuned, made)
-
-
-@given(st.text(min_size=LEAD), st.text(), st.text())
-def test_an_answer_needs_a_lead(tuned, base, rest):
-    answer = base + rest
-    if answer.strip() != tuned.strip() and not base.strip().startswith(tuned.strip()[:1]):
-        assert is_tuned(base, outcome(tuned, base)) is False

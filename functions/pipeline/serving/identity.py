@@ -1,9 +1,9 @@
 """Whether a component answers with the model that was tested.
 
 The test job recorded the answers of the base model, of the tuned model and, in a line with a champion, of the champion. The
-same questions are asked again. An answer counts for the tuned model if it is the tuned model's, to the letter, or if it
-begins much longer like the tuned model's than like any other: with other kernels and batches a model rounds differently, and
-a long greedy answer leaves the recorded one at some token.
+questions to which these answers differ are asked again. With other kernels and batches, and with the adapter beside the
+weights instead of in them, a model rounds differently: a greedy answer may leave the recorded one at some token. So an
+answer counts for the model whose recorded answer it follows longest, and for none if two are as long.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,31 +21,35 @@ from tunedrop.dataset.messages import tools_of
 from tunedrop.inference_tests import Outcome
 
 MOST_QUESTIONS = 20
-# Of the questions, so many must be answered by the tuned model.
-SHARE = 0.8
-# So many characters more must be like the tuned model's answer than like any other's.
-LEAD = 40
+# So many of the answers must be the tuned model's, and so many of those that are any model's.
+SHARE_OF_ALL, SHARE_OF_DECIDED = 0.5, 0.8
 AT_ONCE = 4
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """How many questions were asked, how many answers were the tuned model's, and the first other answer."""
+    """How many questions were asked, how many answers were the tuned model's, and how many were another model's.
+
+    `other` is the first answer that was not the tuned model's. `told_apart`: the recorded answers differ.
+    """
 
     asked: int
     right: int
+    wrong: int
     told_apart: bool
     other: str | None
 
     @property
     def proved(self) -> bool:
         """Whether the tuned model answered."""
-        return self.right >= SHARE * self.asked
+        return self.right >= SHARE_OF_ALL * self.asked and self.right >= SHARE_OF_DECIDED * (self.right + self.wrong)
 
     def __str__(self) -> str:
         text = f"{self.right} of {self.asked} answers were those of the tested model"
+        if self.wrong:
+            text += f", and {self.wrong} those of another model"
         if not self.told_apart:
             text += ", which answers every test as the base model does"
-        return text if self.other is None else f"{text}; another one: {self.other}"
+        return text if self.other is None else f"{text}; for example {self.other}"
 
 
 def prove(outcomes: Sequence[Outcome], ask: Callable[[Outcome], str]) -> Identity:
@@ -53,13 +57,16 @@ def prove(outcomes: Sequence[Outcome], ask: Callable[[Outcome], str]) -> Identit
     questions = choose(outcomes)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(ask, questions))
-    told_apart = any(_differs(question) for question in questions)
-    wrong = [
-        f"'{answer[:80]}' instead of '{question.tuned.text[:80]}' to the test {question.id}"
-        for question, answer in zip(questions, answers, strict=True)
-        if not is_tuned(answer, question)
-    ]
-    return Identity(len(questions), len(questions) - len(wrong), told_apart, wrong[0] if wrong else None)
+    owners = [is_tuned(answer, question) for question, answer in zip(questions, answers, strict=True)]
+    other = next(
+        (
+            f"'{answer[:80]}' instead of '{question.tuned.text[:80]}' to the test {question.id}"
+            for question, answer, tuned in zip(questions, answers, owners, strict=True)
+            if not tuned
+        ),
+        None,
+    )
+    return Identity(len(questions), owners.count(True), owners.count(False), any(map(_differs, questions)), other)
 
 
 def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -74,12 +81,17 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
     ]
 
 
-def is_tuned(answer: str, outcome: Outcome) -> bool:
-    """Return whether an answer is the tuned model's."""
+def is_tuned(answer: str, outcome: Outcome) -> bool | None:
+    """Return whether an answer is the tuned model's (True), another model's (False), or no model's (None).
+
+    It is the tuned model's if it is equal to the recorded answer, or has a longer beginning in common with it than with any
+    other model's.
+    """
     answer, tuned = answer.strip(), outcome.tuned.text.strip()
     if answer == tuned:
         return True
-    return _common(answer, tuned) >= LEAD + max(_common(answer, other) for other in _others(outcome))
+    ours, theirs = _common(answer, tuned), max(_common(answer, other) for other in _others(outcome))
+    return None if ours == theirs else ours > theirs
 
 
 def question(outcome: Outcome, generation: dict[str, Any], chat_template_kwargs: dict[str, Any]) -> dict[str, Any]:
