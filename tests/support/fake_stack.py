@@ -108,6 +108,8 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
         "ENDPOINT_IDLE_MINUTES": "15",
         "ENDPOINT_BAKE_MINUTES": "5",
         "SERVING_ROLE_ARN": "arn:aws:iam::123456789012:role/ServingRole",
+        "IMPORT_ROLE_ARN": "arn:aws:iam::123456789012:role/ImportRole",
+        "KMS_KEY_ARN": "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555",
         "ALARM_TOPIC_ARN": "arn:aws:sns:us-east-1:123456789012:alarms",
         "POWERTOOLS_SERVICE_NAME": "test",
         "POWERTOOLS_METRICS_NAMESPACE": "tunedrop",
