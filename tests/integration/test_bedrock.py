@@ -8,6 +8,7 @@ from world import GOOD_DATA
 
 from pipeline.notify import events
 from pipeline.runs.deployments import Stage
+from pipeline.runs.states import RunState
 from pipeline.serving.bedrock import MOST_CHARACTERS
 from pipeline.stages.deploy_model import undeploy
 
@@ -179,3 +180,12 @@ def test_names_of_imports_fit(world, look):
     assert len(job) <= MOST_CHARACTERS
     assert job.startswith(PREFIX)
     assert world.aws.deployments.get(run.line).run == run.run_id
+
+
+def test_a_model_that_bedrock_cannot_import_is_refused_before_it_is_trained(world):
+    world.put("training_data/cars.yaml", ON_BEDROCK)
+    world.put("models/base/config.json", b'{"architectures": ["Gemma3ForCausalLM"]}')
+    run = world.drop()
+    assert run.state == RunState.REJECTED
+    (problem,) = world.read_json(f"runs/{run.run_id}/validation.json")["errors"]
+    assert (problem["code"], problem["key"]) == ("SERVE_TARGET", "serve.target")

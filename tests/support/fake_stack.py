@@ -83,7 +83,11 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
         ],
     )
     client("events").create_event_bus(Name=BUS)
-    for name, body in {"config.json": b"{}", "model.safetensors": b"{}", **tokenizer_files()}.items():
+    for name, body in {
+        "config.json": b'{"architectures": ["Qwen3ForCausalLM"]}',
+        "model.safetensors": b"{}",
+        **tokenizer_files(),
+    }.items():
         s3.put_object(Bucket=DATA, Key=f"models/base/{name}", Body=body)
     plan = {"digest": PLAN, "inference_image": SERVING_IMAGE, "train": plan_request("train"), "test": plan_request("test")}
     s3.put_object(Bucket=ARTIFACTS, Key=f"launch_plans/{PLAN}.json", Body=json.dumps(plan).encode())
