@@ -1,12 +1,15 @@
 # ruff: noqa: F401, F811 - the fixtures of test_deployments
 """Approved means serving on Bedrock, too: a model is imported, proved before a user knows it, and deleted when left."""
 
+from datetime import datetime
+
 import pytest
 from fake_serving import tuned_answer
 from fake_stack import PREFIX
 from world import GOOD_DATA
 
 from pipeline.notify import events
+from pipeline.runs import clock
 from pipeline.runs.deployments import Stage
 from pipeline.runs.states import RunState
 from pipeline.serving.bedrock import MOST_CHARACTERS
@@ -127,7 +130,7 @@ def test_a_move_back_to_sagemaker_that_fails_leaves_bedrocks_model(world, look):
 def test_a_line_is_undeployed_at_any_time_and_imported_again_under_another_name(world, look, looks):
     run = approved(world, config=ON_BEDROCK)
     look(looks)
-    undeploy("cars", world.aws)
+    undeploy("cars", datetime.fromisoformat(clock.now()), world.aws)
     look()
     if looks == 0:  # there was nothing yet
         assert world.aws.deployments.get("cars").run == run.run_id
@@ -170,6 +173,15 @@ def test_an_import_that_the_quota_never_lets_in_is_given_up(world, look):
     look(150)
     reason = world.aws.deployments.get("cars").refused[run.run_id]
     assert reason.endswith("ServiceQuotaExceededException: too many imported models, after 2:00:00")
+
+
+def test_a_model_that_answers_in_another_format_is_refused(world, look):
+    world.serving.other_format = True
+    run = approved(world, config=ON_BEDROCK)
+    look()
+    deployment = world.aws.deployments.get("cars")
+    assert 'does not answer with a chat completion, but b\'{"outputs"' in deployment.refused[run.run_id]
+    assert contents(world) == []
 
 
 def test_names_of_imports_fit(world, look):

@@ -41,6 +41,7 @@ class FakeServing:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # import jobs, which are never deleted, by name
     imported: dict[str, dict[str, Any]] = field(default_factory=dict)  # Bedrock's models by ARN
     most_imported: int = 3  # the account's quota
+    other_format: bool = False  # Bedrock's models answer as those imported before OpenAI's API
     failing: dict[str, str] = field(default_factory=dict)  # what will not be ready, and why, by its name or what it serves
     ringing: dict[str, datetime] = field(default_factory=dict)  # alarms in ALARM, and since when
     ask: Callable[[str, str], str] = tuned_answer  # what the model of a content answers to a question
@@ -214,7 +215,8 @@ class FakeServing:
             found["cold"] = False
             raise _bedrock_refusal("ModelNotReadyException", "Model is not ready for inference. Wait and try again.")
         text = self.ask(found["content"], json.loads(body)["messages"][-1]["content"])
-        return {"body": io.BytesIO(json.dumps({"choices": [{"message": {"content": text}}]}).encode())}
+        completion = {"outputs": [{"text": text}]} if self.other_format else {"choices": [{"message": {"content": text}}]}
+        return {"body": io.BytesIO(json.dumps(completion).encode())}
 
     def _imported(self, model: str) -> dict[str, Any]:
         if model not in self.imported:

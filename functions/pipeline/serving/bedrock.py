@@ -49,8 +49,9 @@ def import_model(name: str, wanted: Served, settings: DeploySettings, aws: Aws) 
 
 
 def invoke(model: str, body: dict[str, Any], aws: Aws) -> str:
-    """Ask an imported model, by its ARN, and return its answer's text. Raises NotYetError if it does not answer now.
+    """Ask an imported model, by its ARN, and return its answer's text.
 
+    Raises NotYetError if it does not answer now, and DeploymentFailedError if its answer is no chat completion.
     Models imported since 11 November 2025 take OpenAI's chat completions. One without a copy answers ModelNotReadyException
     until it has one (https://docs.aws.amazon.com/bedrock/latest/userguide/invoke-imported-model.html).
     """
@@ -60,7 +61,11 @@ def invoke(model: str, body: dict[str, Any], aws: Aws) -> str:
         )
     except ClientError as error:
         raise NotYetError(f"{model} does not answer: {error_code(error)}: {error.response['Error']['Message']}") from None
-    return identity.text_of(answer["body"].read())
+    content = answer["body"].read()
+    try:
+        return identity.text_of(content)
+    except (msgspec.DecodeError, LookupError):
+        raise DeploymentFailedError(f"{model} does not answer with a chat completion, but {content[:200]!r}") from None
 
 
 def remove_import(name: str, aws: Aws) -> None:
