@@ -203,8 +203,9 @@ def _on_endpoint(runtime: Any, served: Served, body: bytes) -> Iterator[dict[str
 
 
 def _on_bedrock(runtime: Any, served: Served, body: bytes) -> Iterator[dict[str, Any]]:
-    """Ask an imported model; return the documents of its answer, one in each event of the stream. Raises ClientError.
+    """Ask an imported model; return the documents of its answer. Raises ClientError.
 
+    Assumption: each event of the stream has one document, as it has from Bedrock's own models.
     https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_InvokeModelWithResponseStream.html
     """
     answer = runtime.invoke_model_with_response_stream(modelId=served.component, contentType="application/json", body=body)

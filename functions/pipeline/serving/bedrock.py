@@ -89,6 +89,7 @@ def remove_model(model: str, aws: Aws) -> None:
 
 
 def _job(name: str, aws: Aws) -> dict[str, Any] | None:
+    """Return GetModelImportJob's answer, None without such a job. Assumption: a name without one is not found."""
     try:
         answer: dict[str, Any] = aws.bedrock.get_model_import_job(jobIdentifier=name)
     except aws.bedrock.exceptions.ResourceNotFoundException:

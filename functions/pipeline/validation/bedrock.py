@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "Qwen3",
     "GptOssForCausalLM": "GPT-OSS",
 }
-# "less than 128K", and the source's list has Llama 3.1, whose config.json says 131,072.
+# "less than 128K". Assumption: 131,072 is meant to fit, which Llama 3.1 has, a model of the source's list.
 MOST_POSITIONS = 131_072
 
 
