@@ -464,7 +464,7 @@ def test_models_are_not_imported_here_and_a_look_at_a_job_is_held_against_the_jo
     request = {"jobName": "j", "importedModelName": "m", "roleArn": "arn:aws:iam::000000000000:role/r"}
     with pytest.raises(ClientError, match=r"ValidationException.*The local application cannot import models"):
         emulators.client("bedrock").create_model_import_job(
-            **request, modelDataSource={"s3DataSource": {"s3Uri": "s3://b/merged/"}}
+            **request, modelDataSource={"s3DataSource": {"s3Uri": "s3://bucket/merged/"}}
         )
 
 
