@@ -1,7 +1,8 @@
 """Asks a served model: what is sent, the answer part by part, and the wait for a model that sleeps.
 
-An endpoint without requests has no instance. A request to it is refused at once and wakes it:
+An endpoint without requests has no instance, and a model on Bedrock no copy. A request is refused then, and wakes it:
 https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-auto-scaling-zero-instances.html
+https://docs.aws.amazon.com/bedrock/latest/userguide/invoke-imported-model.html
 """
 
 import time
@@ -30,11 +31,21 @@ Message = dict[str, str]
 
 
 class Served(NamedTuple):
-    """A model that answers: `name` for people, and the inference component of an endpoint."""
+    """A model that answers: `name` for people, and a component of an endpoint. Without an endpoint, it is Bedrock's ARN."""
 
     name: str
-    endpoint: str
+    endpoint: str | None
     component: str
+
+    @property
+    def place(self) -> str:
+        """Where the model answers, for people."""
+        return self.endpoint or "Bedrock"
+
+    @property
+    def service(self) -> str:
+        """The service whose client asks the model."""
+        return "sagemaker-runtime" if self.endpoint else "bedrock-runtime"
 
 
 class Manner(NamedTuple):
@@ -77,7 +88,7 @@ class Answering(NamedTuple):
 def answering(deployment: Deployment, line: str) -> Answering:
     """Return what answers under a line's name. Raises StackError, with the reason, if nothing does."""
     item = deployment.deployments.get(line)
-    if item.run and item.endpoint and item.component:
+    if item.run and item.component:
         run = deployment.find(item.run)
         return Answering(Served(run.run_id, item.endpoint, item.component), run)
     if item.version == 0:
@@ -99,14 +110,19 @@ def _why(item: deployments.Deployment) -> str:
 
 
 def base_of(served: Served) -> Served:
-    """Return the base model of a line's endpoint: its inference component has the endpoint's name."""
+    """Return the base model of a line's endpoint: its inference component has the endpoint's name.
+
+    Raises StackError on Bedrock, which has the tuned model only.
+    """
+    if served.endpoint is None:
+        raise StackError(f"{served.name} answers on Bedrock, which does not have the base model: leave --base out.")
     return Served("base model", served.endpoint, served.endpoint)
 
 
 def served_run(deployment: Deployment, run: Run) -> Served:
     """Return where a run's model answers. Raises StackError if it is not deployed."""
     for item in deployment.deployments.all():
-        if item.run == run.run_id and item.endpoint and item.component:
+        if item.run == run.run_id and item.component:
             return Served(run.run_id, item.endpoint, item.component)
     raise StackError(
         f"{run.run_id} is not deployed: each line has one model that answers, its champion. Make it the champion with "
@@ -139,7 +155,7 @@ class Waking:
             self._began = self._said = now
             if not self._wait:
                 raise StackError(
-                    f"{served.name} sleeps: nobody has asked {served.endpoint} for a while. This question wakes it, which "
+                    f"{served.name} sleeps: nobody has asked {served.place} for a while. This question wakes it, which "
                     "takes some minutes on AWS. Ask again then."
                 )
             self._say(f"{served.name} sleeps, and is being woken. On AWS, this takes some minutes.")
@@ -147,7 +163,7 @@ class Waking:
         if waited > WAKING_SECONDS:
             raise StackError(
                 f"{served.name} has not woken up within {WAKING_SECONDS // 60} minutes. `tunedrop endpoints` shows the "
-                f"state of {served.endpoint}; SageMaker's console shows whether it finds an instance."
+                f"state of {served.place}; AWS's console shows whether it finds an instance."
             )
         if now - self._said >= PROGRESS_SECONDS:
             self._said = now
@@ -156,48 +172,66 @@ class Waking:
 
 
 def ask(runtime: Any, served: Served, body: dict[str, Any], waking: Waking) -> Iterator[Part]:
-    """Yield the parts of a streamed answer. `runtime` is a client of sagemaker-runtime.
+    """Yield the parts of a streamed answer. `runtime` is a client of the model's `service`.
 
     Raises StackError if the model or the endpoint refuses the question.
     """
+    invoke = _on_endpoint if served.endpoint else _on_bedrock
     while True:
         try:
-            answer = runtime.invoke_endpoint_with_response_stream(
-                EndpointName=served.endpoint,
-                InferenceComponentName=served.component,
-                ContentType="application/json",
-                Body=msgspec.json.encode(body),
-            )
+            answer = invoke(runtime, served, msgspec.json.encode(body))
             break
         except ClientError as error:
             if not sleeps(error):
                 raise _readable(served, error) from None
         waking(served)
     try:
-        yield from map(_part, documents(answer["Body"]))
+        yield from map(_part, answer)
     except EventStreamError as error:  # ModelStreamErrorException, InternalStreamFailure
         raise _readable(served, error) from None
 
 
+def _on_endpoint(runtime: Any, served: Served, body: bytes) -> Iterator[dict[str, Any]]:
+    """Ask a component of an endpoint; return the documents of its answer. Raises ClientError."""
+    answer = runtime.invoke_endpoint_with_response_stream(
+        EndpointName=served.endpoint,
+        InferenceComponentName=served.component,
+        ContentType="application/json",
+        Body=body,
+    )
+    return documents(event["PayloadPart"]["Bytes"] for event in answer["Body"])
+
+
+def _on_bedrock(runtime: Any, served: Served, body: bytes) -> Iterator[dict[str, Any]]:
+    """Ask an imported model; return the documents of its answer. Raises ClientError.
+
+    Assumption: each event of the stream has one document, as it has from Bedrock's own models.
+    https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_InvokeModelWithResponseStream.html
+    """
+    answer = runtime.invoke_model_with_response_stream(modelId=served.component, contentType="application/json", body=body)
+    return (msgspec.json.decode(event["chunk"]["bytes"]) for event in answer["body"])
+
+
 def sleeps(error: ClientError) -> bool:
-    """Return whether an endpoint refused a request because no copy of the model runs."""
-    return error_code(error) == "ValidationError" and "no capacity" in error.response["Error"]["Message"].lower()
+    """Return whether a request was refused because no copy of the model runs."""
+    no_capacity = error_code(error) == "ValidationError" and "no capacity" in error.response["Error"]["Message"].lower()
+    return no_capacity or error_code(error) == "ModelNotReadyException"
 
 
 def _readable(served: Served, error: ClientError) -> StackError:
     """Return the error for an invocation that failed: the container's own message, where there is one."""
     message = error.response.get("OriginalMessage") or error.response["Error"].get("Message", str(error))
-    return StackError(f"{served.name} did not answer ({served.component} on {served.endpoint}): {message}")
+    return StackError(f"{served.name} did not answer ({served.component} on {served.place}): {message}")
 
 
-def documents(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def documents(parts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """Yield the documents of server-sent events, up to `[DONE]`. A part of the stream may end within a line.
 
     https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_PayloadPart.html
     """
     rest = b""
-    for event in events:
-        *lines, rest = (rest + event["PayloadPart"]["Bytes"]).split(b"\n")
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                 yield msgspec.json.decode(line.removeprefix(b"data: "))

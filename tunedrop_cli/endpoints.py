@@ -41,7 +41,7 @@ def summaries(deployment: Deployment) -> list[dict[str, Any]]:
     for item in sorted(deployment.deployments.all(), key=lambda item: item.line):
         described = endpoint(item.endpoint) if item.endpoint else {}
         variant: dict[str, Any] = next(iter(described.get("ProductionVariants", [])), {})
-        copies = _copies(item, component)
+        copies = None if item.on_bedrock else _copies(item, component)
         hourly = price(item.instance_type)
         packages = lines[item.line].packages if item.line in lines else {}
         found.append(
@@ -57,9 +57,9 @@ def summaries(deployment: Deployment) -> list[dict[str, Any]]:
                 "instance_type": item.instance_type,
                 "instances": variant.get("CurrentInstanceCount"),
                 "copies": copies,
-                "requests_24h": requests(cloudwatch, item.component) if item.component else None,
+                "requests_24h": requests(cloudwatch, item) if item.component else None,
                 "busy_usd_per_hour": hourly and hourly.usd,
-                "idle_usd_per_hour": 0.0,
+                "idle_usd_per_hour": None if item.on_bedrock else 0.0,
                 "price": hourly and hourly.kind,
                 "at_most_usd": _at_most(described, variant, hourly),
                 "deployed": item.deployed,
@@ -98,16 +98,18 @@ def state(item: deployments.Deployment, copies: int | None) -> str:
     return "deployed" if copies is None else "answers" if copies else "asleep"
 
 
-def requests(cloudwatch: Any, component: str) -> int | None:
-    """Return the requests to an inference component in the last 24 hours; None if CloudWatch has no data.
+def requests(cloudwatch: Any, item: deployments.Deployment) -> int | None:
+    """Return the requests to a line's component or model in the last 24 hours; None if CloudWatch has no data.
 
     https://docs.aws.amazon.com/sagemaker/latest/dg/monitoring-cloudwatch.html
+    https://docs.aws.amazon.com/bedrock/latest/userguide/monitoring.html
     """
+    namespace, dimension = ("AWS/Bedrock", "ModelId") if item.on_bedrock else ("AWS/SageMaker", "InferenceComponentName")
     now = datetime.now(UTC)
     points = cloudwatch.get_metric_statistics(
-        Namespace="AWS/SageMaker",
+        Namespace=namespace,
         MetricName="Invocations",
-        Dimensions=[{"Name": "InferenceComponentName", "Value": component}],
+        Dimensions=[{"Name": dimension, "Value": item.component}],
         StartTime=now - DAY,
         EndTime=now,
         Period=3600,

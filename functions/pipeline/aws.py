@@ -54,6 +54,16 @@ class Aws:
         return self._session.client("sagemaker-runtime", config=_CONFIG)
 
     @cached_property
+    def bedrock(self) -> Any:
+        """The client that imports models into Bedrock."""
+        return self._session.client("bedrock", config=_CONFIG)
+
+    @cached_property
+    def bedrock_runtime(self) -> Any:
+        """The client that asks Bedrock's models."""
+        return self._session.client("bedrock-runtime", config=_CONFIG)
+
+    @cached_property
     def autoscaling(self) -> Any:
         """The Application Auto Scaling client."""
         return self._session.client("application-autoscaling", config=_CONFIG)

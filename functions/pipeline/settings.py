@@ -59,4 +59,6 @@ class DeploySettings(Settings):
     endpoint_idle_minutes: int = Field(ge=1)
     endpoint_bake_minutes: int = Field(ge=0)
     serving_role_arn: str
+    import_role_arn: str
+    kms_key_arn: str = ""
     alarm_topic_arn: str

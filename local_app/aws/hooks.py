@@ -336,6 +336,32 @@ def hook_alarm_arns() -> None:
     iam_actions.extract_resource_arn = extract_resource_arn
 
 
+# ---- Bedrock ---------------------------------------------------------------------------------------------------------
+
+
+def hook_imports() -> None:
+    """Refuse to import models. MiniStack has import jobs that never end, and makes up what an imported model answers.
+
+    A look at a job is held against the job: MiniStack names no resource.
+    """
+    from ministack.core import iam_actions
+    from ministack.services import bedrock
+
+    arn_of = iam_actions.extract_resource_arn
+
+    def extract_resource_arn(service: str, method: str, path: str, *rest: Any) -> str:
+        if service == "bedrock" and path.startswith("/model-import-jobs/"):
+            *_, region, account = rest
+            return f"arn:aws:bedrock:{region}:{account}:model-import-job/{path.rpartition('/')[2]}"
+        return str(arn_of(service, method, path, *rest))
+
+    def refuse(_body: bytes) -> Any:
+        return bedrock._error("ValidationException", "The local application cannot import models.", 400)
+
+    iam_actions.extract_resource_arn = extract_resource_arn
+    bedrock._create_model_import_job = refuse
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
-"""The IAM permissions that a request to SageMaker or Application Auto Scaling needs. AWS checks them before the operation.
+"""The IAM permissions that a request to SageMaker, Application Auto Scaling or Bedrock needs, which AWS checks first.
 
 https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonsagemakerai.html
 https://docs.aws.amazon.com/service-authorization/latest/reference/list_awsapplicationautoscaling.html
+https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonbedrock.html
 """
 
 from collections.abc import Mapping
@@ -91,6 +92,32 @@ def required_permissions(operation: str, request: Json, arn_prefix: str) -> list
     if role := request.get("RoleArn") or request.get("ExecutionRoleArn"):
         passed_to = {"iam:PassedToService": "sagemaker.amazonaws.com"}
         permissions.append(RequiredPermission("iam:PassRole", role, passed_to))
+    return permissions
+
+
+def bedrock_permissions(operation: str, request: Json, arn_prefix: str, tags: Mapping[str, str]) -> list[RequiredPermission]:
+    """Return the permissions that a request to Bedrock needs; `arn_prefix` is `arn:aws:bedrock:<region>:<account>`.
+
+    `tags` are those of the model that the request names. A look at a job by its name is one at a job whose id only Bedrock
+    knows. With a key, Bedrock uses it in the caller's name
+    (https://docs.aws.amazon.com/bedrock/latest/userguide/encryption-import-model.html).
+    """
+    job, model = f"{arn_prefix}:model-import-job/0123456789ab", f"{arn_prefix}:imported-model/0123456789ab"
+    context = {f"aws:ResourceTag/{key}": value for key, value in tags.items()}
+    if operation == "GetModelImportJob":
+        return [RequiredPermission("bedrock:GetModelImportJob", job)]
+    if operation != "CreateModelImportJob":
+        named = request.get("modelId") or request["modelIdentifier"]
+        return [RequiredPermission(f"bedrock:{operation}", named if named.startswith("arn:") else model, context)]
+    permissions = [
+        RequiredPermission("bedrock:CreateModelImportJob", "*"),
+        RequiredPermission("iam:PassRole", request["roleArn"], {"iam:PassedToService": "bedrock.amazonaws.com"}),
+    ]
+    tagged = [(job, request.get("jobTags")), (model, request.get("importedModelTags"))]
+    permissions += [RequiredPermission("bedrock:TagResource", resource) for resource, tags_ in tagged if tags_]
+    if key := request.get("importedModelKmsKeyId"):
+        via = {"kms:ViaService": f"bedrock.{arn_prefix.split(':')[3]}.amazonaws.com"}
+        permissions += [RequiredPermission(f"kms:{action}", key, via) for action in ("DescribeKey", "CreateGrant")]
     return permissions
 
 

@@ -453,6 +453,21 @@ def test_a_service_takes_on_a_role_that_trusts_it_for_this_account_only(emulator
         Role(emulators, allow("s3:GetObject", "*"), trusted_for="999999999999").credentials()
 
 
+def test_models_are_not_imported_here_and_a_look_at_a_job_is_held_against_the_job(emulators: Emulators) -> None:
+    jobs = "arn:aws:bedrock:us-east-1:000000000000:model-import-job/*"
+    role = Role(emulators, allow("bedrock:GetModelImportJob", jobs))
+    bedrock = emulators.client("bedrock", **role.credentials())
+    with pytest.raises(ClientError, match="ResourceNotFoundException"):
+        bedrock.get_model_import_job(jobIdentifier="tunedrop-cars-1")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        bedrock.get_imported_model(modelIdentifier="tunedrop-cars-1")
+    request = {"jobName": "j", "importedModelName": "m", "roleArn": "arn:aws:iam::000000000000:role/r"}
+    with pytest.raises(ClientError, match=r"ValidationException.*The local application cannot import models"):
+        emulators.client("bedrock").create_model_import_job(
+            **request, modelDataSource={"s3DataSource": {"s3Uri": "s3://bucket/merged/"}}
+        )
+
+
 def test_alarms_are_deleted_by_their_names_and_described_by_who_may_describe_all(
     emulators: Emulators, deployed: Deployed
 ) -> None:

@@ -99,17 +99,57 @@ def other_instance(world: World) -> None:
     approved(world, GOOD_DATA * 2, b"serve: {instance_type: ml.g6.xlarge}")
 
 
-SCENARIOS = [first_model, next_model, wrong_model, wrong_under_the_lines_name, taken_down, merged_model, other_instance]
+def to_bedrock(world: World) -> None:
+    approved(world)
+    settle(world)
+    approved(world, GOOD_DATA * 2, b"serve: {target: bedrock}")
+
+
+def next_on_bedrock(world: World) -> None:
+    approved(world, config=b"serve: {target: bedrock}")
+    settle(world)
+    approved(world, GOOD_DATA * 2, b"serve: {target: bedrock}")
+
+
+def wrong_on_bedrock(world: World) -> None:
+    next_on_bedrock(world)
+    wrong = str(world.run(str(world.aws.lines.get("cars").champion)).artifacts)
+    world.serving.ask = lambda content, question: "!" if content.startswith(wrong) else tuned_answer(content, question)
+
+
+def from_bedrock(world: World) -> None:
+    approved(world, config=b"serve: {target: bedrock}")
+    settle(world)
+    approved(world, GOOD_DATA * 2, b"serve: {target: sagemaker}")
+
+
+SCENARIOS = [
+    *(first_model, next_model, wrong_model, wrong_under_the_lines_name, taken_down, merged_model, other_instance),
+    *(to_bedrock, next_on_bedrock, wrong_on_bedrock, from_bedrock),
+]
 
 
 def account(world: World) -> dict[str, Any]:
     """What the account has, and the deployment without what counts looks and time."""
     serving = world.serving
-    kept = ("stage", "run", "endpoint", "component", "model", "instance_type", "refused", "answered", "unused", "event")
+    kept = (
+        "stage",
+        "run",
+        "imported",
+        "endpoint",
+        "component",
+        "model",
+        "instance_type",
+        "refused",
+        "answered",
+        "unused",
+        "event",
+    )
     deployment = world.aws.deployments.get("cars")
     there = {
         "endpoints": {name: each["EndpointStatus"] for name, each in serving.endpoints.items()},
         "components": {name: serving.serving(name) for name in serving.components},
+        "imported": {model: each["content"] for model, each in serving.imported.items()},
         **{kind: sorted(getattr(serving, kind)) for kind in ("configs", "models", "alarms", "policies", "targets")},
         "deployment": {name: getattr(deployment, name) for name in kept},
         "busy": deployment.busy is not None and deployment.busy > clock.now(),
@@ -142,7 +182,7 @@ def search(deploy: Callable[[], Any], scenario: Callable[[World], None], trouble
                 moment += 1
                 if moment % every:
                     continue
-                if operation == "InvokeEndpoint" == operations[at - 1]:
+                if operation in {"InvokeEndpoint", "InvokeModel"} and operation == operations[at - 1]:
                     continue  # the questions of an identity test are alike
                 for trouble in troubles:
                     if (trouble is take_no_entry and operation != "PutEvents") or (trouble is die_before and at > 0):

@@ -9,7 +9,19 @@ from collections.abc import Iterator
 import pytest
 from botocore.client import BaseClient
 from fake_stack import TABLE
-from permissions import ACCOUNT, KEY, REGION, Permission, allows, known_names, needless, of_request, of_sagemaker, policies
+from permissions import (
+    ACCOUNT,
+    KEY,
+    REGION,
+    Permission,
+    allows,
+    known_names,
+    needless,
+    of_bedrock,
+    of_request,
+    of_sagemaker,
+    policies,
+)
 from world import WON
 
 from pipeline.aws import connect
@@ -61,6 +73,8 @@ def recorded(world) -> Iterator[set[Permission]]:
         model = client.meta.service_model
         if role and model.service_name in IN_MEMORY:
             found.update(of_sagemaker(role, operation, arguments))
+        if role and model.service_name in {"bedrock", "bedrock-runtime"}:
+            found.update(of_bedrock(role, operation, arguments))
         if role and model.service_name == "cloudwatch":
             request = client._serializer.serialize_to_request(arguments, model.operation_model(operation))
             url = f"https://monitoring.{REGION}.amazonaws.com{request['url_path']}"
@@ -178,8 +192,9 @@ def run_everything(world) -> None:
 
 
 def deploy_everything(world) -> None:
-    """Let an adapter be served, then a merged model, one that is refused, and none."""
-    for config in (b"", b"lora: {r: 2}", b"lora: {r: 128}", b"lora: {r: 8}"):
+    """Let an adapter be served, then a merged model, two on Bedrock, an adapter again, one that is refused, and none."""
+    bedrock = (b"serve: {target: bedrock}", b"serve: {target: bedrock}\nlora: {r: 2}")
+    for config in (b"", b"lora: {r: 2}", b"lora: {r: 128}", *bedrock, b"lora: {r: 8}"):
         world.put("training_data/served.yaml", config)
         run = world.trained(world.drop("training_data/served.jsonl"))
         world.tested(run, WON_AGAIN)

@@ -54,11 +54,20 @@ class Endpoint:
         self.requests.append(arguments | {"Body": json.loads(arguments["Body"])})
         return {"Body": self.stream(arguments["InferenceComponentName"])}
 
-    def stream(self, component: str) -> Iterator[dict[str, Any]]:
+    def invoke_bedrock(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.requests.append(arguments | {"Body": json.loads(arguments["body"])})
+        return {"body": ({"chunk": {"bytes": json.dumps(chunk).encode()}} for chunk in self.chunks("Bedrock"))}
+
+    def chunks(self, component: str) -> list[dict[str, Any]]:
         body, answers = self.requests[-1]["Body"], Answers(component, chat=True)
         words = [component, " said: ", body["messages"][-1]["content"], "\x1b[2J", " é"]
         chunks = [answers.chunk("", role="assistant"), *map(answers.chunk, words)]
-        chunks.append(answers.chunk("", Written("stop" if body["max_tokens"] > 9 else "length", 1, 1).finish_reason))
+        return [*chunks, answers.chunk("", Written("stop" if body["max_tokens"] > 9 else "length", 1, 1).finish_reason)]
+
+    def stream(self, component: str) -> Iterator[dict[str, Any]]:
+        chunks = self.chunks(component)
         lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
         content = "".join(lines).encode()
         for start in range(0, len(content), self.bytes_at_once):
@@ -88,6 +97,8 @@ def endpoint(world: World) -> Iterator[Endpoint]:
         match operation:
             case "InvokeEndpointWithResponseStream":
                 return endpoint.invoke(arguments)
+            case "InvokeModelWithResponseStream":
+                return endpoint.invoke_bedrock(arguments)
             case "DescribeEndpoint":
                 return endpoint.describe_endpoint(arguments["EndpointName"])
             case "DescribeInferenceComponent":
@@ -265,6 +276,48 @@ def test_a_chat_keeps_the_conversation(endpoint: Endpoint, cars: str, tunedrop: 
     assert endpoint.requests[-1]["Body"]["messages"][2]["content"].startswith(f"{CARS} said: red?")
 
 
+def invocations(namespace: str, dimension: str, value: str) -> None:
+    """Have CloudWatch say 12 requests. They were a minute ago: GetMetricStatistics takes times by the second."""
+    metric = {"MetricName": "Invocations", "Dimensions": [{"Name": dimension, "Value": value}], "Value": 4}
+    data = [metric | {"Timestamp": datetime.now(UTC) - timedelta(minutes=1)}] * 3
+    boto3.client("cloudwatch").put_metric_data(Namespace=namespace, MetricData=data)
+
+
+# --- Bedrock ---
+
+MODEL_ARN = "arn:aws:bedrock:us-east-1:123456789012:imported-model/0123456789ab"
+ON_BEDROCK = {"endpoint": None, "component": MODEL_ARN, "instance_type": None}
+
+
+def test_a_line_on_bedrock_is_asked_by_its_arn_and_woken(
+    world: World, endpoint: Endpoint, tunedrop: Command, no_pause: list[float]
+) -> None:
+    run = made(world, "cars", serve={"target": "bedrock"}, system_prompt="Be brief.")
+    deploy(world, "cars", run, **ON_BEDROCK)
+    not_ready = refusal("ModelNotReadyException", "Model is not ready for inference.", "InvokeModelWithResponseStream")
+    endpoint.refusals = [not_ready] * 2
+    said = tunedrop("ask", "cars", "red?")
+    assert said.startswith(f"{run} sleeps, and is being woken.")
+    assert said.endswith("Bedrock said: red?[2J é\n")
+    (sent,) = endpoint.requests
+    assert (sent["modelId"], sent["Body"]["messages"][0]) == (MODEL_ARN, {"role": "system", "content": "Be brief."})
+    endpoint.refusals = [not_ready]
+    assert f"{run} sleeps: nobody has asked Bedrock for a while" in tunedrop("ask", "cars", "red?", "--no-wait")
+    assert "answers on Bedrock, which does not have the base model" in tunedrop("ask", "cars", "red?", "--base")
+    endpoint.refusals = [refusal("ValidationException", "too long", "InvokeModelWithResponseStream")]
+    assert f"{run} did not answer ({MODEL_ARN} on Bedrock): too long" in tunedrop("ask", "cars", "red?")
+
+
+def test_endpoints_shows_the_arn_of_a_line_on_bedrock(world: World, endpoint: Endpoint, tunedrop: Command) -> None:
+    run = made(world, "cars", serve={"target": "bedrock"})
+    deploy(world, "cars", run, **ON_BEDROCK)
+    invocations("AWS/Bedrock", "ModelId", MODEL_ARN)
+    _, row = (re.split(r"  +", line) for line in tunedrop("endpoints").splitlines())
+    assert row == ["cars", "deployed", run, "7", MODEL_ARN, "12"]
+    (found,) = json.loads(tunedrop("endpoints", "--json"))
+    assert (found["endpoint"], found["component"], found["idle_usd_per_hour"]) == (None, MODEL_ARN, None)
+
+
 # --- endpoints, undeploy ---
 
 
@@ -276,10 +329,7 @@ def plan_with(world: World, **prices: dict[str, float]) -> None:
 
 def test_endpoints_lists_what_is_served(world: World, endpoint: Endpoint, cars: str, tunedrop: Command) -> None:
     plan_with(world, on_demand={"ml.g5.xlarge": 1.5}, hosting={"ml.g5.xlarge": 1.75})
-    dimensions = [{"Name": "InferenceComponentName", "Value": CARS}]
-    hour_ago = datetime.now(UTC) - timedelta(hours=1)
-    data = [{"MetricName": "Invocations", "Dimensions": dimensions, "Timestamp": hour_ago, "Value": 4}] * 3
-    boto3.client("cloudwatch").put_metric_data(Namespace="AWS/SageMaker", MetricData=data)
+    invocations("AWS/SageMaker", "InferenceComponentName", CARS)
     header, row = (re.split(r"  +", line) for line in tunedrop("endpoints").splitlines())
     assert header == [
         "line",

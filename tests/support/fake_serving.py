@@ -1,10 +1,11 @@
 # ruff: noqa: N802, N803 - methods and arguments have AWS's names
-"""SageMaker's endpoints and inference components, their scaling and alarms, as far as deploy_model sees them, in memory.
+"""SageMaker's endpoints and components, their scaling and alarms, and Bedrock's imports, as far as deploy_model sees them.
 
-moto has no inference components. What is created, updated or deleted settles at the next look (`describe`). The emulator
-(local_app/sagemaker) has real processes; this one is for searches with thousands of looks.
+moto has no inference components and no imports. What is created, updated or deleted settles at the next look (`describe`).
+The emulator (local_app/sagemaker) has real processes; this one is for searches with thousands of looks.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from botocore.exceptions import ClientError
 from pipeline.runs import clock
 
 ACCOUNT = "arn:aws:sagemaker:us-east-1:123456789012"
+BEDROCK = "arn:aws:bedrock:us-east-1:123456789012"
 SETTLING = {"Creating", "Updating", "Deleting"}
 
 
@@ -36,6 +38,10 @@ class FakeServing:
     alarms: dict[str, dict[str, Any]] = field(default_factory=dict)
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # import jobs, which are never deleted, by name
+    imported: dict[str, dict[str, Any]] = field(default_factory=dict)  # Bedrock's models by ARN
+    most_imported: int = 3  # the account's quota
+    other_format: bool = False  # Bedrock's models answer as those imported before OpenAI's API
     failing: dict[str, str] = field(default_factory=dict)  # what will not be ready, and why, by its name or what it serves
     ringing: dict[str, datetime] = field(default_factory=dict)  # alarms in ALARM, and since when
     ask: Callable[[str, str], str] = tuned_answer  # what the model of a content answers to a question
@@ -170,6 +176,53 @@ class FakeServing:
         text = self.ask(found["content"], json.loads(Body)["messages"][-1]["content"])
         return {"Body": io.BytesIO(json.dumps({"choices": [{"message": {"content": text}}]}).encode())}
 
+    # --- Bedrock ---
+
+    def _CreateModelImportJob(self, jobName: str, clientRequestToken: str, **rest: Any) -> dict[str, Any]:
+        if len(self.imported) >= self.most_imported:
+            raise _bedrock_refusal("ServiceQuotaExceededException", "too many imported models")
+        if jobName in self.jobs:
+            raise _bedrock_refusal("ConflictException", f"the job {jobName} exists")
+        self.jobs[jobName] = rest | {"jobName": jobName, "status": "InProgress"}
+        return {"jobArn": f"{BEDROCK}:model-import-job/{_id(jobName)}"}
+
+    def _GetModelImportJob(self, jobIdentifier: str) -> dict[str, Any]:
+        if jobIdentifier not in self.jobs:
+            raise _bedrock_refusal("ResourceNotFoundException", f"no job {jobIdentifier}")
+        found = self.jobs[jobIdentifier]
+        answer = dict(found)
+        source = found["modelDataSource"]["s3DataSource"]["s3Uri"]
+        if found["status"] == "InProgress" and (reason := self.failing.get(source)):
+            found |= {"status": "Failed", "failureMessage": reason}
+        elif found["status"] == "InProgress":
+            model = f"{BEDROCK}:imported-model/{_id(jobIdentifier)}"
+            found |= {"status": "Completed", "importedModelArn": model}
+            self.imported[model] = {"modelName": found["importedModelName"], "content": source, "cold": True}
+        return answer
+
+    def _GetImportedModel(self, modelIdentifier: str) -> dict[str, Any]:
+        return {"modelArn": modelIdentifier, "modelName": self._imported(modelIdentifier)["modelName"]}
+
+    def _DeleteImportedModel(self, modelIdentifier: str) -> dict[str, Any]:
+        self._imported(modelIdentifier)
+        del self.imported[modelIdentifier]
+        return {}
+
+    def _InvokeModel(self, modelId: str, body: bytes, **rest: Any) -> dict[str, Any]:
+        """Answer; the first request after the import finds no copy (a second one, some seconds later, does)."""
+        found = self._imported(modelId)
+        if found["cold"]:
+            found["cold"] = False
+            raise _bedrock_refusal("ModelNotReadyException", "Model is not ready for inference. Wait and try again.")
+        text = self.ask(found["content"], json.loads(body)["messages"][-1]["content"])
+        completion = {"outputs": [{"text": text}]} if self.other_format else {"choices": [{"message": {"content": text}}]}
+        return {"body": io.BytesIO(json.dumps(completion).encode())}
+
+    def _imported(self, model: str) -> dict[str, Any]:
+        if model not in self.imported:
+            raise _bedrock_refusal("ResourceNotFoundException", f"no model {model}")
+        return self.imported[model]
+
     # --- scaling and alarms ---
 
     def _RegisterScalableTarget(self, ResourceId: str, **rest: Any) -> dict[str, Any]:
@@ -235,6 +288,14 @@ def rings_now() -> datetime:
 def _content(specification: dict[str, Any]) -> str:
     content: str = specification.get("ModelName") or specification["Container"]["ArtifactUrl"]
     return content
+
+
+def _id(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def _bedrock_refusal(code: str, message: str) -> ClientError:
+    return ClientError({"Error": {"Code": code, "Message": message}}, "")
 
 
 def _refusal(message: str) -> ClientError:

@@ -83,7 +83,11 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
         ],
     )
     client("events").create_event_bus(Name=BUS)
-    for name, body in {"config.json": b"{}", "model.safetensors": b"{}", **tokenizer_files()}.items():
+    for name, body in {
+        "config.json": b'{"architectures": ["Qwen3ForCausalLM"]}',
+        "model.safetensors": b"{}",
+        **tokenizer_files(),
+    }.items():
         s3.put_object(Bucket=DATA, Key=f"models/base/{name}", Body=body)
     plan = {"digest": PLAN, "inference_image": SERVING_IMAGE, "train": plan_request("train"), "test": plan_request("test")}
     s3.put_object(Bucket=ARTIFACTS, Key=f"launch_plans/{PLAN}.json", Body=json.dumps(plan).encode())
@@ -108,6 +112,8 @@ def create_resources(client: Callable[[str], Any] = boto3.client) -> dict[str, s
         "ENDPOINT_IDLE_MINUTES": "15",
         "ENDPOINT_BAKE_MINUTES": "5",
         "SERVING_ROLE_ARN": "arn:aws:iam::123456789012:role/ServingRole",
+        "IMPORT_ROLE_ARN": "arn:aws:iam::123456789012:role/ImportRole",
+        "KMS_KEY_ARN": "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555",
         "ALARM_TOPIC_ARN": "arn:aws:sns:us-east-1:123456789012:alarms",
         "POWERTOOLS_SERVICE_NAME": "test",
         "POWERTOOLS_METRICS_NAMESPACE": "tunedrop",

@@ -17,7 +17,7 @@ from ministack.core import iam_actions, iam_evaluator, router
 from template import listed, load_template, of_type, resolve
 
 from local_app.aws import hooks
-from local_app.sagemaker.permissions import required_permissions
+from local_app.sagemaker.permissions import bedrock_permissions, required_permissions
 
 hooks.hook_alarm_arns()
 Json = dict[str, Any]
@@ -70,6 +70,12 @@ def of_sagemaker(role: str, operation: str, request: Json) -> Iterator[Permissio
         yield Permission(role, check.action, check.resource, dict(check.context))
 
 
+def of_bedrock(role: str, operation: str, request: Json, prefix: str = PREFIX) -> Iterator[Permission]:
+    """Yield the permissions that a call of Bedrock needs, about a model of the stack with the prefix."""
+    for check in bedrock_permissions(operation, request, f"arn:aws:bedrock:{REGION}:{ACCOUNT}", {"tunedrop:prefix": prefix}):
+        yield Permission(role, check.action, check.resource, dict(check.context))
+
+
 def known_names(prefix: str = PREFIX) -> dict[str, str]:
     """Return the names that the stack of `fake_stack` would have had from CloudFormation."""
     logs = {
@@ -93,6 +99,7 @@ def known_names(prefix: str = PREFIX) -> dict[str, str]:
         "DeadLetterQueue.Arn": f"arn:aws:sqs:{REGION}:{ACCOUNT}:dead-letters",
         "SageMakerRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/SageMakerRole",
         "ServingRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/ServingRole",
+        "ImportRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/ImportRole",
         "AWS::StackId": f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/tunedrop/{STACK_ID}",
         "JobPrefix": prefix,
         "TrainingImageUri": IMAGE,

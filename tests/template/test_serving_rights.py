@@ -17,6 +17,7 @@ from permissions import (
     allows,
     known_names,
     needless,
+    of_bedrock,
     of_request,
     of_sagemaker,
     policies,
@@ -199,6 +200,47 @@ def test_only_sagemaker_of_the_own_account_may_use_the_roles_for_sagemaker() -> 
     assert statement["Condition"] == {"StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}}
 
 
+# ---- Bedrock ---------------------------------------------------------------------------------------------------------
+
+MODEL_ARN = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:imported-model/0123456789ab"
+
+
+def test_deploy_model_deletes_and_asks_only_the_stacks_own_models() -> None:
+    given = policies()["DeployModelRole"]
+    for operation, member in (("DeleteImportedModel", "modelIdentifier"), ("InvokeModel", "modelId")):
+        for prefix, allowed in ((PREFIX, True), ("other", False)):
+            (permission,) = of_bedrock("Role", operation, {member: MODEL_ARN}, prefix)
+            assert allows(given, permission) is allowed, (operation, prefix)
+
+
+def test_deploy_model_imports_with_no_other_role_and_under_no_other_key() -> None:
+    request = {"roleArn": known_names()["ServingRole.Arn"], "importedModelKmsKeyId": KEY[:-1] + "0"}
+    denied = [p for p in of_bedrock("Role", "CreateModelImportJob", request) if not allows(policies()["DeployModelRole"], p)]
+    assert {permission.action for permission in denied} == {"iam:PassRole", "kms:DescribeKey", "kms:CreateGrant"}
+
+
+def test_import_jobs_read_merged_models_and_nothing_else() -> None:
+    needed = [
+        Permission("Role", "s3:GetObject", f"{RUNS}/training/job/output/model/merged/config.json"),
+        Permission("Role", "s3:ListBucket", f"arn:aws:s3:::{ARTIFACTS}", {"s3:prefix": "runs/cars-0123456789ab/"}),
+        Permission("Role", "kms:Decrypt", KEY),
+    ]
+    given = policies()["ImportRole"]
+    assert [permission for permission in needed if not allows(given, permission)] == []
+    assert needless(given, needed) == []
+    assert not allows(given, Permission("Role", "s3:GetObject", f"{RUNS}/input/train.jsonl"))
+
+
+def test_only_import_jobs_of_the_own_account_may_use_the_role_for_bedrock() -> None:
+    (statement,) = of_type(load_template(), "AWS::IAM::Role")["ImportRole"]["AssumeRolePolicyDocument"]["Statement"]
+    assert statement["Principal"] == {"Service": "bedrock.amazonaws.com"}
+    jobs = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:model-import-job/*"
+    assert resolve(statement["Condition"], known_names()) == {
+        "StringEquals": {"aws:SourceAccount": ACCOUNT},
+        "ArnLike": {"aws:SourceArn": jobs},
+    }
+
+
 # ---- people ----------------------------------------------------------------------------------------------------------
 
 ASKING: list[tuple[str, Json]] = [
@@ -207,14 +249,21 @@ ASKING: list[tuple[str, Json]] = [
     ("DescribeEndpoint", ON_ENDPOINT),
     ("DescribeInferenceComponent", PART),
 ]
+ON_BEDROCK = ("InvokeModel", "InvokeModelWithResponseStream")
 
 
 def test_people_with_the_policy_ask_the_stacks_models_and_no_others() -> None:
     given = policy("InvokeModelsPolicy")
-    needed = of_calls(ASKING, [])
+    needed, others = (
+        of_calls(asking, [])
+        + [p for operation in ON_BEDROCK for p in of_bedrock("Role", operation, {"modelId": MODEL_ARN}, prefix)]
+        for prefix, asking in (
+            (PREFIX, ASKING),
+            ("other", [(operation, of_another_stack(request)) for operation, request in ASKING]),
+        )
+    )
     assert [permission for permission in needed if not allows(given, permission)] == []
     assert needless(given, needed) == []
-    others = of_calls([(operation, of_another_stack(request)) for operation, request in ASKING], [])
     assert [permission for permission in others if allows(given, permission)] == []
 
 

@@ -38,7 +38,7 @@ SETTINGS: dict[str, type[Settings]] = {
 # (https://docs.aws.amazon.com/service-authorization/latest/reference/reference_policies_actions-resources-contextkeys.html).
 ON_EVERYTHING = [
     *("xray:Put*", "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "ec2:Describe*"),
-    *("sagemaker:ListEndpoints", "sagemaker:ListInferenceComponents"),
+    *("sagemaker:ListEndpoints", "sagemaker:ListInferenceComponents", "bedrock:CreateModelImportJob"),
 ]
 
 
@@ -171,17 +171,22 @@ def test_no_policy_allows_every_action_or_more_resources_than_it_must(transforme
     assert {n for n in of_type(transformed, "AWS::IAM::Role") if n.endswith("FunctionRole")} == set()
 
 
-def test_only_the_sagemaker_roles_are_passed_and_only_to_sagemaker(transformed: Json) -> None:
-    passes = {name: s for name, s in statements(transformed) if "iam:PassRole" in listed(s["Action"])}
-    passed = {"StartJobsPolicy": "SageMakerRole", "DeployModelRole": "ServingRole"}
-    assert {name: s["Resource"] for name, s in passes.items()} == {
-        name: {"Fn::GetAtt": [role, "Arn"]} for name, role in passed.items()
-    }
+def test_each_role_is_passed_only_to_its_service(transformed: Json) -> None:
+    passes = [(name, s) for name, s in statements(transformed) if "iam:PassRole" in listed(s["Action"])]
+    passed = [
+        ("StartJobsPolicy", "SageMakerRole", "sagemaker"),
+        ("DeployModelRole", "ServingRole", "sagemaker"),
+        ("DeployModelRole", "ImportRole", "bedrock"),
+    ]
+    expected = [
+        (name, {"Fn::GetAtt": [role, "Arn"]}, {"StringEquals": {"iam:PassedToService": f"{service}.amazonaws.com"}})
+        for name, role, service in passed
+    ]
+    found = [(name, s["Resource"], s["Condition"]) for name, s in passes]
+    assert sorted(found, key=str) == sorted(expected, key=str)
     roles = of_type(transformed, "AWS::IAM::Role").items()
     allowed = {name for name, role in roles if {"Ref": "StartJobsPolicy"} in role.get("ManagedPolicyArns", [])}
     assert allowed == {"StartTrainingRole", "TestModelRole", "ReconcileRole"}
-    for statement in passes.values():
-        assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
 
 
 def test_buckets_are_private_versioned_and_encrypted_and_only_data_tells_eventbridge(transformed: Json) -> None:

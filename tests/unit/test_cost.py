@@ -238,5 +238,5 @@ def test_the_receipt_says_what_serving_costs_busy_and_idle():
     assert serving() == busy
     assert serving(instance_type="ml.g6.xlarge") == busy | {"instance_type": "ml.g6.xlarge", "busy_usd_per_hour": None}
     assert serving(terms._replace(prices=None)) == busy | {"busy_usd_per_hour": None}
-    assert serving(enabled=False) is None
+    assert serving(enabled=False) is serving(target="bedrock") is None
     assert serving(terms._replace(endpoint_instance_type="")) is None

@@ -38,7 +38,7 @@ class Conversation:
     def __init__(self, deployment: Deployment, served: Served, manner: Manner, temperature: float, wait: bool) -> None:
         self.served = served
         self.messages: list[Message] = []
-        self._runtime = deployment.connect("client", "sagemaker-runtime")
+        self._runtime = deployment.connect("client", served.service)
         self._manner, self._temperature, self._wait = manner, temperature, wait
 
     def ask(self, question: str, show: bool = True) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def chat(deployment: Deployment, line: str, temperature: float, no_wait: bool) -
     conversation = Conversation(deployment, now.served, manner_of(deployment, now.run), temperature, not no_wait)
     typed = sys.stdin.isatty()
     if typed:
-        _say(f"{now.served.name} on {now.served.endpoint}. Ctrl-D ends the conversation.")
+        _say(f"{now.served.name} on {now.served.place}. Ctrl-D ends the conversation.")
     while True:
         if typed:
             _write("> ")
@@ -145,7 +145,8 @@ def endpoints(deployment: Deployment, as_json: bool) -> None:
     """List what the stack serves: state, model, instances, requests and cost of each line.
 
     An endpoint serves all lines of a base model, and its instances and costs are shared. Prices are US dollars an hour of
-    one instance. "at most" is what the endpoint has cost if it never slept.
+    one instance. "at most" is what the endpoint has cost if it never slept. A line on Bedrock has its model's ARN as its
+    endpoint, another one after each deployment.
 
     \b
     Example: tunedrop endpoints
@@ -180,7 +181,13 @@ def _row(each: dict[str, Any]) -> list[str]:
 
     instances = text(each["instances"]) + text(each["instance_type"], " x {}" if each["instances"] is not None else "{}")
     return [
-        *(each["line"], each["state"], each["run"] or "none", text(each["package_version"]), each["endpoint"] or ""),
+        *(
+            each["line"],
+            each["state"],
+            each["run"] or "none",
+            text(each["package_version"]),
+            each["endpoint"] or each["component"] or "",
+        ),
         *(instances, text(each["requests_24h"]), text(each["busy_usd_per_hour"], "${:.2f}")),
         *(text(each["idle_usd_per_hour"], "${:.2f}"), text(each["at_most_usd"], "${:.2f}")),
     ]

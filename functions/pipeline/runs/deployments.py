@@ -42,8 +42,11 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     of the line: the champion of the first could not be deployed, that of the second is not to be served. Both stay so until
     the line has another version. `begun` is the beginning of the deployment, `since` that of the stage, and `updates` counts
     the stage's updates of the line's component. `answered` says how many tests the line's name answered as recorded.
-    `unused` are endpoints that the line has left, or has not come to. `event` is still to be announced. Nobody else works on
-    the line until `busy`.
+    `unused` are endpoints that the line has left, or has not come to, and models on Bedrock that it has left. `event` is
+    still to be announced. Nobody else works on the line until `busy`.
+
+    A line on Bedrock has no `endpoint` and no `instance_type`. Its `component` is the imported model's ARN, another one
+    after each deployment. `imported` is the name of the target's import.
     """
 
     line: str
@@ -54,6 +57,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     target: str | None = None
     endpoint: str | None = None
     component: str | None = None
+    imported: str | None = None
     model: str | None = None
     instance_type: str | None = None
     refused: dict[str, str] = {}
@@ -69,6 +73,16 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     busy: str | None = None
     arrived: str = ""
+
+    @property
+    def on_bedrock(self) -> bool:
+        """Whether the line's model is one of Bedrock's."""
+        return self.component is not None and self.endpoint is None
+
+    @property
+    def places(self) -> list[str]:
+        """What is to be deleted once the line has left it: its endpoint, or its model's ARN on Bedrock. At most one."""
+        return [place for place in (self.endpoint or self.component,) if place]
 
 
 class StaleDeploymentError(Exception):

@@ -123,7 +123,12 @@ def invoke(endpoint: str, component: str, body: dict[str, Any], aws: Aws) -> str
         raise NotYetError(
             f"{component} does not answer: {error_code(error)}: {error.response['Error']['Message']}"
         ) from None
-    text: str | None = msgspec.json.decode(answer["Body"].read())["choices"][0]["message"]["content"]
+    return text_of(answer["Body"].read())
+
+
+def text_of(completion: bytes) -> str:
+    """Return the text of OpenAI's chat completion."""
+    text: str | None = msgspec.json.decode(completion)["choices"][0]["message"]["content"]
     return text or ""
 
 

@@ -1,4 +1,4 @@
-"""What serves a run's model: its endpoint, its component, and the adapter or the merged model in the component."""
+"""What serves a run's model: its endpoint and its component with the adapter or the merged model, or Bedrock."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ class Served(NamedTuple):
 
     With an `adapter`, the S3 URI of its archive, the line's component is an adapter component on the base component, which
     has the endpoint's name. Without an adapter, the line's component has the merged model of the model `package`. `network`
-    is that of the stack's jobs.
+    is that of the stack's jobs. With the target `bedrock`, there is no component: Bedrock imports the files under the S3 URI
+    `merged`.
     """
 
     run_id: str
@@ -37,11 +38,17 @@ class Served(NamedTuple):
     component: str
     instance_type: str
     adapter: str | None
+    merged: str
     package: str
     image: str
     network: dict[str, Any]
     model: str
     config: RunConfig
+
+    @property
+    def on_bedrock(self) -> bool:
+        """Whether Bedrock serves the model, not an endpoint of SageMaker."""
+        return self.config.serve.target == "bedrock"
 
     @property
     def computes(self) -> str:
@@ -74,14 +81,15 @@ def served(run: Run, instance_type: str | None, settings: DeploySettings, aws: A
     config = read_config(run.run_id, settings.artifact_bucket, aws)
     instance_type = instance_type or config.serve.instance_type or settings.endpoint_instance_type
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
-    adapter = run.artifacts.rstrip("/") + "/adapter.tar.gz"
+    folder = run.artifacts.rstrip("/")
     return Served(
         run_id=run.run_id,
         line=run.line,
         endpoint=object_keys.endpoint_name(settings.job_prefix, config.model, run.base, instance_type),
         component=object_keys.component_name(settings.job_prefix, run.line),
         instance_type=instance_type,
-        adapter=adapter if adapter_fits(config.lora.peft_kwargs()) else None,
+        adapter=f"{folder}/adapter.tar.gz" if adapter_fits(config.lora.peft_kwargs()) else None,
+        merged=f"{folder}/merged/",
         package=run.model_package,
         image=plan["inference_image"],
         network={"VpcConfig": plan["train"]["VpcConfig"]} if "VpcConfig" in plan["train"] else {},

@@ -9,10 +9,13 @@ changes nothing.
     SWITCHING   the model under the line's name, the identity test, then quiet alarms for the bake time
     RETURNING   after a failure: the former model under the line's name, if there is one, and the candidate deleted
     REMOVING    after `tunedrop undeploy`, or without a champion: nothing under the line's name
+
+On Bedrock, PREPARING imports the merged model. TRYING has the identity test, at the new model's ARN, which no user knows.
+SWITCHING gives the line that ARN. The former model is deleted after the announcement of the new one.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -27,7 +30,7 @@ from pipeline.runs import clock
 from pipeline.runs.deployments import Deployment, Stage, StaleDeploymentError
 from pipeline.runs.lines import Line
 from pipeline.runs.states import Run
-from pipeline.serving import components, endpoint, identity, scaling
+from pipeline.serving import bedrock, components, endpoint, identity, scaling
 from pipeline.serving.served import Served, read_config, served
 from pipeline.serving.waiting import DeploymentFailedError, NotYetError
 from pipeline.settings import DeploySettings
@@ -142,14 +145,16 @@ def _go_on(deployment: Deployment, line: Line, error: NotYetError | DeploymentFa
 
 
 def _rest(deployment: Deployment, look: Look) -> Deployment | None:
-    """IDLE: announce the last change, delete endpoints that are not used any more, begin what the champion asks for."""
+    """IDLE: announce the last change, delete what the line has left, begin what the champion asks for."""
     if deployment.event:
         announce_deployment(deployment, deployment.event, look.settings, look.aws)
         return look.aws.deployments.write(deployment, event=None)
     if deployment.unused:
         others = [each for each in look.aws.deployments.all() if each.line != deployment.line]
         for name in deployment.unused:
-            if name != deployment.endpoint and not any(_uses(each, name) for each in others):
+            if name.startswith("arn:"):
+                bedrock.remove_model(name, look.aws)
+            elif name != deployment.endpoint and not any(_uses(each, name) for each in others):
                 endpoint.tear_down(name, look.aws)
         return look.aws.deployments.write(deployment, unused=[])
     if not _due(deployment, look.line):
@@ -161,28 +166,40 @@ def _rest(deployment: Deployment, look: Look) -> Deployment | None:
     config = read_config(look.line.champion, look.settings.artifact_bucket, look.aws)
     if config.serve.enabled:
         wanted = _served(look.line.champion, None, look.settings, look.aws)
-        unused = [wanted.endpoint] if wanted.endpoint != deployment.endpoint else []
         return look.aws.deployments.write(
-            deployment, stage=Stage.PREPARING, target=look.line.champion, unused=unused, answered=None, reason=None
+            deployment,
+            stage=Stage.PREPARING,
+            target=look.line.champion,
+            imported=bedrock.import_name(wanted, deployment.number + 1) if wanted.on_bedrock else None,
+            unused=[] if wanted.on_bedrock or wanted.endpoint == deployment.endpoint else [wanted.endpoint],
+            answered=None,
+            reason=None,
         )
     reason = f"the config of {look.line.champion} has serve.enabled: false"
     return look.aws.deployments.write(deployment, stage=Stage.REMOVING, removed=look.line.version, reason=reason)
 
 
 def _prepare(deployment: Deployment, look: Look) -> Deployment | None:
-    """PREPARING: endpoint, base model and scaling."""
+    """PREPARING: endpoint, base model and scaling, or the import into Bedrock."""
     if look.line.champion != deployment.target:
         return _begin_again(deployment, look.aws)
     wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    if wanted.on_bedrock:
+        bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
+        return look.aws.deployments.write(deployment, stage=Stage.TRYING)
     endpoint.prepare(wanted, look.settings, look.aws)
     return look.aws.deployments.write(deployment, stage=Stage.TRYING if wanted.adapter else Stage.SWITCHING)
 
 
 def _try(deployment: Deployment, look: Look) -> Deployment | None:
-    """TRYING: the adapter where no user asks."""
+    """TRYING: the adapter, or Bedrock's model, where no user asks."""
     if look.line.champion != deployment.target:
         return _begin_again(deployment, look.aws)
     wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    if wanted.on_bedrock:
+        model = bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
+        answered = _prove(wanted, model, look.settings, look.aws)
+        return look.aws.deployments.write(deployment, stage=Stage.SWITCHING, answered=answered)
     endpoint.serve(wanted, wanted.candidate, look.settings, look.aws)
     _prove(wanted, wanted.candidate, look.settings, look.aws)
     return look.aws.deployments.write(deployment, stage=Stage.SWITCHING)
@@ -198,6 +215,8 @@ def _switch(deployment: Deployment, look: Look) -> Deployment | None:
         deployment = look.aws.deployments.write(deployment, updates=deployment.updates + 1)
 
     wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    if wanted.on_bedrock:
+        return _switch_on_bedrock(deployment, wanted, look)
     endpoint.serve(wanted, wanted.component, look.settings, look.aws, before)
     if deployment.answered is None:
         if wanted.adapter is None:
@@ -210,19 +229,34 @@ def _switch(deployment: Deployment, look: Look) -> Deployment | None:
     _remove(wanted.candidate, look.aws)
     if deployment.run and deployment.run != wanted.run_id:
         _delete_merged(_served(deployment.run, deployment.instance_type, look.settings, look.aws), look.aws)
-    return look.aws.deployments.write(
+    answers = {"endpoint": wanted.endpoint, "component": wanted.component, "instance_type": wanted.instance_type}
+    return _deployed(deployment, wanted, answers, look.aws)
+
+
+def _switch_on_bedrock(deployment: Deployment, wanted: Served, look: Look) -> Deployment:
+    """SWITCHING to Bedrock: the line has the new model's ARN; a component that it leaves is deleted before."""
+    model = bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
+    if deployment.run and not deployment.on_bedrock:
+        former = _served(deployment.run, deployment.instance_type, look.settings, look.aws)
+        _remove(former.component, look.aws)
+        _delete_merged(former, look.aws)
+    return _deployed(deployment, wanted, {"endpoint": None, "component": model, "instance_type": None}, look.aws)
+
+
+def _deployed(deployment: Deployment, wanted: Served, answers: Mapping[str, str | None], aws: Aws) -> Deployment:
+    """Write that the target's model answers, and by what."""
+    return aws.deployments.write(
         deployment,
         stage=Stage.IDLE,
         run=wanted.run_id,
         target=None,
-        endpoint=wanted.endpoint,
-        component=wanted.component,
+        imported=None,
         model=wanted.model,
-        instance_type=wanted.instance_type,
-        unused=[deployment.endpoint] if deployment.endpoint not in {None, wanted.endpoint} else [],
+        unused=[place for place in deployment.places if place != answers["endpoint"]],
         deployed=clock.now(),
         reason=None,
         event=events.DEPLOYED,
+        **answers,
     )
 
 
@@ -230,7 +264,7 @@ def _return(deployment: Deployment, look: Look) -> Deployment | None:
     """RETURNING: the former model under the line's name, the candidate deleted."""
     name = object_keys.component_name(look.settings.job_prefix, deployment.line)
     target = _served(str(deployment.target), None, look.settings, look.aws)
-    if deployment.run:
+    if deployment.run and not deployment.on_bedrock:
         former = _served(deployment.run, deployment.instance_type, look.settings, look.aws)
         endpoint.prepare(former, look.settings, look.aws)
         try:
@@ -241,27 +275,32 @@ def _return(deployment: Deployment, look: Look) -> Deployment | None:
         _remove(name, look.aws)
     _remove(target.candidate, look.aws)
     _delete_merged(target, look.aws)
-    return look.aws.deployments.write(deployment, stage=Stage.IDLE)
+    if deployment.imported:
+        bedrock.remove_import(deployment.imported, look.aws)
+    return look.aws.deployments.write(deployment, stage=Stage.IDLE, imported=None)
 
 
 def _take_down(deployment: Deployment, look: Look) -> Deployment | None:
-    """REMOVING: nothing answers under the line's name, and the endpoint goes unless another line uses it."""
+    """REMOVING: nothing answers under the line's name. Its endpoint, or its model on Bedrock, goes if no line uses it."""
     name = object_keys.component_name(look.settings.job_prefix, deployment.line)
     _remove(f"{name}-next", look.aws)
     _remove(name, look.aws)
     for run_id in {deployment.run, deployment.target} - {None}:
         _delete_merged(_served(str(run_id), None, look.settings, look.aws), look.aws)
+    if deployment.imported:
+        bedrock.remove_import(deployment.imported, look.aws)
     return look.aws.deployments.write(
         deployment,
         stage=Stage.IDLE,
         run=None,
         target=deployment.run,
+        imported=None,
         endpoint=None,
         component=None,
         model=None,
         instance_type=None,
         deployed=None,
-        unused=sorted({*deployment.unused, *([deployment.endpoint] if deployment.endpoint else [])}),
+        unused=sorted({*deployment.unused, *deployment.places}),
         event=events.ROLLED_BACK if deployment.run else None,
     )
 
@@ -282,9 +321,9 @@ def _begin_again(deployment: Deployment, aws: Aws) -> Deployment:
 
 
 def _prove(wanted: Served, component: str, settings: DeploySettings, aws: Aws) -> str:
-    """Ask a component the run's tests, and return what it answered.
+    """Ask a component, or Bedrock's model by its ARN, the run's tests, and return what it answered.
 
-    Raises NotYetError if the component does not answer, and DeploymentFailedError if another model answers.
+    Raises NotYetError if it does not answer, and DeploymentFailedError if another model answers.
     """
     run = _run(wanted.run_id, aws)
     key = object_keys.run_key(run.run_id, f"inference/{run.test_job}/output/model/inference.json")
@@ -293,6 +332,8 @@ def _prove(wanted: Served, component: str, settings: DeploySettings, aws: Aws) -
 
     def ask(outcome: Outcome) -> str:
         body = identity.question(outcome, tested["generation"], tested["chat_template_kwargs"])
+        if wanted.on_bedrock:
+            return bedrock.invoke(component, body, aws)
         return identity.invoke(wanted.endpoint, component, body, aws)
 
     shown = identity.prove(outcomes, ask)

@@ -74,11 +74,12 @@ def estimate(config: ResolvedConfig, work: Work, terms: Terms) -> Section:
 
 
 def serving(config: RunConfig, terms: Terms) -> dict[str, Any] | None:
-    """Return what it costs to serve the model once it is approved; None if the stack does not serve the line.
+    """Return what it costs to serve the model once it is approved; None if the stack does not serve the line on an endpoint.
 
-    An endpoint without requests has no instance, and costs nothing.
+    An endpoint without requests has no instance, and costs nothing. Bedrock's price depends on the units that it finds for
+    the imported model.
     """
-    if not (terms.endpoint_instance_type and config.serve.enabled):
+    if not (terms.endpoint_instance_type and config.serve.enabled) or config.serve.target == "bedrock":
         return None
     name = config.serve.instance_type or terms.endpoint_instance_type
     price = terms.prices.hosting.get(name) if terms.prices else None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pipeline.validation.bedrock import check_architecture
 from pipeline.validation.modules import check_targets
 from pipeline.validation.tokens import TOKENIZER_FILES
 from tunedrop.config.model import RunConfig
@@ -44,7 +45,8 @@ def check_model(config: RunConfig, model: ModelFiles) -> list[Problem]:
     context = (contents["config.json"] or {}).get("max_position_embeddings")
     lengths = check_lengths(config, context) if isinstance(context, int) else []
     targets = check_targets(config, model.folder, multimodal="text_config" in (contents["config.json"] or {}))
-    return [*_unsafe(config.model, model.sizes, contents), *lengths, *targets]
+    imports = check_architecture(config, contents["config.json"] or {})
+    return [*_unsafe(config.model, model.sizes, contents), *lengths, *targets, *imports]
 
 
 def missing_files(names: Collection[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from pipeline.validation.bedrock import unchecked
 from pipeline.validation.cost import Work, estimate
 from pipeline.validation.internal import internal
 from pipeline.validation.judges import judges_from_file, judges_from_rows
@@ -104,7 +105,7 @@ def _validate(submission: Submission, terms: Terms) -> Receipt:
     if refused := refuse(submission.name, submission.size):
         return assemble([*sections, _problems(refused)])
     sections.append(_problems(*check_instances(submission.config, config.compute.instance_type, terms.image)))
-    sections.append(Section({}, [], _not_served(config, terms)))
+    sections.append(Section({}, [], [*_not_served(config, terms), *unchecked(config)]))
     accepted = accepts(sections)
     tests, problems = _read_tests(submission.tests, config, terms.permissions)
     sections.append(_problems(*problems))

@@ -238,8 +238,13 @@ class Serve(_Section):
     """How the line's model is served once it is approved. The stack's parameter EndpointInstanceType turns serving on."""
 
     enabled: bool = Field(default=True, description="Whether the stack serves the line, if the stack serves models at all.")
+    target: Literal["sagemaker", "bedrock"] = Field(
+        default="sagemaker",
+        description="Where the model is served: on an endpoint of SageMaker, or by Bedrock's Custom Model Import.",
+    )
     instance_type: InstanceType | None = Field(
-        default=None, description="The endpoint's instance type. Default: the stack's parameter EndpointInstanceType."
+        default=None,
+        description="The instance type of SageMaker's endpoint. Default: the stack's parameter EndpointInstanceType.",
     )
 
 
