@@ -13,7 +13,7 @@ from operator import eq
 from typing import Any
 
 import msgspec
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.aws import Aws, error_code
 from pipeline.serving.waiting import NotYetError
@@ -38,8 +38,8 @@ class Identity(msgspec.Struct, frozen=True):
 
     @property
     def proved(self) -> bool:
-        """Whether the tuned model answered."""
-        return self.right >= SHARE * self.asked
+        """Whether the tuned model answered. Without a question, nothing shows it."""
+        return self.asked > 0 and self.right >= SHARE * self.asked
 
     def __str__(self) -> str:
         text = f"{self.right} of {self.asked} answers were those of the tested model"
@@ -75,9 +75,12 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def is_tuned(answer: str, outcome: Outcome) -> bool:
-    """Return whether an answer is the tuned model's."""
+    """Return whether an answer is the tuned model's.
+
+    A recorded answer that its limit cut may go on: the test job's general questions have a lower limit than the tests.
+    """
     answer, tuned = answer.strip(), outcome.tuned.text.strip()
-    if answer == tuned:
+    if answer == tuned or (outcome.tuned.cut and tuned and answer.startswith(tuned)):
         return True
     return _common(answer, tuned) >= LEAD + max(_common(answer, other) for other in _others(outcome))
 
@@ -99,7 +102,7 @@ def question(outcome: Outcome, generation: dict[str, Any], chat_template_kwargs:
 
 
 def invoke(endpoint: str, component: str, body: dict[str, Any], aws: Aws) -> str:
-    """Ask a component and return its answer's text. Raises NotYetError if it does not answer now."""
+    """Ask a component and return its answer's text. Raises NotYetError if it gives none now, or something else."""
     try:
         answer = aws.runtime.invoke_endpoint(
             EndpointName=endpoint,
@@ -107,11 +110,17 @@ def invoke(endpoint: str, component: str, body: dict[str, Any], aws: Aws) -> str
             ContentType="application/json",
             Body=msgspec.json.encode(body),
         )
+        content = answer["Body"].read()
     except ClientError as error:
         raise NotYetError(
             f"{component} does not answer: {error_code(error)}: {error.response['Error']['Message']}"
         ) from None
-    text: str | None = msgspec.json.decode(answer["Body"].read())["choices"][0]["message"]["content"]
+    except BotoCoreError as error:  # no answer in time, or half of one
+        raise NotYetError(f"{component} does not answer: {error}") from None
+    try:
+        text: str | None = msgspec.json.decode(content)["choices"][0]["message"]["content"]
+    except (msgspec.DecodeError, LookupError, TypeError):
+        raise NotYetError(f"{component} answers with no chat completion: {content[:200]!r}") from None
     return text or ""
 
 
