@@ -41,7 +41,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     or that could not. `refused` has the reasons of failed deployments by run. `refused_version` and `removed` are versions
     of the line: the champion of the first could not be deployed, that of the second is not to be served. Both stay so until
     the line has another version. `begun` is the beginning of the deployment, `since` that of the stage, and `updates` counts
-    the stage's updates of the line's component. `answered` says how many tests the line's name answered as recorded.
+    the stage's updates of the line's component. `answered` says how many tests the line's name answered as recorded, and
+    `proved` when: the bake time begins then.
     `unused` are endpoints that the line has left, or has not come to. `event` is still to be announced. Nobody else works on
     the line until `busy`.
     """
@@ -63,6 +64,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     since: str = ""
     updates: int = 0
     answered: str | None = None
+    proved: str | None = None
     unused: list[str] = []
     deployed: str | None = None
     event: str | None = None
