@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
-from botocore.exceptions import ClientError, EventStreamError
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
 
 from local_app.stack import StackError
 from pipeline.aws import error_code
@@ -184,10 +185,13 @@ def ask(runtime: Any, served: Served, body: dict[str, Any], waking: Waking) -> I
         except ClientError as error:
             if not sleeps(error):
                 raise _readable(served, error) from None
+        except BotoCoreError as error:
+            raise _readable(served, error) from None
         waking(served)
     try:
         yield from map(_part, answer)
-    except EventStreamError as error:  # ModelStreamErrorException, InternalStreamFailure
+    # ModelStreamErrorException and InternalStreamFailure, a connection that breaks, and what no server of models writes.
+    except (ClientError, BotoCoreError, HTTPError, msgspec.DecodeError, LookupError, TypeError, AttributeError) as error:
         raise _readable(served, error) from None
 
 
@@ -218,9 +222,10 @@ def sleeps(error: ClientError) -> bool:
     return no_capacity or error_code(error) == "ModelNotReadyException"
 
 
-def _readable(served: Served, error: ClientError) -> StackError:
+def _readable(served: Served, error: Exception) -> StackError:
     """Return the error for an invocation that failed: the container's own message, where there is one."""
-    message = error.response.get("OriginalMessage") or error.response["Error"].get("Message", str(error))
+    response: dict[str, Any] = getattr(error, "response", None) or {}
+    message = response.get("OriginalMessage") or response.get("Error", {}).get("Message") or str(error)
     return StackError(f"{served.name} did not answer ({served.component} on {served.place}): {message}")
 
 

@@ -11,6 +11,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from local_app.stack import StackError
+from tunedrop.plain import printable
 from tunedrop_cli.commands import inputs, lines, local, operations, runs, serving
 from tunedrop_cli.options import DEFAULT_FOLDER
 from tunedrop_cli.output import console, print_raw
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         cli()
     except StackError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {printable(str(error))}", style="red", markup=False)  # it may quote a model's answer
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -50,8 +50,8 @@ class Aws:
 
     @cached_property
     def runtime(self) -> Any:
-        """The client that asks SageMaker's endpoints."""
-        return self._session.client("sagemaker-runtime", config=_CONFIG)
+        """The client that asks SageMaker's endpoints, each question once: a look that repeats slow ones would be cut off."""
+        return self._session.client("sagemaker-runtime", config=_CONFIG.merge(Config(retries={"total_max_attempts": 1})))
 
     @cached_property
     def bedrock(self) -> Any:

@@ -77,11 +77,14 @@ def slug(dataset: str) -> str:
 def component_name(prefix: str, line: str) -> str:
     """Return the name under which a line answers: its inference component, `<prefix>-<line>`.
 
-    A line's name may have other characters than a component's, or more of them: its slug and a hash stand for it then. Names
-    have at most 63 characters, and `-next` follows this one (CreateInferenceComponent).
+    A line's name may have other characters than a component's, or more of them: its slug and a hash stand for it then. So
+    they do for a line whose name ends as another component's, a candidate's (`-next`) or one with a hash: two lines must not
+    share a component. Names have at most 63 characters, and `-next` follows this one (CreateInferenceComponent).
     """
     short = slug(line)
-    return f"{prefix}-{short}" if short == line else f"{prefix}-{short}-{hashlib.sha256(line.encode()).hexdigest()[:8]}"
+    if short == line and not re.search(r"-(next|[0-9a-f]{8})$", line):
+        return f"{prefix}-{line}"
+    return f"{prefix}-{short}-{hashlib.sha256(line.encode()).hexdigest()[:8]}"
 
 
 def endpoint_name(prefix: str, model: str, base: str, instance_type: str) -> str:

@@ -180,7 +180,7 @@ def test_a_model_that_answers_in_another_format_is_refused(world, look):
     run = approved(world, config=ON_BEDROCK)
     look()
     deployment = world.aws.deployments.get("cars")
-    assert 'does not answer with a chat completion, but b\'{"outputs"' in deployment.refused[run.run_id]
+    assert 'answers with no chat completion: b\'{"outputs"' in deployment.refused[run.run_id]
     assert contents(world) == []
 
 

@@ -10,6 +10,7 @@ from fake_stack import ARTIFACTS
 from rich.console import Console
 from world import WON
 
+from local_app.stack import StackError
 from pipeline.publish.index import read_index
 from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import LOG_GROUP
@@ -192,3 +193,15 @@ def test_a_mistake_is_a_message(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "error: " in capsys.readouterr().out
+
+
+def test_the_text_of_an_error_does_not_control_the_terminal(monkeypatch, capsys):
+    """The reason why a line is not served may quote what a model answered."""
+
+    def fail() -> None:
+        raise StackError("'\x1b]0;title\x07\u202eno' instead of '7'")
+
+    monkeypatch.setattr("tunedrop_cli.main.cli", fail)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().out == "error: ']0;titleno' instead of '7'\n"

@@ -3,12 +3,13 @@
 The looks of deploy_model over endpoints in memory (`fake_serving`). tests/sagemaker has the same over real processes.
 """
 
+import io
 import json
 from datetime import datetime, timedelta
 
 import msgspec
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ReadTimeoutError
 from fake_serving import rings_now, tuned_answer
 from fake_stack import ARTIFACTS, PREFIX
 from world import GOOD_DATA, WON
@@ -304,6 +305,115 @@ def test_a_model_that_never_answers_is_given_up(world, look):
     reason = f"{COMPONENT}-next does not answer: ModelError: Received server error (500), after 0:30:00"
     assert deployment.refused == {run.run_id: reason}
     assert not world.serving.endpoints
+
+
+def look_on(look) -> int:
+    """Look until nothing goes on, whatever the looks raise; return how many raised something."""
+    raised = 0
+    for _ in range(300):
+        try:
+            if look(1) == 0:
+                return raised
+        except ClientError:
+            raised += 1
+    raise AssertionError("the deployment never ends")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (
+            ReadTimeoutError(endpoint_url="runtime"),
+            'does not answer: Read timeout on endpoint URL: "runtime", after 0:30:00',
+        ),
+        (b"<html>busy</html>", "answers with no chat completion: b'<html>busy</html>', after 0:30:00"),
+        (b'{"error": "overloaded"}', """answers with no chat completion: b'{"error": "overloaded"}', after 0:30:00"""),
+    ],
+)
+def test_a_model_that_answers_nothing_of_use_is_given_up(world, look, answer, reason):
+    run = approved(world)
+
+    def invoke(**arguments):
+        if isinstance(answer, Exception):
+            raise answer
+        return {"Body": io.BytesIO(answer)}
+
+    world.serving._InvokeEndpoint = invoke
+    assert look_on(look) == 0
+    assert world.aws.deployments.get("cars").refused == {run.run_id: f"{COMPONENT}-next {reason}"}
+    assert not world.serving.endpoints
+
+
+@pytest.mark.parametrize(
+    ("operation", "code", "most"),
+    [
+        ("CreateEndpoint", "ResourceLimitExceeded", 0),
+        ("CreateEndpoint", "AccessDeniedException", 120),
+        ("CreateInferenceComponent", "ValidationException", 120),
+    ],
+)
+def test_what_aws_refuses_for_ever_is_given_up(world, look, operation, code, most):
+    run = approved(world)
+
+    def refuse(**arguments):
+        raise ClientError({"Error": {"Code": code, "Message": "no"}}, operation)
+
+    setattr(world.serving, f"_{operation}", refuse)
+    raised = look_on(look)
+    assert raised <= most
+    assert (raised > 0) is (most > 0)  # an error that may pass is an error of the function meanwhile
+    assert f"({code}) when calling the {operation} operation: no" in world.aws.deployments.get("cars").refused[run.run_id]
+    assert announced(world) == [events.DEPLOYMENT_FAILED]
+    assert not world.serving.endpoints
+
+
+def test_a_stage_whose_looks_die_is_given_up(world, look, time):
+    """The function's timeout ends a look without an exception, and the line stays held."""
+    run = approved(world)
+    while world.aws.deployments.get("cars").stage != Stage.TRYING:
+        look(1)
+    world.aws.deployments.write(world.aws.deployments.get("cars"), busy=clock.now())
+    time[0] += timedelta(minutes=31)
+    look()
+    assert world.aws.deployments.get("cars").refused == {run.run_id: "the last look did not come to its end, after 0:30:00"}
+
+
+@pytest.mark.parametrize("minutes", [5, 600])
+def test_the_bake_time_begins_when_the_lines_name_is_proved(world, look, time, monkeypatch, minutes):
+    monkeypatch.setenv("ENDPOINT_BAKE_MINUTES", str(minutes))
+    run = approved(world)
+    while world.aws.deployments.get("cars").stage != Stage.SWITCHING:
+        look(1)
+    time[0] += timedelta(minutes=30)  # the update takes long
+    look(2000)
+    deployment = world.aws.deployments.get("cars")
+    assert deployment.run == run.run_id
+    baked = datetime.fromisoformat(deployment.deployed) - datetime.fromisoformat(deployment.proved)
+    assert timedelta(minutes=minutes) <= baked <= timedelta(minutes=minutes + 2)
+
+
+@pytest.mark.parametrize("config", [b"", b"lora: {r: 128}"])
+def test_a_run_without_its_files_can_be_taken_down(world, look, config):
+    run = approved(world, config=config)
+    look()
+    found = world.aws.s3.list_objects_v2(Bucket=ARTIFACTS, Prefix=f"runs/{run.run_id}/")["Contents"]
+    for each in found:
+        world.aws.s3.delete_object(Bucket=ARTIFACTS, Key=each["Key"])
+    undeploy("cars", datetime.fromisoformat(clock.now()), world.aws)
+    look()
+    serving = world.serving
+    assert not any([serving.endpoints, serving.components, serving.models, serving.alarms])
+    assert announced(world)[-1] == events.ROLLED_BACK
+
+
+def test_a_line_has_another_lines_name_and_the_end_of_a_candidates(world, look):
+    first = approved(world, name="cars-next")
+    look()
+    approved(world, GOOD_DATA * 2)
+    look()
+    own = component_name(PREFIX, "cars-next")
+    assert world.serving.serving(own) == archive(first)
+    assert set(world.serving.components) == {own, COMPONENT, world.aws.deployments.get("cars").endpoint}
 
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

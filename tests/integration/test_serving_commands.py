@@ -11,9 +11,10 @@ import boto3
 import msgspec
 import pytest
 from botocore.client import BaseClient
-from botocore.exceptions import ClientError, EventStreamError
+from botocore.exceptions import ClientError, EndpointConnectionError, EventStreamError, ReadTimeoutError
 from click.testing import CliRunner
 from fake_stack import PLAN, PREFIX, TABLE, TRAINED_RUN
+from urllib3.exceptions import ProtocolError
 from world import World
 
 from local_app.serving.protocol import Answers, Written
@@ -43,7 +44,7 @@ class Endpoint:
     """An endpoint with a base component and adapters. Each component answers with its name and the question."""
 
     requests: list[dict[str, Any]] = field(default_factory=list)
-    refusals: list[ClientError] = field(default_factory=list)  # of the next invocations
+    refusals: list[Exception] = field(default_factory=list)  # of the next invocations
     bytes_at_once: int = 7  # of a part of the stream
     copies: int = 1
     described: dict[str, Any] | None = None
@@ -243,6 +244,50 @@ def test_a_stream_that_breaks_is_an_error(endpoint: Endpoint, cars: str, tunedro
     error = b'data: {"error": {"message": "out of memory"}}\n\ndata: [DONE]\n\n'
     monkeypatch.setattr(endpoint, "stream", lambda _component: iter([{"PayloadPart": {"Bytes": error}}]))
     assert "The model failed in the middle of its answer: out of memory" in tunedrop("ask", "cars", "red?")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"data: {\n", "Input data was truncated"),
+        (b"data: []\n", "did not answer"),
+        (b'data: {"choices": [{"delta": null}]}\n', "did not answer"),
+        (b'data: {"error": "overloaded"}\n', "did not answer"),
+        (ProtocolError("Connection broken"), "Connection broken"),
+        (ReadTimeoutError(endpoint_url="runtime"), "Read timeout on endpoint URL"),
+    ],
+)
+def test_a_stream_that_breaks_is_a_message(
+    endpoint: Endpoint, cars: str, tunedrop: Command, monkeypatch, content: bytes | Exception, words: str
+) -> None:
+    def stream(_component: str) -> Iterator[dict[str, Any]]:
+        if isinstance(content, Exception):
+            raise content
+        yield {"PayloadPart": {"Bytes": content}}
+
+    monkeypatch.setattr(endpoint, "stream", stream)
+    message = tunedrop("ask", "cars", "red?")
+    assert message.startswith(f"error: {cars} did not answer ({CARS} on {ENDPOINT}): ")
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("command", "question", "typed"),
+    [("ask", [b"r\xe9d?".decode("utf-8", "surrogateescape")], b""), ("chat", [], b"r\xe9d?\n")],
+)
+def test_a_question_that_is_no_text_is_a_message(
+    endpoint: Endpoint, cars: str, tunedrop: Command, tmp_path, command: str, question: list[str], typed: bytes
+) -> None:
+    """Bytes of a command line or of an input that are not UTF-8."""
+    arguments = ["--state", str(tmp_path), command, "cars", *question, "--region", "us-east-1"]
+    done = CliRunner().invoke(cli, arguments, input=typed)
+    assert str(done.exception) == "The question is not UTF-8 text."
+    assert not endpoint.requests
+
+
+def test_a_runtime_that_cannot_be_reached_is_a_message(endpoint: Endpoint, cars: str, tunedrop: Command) -> None:
+    endpoint.refusals = [EndpointConnectionError(endpoint_url="runtime")]
+    assert "Could not connect to the endpoint URL" in tunedrop("ask", "cars", "red?")
 
 
 def test_a_line_that_nothing_answers_says_why(world: World, endpoint: Endpoint, tunedrop: Command) -> None:

@@ -119,6 +119,13 @@ def test_each_subscriber_gets_its_form():
     assert json.loads(forms["https"])["metadata"]["eventType"] == "Model Rolled Back"
 
 
+def test_a_line_without_a_printable_character_is_announced():
+    """SNS refuses a message with an empty attribute, and the deployment would wait for its announcement for ever."""
+    (message,) = announce(structs.replace(ROLLED_BACK, line="\u200b"), events.ROLLED_BACK).messages
+    assert "line" not in message["MessageAttributes"]
+    assert all(each["StringValue"] for each in message["MessageAttributes"].values())
+
+
 def test_a_deployment_of_no_known_run_is_an_error():
     with pytest.raises(LookupError, match="does not have cars-unknown, the run of the deployment of Größe"):
         announce(structs.replace(ROLLED_BACK, target="cars-unknown"), events.ROLLED_BACK)

@@ -45,6 +45,19 @@ def test_whose_answer_it_is(answer, tuned, base, champion, right):
     assert is_tuned(answer, outcome(tuned, base, champion)) is right
 
 
+@pytest.mark.parametrize(("recorded", "right"), [(LONG[:60], True), ("", False), ("The train goes", False)])
+def test_a_recorded_answer_that_its_limit_cut_may_go_on(recorded, right):
+    """The general questions are recorded with a lower limit than that with which they are asked here."""
+    alike = outcome(recorded, recorded)
+    cut = structs.replace(alike, tuned=structs.replace(alike.tuned, cut=True))
+    assert is_tuned(LONG, cut) is right
+    assert is_tuned(LONG, alike) is False
+
+
+def test_no_question_proves_nothing():
+    assert not prove([outcome("7", samples=3)], lambda each: "7").proved
+
+
 def test_the_questions_that_tell_the_models_apart_best_come_first():
     alike = [outcome("same", "same", name=f"alike{n}") for n in range(5)]
     late = [outcome(LONG + "7", LONG + "8", name=f"late{n}") for n in range(5)]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.runs.states import inputs_digest, run_ids
-from tunedrop.object_keys import JobName, dataset_of, is_dataset, slug
+from tunedrop.object_keys import JobName, component_name, dataset_of, endpoint_name, is_dataset, slug
 
 PREFIXES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?", fullmatch=True)
 
@@ -18,6 +18,28 @@ def test_every_dataset_has_a_job_name_that_sagemaker_takes(dataset, prefix, kind
         job = JobName(prefix, kind, run_id, attempt)
         assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", str(job))
         assert JobName.parse(str(job), prefix) == job
+
+
+MODEL_TYPE = ("base", "0123", "ml.g5.xlarge")
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("cars-next", f"{component_name('tunedrop', 'cars')}-next"),  # the candidate of the line `cars`
+        (component_name("tunedrop", "größe").removeprefix("tunedrop-"), component_name("tunedrop", "größe")),
+        (endpoint_name("tunedrop", *MODEL_TYPE).removeprefix("tunedrop-"), endpoint_name("tunedrop", *MODEL_TYPE)),
+    ],
+)
+def test_a_lines_component_has_no_other_components_name(line, other):
+    assert component_name("tunedrop", line) != other
+    assert component_name("tunedrop", "cars") == "tunedrop-cars"
+
+
+@given(st.text(), PREFIXES)
+def test_every_line_has_names_that_sagemaker_takes(line, prefix):
+    for name in (component_name(prefix, line) + "-next", component_name(prefix, line) + "-0123456789ab"):
+        assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", name)
 
 
 @pytest.mark.parametrize(

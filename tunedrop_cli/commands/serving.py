@@ -2,10 +2,12 @@
 
 import json
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
 
+from local_app.stack import StackError
 from tunedrop.plain import printable
 from tunedrop_cli.asking import Manner, Message, Served, Waking, answering, base_of, manner_of, served_run
 from tunedrop_cli.asking import ask as parts_of
@@ -42,7 +44,12 @@ class Conversation:
         self._manner, self._temperature, self._wait = manner, temperature, wait
 
     def ask(self, question: str, show: bool = True) -> dict[str, Any]:
-        """Ask the next question, and print the answer as it comes; return the answer and how it ended."""
+        """Ask the next question, and print the answer as it comes; return the answer and how it ended.
+
+        Raises StackError if the question has bytes that are not UTF-8, which Python keeps as surrogates.
+        """
+        if any("\ud800" <= char <= "\udfff" for char in question):
+            raise StackError("The question is not UTF-8 text.")
         self.messages.append({"role": "user", "content": question})
         body = self._manner.body(self.messages, self._temperature)
         texts, ended = [], None
@@ -126,6 +133,8 @@ def chat(deployment: Deployment, line: str, temperature: float, no_wait: bool) -
     now = answering(deployment, line)
     conversation = Conversation(deployment, now.served, manner_of(deployment, now.run), temperature, not no_wait)
     typed = sys.stdin.isatty()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if typed:
         _say(f"{now.served.name} on {now.served.place}. Ctrl-D ends the conversation.")
     while True:
@@ -205,4 +214,4 @@ def undeploy(deployment: Deployment, line: str) -> None:
     Example: tunedrop undeploy cars
     """
     item = take_down(deployment, line)
-    console.print(f"{item.line}: {'is being taken down' if item.run else 'taken down'}", markup=False)
+    console.print(f"{printable(item.line)}: {'is being taken down' if item.run else 'taken down'}", markup=False)

@@ -54,8 +54,9 @@ class Message(NamedTuple):
             .translate(dict.fromkeys(range(32), " ")),
             "Message": msgspec.json.encode(forms).decode(),
             "MessageStructure": "json",
+            # SNS refuses an empty value: that of a name without printable characters.
             "MessageAttributes": {
-                name: {"DataType": "String", "StringValue": value} for name, value in self.attributes.items()
+                name: {"DataType": "String", "StringValue": value} for name, value in self.attributes.items() if value
             },
         }
 

@@ -41,9 +41,9 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     or that could not. `refused` has the reasons of failed deployments by run. `refused_version` and `removed` are versions
     of the line: the champion of the first could not be deployed, that of the second is not to be served. Both stay so until
     the line has another version. `begun` is the beginning of the deployment, `since` that of the stage, and `updates` counts
-    the stage's updates of the line's component. `answered` says how many tests the line's name answered as recorded.
-    `unused` are endpoints that the line has left, or has not come to, and models on Bedrock that it has left. `event` is
-    still to be announced. Nobody else works on the line until `busy`.
+    the stage's updates of the line's component. `answered` says how many tests the line's name answered as recorded, and
+    `proved` when: the bake time begins then. `unused` are endpoints that the line has left, or has not come to, and models
+    on Bedrock that it has left. `event` is still to be announced. Nobody else works on the line until `busy`.
 
     A line on Bedrock has no `endpoint` and no `instance_type`. Its `component` is the imported model's ARN, another one
     after each deployment. `imported` is the name of the target's import.
@@ -67,6 +67,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     since: str = ""
     updates: int = 0
     answered: str | None = None
+    proved: str | None = None
     unused: list[str] = []
     deployed: str | None = None
     event: str | None = None

@@ -61,11 +61,10 @@ def invoke(model: str, body: dict[str, Any], aws: Aws) -> str:
         )
     except ClientError as error:
         raise NotYetError(f"{model} does not answer: {error_code(error)}: {error.response['Error']['Message']}") from None
-    content = answer["body"].read()
     try:
-        return identity.text_of(content)
-    except (msgspec.DecodeError, LookupError):
-        raise DeploymentFailedError(f"{model} does not answer with a chat completion, but {content[:200]!r}") from None
+        return identity.text_of(answer["body"].read(), model)
+    except NotYetError as error:  # Bedrock's own servers answer, and answer so for ever
+        raise DeploymentFailedError(str(error)) from None
 
 
 def remove_import(name: str, aws: Aws) -> None:

@@ -13,7 +13,7 @@ from operator import eq
 from typing import Any
 
 import msgspec
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.aws import Aws, error_code
 from pipeline.serving.waiting import NotYetError
@@ -40,8 +40,9 @@ class Identity(msgspec.Struct, frozen=True):
 
     @property
     def proved(self) -> bool:
-        """Whether the tuned model answered."""
-        return self.right >= SHARE_OF_ALL * self.asked and self.right >= SHARE_OF_DECIDED * (self.right + self.wrong)
+        """Whether the tuned model answered. Without a question, nothing shows it."""
+        shares = self.right >= SHARE_OF_ALL * self.asked and self.right >= SHARE_OF_DECIDED * (self.right + self.wrong)
+        return self.asked > 0 and shares
 
     def __str__(self) -> str:
         text = f"{self.right} of {self.asked} answers were those of the tested model"
@@ -85,10 +86,11 @@ def is_tuned(answer: str, outcome: Outcome) -> bool | None:
     """Return whether an answer is the tuned model's (True), another model's (False), or no model's (None).
 
     It is the tuned model's if it is equal to the recorded answer, or has a longer beginning in common with it than with any
-    other model's.
+    other model's. A recorded answer that its limit cut may go on: the test job's general questions have a lower limit than
+    the tests.
     """
     answer, tuned = answer.strip(), outcome.tuned.text.strip()
-    if answer == tuned:
+    if answer == tuned or (outcome.tuned.cut and tuned and answer.startswith(tuned)):
         return True
     ours, theirs = _common(answer, tuned), max(_common(answer, other) for other in _others(outcome))
     return None if ours == theirs else ours > theirs
@@ -111,7 +113,7 @@ def question(outcome: Outcome, generation: dict[str, Any], chat_template_kwargs:
 
 
 def invoke(endpoint: str, component: str, body: dict[str, Any], aws: Aws) -> str:
-    """Ask a component and return its answer's text. Raises NotYetError if it does not answer now."""
+    """Ask a component and return its answer's text. Raises NotYetError if it gives none now, or something else."""
     try:
         answer = aws.runtime.invoke_endpoint(
             EndpointName=endpoint,
@@ -119,16 +121,22 @@ def invoke(endpoint: str, component: str, body: dict[str, Any], aws: Aws) -> str
             ContentType="application/json",
             Body=msgspec.json.encode(body),
         )
+        content = answer["Body"].read()
     except ClientError as error:
         raise NotYetError(
             f"{component} does not answer: {error_code(error)}: {error.response['Error']['Message']}"
         ) from None
-    return text_of(answer["Body"].read())
+    except BotoCoreError as error:  # no answer in time, or half of one
+        raise NotYetError(f"{component} does not answer: {error}") from None
+    return text_of(content, component)
 
 
-def text_of(completion: bytes) -> str:
-    """Return the text of OpenAI's chat completion."""
-    text: str | None = msgspec.json.decode(completion)["choices"][0]["message"]["content"]
+def text_of(completion: bytes, component: str) -> str:
+    """Return the text of OpenAI's chat completion. Raises NotYetError for anything else."""
+    try:
+        text: str | None = msgspec.json.decode(completion)["choices"][0]["message"]["content"]
+    except (msgspec.DecodeError, LookupError, TypeError):
+        raise NotYetError(f"{component} answers with no chat completion: {completion[:200]!r}") from None
     return text or ""
 
 

@@ -58,12 +58,22 @@ class Served(NamedTuple):
     @property
     def candidate(self) -> str:
         """The component under which an adapter is tried."""
-        return f"{self.component}-next"
+        return candidate_name(self.component)
 
     @property
     def merged_name(self) -> str:
         """The name of SageMaker's model that has the merged weights."""
-        return f"{self.component}-{self.run_id.rpartition('-')[2]}"
+        return merged_name(self.component, self.run_id)
+
+
+def candidate_name(component: str) -> str:
+    """Return the component under which a line's next adapter is tried."""
+    return f"{component}-next"
+
+
+def merged_name(component: str, run_id: str) -> str:
+    """Return the name of SageMaker's model that has a run's merged weights, if it has one."""
+    return f"{component}-{run_id.rpartition('-')[2]}"
 
 
 def read_config(run_id: str, bucket: str, aws: Aws) -> RunConfig:

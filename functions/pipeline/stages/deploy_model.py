@@ -20,8 +20,9 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import msgspec
+from botocore.exceptions import ClientError
 
-from pipeline.aws import Aws
+from pipeline.aws import Aws, error_code
 from pipeline.notify import events
 from pipeline.notify.deployments import announce_deployment
 from pipeline.observability import logger
@@ -31,13 +32,14 @@ from pipeline.runs.deployments import Deployment, Stage, StaleDeploymentError
 from pipeline.runs.lines import Line
 from pipeline.runs.states import Run
 from pipeline.serving import bedrock, components, endpoint, identity, scaling
-from pipeline.serving.served import Served, read_config, served
+from pipeline.serving.served import Served, candidate_name, merged_name, read_config, served
 from pipeline.serving.waiting import DeploymentFailedError, NotYetError
 from pipeline.settings import DeploySettings
 from tunedrop import object_keys
 from tunedrop.inference_tests import Outcome
 
-# The longest stages before RETURNING. An endpoint and a large model take long; an adapter takes seconds.
+# The longest stages before RETURNING. An endpoint and a large model take long; an adapter takes seconds. SWITCHING may take
+# the bake time as well.
 LONGEST = {Stage.PREPARING: timedelta(hours=2), Stage.TRYING: timedelta(minutes=30), Stage.SWITCHING: timedelta(hours=1)}
 PAUSE_SECONDS = 5.0
 # A look ends before: it is the function's timeout.
@@ -88,12 +90,17 @@ def look_at(name: str, settings: DeploySettings, aws: Aws) -> bool:
         return False
     if deployment.busy and deployment.busy > clock.now():
         return True
+    died, look = deployment.busy is not None, Look(line, settings, aws)
     deployment = held = aws.deployments.write(deployment, busy=clock.ago(-HELD))
     try:
-        while following := _STEPS[deployment.stage](deployment, Look(line, settings, aws)):
+        if died and _late(deployment, settings):
+            raise DeploymentFailedError("the last look did not come to its end")
+        while following := _STEPS[deployment.stage](deployment, look):
             deployment = following
-    except (NotYetError, DeploymentFailedError) as error:
-        _go_on(deployment, line, error, aws)
+    except StaleDeploymentError:
+        raise
+    except Exception as error:  # noqa: BLE001 - raised again, unless the target is given up
+        _go_on(deployment, error, look)
         return True
     finally:
         aws.deployments.release(held)
@@ -122,19 +129,23 @@ def _due(deployment: Deployment, line: Line) -> bool:
     return line.settled and not skipped and line.champion != deployment.run
 
 
-def _go_on(deployment: Deployment, line: Line, error: NotYetError | DeploymentFailedError, aws: Aws) -> None:
-    """Wait for what is not ready, or give the target up. Raises the error of a stage that cannot be given up."""
-    longest, reason = LONGEST.get(deployment.stage), str(error)
+def _go_on(deployment: Deployment, error: Exception, look: Look) -> None:
+    """Wait for what is not ready, or give the target up.
+
+    Raises an error that the next look may not meet, and any error of a stage that cannot be given up.
+    """
+    line, reason, late = look.line, str(error), _late(deployment, look.settings)
     if isinstance(error, NotYetError):
         logger.info("a deployment goes on", line=line.line, stage=deployment.stage, detail=reason)
-        if longest is None or _age(deployment) < longest:
+        if not late:
             return
-        reason += f", after {longest}"
-    elif longest is None:
+    elif deployment.stage not in LONGEST or not (late or _refused(error)):
         raise error
+    if late:
+        reason += f", after {_longest(deployment.stage, look.settings)}"
     target = str(deployment.target)
     event = events.ROLLED_BACK if deployment.stage == Stage.SWITCHING and deployment.run else events.DEPLOYMENT_FAILED
-    aws.deployments.write(
+    look.aws.deployments.write(
         deployment,
         stage=Stage.RETURNING,
         refused=deployment.refused | {target: reason},
@@ -142,6 +153,26 @@ def _go_on(deployment: Deployment, line: Line, error: NotYetError | DeploymentFa
         reason=reason,
         event=event,
     )
+
+
+def _refused(error: Exception) -> bool:
+    """Return whether the next look would get the same answer: a model that failed, or a quota of the account."""
+    return isinstance(error, DeploymentFailedError) or (
+        isinstance(error, ClientError) and error_code(error) == "ResourceLimitExceeded"
+    )
+
+
+def _late(deployment: Deployment, settings: DeploySettings) -> bool:
+    """Return whether a deployment has been in its stage for too long."""
+    return deployment.stage in LONGEST and _age(deployment.since) >= _longest(deployment.stage, settings)
+
+
+def _longest(stage: Stage, settings: DeploySettings) -> timedelta:
+    return LONGEST[stage] + (_bake(settings) if stage == Stage.SWITCHING else timedelta())
+
+
+def _bake(settings: DeploySettings) -> timedelta:
+    return timedelta(minutes=settings.endpoint_bake_minutes)
 
 
 def _rest(deployment: Deployment, look: Look) -> Deployment | None:
@@ -221,14 +252,15 @@ def _switch(deployment: Deployment, look: Look) -> Deployment | None:
     if deployment.answered is None:
         if wanted.adapter is None:
             scaling.scale(wanted.component, look.settings, look.aws)
-        return look.aws.deployments.write(deployment, answered=_prove(wanted, wanted.component, look.settings, look.aws))
+        answered = _prove(wanted, wanted.component, look.settings, look.aws)
+        return look.aws.deployments.write(deployment, answered=answered, proved=clock.now())
     if alarm := scaling.ringing(wanted.component, datetime.fromisoformat(deployment.since), look.aws):
         raise DeploymentFailedError(alarm)
-    if _age(deployment) < timedelta(minutes=look.settings.endpoint_bake_minutes):
+    if _age(deployment.proved or deployment.since) < _bake(look.settings):
         raise NotYetError(f"the alarms of {wanted.component} are quiet")
     _remove(wanted.candidate, look.aws)
     if deployment.run and deployment.run != wanted.run_id:
-        _delete_merged(_served(deployment.run, deployment.instance_type, look.settings, look.aws), look.aws)
+        endpoint.delete_model(merged_name(wanted.component, deployment.run), look.aws)
     answers = {"endpoint": wanted.endpoint, "component": wanted.component, "instance_type": wanted.instance_type}
     return _deployed(deployment, wanted, answers, look.aws)
 
@@ -237,9 +269,8 @@ def _switch_on_bedrock(deployment: Deployment, wanted: Served, look: Look) -> De
     """SWITCHING to Bedrock: the line has the new model's ARN; a component that it leaves is deleted before."""
     model = bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
     if deployment.run and not deployment.on_bedrock:
-        former = _served(deployment.run, deployment.instance_type, look.settings, look.aws)
-        _remove(former.component, look.aws)
-        _delete_merged(former, look.aws)
+        _remove(wanted.component, look.aws)
+        endpoint.delete_model(merged_name(wanted.component, deployment.run), look.aws)
     return _deployed(deployment, wanted, {"endpoint": None, "component": model, "instance_type": None}, look.aws)
 
 
@@ -263,7 +294,6 @@ def _deployed(deployment: Deployment, wanted: Served, answers: Mapping[str, str 
 def _return(deployment: Deployment, look: Look) -> Deployment | None:
     """RETURNING: the former model under the line's name, the candidate deleted."""
     name = object_keys.component_name(look.settings.job_prefix, deployment.line)
-    target = _served(str(deployment.target), None, look.settings, look.aws)
     if deployment.run and not deployment.on_bedrock:
         former = _served(deployment.run, deployment.instance_type, look.settings, look.aws)
         endpoint.prepare(former, look.settings, look.aws)
@@ -273,20 +303,23 @@ def _return(deployment: Deployment, look: Look) -> Deployment | None:
             components.remove(name, look.aws)  # and then another one is made
     else:
         _remove(name, look.aws)
-    _remove(target.candidate, look.aws)
-    _delete_merged(target, look.aws)
+    _remove(candidate_name(name), look.aws)
+    endpoint.delete_model(merged_name(name, str(deployment.target)), look.aws)
     if deployment.imported:
         bedrock.remove_import(deployment.imported, look.aws)
     return look.aws.deployments.write(deployment, stage=Stage.IDLE, imported=None)
 
 
 def _take_down(deployment: Deployment, look: Look) -> Deployment | None:
-    """REMOVING: nothing answers under the line's name. Its endpoint, or its model on Bedrock, goes if no line uses it."""
+    """REMOVING: nothing answers under the line's name. Its endpoint, or its model on Bedrock, goes if no line uses it.
+
+    This reads no file of a run: a person who has deleted the files can still take the model down.
+    """
     name = object_keys.component_name(look.settings.job_prefix, deployment.line)
-    _remove(f"{name}-next", look.aws)
+    _remove(candidate_name(name), look.aws)
     _remove(name, look.aws)
     for run_id in {deployment.run, deployment.target} - {None}:
-        _delete_merged(_served(str(run_id), None, look.settings, look.aws), look.aws)
+        endpoint.delete_model(merged_name(name, str(run_id)), look.aws)
     if deployment.imported:
         bedrock.remove_import(deployment.imported, look.aws)
     return look.aws.deployments.write(
@@ -348,11 +381,6 @@ def _remove(component: str, aws: Aws) -> None:
     components.remove(component, aws)
 
 
-def _delete_merged(other: Served, aws: Aws) -> None:
-    if other.adapter is None:
-        endpoint.delete_model(other.merged_name, aws)
-
-
 def _uses(deployment: Deployment, name: str) -> bool:
     """Return whether a line's endpoint is this one, or will be."""
     return deployment.endpoint == name or (deployment.stage != Stage.IDLE and name in deployment.unused)
@@ -368,5 +396,5 @@ def _run(run_id: str, aws: Aws) -> Run:
     return run
 
 
-def _age(deployment: Deployment) -> timedelta:
-    return datetime.fromisoformat(clock.now()) - datetime.fromisoformat(deployment.since)
+def _age(since: str) -> timedelta:
+    return datetime.fromisoformat(clock.now()) - datetime.fromisoformat(since)
