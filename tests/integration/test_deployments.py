@@ -87,7 +87,7 @@ def test_a_champion_answers_under_its_lines_name(world, look):
     model = world.serving.models[endpoint]["PrimaryContainer"]
     assert model["ModelDataSource"]["S3DataSource"]["S3Uri"].endswith("/models/base/")
     assert set(world.serving.alarms) == {
-        *(f"{COMPONENT}-{name}" for name in ("errors", "latency", "wake")),
+        *(f"{COMPONENT}-{name}" for name in ("failed-requests", "slow-answers", "wake")),
         *(f"{endpoint}-{name}" for name in ("idle", "wake")),
     }
     assert look() == 0
@@ -174,8 +174,8 @@ def test_the_former_model_comes_back(world, look, trouble):
     if trouble == "alarm":
         while world.aws.deployments.get("cars").answered is None:
             look(1)
-        world.serving.ringing[f"{COMPONENT}-errors"] = rings_now()
-        reason = f"the alarm {COMPONENT}-errors rings: 3 of 3 datapoints"
+        world.serving.ringing[f"{COMPONENT}-failed-requests"] = rings_now()
+        reason = f"the alarm {COMPONENT}-failed-requests rings: 3 of 3 datapoints"
     if trouble == "server":
         world.serving.components[COMPONENT] |= {"InferenceComponentStatus": "Failed", "FailureReason": "the container died"}
         reason = f"the inference component {COMPONENT} failed: the container died"
@@ -193,10 +193,24 @@ def test_the_former_model_comes_back(world, look, trouble):
     assert announced(world) == [events.DEPLOYED, events.ROLLED_BACK]
 
 
+def test_a_champion_that_is_rejected_while_its_alarms_are_watched_goes_at_once(world, look):
+    first = approved(world)
+    look()
+    second = approved(world, GOOD_DATA * 2)
+    changes(world, look, second)
+    world.aws.sagemaker.update_model_package(ModelPackageArn=second.model_package, ModelApprovalStatus="Rejected")
+    event = world.load_event("publish_results.package_approved")
+    event["detail"]["ModelPackageArn"] = second.model_package
+    world.handle("publish_results", event)
+    assert look() < 8  # the whole deployment of the former model would take longer
+    assert world.serving.serving(COMPONENT) == archive(first)
+    assert announced(world) == [events.DEPLOYED]
+
+
 def test_an_alarm_that_rang_before_takes_nothing_back(world, look):
     approved(world)
     look()
-    world.serving.ringing[f"{COMPONENT}-latency"] = rings_now()
+    world.serving.ringing[f"{COMPONENT}-slow-answers"] = rings_now()
     second = approved(world, GOOD_DATA * 2)
     look()
     assert world.aws.deployments.get("cars").run == second.run_id

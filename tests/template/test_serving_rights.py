@@ -165,7 +165,7 @@ def test_endpoints_have_what_sagemaker_needs_for_them_and_nothing_else() -> None
             for action in ("CreateLogGroup", "CreateLogStream", "DescribeLogStreams", "PutLogEvents")
         ),
         Permission("Role", "cloudwatch:PutMetricData", "*", {"cloudwatch:namespace": "/aws/sagemaker/InferenceComponents"}),
-        *of_call("cloudwatch", "describe_alarms", {"AlarmNames": [f"{COMPONENT}-errors"]}),
+        *of_call("cloudwatch", "describe_alarms", {"AlarmNames": [f"{COMPONENT}-failed-requests"]}),
         Permission("Role", "ecr:GetAuthorizationToken", "*"),
         *(Permission("Role", f"ecr:{action}", image) for action in ecr),
         Permission("Role", "kms:Decrypt", KEY),

@@ -20,8 +20,11 @@ SLOW_SECONDS = 30
 
 
 def alarms(component: str) -> list[str]:
-    """Return the names of the alarms that take an update of a component back."""
-    return [f"{component}-errors", f"{component}-latency"]
+    """Return the names of the alarms that take an update of a component back.
+
+    No alarm of the stack has such a name, whatever the line's name is: `<stack>-deploy-model-errors` is one.
+    """
+    return [f"{component}-failed-requests", f"{component}-slow-answers"]
 
 
 def watch(component: str, settings: DeploySettings, aws: Aws) -> None:
@@ -47,7 +50,7 @@ def watch(component: str, settings: DeploySettings, aws: Aws) -> None:
 def ringing(component: str, since: datetime, aws: Aws) -> str | None:
     """Return why an alarm of a component has begun to ring, None if none has."""
     found = aws.cloudwatch.describe_alarms(AlarmNames=alarms(component), StateValue="ALARM")["MetricAlarms"]
-    rung = (each for each in found if each["StateUpdatedTimestamp"] >= since)
+    rung = (each for each in found if each.get("StateTransitionedTimestamp", each["StateUpdatedTimestamp"]) >= since)
     return next((f"the alarm {each['AlarmName']} rings: {each['StateReason']}" for each in rung), None)
 
 

@@ -7,7 +7,8 @@ changes nothing.
     PREPARING   endpoint, base model and scaling
     TRYING      the adapter under the name <component>-next, where no user asks, and the identity test there
     SWITCHING   the model under the line's name, the identity test, then quiet alarms for the bake time
-    RETURNING   after a failure: the former model under the line's name, if there is one, and the candidate deleted
+    RETURNING   after a failure, or if the champion changes meanwhile: the former model under the line's name, if there is
+                one, and the candidate deleted
     REMOVING    after `tunedrop undeploy`, or without a champion: nothing under the line's name
 
 On Bedrock, PREPARING imports the merged model. TRYING has the identity test, at the new model's ARN, which no user knows.
@@ -213,7 +214,7 @@ def _rest(deployment: Deployment, look: Look) -> Deployment | None:
 def _prepare(deployment: Deployment, look: Look) -> Deployment | None:
     """PREPARING: endpoint, base model and scaling, or the import into Bedrock."""
     if look.line.champion != deployment.target:
-        return _begin_again(deployment, look.aws)
+        return look.aws.deployments.write(deployment, stage=Stage.RETURNING)
     wanted = _served(str(deployment.target), None, look.settings, look.aws)
     if wanted.on_bedrock:
         bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
@@ -225,7 +226,7 @@ def _prepare(deployment: Deployment, look: Look) -> Deployment | None:
 def _try(deployment: Deployment, look: Look) -> Deployment | None:
     """TRYING: the adapter, or Bedrock's model, where no user asks."""
     if look.line.champion != deployment.target:
-        return _begin_again(deployment, look.aws)
+        return look.aws.deployments.write(deployment, stage=Stage.RETURNING)
     wanted = _served(str(deployment.target), None, look.settings, look.aws)
     if wanted.on_bedrock:
         model = bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
@@ -237,7 +238,7 @@ def _try(deployment: Deployment, look: Look) -> Deployment | None:
 
 
 def _switch(deployment: Deployment, look: Look) -> Deployment | None:
-    """SWITCHING: the model under the line's name. A champion that comes meanwhile waits for the end of this."""
+    """SWITCHING: the model under the line's name, until it is proved and its alarms are quiet."""
 
     def before(reason: str) -> None:
         nonlocal deployment
@@ -245,6 +246,8 @@ def _switch(deployment: Deployment, look: Look) -> Deployment | None:
             raise DeploymentFailedError(f"{MOST_UPDATES} updates of {wanted.component} failed: {reason}")
         deployment = look.aws.deployments.write(deployment, updates=deployment.updates + 1)
 
+    if look.line.champion != deployment.target:
+        return look.aws.deployments.write(deployment, stage=Stage.RETURNING)
     wanted = _served(str(deployment.target), None, look.settings, look.aws)
     if wanted.on_bedrock:
         return _switch_on_bedrock(deployment, wanted, look)
@@ -346,11 +349,6 @@ _STEPS = {
     Stage.RETURNING: _return,
     Stage.REMOVING: _take_down,
 }
-
-
-def _begin_again(deployment: Deployment, aws: Aws) -> Deployment:
-    """Give the target up before it has the line's name, because the line has another champion by now."""
-    return aws.deployments.write(deployment, stage=Stage.RETURNING)
 
 
 def _prove(wanted: Served, component: str, settings: DeploySettings, aws: Aws) -> str:
