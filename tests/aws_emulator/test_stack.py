@@ -66,7 +66,8 @@ def declared_variables() -> dict[str, set[str]]:
 def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path) -> None:
     """As with `tunedrop up --host`: no server listens on 127.0.0.1, and all servers and functions reach each other."""
     lines: list[str] = []
-    stack = Stack(stack.folder, host="127.0.0.2", progress=lines.append)
+    serving = {"EndpointInstanceType": "ml.g5.xlarge"}  # every function is deployed
+    stack = Stack(stack.folder, host="127.0.0.2", parameters=serving, progress=lines.append)
     outputs = stack.up()
 
     variables = stack.client("lambda").get_function_configuration(FunctionName="tunedrop-start-training")["Environment"]
