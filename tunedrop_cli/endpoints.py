@@ -7,13 +7,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
-from botocore.exceptions import ClientError
 
 from local_app.stack import StackError
-from pipeline.aws import error_code, read_object
+from pipeline.aws import describe_if_any, read_object
 from pipeline.jobs.price import hosting_prices, on_demand_prices
 from pipeline.notify import events
-from pipeline.publish.registry import NO_SUCH
 from pipeline.runs import deployments
 from pipeline.runs.deployments import Stage
 from tunedrop import event_bus, object_keys
@@ -73,12 +71,7 @@ def summaries(deployment: Deployment) -> list[dict[str, Any]]:
 
 def _described(describe: Callable[..., dict[str, Any]], **name: str) -> dict[str, Any]:
     """Return what a Describe call answers; empty for something that does not exist."""
-    try:
-        return describe(**name)
-    except ClientError as error:
-        if error_code(error) not in NO_SUCH:
-            raise
-        return {}
+    return describe_if_any(describe, **name) or {}
 
 
 def _copies(item: deployments.Deployment, component: Callable[[str], dict[str, Any]]) -> int | None:

@@ -10,8 +10,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from local_app.stack import StackError
-from pipeline.aws import error_code
-from pipeline.jobs.training_job import NO_SUCH_JOB
+from pipeline.aws import NO_SUCH, error_code
 from pipeline.notify import events
 from pipeline.notify.job_events import state_change_event
 from pipeline.notify.package_events import package_event
@@ -112,7 +111,7 @@ def _job_event(deployment: Deployment, job: str) -> Json:
     try:
         described = sagemaker.describe_training_job(TrainingJobName=job)
     except ClientError as error:
-        if error_code(error) not in NO_SUCH_JOB:
+        if error_code(error) not in NO_SUCH:
             raise
         raise StackError(f"There is no job '{job}'. `tunedrop show RUN` lists a run's jobs.") from None
     if described["TrainingJobStatus"] not in {"Completed", "Failed", "Stopped"}:

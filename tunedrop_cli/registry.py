@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 from botocore.exceptions import ClientError
 
 from local_app.stack import StackError
-from pipeline.aws import error_code
-from pipeline.publish.registry import NO_SUCH
+from pipeline.aws import NO_SUCH, error_code
 from tunedrop.plain import one_line
 from tunedrop_cli.deployment import Deployment
 

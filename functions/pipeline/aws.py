@@ -1,5 +1,6 @@
 """AWS clients. Only this module makes clients; every other module gets them as an argument."""
 
+from collections.abc import Callable
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -109,3 +110,17 @@ connect = cache(Aws)
 def error_code(error: ClientError) -> str:
     """Return the code of an AWS error, such as `ResourceInUse`."""
     return str(error.response["Error"]["Code"])
+
+
+# SageMaker's codes for what does not exist.
+NO_SUCH = frozenset({"ValidationException", "ResourceNotFound"})
+
+
+def describe_if_any(describe: Callable[..., dict[str, Any]], **name: str) -> dict[str, Any] | None:
+    """Return what one of SageMaker's Describe… calls answers, None for what does not exist."""
+    try:
+        return describe(**name)
+    except ClientError as error:
+        if error_code(error) not in NO_SUCH:
+            raise
+        return None

@@ -5,7 +5,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.aws import Aws, error_code
+from pipeline.aws import NO_SUCH, Aws, error_code
 from pipeline.notify.announcements import announce_waiting
 from pipeline.observability import logger
 from pipeline.runs.states import Run
@@ -16,7 +16,6 @@ from tunedrop.object_keys import JobName
 # (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateTrainingJob.html#API_CreateTrainingJob_Errors).
 NO_CAPACITY = ("ResourceLimitExceeded", "CapacityError", "InsufficientCapacityError")
 # SageMaker's error codes for an unknown job, and for a job that has ended.
-NO_SUCH_JOB = frozenset({"ValidationException", "ResourceNotFound"})
 
 
 class TrainingJob(BaseModel):
@@ -78,7 +77,7 @@ def describe(name: str, aws: Aws) -> TrainingJob | None:
     try:
         return TrainingJob.model_validate(aws.sagemaker.describe_training_job(TrainingJobName=name))
     except ClientError as error:
-        if error_code(error) not in NO_SUCH_JOB:
+        if error_code(error) not in NO_SUCH:
             raise
         return None
 
@@ -88,7 +87,7 @@ def stop(name: str, aws: Aws) -> TrainingJob | None:
     try:
         aws.sagemaker.stop_training_job(TrainingJobName=name)
     except ClientError as error:
-        if error_code(error) not in NO_SUCH_JOB:
+        if error_code(error) not in NO_SUCH:
             raise
     return describe(name, aws)
 

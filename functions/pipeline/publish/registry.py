@@ -5,7 +5,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from pipeline.aws import Aws, error_code
+from pipeline.aws import NO_SUCH, Aws, error_code
 from pipeline.observability import logger
 from pipeline.runs.lines import Line
 from pipeline.runs.states import Run
@@ -13,8 +13,6 @@ from pipeline.settings import PublishSettings
 from tunedrop.plain import one_line
 
 _UNREGISTRABLE = re.compile(r"[^\w .:/=+\-@]")  # in a model package's CustomerMetadataProperties
-# SageMaker's codes for an unknown group or package.
-NO_SUCH = frozenset({"ValidationException", "ResourceNotFound"})
 # The approval status of each verdict.
 APPROVAL = {"APPROVED": "Approved", "PENDING": "PendingManualApproval", "REJECTED": "Rejected"}
 

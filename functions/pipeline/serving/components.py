@@ -7,9 +7,7 @@ automating-sagemaker-with-eventbridge.html), so a component that is not ready ra
 from collections.abc import Callable
 from typing import Any
 
-from botocore.exceptions import ClientError
-
-from pipeline.aws import Aws, error_code
+from pipeline.aws import Aws, describe_if_any
 from pipeline.serving.served import VARIANT
 from pipeline.serving.waiting import DeploymentFailedError, NotYetError
 
@@ -27,13 +25,7 @@ BeforeUpdate = Callable[[str], None]
 
 def describe(name: str, aws: Aws) -> dict[str, Any] | None:
     """Return DescribeInferenceComponent's answer, None for an unknown component."""
-    try:
-        answer: dict[str, Any] = aws.sagemaker.describe_inference_component(InferenceComponentName=name)
-    except ClientError as error:
-        if error_code(error) not in {"ValidationException", "ResourceNotFound"}:
-            raise
-        return None
-    return answer
+    return describe_if_any(aws.sagemaker.describe_inference_component, InferenceComponentName=name)
 
 
 def serve_model(name: str, endpoint: str, model: str, alarms: list[str], before: BeforeUpdate, aws: Aws) -> None:

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from botocore.exceptions import ClientError
-
-from pipeline.aws import Aws, error_code
+from pipeline.aws import Aws, describe_if_any
 from pipeline.serving import components, scaling
 from pipeline.serving.served import MOST_RANK, VARIANT, Served
 from pipeline.serving.waiting import DeploymentFailedError, NotYetError
@@ -16,7 +14,6 @@ AMI = "al2023-ami-sagemaker-inference-gpu-4-1"
 # Adapters in one batch, and adapters that wait in the host's memory.
 MOST_ADAPTERS, MOST_WAITING_ADAPTERS = 8, 64
 STARTUP_SECONDS = 3600
-MISSING = {"ValidationException", "ResourceNotFound"}
 
 
 def prepare(wanted: Served, settings: DeploySettings, aws: Aws) -> None:
@@ -52,28 +49,28 @@ def tear_down(endpoint: str, aws: Aws) -> None:
     """
     scaling.forget(endpoint, aws)
     components.remove(endpoint, aws)
-    described = _describe(aws.sagemaker.describe_endpoint, EndpointName=endpoint)
+    described = describe_if_any(aws.sagemaker.describe_endpoint, EndpointName=endpoint)
     if described:
         if described["EndpointStatus"] not in {"Creating", "Updating", "Deleting"}:
             aws.sagemaker.delete_endpoint(EndpointName=endpoint)
         raise NotYetError(f"the endpoint {endpoint} is deleted")
-    if _describe(aws.sagemaker.describe_endpoint_config, EndpointConfigName=endpoint):
+    if describe_if_any(aws.sagemaker.describe_endpoint_config, EndpointConfigName=endpoint):
         aws.sagemaker.delete_endpoint_config(EndpointConfigName=endpoint)
     delete_model(endpoint, aws)
 
 
 def delete_model(name: str, aws: Aws) -> None:
     """Delete one of SageMaker's models, if there is one of this name. Its files stay."""
-    if _describe(aws.sagemaker.describe_model, ModelName=name):
+    if describe_if_any(aws.sagemaker.describe_model, ModelName=name):
         aws.sagemaker.delete_model(ModelName=name)
 
 
 def _make_endpoint(wanted: Served, settings: DeploySettings, aws: Aws) -> None:
     """Create the endpoint with its configuration unless it is there. Raises NotYetError until it is in service."""
     name = wanted.endpoint
-    described = _describe(aws.sagemaker.describe_endpoint, EndpointName=name)
+    described = describe_if_any(aws.sagemaker.describe_endpoint, EndpointName=name)
     if described is None:
-        if _describe(aws.sagemaker.describe_endpoint_config, EndpointConfigName=name) is None:
+        if describe_if_any(aws.sagemaker.describe_endpoint_config, EndpointConfigName=name) is None:
             aws.sagemaker.create_endpoint_config(**_endpoint_config(wanted, settings))
         aws.sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name, Tags=_tags(settings))
         raise NotYetError(f"the endpoint {name} is created")
@@ -142,7 +139,7 @@ def _base_container(wanted: Served, settings: DeploySettings) -> dict[str, Any]:
 
 
 def _make_model(name: str, container: dict[str, Any], settings: DeploySettings, aws: Aws) -> None:
-    if _describe(aws.sagemaker.describe_model, ModelName=name) is None:
+    if describe_if_any(aws.sagemaker.describe_model, ModelName=name) is None:
         aws.sagemaker.create_model(
             ModelName=name,
             PrimaryContainer=container,
@@ -153,14 +150,3 @@ def _make_model(name: str, container: dict[str, Any], settings: DeploySettings, 
 
 def _tags(settings: DeploySettings) -> list[dict[str, str]]:
     return [{"Key": "tunedrop:prefix", "Value": settings.job_prefix}]
-
-
-def _describe(call: Any, **name: str) -> dict[str, Any] | None:
-    """Return a Describe… answer, None for what does not exist."""
-    try:
-        answer: dict[str, Any] = call(**name)
-    except ClientError as error:
-        if error_code(error) not in MISSING:
-            raise
-        return None
-    return answer
