@@ -35,6 +35,7 @@ def aws(hosted: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> tupl
             "endpoint_idle_minutes": 1,
             "endpoint_bake_minutes": 0,
             "serving_role_arn": ROLE,
+            "import_role_arn": ROLE,
             "alarm_topic_arn": "arn:aws:sns:us-east-1:123456789012:alarms",
         }
     )
@@ -64,8 +65,10 @@ def wanted(serving: Serving, version: str, **changes: Any) -> Served:
         "component": "tunedrop-cars",
         "instance_type": "ml.g5.xlarge",
         "adapter": f"s3://art/runs/{version}/training/adapter.tar.gz",
+        "merged": f"s3://art/runs/{version}/training/merged/",
         "package": "none",
         "image": IMAGE,
+        "network": {},
         "model": "tiny",
         "config": RunConfig(model="tiny"),
     }

@@ -472,8 +472,8 @@ BOMBS = [
 ]
 
 
-def processes():
-    """Return the ids of this checkout's running programs and supervisors."""
+def processes(mark):
+    """Return the ids of the running programs and supervisors whose command line has this mark: other tests run beside."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -481,35 +481,38 @@ def processes():
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if b"tunedrop.programs.runner" in words and PACKAGES.encode() in words and state != "Z":
+        if mark.encode() in words and state != "Z":
             found.append(int(folder.name))
     return found
 
 
-def test_bombs_end_and_nothing_outlives_them():
+def test_bombs_end_and_nothing_outlives_them(monkeypatch):
+    mark = f"# {secrets.token_hex(8)}"
+    monkeypatch.setattr(code, "_START", f"{code._START} {mark}")
     began = time.monotonic()
     assert [
         reasons[-1] != ""
         for reasons in run_tests([Job(bomb, ["assert f(2) == 4"]) for bomb in BOMBS], timeout=2, memory_mb=256)
     ] == [True] * len(BOMBS)
     assert time.monotonic() - began < 2 * len(BOMBS) + 10
-    assert processes() == []
+    assert processes(mark) == []
 
 
 LINGER = "import signal, threading, time, ctypes\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nthreading.Thread(target=time.sleep, args=(90,)).start()\ndef f(): time.sleep(90)"
 
 
 def test_programs_end_with_the_job_that_runs_them():
-    job = f"from tunedrop.rewards.code import Job, run_tests\nrun_tests([Job({LINGER!r}, ['f()'])] * 3, timeout=60, memory_mb=256)"
+    mark = f"# {secrets.token_hex(8)}"
+    job = f"from tunedrop.rewards import code\ncode._START += ' {mark}'\ncode.run_tests([code.Job({LINGER!r}, ['f()'])] * 3, timeout=60, memory_mb=256)"
     with subprocess.Popen([sys.executable, "-c", job], env=os.environ | {"PYTHONPATH": PACKAGES}) as process:
         deadline = time.monotonic() + 20
-        while len(processes()) < 4 and time.monotonic() < deadline:
+        while len(processes(mark)) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(processes()) >= 4
+        assert len(processes(mark)) >= 4
         process.send_signal(signal.SIGKILL)
-    while processes() and time.monotonic() < deadline:
+    while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes() == []
+    assert processes(mark) == []
 
 
 PLAIN = st.recursive(
