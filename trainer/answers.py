@@ -4,8 +4,8 @@
     model.complete(part)  →  the completions of the part's tests
     model.save(folder)    →  answers_base.jsonl, what this job generated
 
-A line of such a file is `{"key", "completions": [{"text", "tokens", "cut"}]}`. The channel `answers_<model>` has files of
-earlier jobs. A key is a digest of all that determines an answer beside the model and the
+A line of such a file is `{"key", "completions": [{"text", "tokens", "cut", "first_token"}]}`. The channel
+`answers_<model>` has files of earlier jobs. A key is a digest of all that determines an answer beside the model and the
 image. A model whose answers are all known is not loaded. Timed tests are always asked.
 """
 
@@ -36,6 +36,7 @@ class _Written(msgspec.Struct, frozen=True):
     text: str
     tokens: int
     cut: bool
+    first_token: dict[str, float]
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -125,7 +126,7 @@ class AskedModel:
     def save(self, folder: Path) -> None:
         """Write the answers that this job generated to `answers_<model>.jsonl`."""
         lines = [
-            _Line(key, [_Written(each.text, each.tokens, each.cut) for each in completions])
+            _Line(key, [_Written(each.text, each.tokens, each.cut, each.first_token) for each in completions])
             for key, completions in self._generated.items()
         ]
         (folder / f"answers_{self.name}.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
@@ -176,5 +177,7 @@ def read_answers(paths: Iterable[Path]) -> Answers:
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     log.warning("line %d of %s is not an answer and is left out: %s", number, path.name, error)
                 else:
-                    answers[read.key] = [Completion(each.text, each.tokens, 0.0, each.cut) for each in read.completions]
+                    answers[read.key] = [
+                        Completion(each.text, each.tokens, 0.0, each.cut, each.first_token) for each in read.completions
+                    ]
     return answers

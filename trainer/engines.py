@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trainer import models
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import limit_of_tests
+from tunedrop.inference_tests import MOST_LIKELY
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +25,14 @@ BATCH_TOKENS = 8192
 class Completion(NamedTuple):
     """A model's completion: its text, its number of tokens, and the seconds that its batch took.
 
-    `cut`: the limit ended it, not the model.
+    `cut`: the limit ended it, not the model. `first_token`: ModelResult's.
     """
 
     text: str
     tokens: int
     seconds: float
     cut: bool
+    first_token: dict[str, float]
 
 
 class Decoding(NamedTuple):
@@ -94,7 +96,13 @@ class Engine:
         limit = min(self.decoding.limit, self.context - length) if self.context else self.decoding.limit
         torch.manual_seed(self.decoding.seed)
         started = time.monotonic()
-        with torch.inference_mode():
+        likely: list[dict[str, float]] = []
+
+        def see(logits: torch.Tensor) -> None:
+            if samples == 1 and not likely:
+                likely.extend(most_likely(logits, MOST_LIKELY, self._tokenizer))
+
+        with torch.inference_mode(), models.seen_logits(self._model, see):
             output = self._model.generate(**inputs, max_new_tokens=limit, **settings)
         seconds = time.monotonic() - started
         ids = output[:, length:]
@@ -104,7 +112,8 @@ class Engine:
         ends = torch.tensor([] if end is None else end, dtype=ids.dtype, device=ids.device)
         cut = (~torch.isin(ids, ends).any(1)).tolist()
         completions = [
-            Completion(text, count, seconds, at_limit) for text, count, at_limit in zip(texts, tokens, cut, strict=True)
+            Completion(text, count, seconds, at_limit, first)
+            for text, count, at_limit, first in zip(texts, tokens, cut, likely or [{}] * len(texts), strict=True)
         ]
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
 
@@ -138,6 +147,15 @@ class Engine:
             return {}
         self._model.set_attn_implementation(ATTENTION)
         return {"custom_generate": sample}
+
+
+def most_likely(logits: "torch.Tensor", count: int, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, float]]:
+    """Return the log-probabilities (nats) of the `count` most likely tokens by their text, for each row of logits (B, V)."""
+    values, tokens = logits.float().log_softmax(-1).topk(count)
+    return [
+        {tokenizer.decode([token]): round(value, 4) for token, value in zip(*row, strict=True)}
+        for row in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def batches(

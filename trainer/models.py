@@ -1,7 +1,7 @@
 """Finds and loads the models of a run."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,16 @@ def converted(parameters: "Iterable[torch.nn.Parameter]", dtype: "torch.dtype") 
     finally:
         for parameter, data in own:
             parameter.data = data
+
+
+@contextmanager
+def seen_logits(model: "torch.nn.Module", see: "Callable[[torch.Tensor], None]") -> Iterator[None]:
+    """Call `see` with the logits (B, V) of the next token after each forward pass, before any setting of `generate`."""
+    handle = model.register_forward_hook(lambda _model, _arguments, output: see(output.logits[:, -1]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def context(location: str) -> int | None:

@@ -7,11 +7,15 @@
    the share of the adapter's effect that the merged model has; rounding must not lose it.
 3. `fresh_process`: the files load in a process that did not write them.
 
+`adapter_served` is no proof: it says how much of a small adapter's effect is left where a server adds the adapter's output
+to a layer's bf16 output, and rounds the sum. Half of it may be lost where the merged model keeps all of it.
+
 All proofs compare with the bf16 base model, because the merged model is made from it, also after training on 4-bit weights.
 They compute in fp32, because the rounding of bf16's activations is larger than a small adapter's effect. After training on
 4-bit weights, `merge_parity.from_4bit` says how far the 4-bit model is from base + adapter.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -116,7 +120,11 @@ def check(measured: dict[str, Any], history: Sequence[dict[str, Any]]) -> dict[s
             f"{mean:.3f} nats on average (at most {LARGEST_MEAN}). The adapter changes them by {effect['mean']:.2g} nats: "
             "if that is next to nothing, raise learning_rate or train for more steps."
         )
-    return {"adapter_effect": effect, "merge_parity": parity | {"tensors_off": len(off)}}
+    return {
+        "adapter_effect": effect,
+        "merge_parity": parity | {"tensors_off": len(off)},
+        "adapter_served": measured["adapter_served"],
+    }
 
 
 def why_unchanged(history: Sequence[dict[str, Any]]) -> str:
@@ -165,8 +173,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     base = models.load_model(task["base"], dtype=torch.bfloat16, device_map=device)
     both = PeftModel.from_pretrained(base, str(target / "adapter"))
     of_both = log_probs(both, sequences)
+    rounded = log_probs(both, sequences, rounds=True)
     with both.disable_adapter():
         of_base = log_probs(both, sequences)
+        rounded -= log_probs(both, sequences, rounds=True)
     result: dict[str, Any] = {
         "adapter_effect": {
             "mean": mean_difference(of_both, of_base, sequences),
@@ -176,6 +186,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         | fidelity(of_base, of_both, of_merged)
         | {"mean": mean_difference(of_both, of_merged, sequences)}
         | {"tensors_off": unequal(merged, both)},
+        "adapter_served": fidelity(of_base, of_both, of_base + rounded),
         "versions": {"transformers": transformers.__version__, "peft": __version__},
     }
     if task["load_in_4bit"]:
@@ -215,10 +226,13 @@ class Sequences(NamedTuple):
         return self.ids[:, -self.ended.shape[1] :][~self.ended]
 
 
-def log_probs(model: "PreTrainedModel | PeftModel", sequences: Sequences) -> "Tensor":
-    """Return a model's log-probabilities (N, V) where it predicts `sequences.scored()`. Computes in fp32."""
+def log_probs(model: "PreTrainedModel | PeftModel", sequences: Sequences, rounds: bool = False) -> "Tensor":
+    """Return a model's log-probabilities (N, V) where it predicts `sequences.scored()`.
+
+    Computes in fp32, or in bf16 as servers do, if it `rounds` and the machine is fast in bf16.
+    """
     length = sequences.ended.shape[1]
-    with in_fp32(model):
+    with contextlib.nullcontext() if rounds and models.fast_bf16() else in_fp32(model):
         logits = model(
             input_ids=sequences.ids.to(model.device),
             attention_mask=sequences.mask.to(model.device),

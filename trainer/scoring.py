@@ -62,6 +62,7 @@ def scored(test: InferenceTest, completions: list[Completion] | str, part: Part)
                 tokens=completion.tokens,
                 cut=completion.cut,
                 seconds=round(completion.seconds, 3) if test.timed else None,
+                first_token=completion.first_token,
             )
         )
     return samples[0] if count == 1 else _mean(samples)

@@ -70,12 +70,16 @@ class InferenceTest(msgspec.Struct, frozen=True, kw_only=True):
         return any(check["type"] == "latency" for check in self.checks)
 
 
+MOST_LIKELY = 20  # the most that OpenAI's and vLLM's `top_logprobs` returns
+
+
 class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model's result in one test, as in `inference.json`.
 
     With several samples, `text` is the first sample's text, `score` and `rewards` are means, `passed` is true when all
     samples passed, and `samples` has the result of each. `unmet` lists the checks that failed. `cut`: the limit of tokens
-    ended a completion, not the model. `error` is the reason for a missing score.
+    ended a completion, not the model. `first_token` has the log-probabilities of the first token of a greedy completion, in
+    nats, by the token's text: the MOST_LIKELY most likely ones. `error` is the reason for a missing score.
     """
 
     text: str = ""
@@ -86,6 +90,7 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     tokens: int | None = None
     cut: bool = False
     seconds: float | None = None
+    first_token: dict[str, float] = {}
     error: str | None = None
     samples: list["ModelResult"] = []
 

@@ -163,7 +163,13 @@ class ServedModel:
             torch.seed()
         else:
             torch.manual_seed(sampling.seed)
-        with torch.inference_mode():
+        steps: list[torch.Tensor] = []
+
+        def see(logits: torch.Tensor) -> None:
+            if sampling.likely is not None:
+                steps.append(logits[0].float().log_softmax(-1))
+
+        with torch.inference_mode(), models.seen_logits(self._model, see):
             output = self._model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -175,7 +181,19 @@ class ServedModel:
         end = self._model.generation_config.eos_token_id  # one token, several or none
         ended = bool(torch.isin(new, torch.tensor([] if end is None else end, dtype=new.dtype)).any())
         progress.finish(new)
-        return Written("stop" if ended or progress.stopped else "length", len(ids), len(new))
+        tokens = None
+        if sampling.likely is not None:
+            tokens = [self._token(step, int(token), sampling.likely) for step, token in zip(steps, new, strict=True)]
+        return Written("stop" if ended or progress.stopped else "length", len(ids), len(new), tokens)
+
+    def _token(self, log_probs: torch.Tensor, token: int, count: int) -> dict[str, Any]:
+        """Return OpenAI's description of a token, and of the `count` most likely ones in its place."""
+
+        def described(token: int) -> dict[str, Any]:
+            text = self._tokenizer.decode([token])
+            return {"token": text, "logprob": log_probs[token].item(), "bytes": list(text.encode())}
+
+        return described(token) | {"top_logprobs": [described(each) for each in log_probs.topk(count).indices.tolist()]}
 
     def _limit(self, prompt: int, asked: int | None) -> int:
         """Return the most tokens of an answer to a prompt of so many tokens. Raises RequestError, with vLLM's messages."""

@@ -14,14 +14,15 @@ import msgspec
 
 from tunedrop.dataset.bad_row import BadRowError
 from tunedrop.dataset.messages import Message, messages_of, tools
+from tunedrop.inference_tests import MOST_LIKELY
 
 # vLLM's default of `max_tokens` for completions. A chat completion may fill the context.
 COMPLETION_TOKENS = 16
 # Fields of vLLM that change the answer and that this server does not have.
 NOT_SERVED = (
-    *("allowed_token_ids", "bad_words", "best_of", "echo", "frequency_penalty", "ignore_eos", "logit_bias", "logprobs"),
+    *("allowed_token_ids", "bad_words", "best_of", "echo", "frequency_penalty", "ignore_eos", "logit_bias"),
     *("min_p", "min_tokens", "presence_penalty", "prompt_logprobs", "repetition_penalty", "response_format"),
-    *("stop_token_ids", "structured_outputs", "suffix", "top_k", "top_logprobs", "use_beam_search"),
+    *("stop_token_ids", "structured_outputs", "suffix", "top_k", "use_beam_search"),
 )
 
 
@@ -35,13 +36,17 @@ class RequestError(Exception):
 
 
 class Sampling(NamedTuple):
-    """How an answer is drawn; None is the model's own setting, for `limit` (tokens) the rest of the context."""
+    """How an answer is drawn; None is the model's own setting, for `limit` (tokens) the rest of the context.
+
+    With `likely`, the answer has the log-probabilities of its tokens, and of so many of the most likely ones.
+    """
 
     limit: int | None
     temperature: float | None
     top_p: float | None
     seed: int | None
     stop: list[str]
+    likely: int | None = None
 
 
 class _Body(msgspec.Struct):
@@ -55,6 +60,8 @@ class _Body(msgspec.Struct):
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     n: int | None = 1
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -98,6 +105,7 @@ def parse(content: bytes, adapter: str | None) -> Invocation:
             body.top_p,
             body.seed,
             [text for text in stop if text],
+            (body.top_logprobs or 0) if body.logprobs else None,
         ),
         stream=bool(body.stream),
         with_usage=bool((body.stream_options or {}).get("include_usage")),
@@ -108,6 +116,12 @@ def _check(body: _Body, limit: int | None) -> None:
     """Raise RequestError for a value out of range, with vLLM's message (vllm/sampling_params.py)."""
     if body.n not in {None, 1}:
         raise _refused(f"n must be 1 here, got {body.n}.", "n")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MOST_LIKELY:
+        raise _refused(f"top_logprobs must be from 0 to {MOST_LIKELY}, got {body.top_logprobs}.", "top_logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise _refused("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    if body.logprobs and (body.stream or body.messages is None):
+        raise _refused("This server has `logprobs` in whole chat completions only: vLLM has them elsewhere.", "logprobs")
     if limit is not None and limit < 1:
         raise _refused(f"max_tokens must be at least 1, got {limit}.", "max_tokens")
     if body.temperature is not None and body.temperature < 0:
@@ -131,11 +145,15 @@ def _refused(message: str, param: str | None = None) -> RequestError:
 
 
 class Written(NamedTuple):
-    """An answer that is complete: how it ended (`stop` or `length`), and the tokens of the prompt and of the answer."""
+    """An answer that is complete: how it ended (`stop` or `length`), and the tokens of the prompt and of the answer.
+
+    `tokens` are OpenAI's `logprobs.content`, if the request asks for it.
+    """
 
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    tokens: list[dict[str, Any]] | None = None
 
     def usage(self) -> dict[str, int]:
         """Return OpenAI's `usage`."""
@@ -161,7 +179,8 @@ class Answers:
     def whole(self, text: str, written: Written) -> dict[str, Any]:
         """Return the answer as one document."""
         content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": written.finish_reason}
+        logprobs = None if written.tokens is None else {"content": written.tokens}
+        choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": written.finish_reason}
         return self._document("", [choice]) | {"usage": written.usage()}
 
     def chunk(self, text: str, finish_reason: str | None = None, **delta: str) -> dict[str, Any]:

@@ -290,6 +290,20 @@ def test_an_adapter_that_vllm_cannot_serve_is_served_merged(world, look):
     assert list(world.serving.models) == [world.aws.deployments.get("cars").endpoint]
 
 
+def test_an_adapter_that_rounding_takes_away_is_served_merged(world, look):
+    run = world.start(world.drop())
+    world.save_training(run)
+    key = f"{world.artifacts(run.train_job).removeprefix('s3://artifact-bucket/')}training.json"
+    training = world.read_json(key)
+    training["proofs"]["adapter_served"]["kept"] = 0.7
+    world.write(key, json.dumps(training).encode())
+    world.handle("test_model", world.job_event("test_model.train_completed", run.train_job))
+    run = world.tested(world.run(run.run_id), [{**each, "champion": each["base"]} for each in WON])
+    look()
+    assert world.aws.deployments.get("cars").run == run.run_id
+    assert list(world.serving.models) == [f"{COMPONENT}-{run.run_id.rpartition('-')[2]}"]
+
+
 def test_a_line_whose_config_says_so_is_not_served(world, look):
     approved(world, config=b"serve: {enabled: false}")
     look()
@@ -318,6 +332,22 @@ def test_a_model_that_never_answers_is_given_up(world, look):
     deployment = world.aws.deployments.get("cars")
     reason = f"{COMPONENT}-next does not answer: ModelError: Received server error (500), after 0:30:00"
     assert deployment.refused == {run.run_id: reason}
+    assert not world.serving.endpoints
+
+
+def test_a_former_model_that_does_not_come_back_is_taken_down(world, look):
+    first = approved(world)
+    look()
+    second = approved(world, GOOD_DATA * 2)
+    changes(world, look, second)
+    world.serving.components[COMPONENT] |= {"InferenceComponentStatus": "Failed", "FailureReason": "the container died"}
+    world.serving.failing[COMPONENT] = "CUDA out of memory"
+    assert look(300) > 120  # minutes
+    deployment = world.aws.deployments.get("cars")
+    assert (deployment.stage, deployment.run) == (Stage.IDLE, None)
+    assert deployment.refused[second.run_id].endswith("the container died")
+    assert deployment.reason.startswith(f"the model of {first.run_id} did not come back: ")
+    assert announced(world) == [events.DEPLOYED, events.ROLLED_BACK]
     assert not world.serving.endpoints
 
 

@@ -71,6 +71,7 @@ def wanted(serving: Serving, version: str, **changes: Any) -> Served:
         "network": {},
         "model": "tiny",
         "config": RunConfig(model="tiny"),
+        "tested": "none",
     }
     return Served(**fields | changes)
 

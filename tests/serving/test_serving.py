@@ -27,7 +27,7 @@ from local_app.serving.protocol import Sampling
 from local_app.stack import PROJECT
 from trainer import models
 from trainer.dataset import chat_ids
-from trainer.engines import Decoding, Engine
+from trainer.engines import Completion, Decoding, Engine
 
 TOKEN = "a-token"
 VLLM = {"SM_VLLM_ENABLE_LORA": "true", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "SM_VLLM_MAX_LORA_RANK": "64"}
@@ -98,8 +98,8 @@ def client(folders) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def recorded(folders) -> dict[str, list[str]]:
-    """What the test job records for the base model and for the merged models."""
+def completions(folders) -> dict[str, list[Completion]]:
+    """What the test job records of the base model and of the merged models."""
     locations = {"tiny": folders["base"]} | {
         name: folders[name].with_name(f"{folders[name].name}-merged") for name in ("one", "two")
     }
@@ -108,8 +108,31 @@ def recorded(folders) -> dict[str, list[str]]:
         tokenizer = models.load_tokenizer(str(location))
         engine = Engine(str(location), tokenizer, Decoding(LIMIT, 0, 1.0, 1.0, 0), models.test_dtype(str(location)))
         prompts = [Client(0).chat(question)["messages"] for question in QUESTIONS]
-        found[name] = [engine.write([chat_ids(prompt, tokenizer, {})], 1)[0][0].text for prompt in prompts]
+        found[name] = [engine.write([chat_ids(prompt, tokenizer, {})], 1)[0][0] for prompt in prompts]
     return found
+
+
+@pytest.fixture(scope="module")
+def recorded(completions) -> dict[str, list[str]]:
+    return {name: [each.text for each in asked] for name, asked in completions.items()}
+
+
+def test_log_probabilities_are_those_that_the_test_job_records(client, completions):
+    for name, asked in completions.items():
+        for question, expected in zip(QUESTIONS, asked, strict=True):
+            status, answer = client.ask(question, None if name == "tiny" else name, logprobs=True, top_logprobs=20)
+            assert status == 200
+            content = answer["choices"][0]["logprobs"]["content"]
+            assert len(content) == answer["usage"]["completion_tokens"] == expected.tokens
+            shown = {each["token"]: each["logprob"] for each in content[0]["top_logprobs"]}
+            assert shown == pytest.approx(expected.first_token, abs=2e-3)
+            # A greedy token is the most likely one.
+            assert all(each["logprob"] == each["top_logprobs"][0]["logprob"] for each in content)
+
+
+def test_log_probabilities_are_not_streamed(client):
+    status, answer = client.ask("say 1", stream=True, logprobs=True)
+    assert (status, answer["error"]["param"]) == (400, "logprobs")
 
 
 def test_answers_are_those_that_the_test_job_records(client, recorded):
@@ -197,7 +220,9 @@ REFUSED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "too many tokens": (400, "maximum context length is 512 tokens and your request has", {"max_tokens": 500}),
     "a temperature below 0": (400, "temperature must be non-negative", {"temperature": -1}),
     "a top_p above 1": (400, "top_p must be in (0, 1]", {"top_p": 1.1}),
-    "what vLLM has alone": (400, "does not have `logprobs`", {"logprobs": True}),
+    "what vLLM has alone": (400, "does not have `top_k`", {"top_k": 5}),
+    "too many likely tokens": (400, "top_logprobs must be from 0 to 20", {"logprobs": True, "top_logprobs": 21}),
+    "likely tokens without log-probabilities": (400, "`logprobs` must be set to true", {"top_logprobs": 5}),
     "another type": (400, "max_tokens", {"max_tokens": "many"}),
     "a text instead of messages": (400, "messages", {"messages": "hello"}),
     "a message without role": (400, "needs a role", {"messages": [{"content": "hello"}]}),

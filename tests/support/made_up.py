@@ -17,6 +17,7 @@ HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror=
 PROOFS = {
     "adapter_effect": {"mean": 0.4, "largest": 9.1},
     "merge_parity": {"dtype": "bfloat16", "kept": 1.0, "error": 0.02, "mean": 0.0071, "tensors_off": 0},
+    "adapter_served": {"kept": 0.98, "error": 0.05},
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
 SECTIONS = {"learnability": {"prompts": 64, "dead": 5}, "sampling": {"taught": 60, "refilled": 7}}

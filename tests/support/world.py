@@ -48,7 +48,12 @@ WON: list[dict[str, Any]] = [
     for n in range(30)
 ]
 # What a training job writes to training.json, in the parts that are read.
-TRAINING = {"steps": 5, "rows": 27, "seconds": 61.5, "proofs": {"merge_parity": {"dtype": "bfloat16"}}}
+TRAINING = {
+    "steps": 5,
+    "rows": 27,
+    "seconds": 61.5,
+    "proofs": {"merge_parity": {"dtype": "bfloat16"}, "adapter_served": {"kept": 1.0}},
+}
 # What a test job writes to inference.json beside outcomes, in the parts that are read.
 TESTED: dict[str, Any] = {
     "generation": {"dtype": "bfloat16", "limit": 64, "seed": 42, "temperature": 1.0, "top_p": 1.0, "top_k": 0},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import proofs, results, train
+from trainer import models, proofs, results, train
 from trainer.job import JobError
 from tunedrop.config.model import RunConfig
 
@@ -43,6 +43,7 @@ def test_a_run_ends_with_its_proofs(trained):
     assert parity["kept"] == pytest.approx(1.0, abs=0.05)
     assert 0 < parity["error"] < 0.1
     assert "from_4bit" not in parity
+    assert result["adapter_served"].keys() == {"kept", "error"}
     assert result["fresh_process"]["transformers"]
 
 
@@ -121,7 +122,7 @@ def test_a_broken_model_is_caught(trained, tiny, tmp_path, how, message):
     ],
 )
 def test_an_adapter_without_effect_is_explained_by_the_metrics(points, cause):
-    measured = {"adapter_effect": {"mean": 0.0, "largest": 0.0}, "merge_parity": {"tensors_off": []}, "versions": {}}
+    measured = {"adapter_effect": {"mean": 0.0, "largest": 0.0}, "merge_parity": {"tensors_off": []}}
     with pytest.raises(JobError, match=cause):
         proofs.check(measured, points)
 
@@ -147,7 +148,7 @@ def test_output_that_differs_fails_although_the_weights_agree(parity, message):
     measured = {
         "adapter_effect": {"mean": 0.5, "largest": 2.0},
         "merge_parity": {"dtype": "bfloat16", "tensors_off": []} | parity,
-        "versions": {},
+        "adapter_served": {"kept": 1.0, "error": 0.0},
     }
     if message is None:
         proofs.check(measured, HEALTHY)
@@ -173,6 +174,16 @@ def with_small_adapter(trained: Job, folder: Path, scale: float) -> Job:
     save_file(lora, adapter, metadata={"format": "pt"})
     trained.patch.chdir(folder)
     return trained
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(1.0, 0.9, 1.1), (0.003, -0.5, 0.8)])
+def test_what_bf16_leaves_of_an_adapter_beside_the_weights(trained, tiny, tmp_path, monkeypatch, scale, least, most):
+    monkeypatch.setattr(models, "fast_bf16", lambda: True)  # slow or not, the rounding is the same
+    with_small_adapter(trained, tmp_path, scale)
+    results.save_merged(str(tiny), torch.float32)
+    shown = prove(tiny, tmp_path / "output/model")
+    assert shown["merge_parity"]["kept"] == pytest.approx(1, abs=0.01)
+    assert least <= shown["adapter_served"]["kept"] <= most
 
 
 def test_a_small_adapter_is_rounded_away_to_the_nearest_and_kept_by_the_chosen_way(trained, tiny, tmp_path):

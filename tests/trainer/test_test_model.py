@@ -67,6 +67,11 @@ def test_both_models_answer_and_are_scored(ask, job, capsys):
             assert len(test[model]["text"]) <= 12  # the tests' limit is twice the training's
             assert test[model]["score"] == 2.0 * test[model]["rewards"]["length"]
             assert test[model]["passed"] == (test[model]["rewards"]["length"] == 1.0)
+    for test in result["tests"]:
+        likely = test["tuned"]["first_token"]
+        assert len(likely) == 20
+        assert test["tuned"]["text"].startswith(max(likely, key=likely.get).strip())
+        assert likely != test["base"]["first_token"]
     assert [test["base"]["text"] for test in result["tests"]] != [test["tuned"]["text"] for test in result["tests"]]
     assert (result["base_model"], result["generation"]["dtype"]) == ("tiny", "float32")
     log = capsys.readouterr().out

@@ -48,8 +48,8 @@ def import_model(name: str, wanted: Served, settings: DeploySettings, aws: Aws) 
     return str(job["importedModelArn"])
 
 
-def invoke(model: str, body: dict[str, Any], aws: Aws) -> str:
-    """Ask an imported model, by its ARN, and return its answer's text.
+def invoke(model: str, body: dict[str, Any], aws: Aws) -> identity.Answer:
+    """Ask an imported model, by its ARN, and return its answer.
 
     Raises NotYetError if it does not answer now, and DeploymentFailedError if its answer is no chat completion.
     Models imported since 11 November 2025 take OpenAI's chat completions. One without a copy answers ModelNotReadyException
@@ -62,7 +62,7 @@ def invoke(model: str, body: dict[str, Any], aws: Aws) -> str:
     except ClientError as error:
         raise NotYetError(f"{model} does not answer: {error_code(error)}: {error.response['Error']['Message']}") from None
     try:
-        return identity.text_of(answer["body"].read(), model)
+        return identity.answer_of(answer["body"].read(), model)
     except NotYetError as error:  # Bedrock's own servers answer, and answer so for ever
         raise DeploymentFailedError(str(error)) from None
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
 from pipeline.aws import Aws
 from pipeline.jobs.plan import load_plan
 from pipeline.publish.evidence import read
-from pipeline.runs.states import Run
 from pipeline.settings import DeploySettings
 from tunedrop import object_keys
 from tunedrop.config.fields import config_fields
@@ -19,6 +20,9 @@ MOST_RANK = 64
 # The options of `LoraConfig` with which vLLM's adapters do the same as PEFT's (vllm/lora/peft_helper.py, `PEFTHelper`: it
 # refuses DoRA, biases, saved modules, patterns of ranks, and weights that begin as a part of the base model).
 IN_VLLM = frozenset("r lora_alpha target_modules exclude_modules lora_dropout use_rslora".split())
+# The least share of an adapter's effect that must be left beside bf16 weights (trainer/proofs.py). vLLM adds the adapter's
+# part to a layer's bf16 output, which rounds the sum (vllm/lora/ops/triton_ops/lora_expand_op.py).
+LEAST_KEPT = 0.9
 # Layers whose adapters would need the base component's vocabulary to be extended.
 NOT_ADAPTED = ("embed_tokens", "lm_head")
 
@@ -44,6 +48,7 @@ class Served(NamedTuple):
     network: dict[str, Any]
     model: str
     config: RunConfig
+    tested: str
 
     @property
     def on_bedrock(self) -> bool:
@@ -81,30 +86,36 @@ def read_config(run_id: str, bucket: str, aws: Aws) -> RunConfig:
     return RunConfig.model_validate_json(read(aws, bucket, object_keys.run_key(run_id, "input/config.json")))
 
 
-def served(run: Run, instance_type: str | None, settings: DeploySettings, aws: Aws) -> Served:
-    """Return how a published run's model is served.
+def served(run_id: str, instance_type: str | None, settings: DeploySettings, aws: Aws) -> Served:
+    """Return how the model of a published run is served, as a champion's is.
 
     `instance_type` is that of a model that is served already; without it, the run's config and the stack decide.
     """
-    assert run.artifacts is not None  # the run was published
+    run = aws.runs.get(run_id)
+    assert run is not None  # and published:
+    assert run.artifacts is not None
     assert run.model_package is not None
-    config = read_config(run.run_id, settings.artifact_bucket, aws)
+    config = read_config(run_id, settings.artifact_bucket, aws)
     instance_type = instance_type or config.serve.instance_type or settings.endpoint_instance_type
     plan = load_plan(aws, settings.artifact_bucket, run.plan)
     folder = run.artifacts.rstrip("/")
+    key = object_keys.folder_key(folder, settings.artifact_bucket) + "training.json"
+    training = msgspec.json.decode(read(aws, settings.artifact_bucket, key))
+    beside = adapter_fits(config.lora.peft_kwargs()) and training["proofs"]["adapter_served"]["kept"] >= LEAST_KEPT
     return Served(
         run_id=run.run_id,
         line=run.line,
         endpoint=object_keys.endpoint_name(settings.job_prefix, config.model, run.base, instance_type),
         component=object_keys.component_name(settings.job_prefix, run.line),
         instance_type=instance_type,
-        adapter=f"{folder}/adapter.tar.gz" if adapter_fits(config.lora.peft_kwargs()) else None,
+        adapter=f"{folder}/adapter.tar.gz" if beside else None,
         merged=f"{folder}/merged/",
         package=run.model_package,
         image=plan["inference_image"],
         network={"VpcConfig": plan["train"]["VpcConfig"]} if "VpcConfig" in plan["train"] else {},
         model=config.model,
         config=config,
+        tested=object_keys.run_key(run_id, f"inference/{run.test_job}/output/model/inference.json"),
     )
 
 

@@ -31,7 +31,6 @@ from pipeline.publish.evidence import read
 from pipeline.runs import clock
 from pipeline.runs.deployments import Deployment, Stage, StaleDeploymentError
 from pipeline.runs.lines import Line
-from pipeline.runs.states import Run
 from pipeline.serving import bedrock, components, endpoint, identity, scaling
 from pipeline.serving.served import Served, candidate_name, merged_name, read_config, served
 from pipeline.serving.waiting import DeploymentFailedError, NotYetError
@@ -39,9 +38,15 @@ from pipeline.settings import DeploySettings
 from tunedrop import object_keys
 from tunedrop.inference_tests import Outcome
 
-# The longest stages before RETURNING. An endpoint and a large model take long; an adapter takes seconds. SWITCHING may take
-# the bake time as well.
-LONGEST = {Stage.PREPARING: timedelta(hours=2), Stage.TRYING: timedelta(minutes=30), Stage.SWITCHING: timedelta(hours=1)}
+# The longest stages: RETURNING follows, and REMOVING after that. An endpoint and a large model take long; an adapter takes
+# seconds. SWITCHING may take the bake time as well.
+LONGEST = {
+    Stage.PREPARING: timedelta(hours=2),
+    Stage.TRYING: timedelta(minutes=30),
+    Stage.SWITCHING: timedelta(hours=1),
+    Stage.RETURNING: timedelta(hours=2),
+}
+GIVEN_UP = set(LONGEST) - {Stage.RETURNING}  # stages that end when AWS says that their target cannot be served
 PAUSE_SECONDS = 5.0
 # A look ends before: it is the function's timeout.
 HELD = timedelta(minutes=5)
@@ -133,17 +138,21 @@ def _due(deployment: Deployment, line: Line) -> bool:
 def _go_on(deployment: Deployment, error: Exception, look: Look) -> None:
     """Wait for what is not ready, or give the target up.
 
-    Raises an error that the next look may not meet, and any error of a stage that cannot be given up.
+    Raises an error that the next look may not meet, and any error of a stage without limit.
     """
     line, reason, late = look.line, str(error), _late(deployment, look.settings)
     if isinstance(error, NotYetError):
         logger.info("a deployment goes on", line=line.line, stage=deployment.stage, detail=reason)
         if not late:
             return
-    elif deployment.stage not in LONGEST or not (late or _refused(error)):
+    elif not (late or (_refused(error) and deployment.stage in GIVEN_UP)):
         raise error
     if late:
         reason += f", after {_longest(deployment.stage, look.settings)}"
+    if deployment.stage == Stage.RETURNING:
+        reason = f"the model of {deployment.run} did not come back: {reason}"
+        look.aws.deployments.write(deployment, stage=Stage.REMOVING, removed=line.version, reason=reason)
+        return
     target = str(deployment.target)
     event = events.ROLLED_BACK if deployment.stage == Stage.SWITCHING and deployment.run else events.DEPLOYMENT_FAILED
     look.aws.deployments.write(
@@ -197,7 +206,7 @@ def _rest(deployment: Deployment, look: Look) -> Deployment | None:
         )
     config = read_config(look.line.champion, look.settings.artifact_bucket, look.aws)
     if config.serve.enabled:
-        wanted = _served(look.line.champion, None, look.settings, look.aws)
+        wanted = served(look.line.champion, None, look.settings, look.aws)
         return look.aws.deployments.write(
             deployment,
             stage=Stage.PREPARING,
@@ -215,7 +224,7 @@ def _prepare(deployment: Deployment, look: Look) -> Deployment | None:
     """PREPARING: endpoint, base model and scaling, or the import into Bedrock."""
     if look.line.champion != deployment.target:
         return look.aws.deployments.write(deployment, stage=Stage.RETURNING)
-    wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    wanted = served(str(deployment.target), None, look.settings, look.aws)
     if wanted.on_bedrock:
         bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
         return look.aws.deployments.write(deployment, stage=Stage.TRYING)
@@ -227,7 +236,7 @@ def _try(deployment: Deployment, look: Look) -> Deployment | None:
     """TRYING: the adapter, or Bedrock's model, where no user asks."""
     if look.line.champion != deployment.target:
         return look.aws.deployments.write(deployment, stage=Stage.RETURNING)
-    wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    wanted = served(str(deployment.target), None, look.settings, look.aws)
     if wanted.on_bedrock:
         model = bedrock.import_model(str(deployment.imported), wanted, look.settings, look.aws)
         answered = _prove(wanted, model, look.settings, look.aws)
@@ -248,7 +257,7 @@ def _switch(deployment: Deployment, look: Look) -> Deployment | None:
 
     if look.line.champion != deployment.target:
         return look.aws.deployments.write(deployment, stage=Stage.RETURNING)
-    wanted = _served(str(deployment.target), None, look.settings, look.aws)
+    wanted = served(str(deployment.target), None, look.settings, look.aws)
     if wanted.on_bedrock:
         return _switch_on_bedrock(deployment, wanted, look)
     endpoint.serve(wanted, wanted.component, look.settings, look.aws, before)
@@ -298,7 +307,7 @@ def _return(deployment: Deployment, look: Look) -> Deployment | None:
     """RETURNING: the former model under the line's name, the candidate deleted."""
     name = object_keys.component_name(look.settings.job_prefix, deployment.line)
     if deployment.run and not deployment.on_bedrock:
-        former = _served(deployment.run, deployment.instance_type, look.settings, look.aws)
+        former = served(deployment.run, deployment.instance_type, look.settings, look.aws)
         endpoint.prepare(former, look.settings, look.aws)
         try:
             endpoint.serve(former, name, look.settings, look.aws)
@@ -356,12 +365,10 @@ def _prove(wanted: Served, component: str, settings: DeploySettings, aws: Aws) -
 
     Raises NotYetError if it does not answer, and DeploymentFailedError if another model answers.
     """
-    run = _run(wanted.run_id, aws)
-    key = object_keys.run_key(run.run_id, f"inference/{run.test_job}/output/model/inference.json")
-    tested = msgspec.json.decode(read(aws, settings.artifact_bucket, key))
+    tested = msgspec.json.decode(read(aws, settings.artifact_bucket, wanted.tested))
     outcomes = msgspec.convert([*tested["tests"], *tested.get("probe", [])], list[Outcome])
 
-    def ask(outcome: Outcome) -> str:
+    def ask(outcome: Outcome) -> identity.Answer:
         body = identity.question(outcome, tested["generation"], tested["chat_template_kwargs"])
         if wanted.on_bedrock:
             return bedrock.invoke(component, body, aws)
@@ -382,16 +389,6 @@ def _remove(component: str, aws: Aws) -> None:
 def _uses(deployment: Deployment, name: str) -> bool:
     """Return whether a line's endpoint is this one, or will be."""
     return deployment.endpoint == name or (deployment.stage != Stage.IDLE and name in deployment.unused)
-
-
-def _served(run_id: str, instance_type: str | None, settings: DeploySettings, aws: Aws) -> Served:
-    return served(_run(run_id, aws), instance_type, settings, aws)
-
-
-def _run(run_id: str, aws: Aws) -> Run:
-    run = aws.runs.get(run_id)
-    assert run is not None  # a champion is a published run
-    return run
 
 
 def _age(since: str) -> timedelta:
