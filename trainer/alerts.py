@@ -33,11 +33,11 @@ class Alert(NamedTuple):
     evidence: dict[str, float]
 
 
-def find(history: Sequence[Point], formats: Collection[str] = (), *, random_prompts: bool = True) -> list[Alert]:
+def find(history: Sequence[Point], formats: Collection[str] = (), *, mean_rises: bool = True) -> list[Alert]:
     """Return the alerts of the last point. `formats` are the names of the rewards for a completion's format alone.
 
-    Prompts that were chosen because their rewards differ, not at random, keep the mean reward where it is: then no alert
-    says that it does not rise.
+    `mean_rises`: the mean reward rises as the model learns. It stays where it is if prompts are chosen because their rewards
+    differ, or if a reward ranks the completions of a prompt. Then no alert is raised because it does not rise.
     """
     checks: list[Callable[[], Alert | None]] = [
         lambda: non_finite(history),
@@ -46,7 +46,7 @@ def find(history: Sequence[Point], formats: Collection[str] = (), *, random_prom
         lambda: truncation(history),
         lambda: entropy_collapse(history),
     ]
-    if random_prompts:
+    if mean_rises:
         checks += [lambda: hacking_suspect(history, formats), lambda: plateau(history)]
     return [alert for check in checks if (alert := check())]
 

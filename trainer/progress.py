@@ -41,6 +41,7 @@ METRICS = {
     "completions/clipped_ratio": "clipped_ratio",
     "learning_rate": "learning_rate",
     "answers": "answers",
+    "abstained": "abstained",
     "memory_gb": "memory_gb",
     "step_time": "seconds",
 }
@@ -172,7 +173,7 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Raises each alert once: writes it to `alerts.jsonl` and to the log, and passes it to `announce`.
 
-    `formats` and `random_prompts` are parameters of `trainer.alerts.find`.
+    `formats` and `mean_rises` are parameters of `trainer.alerts.find`.
     `samples` returns the latest completions, the lowest reward first. `stop_for` is the alert that should end the training,
     None as long as there is none. `broken`: the adapter's weights are not finite, so the training must end.
     """
@@ -186,10 +187,10 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         stop_on: Collection[str],
         samples: Callable[[], Sequence[dict[str, Any]]],
         announce: Callable[[dict[str, Any]], None],
-        random_prompts: bool,
+        mean_rises: bool,
     ):
         self._path, self._record, self._formats, self._stop_on = path, record, formats, stop_on
-        self._random_prompts = random_prompts
+        self._mean_rises = mean_rises
         self._samples, self._announce = samples, announce
         self.stop_for: str | None = None
         self.broken = False
@@ -222,7 +223,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         """Raise the alerts that the step's figures show."""
         if "reward" not in logs:
             return
-        for alert in find(history(state), self._formats, random_prompts=self._random_prompts):
+        for alert in find(history(state), self._formats, mean_rises=self._mean_rises):
             self._raise(alert, state)
             if alert.code in self._stop_on and self.stop_for is None:
                 self.stop_for = alert.code

@@ -313,6 +313,7 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         cut = self.accelerator.gather(cut)
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._log_metric("answers", float(len(totals)))
+        self._log_metric("abstained", float(rewards.isnan().float().mean()))
         self._log_metric("reward_best", float(totals.max()))
         for name, chosen in (("reward_truncated", totals[cut]), ("reward_finished", totals[~cut])):
             if len(chosen):

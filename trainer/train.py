@@ -31,12 +31,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
-from trainer.dataset import check_step, dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
+from trainer.dataset import check_step, check_whole_groups, dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.config.schedule import fit_batches, optimizer_steps
+from tunedrop.config.schedule import evaluation_interval, fit_batches
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 
@@ -182,6 +182,8 @@ def build_trainer(
 
     arguments = grpo_config(config, rewards)
     check_step(len(rows), arguments, "lower one of them")
+    if any(spec.reward_type.ranks for spec in config.rewards):
+        check_whole_groups(arguments)
     quantization = models.four_bit() if config.lora.load_in_4bit else {}
     model = models.load_model(location, dtype=models.weights_dtype(), device_map=models.device(), **quantization)
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
@@ -224,18 +226,6 @@ def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     if flags.max_runtime is not None and flags.max_runtime < config.compute.max_runtime:
         return Limit(flags.max_runtime, "max_cost_usd")
     return Limit(config.compute.max_runtime, "max_runtime")
-
-
-def evaluation_interval(trainer: "RunTrainer", config: RunConfig, heldout: int) -> int:
-    """Return the number of steps between two evaluations of this many held-out rows."""
-    from trainer.bounds import evaluation_steps
-
-    arguments = trainer.args
-    steps = optimizer_steps(config, len(trainer.train_dataset), trainer.accelerator.num_processes)
-    if not heldout:
-        return steps
-    trained = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return evaluation_steps(steps, trained / arguments.num_iterations, heldout)
 
 
 def train(flags: argparse.Namespace) -> None:
@@ -284,14 +274,14 @@ def train(flags: argparse.Namespace) -> None:
         stop_on=config.alerts.stop_on,
         samples=trainer.latest_samples,
         announce=announcer(),
-        random_prompts=trainer.curriculum is None,
+        mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )
     bounds = Bounds(
         record,
         runtime_limit(config, flags),
         watch,
         functools.partial(heldout_reward, trainer, rewards, heldout),
-        evaluation_interval(trainer, config, len(heldout)),
+        evaluation_interval(config, len(trainer.train_dataset), len(heldout), trainer.accelerator.num_processes),
         began=started(),
         finish_seconds=finish_seconds,
     )

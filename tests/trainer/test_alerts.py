@@ -148,7 +148,7 @@ def test_chosen_prompts_raise_no_alert_for_a_reward_that_does_not_rise():
         alert.code
         for _, history, _ in SICK.values()
         for length in range(1, len(history) + 1)
-        for alert in alerts.find(history[:length], {"xml_format"}, random_prompts=False)
+        for alert in alerts.find(history[:length], {"xml_format"}, mean_rises=False)
     }
     assert found == {code for code, *_ in SICK.values()} - {"PLATEAU", "HACKING_SUSPECT"}
 

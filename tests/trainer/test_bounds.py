@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from trainer import bounds, train
-from trainer.bounds import Costs, enough_time, evaluation_steps, save_due
+from trainer.bounds import Costs, enough_time, save_due
 from trainer.job import JobError
 from trainer.sampling import ScoredCompletion
+from tunedrop.config.schedule import evaluation_steps
 
 
 @pytest.mark.parametrize(
