@@ -32,6 +32,9 @@ METRICS = {
     "reward_truncated": "reward_truncated",
     "reward_finished": "reward_finished",
     "heldout_reward": "heldout_reward",
+    "probe_score": "probe_score",
+    "probe_lost": "probe_lost",
+    "probe_gained": "probe_gained",
     "frac_reward_zero_std": "frac_reward_zero_std",
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -42,6 +45,9 @@ METRICS = {
     "learning_rate": "learning_rate",
     "answers": "answers",
     "abstained": "abstained",
+    "mismatch": "mismatch",
+    "mismatch_p99": "mismatch_p99",
+    "mismatch_clipped": "mismatch_clipped",
     "memory_gb": "memory_gb",
     "step_time": "seconds",
 }
@@ -210,7 +216,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
             message = (
                 "the adapter's weights are not finite, or too large to compute with: lower learning_rate or max_grad_norm"
             )
-            self._raise(Alert("NON_FINITE", state.global_step, message, {}), state)
+            self.raise_alert(Alert("NON_FINITE", state.global_step, message, {}), state)
 
     def on_log(
         self,
@@ -224,11 +230,12 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         if "reward" not in logs:
             return
         for alert in find(history(state), self._formats, mean_rises=self._mean_rises):
-            self._raise(alert, state)
+            self.raise_alert(alert, state)
             if alert.code in self._stop_on and self.stop_for is None:
                 self.stop_for = alert.code
 
-    def _raise(self, alert: Alert, state: TrainerState) -> None:
+    def raise_alert(self, alert: Alert, state: TrainerState) -> None:
+        """Write and announce an alert, unless the run has raised it before."""
         if alert.code in {earlier["code"] for earlier in self._record.alerts}:
             return
         raised = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}

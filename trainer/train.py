@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from trainer.bounds import Limit
     from trainer.checkpoints import Record
     from trainer.dataset import Dataset
+    from trainer.general_probe import Probe
     from trainer.run_trainer import RunTrainer
     from trainer.start import Start
 
@@ -206,12 +207,16 @@ def build_trainer(
     return trainer
 
 
-def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row]) -> float | None:
-    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows."""
+def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe") -> float | None:
+    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows.
+
+    The model answers the general questions of the probe, too.
+    """
     from trainer.sampling import sample_completions
 
     if not rows:
         return None
+    probe.ask()
     began = time.monotonic()
     reward = fmean(completion.score for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True))
     trainer.add_metric("heldout_reward", reward)
@@ -228,8 +233,11 @@ def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     return Limit(config.compute.max_runtime, "max_runtime")
 
 
-def train(flags: argparse.Namespace) -> None:
-    """Do the run. SIGTERM ends it after the current step, and the run still saves its model."""
+def train(flags: argparse.Namespace) -> str | None:
+    """Do the run, and return why it ended (`Record.ended`).
+
+    SIGTERM ends it after the current step, and the run still saves its model.
+    """
     import_seconds = container.check("train")
     config = read_config(flags)
     path = dataset_file(flags.dataset_filename)
@@ -247,10 +255,12 @@ def train(flags: argparse.Namespace) -> None:
     from trainer import checkpoints
     from trainer.announce import announcer
     from trainer.bounds import Bounds
+    from trainer.general_probe import Probe
     from trainer.learnability_gate import check_learnability, drop_rows
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
     from trainer.start import read as read_start
+    from trainer.watchdog import train_watched
 
     folder, target = folders.checkpoint_dir(), folders.model_dir()
     start = read_start(config)
@@ -280,7 +290,7 @@ def train(flags: argparse.Namespace) -> None:
         record,
         runtime_limit(config, flags),
         watch,
-        functools.partial(heldout_reward, trainer, rewards, heldout),
+        functools.partial(heldout_reward, trainer, rewards, heldout, Probe(trainer, config, heldout)),
         evaluation_interval(config, len(trainer.train_dataset), len(heldout), trainer.accelerator.num_processes),
         began=started(),
         finish_seconds=finish_seconds,
@@ -291,13 +301,15 @@ def train(flags: argparse.Namespace) -> None:
         chooses = "activation_checkpointing" not in config.grpo
         trainer.add_callback(MemoryProbe(trainer, data.lengths, chooses_checkpointing=chooses))
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        resume = str(checkpoint.path) if checkpoint else None
+        train_watched(trainer, watch, len(heldout), functools.partial(trainer.train, resume_from_checkpoint=resume))
     else:  # the run was killed after its last step, or no time is left
         assert checkpoint is not None  # `go_on` raises without one
         trainer.finish_from(checkpoint)
     if trainer.is_world_process_zero():
         prompts = [row["prompt"] for row in heldout or data.rows]
         save(trainer, config, location, tokenizer, data, start, flags.run_id, prompts)
+    return record.ended
 
 
 def save(
@@ -344,8 +356,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train with the command-line flags. Exits with 0, or with 1 and the reason in the failure file."""
     set_up_logging()
     with failure_reported():
-        train(parse_flags(sys.argv[1:] if arguments is None else arguments))
+        ended = train(parse_flags(sys.argv[1:] if arguments is None else arguments))
         leave_process_group()
+    if ended == "STALLED":
+        # A thread that hangs would keep the process from ending.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
