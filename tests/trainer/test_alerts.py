@@ -333,6 +333,19 @@ def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, c
     assert set(named[0]["samples"][0]) == {"prompt", "completion", "rewards"}
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_training_that_learns_raises_no_alert(job, seed):
+    job.config(grpo={"max_steps": 18, "learning_rate": 3e-3, "seed": seed, "beta": 0.01}, lora={"r": 4})
+    job.rows()
+    job.heldout()
+    train.train(train.parse_flags([]))
+    points = job.metrics()
+    assert job.training()["alerts"] == []
+    assert points[-1]["reward"] > points[0]["reward"]
+    figures = {"mismatch", "mismatch_p99", "mismatch_clipped", "heldout_reward", "probe_score", "probe_lost", "probe_gained"}
+    assert figures <= set().union(*points)
+
+
 def test_a_training_that_hangs_is_caught_by_name_and_keeps_its_last_step(job, monkeypatch, capfd):
     monkeypatch.setattr(alerts, "STALLED_SECONDS", 0.5)
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.1)

@@ -153,7 +153,7 @@ def test_free_texts_get_a_draft_of_a_rubric(tmp_path, monkeypatch):
     (proposed,) = yaml.safe_load(commented.replace("# ", "", 1).replace("\n# ", "\n"))["rewards"]
     assert proposed["rubric"].splitlines() == [
         "- Answers the question correctly and completely, and invents nothing.",
-        "- Has 22 words.",
+        "- Has 26 words.",
         "- Has a list of points.",
         "- Gives figures.",
         "- Ends with a question.",
@@ -173,7 +173,7 @@ DRAFTS = [
     (["one two three four"] * 8, ["Has 4 words.", "Is a single paragraph.", "Begins with", "Ends with"]),
     (
         [f"1. Take {n} things\n2. Put them there and go" for n in "abcdefghi"],
-        ["Has 9 words.", "Has numbered steps.", "Gives"],
+        ["Has 10 words.", "Has numbered steps.", "Gives figures.", "Ends with “there and go”."],
     ),
     ([f"{n} " * (n + 3) for n in range(20)], ["Has 5 to 20 words.", "Gives figures.", "Is a single paragraph."]),
     (["the river runs to the sea"] * 7, []),
