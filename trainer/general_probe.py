@@ -51,13 +51,15 @@ class Probe:
         if heldout and trainer.record.probe is None:
             trainer.record.probe = self._right()
 
-    def ask(self) -> None:
-        """Ask the questions, and add to the metrics how many are right, and lost and gained since before the first step."""
+    def ask(self) -> dict[str, float]:
+        """Ask the questions. Return the share of right ones, and how many are lost and gained since the first time."""
         before, right = self._trainer.record.probe or [], self._right()
-        self._trainer.add_metric("probe_score", fmean(right))
         pairs = list(zip(before, right, strict=True))
-        self._trainer.add_metric("probe_lost", float(sum(was and not now for was, now in pairs)))
-        self._trainer.add_metric("probe_gained", float(sum(now and not was for was, now in pairs)))
+        return {
+            "probe_score": fmean(right),
+            "probe_lost": float(sum(was and not now for was, now in pairs)),
+            "probe_gained": float(sum(now and not was for was, now in pairs)),
+        }
 
     def _right(self) -> list[bool]:
         """Return for each question whether the model answers it right."""

@@ -208,18 +208,18 @@ def build_trainer(
 
 
 def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe") -> float | None:
-    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows.
+    """Return the mean reward of greedy completions to held-out rows. None without rows.
 
-    The model answers the general questions of the probe, too.
+    The metrics get it, with the figures of the probe.
     """
     from trainer.sampling import sample_completions
 
     if not rows:
         return None
-    probe.ask()
     began = time.monotonic()
     reward = fmean(completion.score for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True))
-    trainer.add_metric("heldout_reward", reward)
+    for name, value in ({"heldout_reward": reward} | probe.ask()).items():
+        trainer.add_metric(name, value)
     log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
     return reward
 
@@ -301,8 +301,8 @@ def train(flags: argparse.Namespace) -> str | None:
         chooses = "activation_checkpointing" not in config.grpo
         trainer.add_callback(MemoryProbe(trainer, data.lengths, chooses_checkpointing=chooses))
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
-        resume = str(checkpoint.path) if checkpoint else None
-        train_watched(trainer, watch, len(heldout), functools.partial(trainer.train, resume_from_checkpoint=resume))
+        go = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        train_watched(trainer, watch, len(heldout) / trainer.args.generation_batch_size, go)
     else:  # the run was killed after its last step, or no time is left
         assert checkpoint is not None  # `go_on` raises without one
         trainer.finish_from(checkpoint)

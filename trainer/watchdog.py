@@ -93,15 +93,16 @@ class Watchdog(TrainerCallback):  # type: ignore[misc] # transformers is untyped
             raise StalledError(self._alert)
 
 
-def train_watched(trainer: "RunTrainer", watch: "Watch", heldout: int, train: Callable[[], object]) -> None:
+def train_watched(trainer: "RunTrainer", watch: "Watch", evaluation_steps: float, train: Callable[[], object]) -> None:
     """Call `train`. If it hangs, raise the alert and save the weights of the last step.
+
+    `evaluation_steps`: how many steps' work an evaluation is.
 
     Raises JobError if no step has ended, or with several GPUs: their ranks write a checkpoint together, and some of them
     hang. Another attempt goes on from the newest checkpoint then.
     """
-    batch = trainer.args.generation_batch_size
     try:
-        with Watchdog(trainer, evaluation_steps=heldout / batch):
+        with Watchdog(trainer, evaluation_steps):
             train()
     except StalledError as error:
         alert = error.alert
