@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from trainer import checkpoints, dataset, learnability, learnability_gate, models, sampling, train
 from trainer.progress import history
 from tunedrop.config.parse import parse_run_config
+from tunedrop.config.schedule import most_gate_prompts
 from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def simulated(kind: str, share: float, groups: int, lots: random.Random) -> Simu
             for row in rows
         ]
 
-    most = learnability.most_prompts(groups * GROUP, GROUP)
+    most = most_gate_prompts(groups * GROUP, GROUP)
     answers = learnability_gate.ask(sample, range(groups), most, GROUP, 0.0)
     estimate = learnability.estimate(learnability_gate.scores_of(answers), GROUP)
     prompts = asked

@@ -33,11 +33,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trainer import curriculum, dataset, models
 from trainer.checkpoints import Record
 from trainer.curriculum import Curriculum
-from trainer.learnability import FIRST_BLOCK
 from trainer.row_rewards import RowReward
 from trainer.run_trainer import SharedPrefixGRPOTrainer, SharedPrefixRunTrainer
 from tunedrop.config.model import Sampling
 from tunedrop.config.parse import parse_run_config
+from tunedrop.config.schedule import FIRST_GATE_PROMPTS
 from tunedrop.rewards import build_rewards
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def build(kind: str, seed: int, **arguments: Any) -> GRPOTrainer:
     teach = Curriculum(record, seed, Sampling().refills) if kind == "teach" else None
     trainer = SharedPrefixRunTrainer(run={}, record=record, prompt_limit=64, curriculum=teach, **arguments)
     if teach:
-        asked = [trainer.train_dataset[index] for index in trainer.row_order()[:FIRST_BLOCK]]
+        asked = [trainer.train_dataset[index] for index in trainer.row_order()[:FIRST_GATE_PROMPTS]]
         for group in curriculum.sample_groups(trainer, asked):
             teach.observe(group.row["row"], curriculum.scores(group.rewards, trainer.reward_weights))
     return trainer

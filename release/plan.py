@@ -36,8 +36,9 @@ from tunedrop.object_keys import CURRENT_PLAN, LAUNCH_PLANS
 
 # The metrics that trainer/progress.py and trainer/test_model.py log. SageMaker allows 40.
 METRIC_NAMES = (
-    "reward reward_std reward_best reward_truncated reward_finished heldout_reward frac_reward_zero_std loss grad_norm kl "
-    "entropy completion_length clipped_ratio learning_rate memory_gb step_seconds eta_seconds base_score tuned_score"
+    "reward reward_std reward_best reward_truncated reward_finished heldout_reward probe_score probe_lost probe_gained "
+    "frac_reward_zero_std loss grad_norm kl entropy completion_length clipped_ratio learning_rate abstained mismatch "
+    "mismatch_p99 mismatch_clipped memory_gb step_seconds eta_seconds base_score tuned_score"
 ).split()
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 # The image's own entry point loads NVIDIA's compatibility libraries if the driver is too old for the image's CUDA.

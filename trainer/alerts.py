@@ -5,8 +5,11 @@ A point of the history is a line of metrics.jsonl. docs/alerts.md has the source
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from statistics import fmean, variance
+from itertools import pairwise
+from statistics import fmean, median, variance
 from typing import Any, NamedTuple
+
+from tunedrop.sign_test import sign_test
 
 Point = dict[str, Any]
 
@@ -22,6 +25,12 @@ COLLAPSED_ENTROPY = 0.1  # of the entropy at the start
 REACHED = 0.9  # of the best reward of any completion
 KL_LIMIT = 1.0  # nats per token
 STANDARD_ERRORS = 2.0
+OVERFIT_EVALUATIONS = 3  # whose mean is compared, at the best time and now
+OVERFIT_ERRORS, OVERFIT_SHARE = 4.0, 0.05  # the fall: in standard errors, and as a share of the best held-out reward
+STALLED_STEPS, STALLED_SECONDS = 10, 600.0  # without a step: in median steps, and at least
+FIRST_STEP_SECONDS = 3600.0  # without the first step, whose time nobody knows
+MISMATCH_POINTS, MISMATCH_MEAN, MISMATCH_P99 = 3, 0.1, 1.0  # nats per token
+FORGETTING_P, FORGETTING_EVALUATIONS = 0.05, 2  # in a row
 
 
 class Alert(NamedTuple):
@@ -30,14 +39,14 @@ class Alert(NamedTuple):
     code: str
     step: int
     message: str
-    evidence: dict[str, float]
+    evidence: dict[str, float | list[float]]
 
 
-def find(history: Sequence[Point], formats: Collection[str] = (), *, random_prompts: bool = True) -> list[Alert]:
+def find(history: Sequence[Point], formats: Collection[str] = (), *, mean_rises: bool = True) -> list[Alert]:
     """Return the alerts of the last point. `formats` are the names of the rewards for a completion's format alone.
 
-    Prompts that were chosen because their rewards differ, not at random, keep the mean reward where it is: then no alert
-    says that it does not rise.
+    `mean_rises`: the mean reward rises as the model learns. It stays where it is if prompts are chosen because their rewards
+    differ, or if a reward ranks the completions of a prompt. Then no alert is raised because it does not rise.
     """
     checks: list[Callable[[], Alert | None]] = [
         lambda: non_finite(history),
@@ -45,9 +54,11 @@ def find(history: Sequence[Point], formats: Collection[str] = (), *, random_prom
         lambda: dead_reward(history),
         lambda: truncation(history),
         lambda: entropy_collapse(history),
+        lambda: rollout_mismatch(history),
+        lambda: forgetting(history),
     ]
-    if random_prompts:
-        checks += [lambda: hacking_suspect(history, formats), lambda: plateau(history)]
+    if mean_rises:
+        checks += [lambda: hacking_suspect(history, formats), lambda: plateau(history), lambda: overfit(history)]
     return [alert for check in checks if (alert := check())]
 
 
@@ -157,8 +168,109 @@ def plateau(history: Sequence[Point]) -> Alert | None:
     return _alert(history, "PLATEAU", message, {"reward": now, "reward_before": before, "points": points})
 
 
-def _alert(history: Sequence[Point], code: str, message: str, evidence: dict[str, float]) -> Alert:
-    return Alert(code, history[-1]["step"], message, {name: round(value, 6) for name, value in evidence.items()})
+def overfit(history: Sequence[Point]) -> Alert | None:
+    """Return an alert if the held-out reward has fallen from its best while the reward in training has risen.
+
+    The noise of the held-out curve is that of its successive differences (von Neumann, 1941), which a trend hardly changes.
+    """
+    evaluated = [point for point in history if _values([point], "heldout_reward")]
+    size, curve = OVERFIT_EVALUATIONS, _values(history, "heldout_reward")
+    if len(curve) < 2 * size or evaluated[-1] is not history[-1]:
+        return None
+    means = [fmean(curve[first : first + size]) for first in range(len(curve) - size + 1)]
+    at = max(range(len(curve) - 2 * size + 1), key=means.__getitem__)  # windows without a part of the last one
+    error = math.sqrt(fmean((b - a) ** 2 for a, b in pairwise(curve)) / size)  # of a difference of two windows
+    fall = means[at] - means[-1]
+
+    def training(first: int) -> list[float]:
+        begin, end = evaluated[first]["step"], evaluated[first + size - 1]["step"]
+        return _values([point for point in history if begin <= point["step"] <= end], "reward")
+
+    then, now = training(at), training(len(curve) - size)
+    if not then or not now:
+        return None
+    rise = fmean(now) - fmean(then)
+    if fall <= max(OVERFIT_ERRORS * error, OVERFIT_SHARE * abs(means[at])) or rise <= STANDARD_ERRORS * _error(then, now):
+        return None
+    message = (
+        f"the held-out reward fell from {means[at]:.3g} to {means[-1]:.3g} while the reward in training rose from "
+        f"{fmean(then):.3g} to {fmean(now):.3g}: train fewer epochs, add rows, or raise beta"
+    )
+    evidence = {
+        "heldout_best": means[at],
+        "heldout_now": means[-1],
+        "reward_then": fmean(then),
+        "reward_now": fmean(now),
+        "gap": rise + fall,
+        "heldout_curve": curve,
+        "reward_curve": [_values([point], "reward")[0] for point in evaluated if _values([point], "reward")],
+    }
+    return _alert(history, "OVERFIT", message, evidence)
+
+
+def stalled(history: Sequence[Point], waited: float, steps: float = 1.0) -> Alert | None:
+    """Return an alert if the training has done nothing for too long: `waited` seconds.
+
+    `steps`: how many steps' work the longest part of the training is, an evaluation for example.
+    """
+    seconds = _values(history[-PLATEAU_POINTS:], "seconds")
+    limit = max(STALLED_SECONDS, STALLED_STEPS * max(1.0, steps) * median(seconds)) if seconds else FIRST_STEP_SECONDS
+    if waited <= limit:
+        return None
+    usual = f"; a step takes {median(seconds):.3g} s" if seconds else ""
+    message = (
+        f"the training has done nothing for {waited:.0f} s{usual}: the log has the stack of each thread, and with it the "
+        "call that hangs (a reward's service, a reward's own code, or the connection between GPUs)"
+    )
+    evidence: dict[str, float | list[float]] = {"waited": round(waited, 1), "limit": round(limit, 1)}
+    evidence |= {"median_step": round(median(seconds), 3)} if seconds else {}
+    return Alert("STALLED", history[-1]["step"] if history else 0, message, evidence)
+
+
+def rollout_mismatch(history: Sequence[Point]) -> Alert | None:
+    """Return an alert if the sampler and the trainer disagree on the probabilities of the sampled tokens."""
+    recent = [point for point in history if _values([point], "mismatch")][-MISMATCH_POINTS:]
+    if len(recent) < MISMATCH_POINTS:
+        return None
+    mean, p99 = fmean(_values(recent, "mismatch")), fmean(_values(recent, "mismatch_p99"))
+    if mean <= MISMATCH_MEAN and p99 <= MISMATCH_P99:
+        return None
+    message = (
+        f"the log-probabilities of the sampler and of the trainer differ by {mean:.2g} nats per token (p99 {p99:.2g}): the "
+        "samples are of another policy than the one that learns; set bf16 to false, or report it with the packages' versions"
+    )
+    evidence = {"mean": mean, "p99": p99, "clipped": fmean(_values(recent, "mismatch_clipped"))}
+    return _alert(history, "ROLLOUT_MISMATCH", message, evidence)
+
+
+def forgetting(history: Sequence[Point]) -> Alert | None:
+    """Return an alert if the model has lost general questions that it answered before the first step."""
+    probed = [point for point in history if _values([point], "probe_score")][-FORGETTING_EVALUATIONS:]
+    if len(probed) < FORGETTING_EVALUATIONS or probed[-1] is not history[-1]:
+        return None
+    if any(
+        point["probe_lost"] <= point["probe_gained"]
+        or sign_test(round(point["probe_gained"]), round(point["probe_lost"])) > FORGETTING_P
+        for point in probed
+    ):
+        return None
+    last = probed[-1]
+    message = (
+        f"the model has lost {last['probe_lost']:.0f} of the general questions that it answered before the training, and "
+        f"gained {last['probe_gained']:.0f}: lower learning_rate, train fewer steps, raise beta, or add general rows"
+    )
+    evidence = {name: last[f"probe_{name}"] for name in ("score", "lost", "gained")}
+    evidence["p_value"] = sign_test(round(last["probe_gained"]), round(last["probe_lost"]))
+    return _alert(history, "FORGETTING", message, evidence)
+
+
+def _alert(history: Sequence[Point], code: str, message: str, evidence: dict[str, Any]) -> Alert:
+    """Return an alert of the last point. A value of the evidence is a number or a curve."""
+    rounded = {
+        name: [round(each, 6) for each in value] if isinstance(value, list) else round(value, 6)
+        for name, value in evidence.items()
+    }
+    return Alert(code, history[-1]["step"], message, rounded)
 
 
 def _values(history: Sequence[Point], name: str) -> list[float]:

@@ -5,7 +5,6 @@ training while there is time to save and prove the model. SageMaker stops a job 
 """
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -26,8 +25,6 @@ log = logging.getLogger("trainer")
 MARGIN = 0.03  # of the limit, for unmeasured parts: the start of the container, the end of its log
 LOST_AT_MOST = 300.0  # seconds of training that are lost if the job is killed
 SAVING_SHARE = 0.02  # largest share of the time for such checkpoints
-EVALUATIONS = 10  # in a run, including the last one at its end
-EVALUATION_SHARE = 0.1  # largest number of evaluated completions per sampled completion
 SLOWER = 1.25  # allowance for the next step, times the slowest of the last LAST_STEPS steps
 LAST_STEPS = 10
 GRACE = 120.0  # seconds between SageMaker's SIGTERM and its SIGKILL
@@ -59,14 +56,6 @@ def enough_time(spent: float, limit: float, costs: Costs) -> bool:
 def save_due(since_last: float, costs: Costs) -> bool:
     """Return whether a checkpoint is due, to bound the training that is lost if the job is killed."""
     return since_last + costs.step > max(LOST_AT_MOST, costs.save / SAVING_SHARE)
-
-
-def evaluation_steps(max_steps: int, completions_per_step: float, rows: int) -> int:
-    """Return the number of steps between two evaluations of `rows` rows.
-
-    It does not depend on measured times: an interrupted run chooses among the same checkpoints as an uninterrupted one.
-    """
-    return max(math.ceil(max_steps / EVALUATIONS), math.ceil(rows / (EVALUATION_SHARE * completions_per_step)))
 
 
 class Bounds(TrainerCallback):  # type: ignore[misc] # transformers is untyped here

@@ -36,6 +36,7 @@ class Record:
     `seconds`: the time that the run's processes have taken. `costs`: the times of its parts (`trainer.bounds.Costs`).
     `ended`: why the training ended with this checkpoint (`complete`, `max_runtime`, `max_cost_usd` or an alert's code), None
     if it did not end. `heldout_reward`: of this checkpoint, None if it was not evaluated. `evaluations`: all so far.
+    `probe`: for each general question, whether the model answered it right before the first step, None without evaluations.
     `learnability`: the gate's numbers. `dropped`: ids of the rows that the gate dropped. `sampling`: the state of
     `trainer.curriculum`, None without one.
     """
@@ -45,6 +46,7 @@ class Record:
     ended: str | None = None
     heldout_reward: float | None = None
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    probe: list[bool] | None = None
     learnability: dict[str, Any] | None = None
     dropped: list[str] = field(default_factory=list)
     sampling: dict[str, Any] | None = None

@@ -160,3 +160,14 @@ def check_step(rows: int, arguments: "GRPOConfig", advice: str) -> None:
             f"{rows} rows are too few for one step, which takes {prompts} prompts "
             f"(per_device_train_batch_size * gradient_accumulation_steps * GPUs / num_generations): {advice}."
         )
+
+
+def check_whole_groups(arguments: "GRPOConfig") -> None:
+    """Raise JobError if a group's completions are on several GPUs, where a reward that ranks them sees only some."""
+    own = arguments.per_device_train_batch_size * arguments.steps_per_generation
+    if own % arguments.num_generations:
+        raise JobError(
+            f"Each GPU generates {own} completions at a time, which are no whole groups of num_generations "
+            f"({arguments.num_generations}), and a reward ranks the completions of a group: raise "
+            "per_device_train_batch_size or gradient_accumulation_steps."
+        )

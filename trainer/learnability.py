@@ -8,9 +8,9 @@ Bayes), and the rewards of each prompt update it.
 
 The gate asks blocks of prompts, and ends when the answer is clear. Its first block has a fixed size, which most runs do not
 exceed: this keeps the forecast honest, within 2 points of that of a fixed sample. There is nothing to learn if no group of
-any block has different rewards, up to `most_prompts`. If a share q of a run's N groups has a gradient, n prompts of
-`num_generations` completions each show none with the probability (1 - q)^n. Therefore the gate stops a run in which at
-least 30 groups, and at least 1 % of all, have a gradient in at most 5 % of the cases.
+any block has different rewards, up to `most_gate_prompts` of tunedrop.config.schedule. If a share q of a run's N groups has
+a gradient, n prompts of `num_generations` completions each show none with the probability (1 - q)^n. Therefore the gate
+stops a run in which at least 30 groups, and at least 1 % of all, have a gradient in at most 5 % of the cases.
 `python -m benchmarks.learnability --simulate 1000` measures it.
 """
 
@@ -20,10 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any, NamedTuple, TypeVar
 
-# The gate may use a tenth of the run's completions. A short run needs more: up to SHORT_PROMPTS, and up to all of them.
-# After MOST_PROMPTS prompts without a difference, at least 1 % of groups with a gradient are improbable (0.99^300 < 5 %).
-SHARE, SHORT_PROMPTS, MOST_PROMPTS = 0.1, 24, 300
-FIRST_BLOCK, BLOCK = 16, 8  # prompts
+from tunedrop.config.schedule import FIRST_GATE_PROMPTS
+
+BLOCK = 8  # prompts of a block after the first
 # Candidate strengths of the prior, in pseudo-completions.
 STRENGTHS = [2.0 ** (power / 2) for power in range(-12, 17)]
 # Rewards that are equal to this many digits count as one value, as in TRL's frac_reward_zero_std.
@@ -66,15 +65,9 @@ class Learnability(NamedTuple):
         return abs(share - threshold) > STANDARD_ERRORS * math.sqrt(share * (1 - share) / prompts)
 
 
-def most_prompts(completions_of_run: int, samples: int) -> int:
-    """Return how many prompts the gate may ask, for a run's completions and the gate's samples per prompt."""
-    short = min(SHORT_PROMPTS, completions_of_run // samples)
-    return max(1, min(MOST_PROMPTS, max(short, int(completions_of_run * SHARE / samples))))
-
-
 def blocks(most: int) -> Iterator[tuple[int, int]]:
     """Yield the first and the last prompt (exclusive) of each block, for at most so many prompts."""
-    starts = [0, *range(FIRST_BLOCK, most, BLOCK)]
+    starts = [0, *range(FIRST_GATE_PROMPTS, most, BLOCK)]
     yield from zip(starts, [*starts[1:], most], strict=True)
 
 

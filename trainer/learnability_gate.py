@@ -20,7 +20,7 @@ from trainer.job import REASON_CHARACTERS, JobError
 from trainer.learnability import Learnability
 from trainer.sampling import ScoredCompletion, sample_completions
 from tunedrop.config.model import RunConfig
-from tunedrop.config.schedule import generated_answers
+from tunedrop.config.schedule import generated_answers, most_gate_prompts
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward
 
@@ -45,7 +45,7 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[R
     if policy.samples == 0:
         return
     total = generated_answers(config, len(rows), trainer.accelerator.num_processes)
-    most = learnability.most_prompts(total, policy.samples)
+    most = most_gate_prompts(total, policy.samples)
     # `drop` judges each row that it asks, and therefore asks as many as it may.
     threshold = {"stop": policy.min_nonzero_groups, "drop": None}.get(policy.policy, 0.0)
 

@@ -32,6 +32,9 @@ METRICS = {
     "reward_truncated": "reward_truncated",
     "reward_finished": "reward_finished",
     "heldout_reward": "heldout_reward",
+    "probe_score": "probe_score",
+    "probe_lost": "probe_lost",
+    "probe_gained": "probe_gained",
     "frac_reward_zero_std": "frac_reward_zero_std",
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -41,6 +44,10 @@ METRICS = {
     "completions/clipped_ratio": "clipped_ratio",
     "learning_rate": "learning_rate",
     "answers": "answers",
+    "abstained": "abstained",
+    "mismatch": "mismatch",
+    "mismatch_p99": "mismatch_p99",
+    "mismatch_clipped": "mismatch_clipped",
     "memory_gb": "memory_gb",
     "step_time": "seconds",
 }
@@ -172,7 +179,7 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Raises each alert once: writes it to `alerts.jsonl` and to the log, and passes it to `announce`.
 
-    `formats` and `random_prompts` are parameters of `trainer.alerts.find`.
+    `formats` and `mean_rises` are parameters of `trainer.alerts.find`.
     `samples` returns the latest completions, the lowest reward first. `stop_for` is the alert that should end the training,
     None as long as there is none. `broken`: the adapter's weights are not finite, so the training must end.
     """
@@ -186,10 +193,10 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         stop_on: Collection[str],
         samples: Callable[[], Sequence[dict[str, Any]]],
         announce: Callable[[dict[str, Any]], None],
-        random_prompts: bool,
+        mean_rises: bool,
     ):
         self._path, self._record, self._formats, self._stop_on = path, record, formats, stop_on
-        self._random_prompts = random_prompts
+        self._mean_rises = mean_rises
         self._samples, self._announce = samples, announce
         self.stop_for: str | None = None
         self.broken = False
@@ -209,7 +216,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
             message = (
                 "the adapter's weights are not finite, or too large to compute with: lower learning_rate or max_grad_norm"
             )
-            self._raise(Alert("NON_FINITE", state.global_step, message, {}), state)
+            self.raise_alert(Alert("NON_FINITE", state.global_step, message, {}), state)
 
     def on_log(
         self,
@@ -222,12 +229,13 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         """Raise the alerts that the step's figures show."""
         if "reward" not in logs:
             return
-        for alert in find(history(state), self._formats, random_prompts=self._random_prompts):
-            self._raise(alert, state)
+        for alert in find(history(state), self._formats, mean_rises=self._mean_rises):
+            self.raise_alert(alert, state)
             if alert.code in self._stop_on and self.stop_for is None:
                 self.stop_for = alert.code
 
-    def _raise(self, alert: Alert, state: TrainerState) -> None:
+    def raise_alert(self, alert: Alert, state: TrainerState) -> None:
+        """Write and announce an alert, unless the run has raised it before."""
         if alert.code in {earlier["code"] for earlier in self._record.alerts}:
             return
         raised = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}

@@ -69,11 +69,12 @@ def row_rewards(rewards: Sequence[Reward], rows: Sequence[Row]) -> list[RowRewar
     """Return the rewards for TRL's trainer.
 
     A reward that waits for a service begins early. A gate and the reward behind it do not: they share the scores of one
-    batch.
+    batch. A reward that ranks does not: it needs a whole group.
     """
     gates = {reward.gate for reward in rewards if reward.gate}
 
     def early(reward: Reward) -> bool:
-        return reward.spec.reward_type.waits and not reward.gate and reward not in gates
+        kind = reward.spec.reward_type
+        return kind.waits and not kind.ranks and not reward.gate and reward not in gates
 
     return [EarlyRowReward(reward, rows) if early(reward) else RowReward(reward, rows) for reward in rewards]

@@ -7,8 +7,7 @@ This module is the only one that uses private names of TRL and of Transformers' 
 offers public methods to the other modules. tests/trainer/test_run_trainer.py has a contract test for each private name.
 
 `SharedPrefixGRPOTrainer` computes the prompt of a group once, where TRL computes it for each completion, in the rollout and
-in the loss, forward and backward. TRL's own code still makes the loss, the advantages and the metrics. docs/training.md has
-the picture.
+in the loss. TRL's own code still makes the loss, the advantages and the metrics. docs/training.md has the picture.
 """
 
 import copy
@@ -38,6 +37,7 @@ from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
 from trainer.fused_norms import fuse_norms
 from trainer.progress import memory_gb, ordered_samples
+from trainer.rollout_mismatch import mismatch
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
 from trainer.shared_prefix_sampling import Decoder, sample
@@ -134,15 +134,17 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
                 reward.begin(prompts=prompts, completions=messages, **columns)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, but `generate` samples with the prompts' prefill shared, and with fused LoRA layers."""
+        """As TRL's with vLLM, with log-probabilities of the tokens; samples with shared prefills and fused LoRA layers."""
         ended = {} if self._generation_inputs is None else {"ended": self._begin_rewards}
-        generate = functools.partial(self._base.generate, custom_generate=functools.partial(sample, **ended))
-        self._base.generate = generate
+        found: list[Tensor] = []
+        chosen = functools.partial(sample, token_log_probs=found, **ended)
+        self._base.generate = functools.partial(self._base.generate, custom_generate=chosen)
         try:
             with self._sampling():
-                return super()._generate_single_turn(*args, **kwargs)
+                ids, _ = super()._generate_single_turn(*args, **kwargs)
         finally:
             del self._base.generate
+        return ids, [row[: len(each)] for row, each in zip(found[0].tolist(), ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -184,6 +186,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
             scored = ([score(parts[0])] if parts[0] else []) + ([without_gradient] if without_gradient else [])
         order = torch.tensor([row for rows in parts for row in rows], device=input_ids.device).argsort()
         logps, entropies = (torch.cat(each)[order] for each in zip(*scored, strict=True))
+        self._computed = logps.detach()
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -194,6 +197,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
             loss: Tensor = super()._compute_loss(model, inputs)
         finally:
             self._learns = None
+        for name, value in mismatch(inputs, self._computed, self.args.vllm_importance_sampling_clip_max).items():
+            self._metrics["train"][name].append(value)
         if torch.is_grad_enabled() and not loss.requires_grad:
             # No group has an advantage. The gradients must be zeros, as TRL's, not None.
             loss = loss + sum(0.0 * each.sum() for each in self.model.parameters() if each.requires_grad)
@@ -204,7 +209,7 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
     """Adds to a `GRPOTrainer` what a run needs: whole checkpoints, resumption, metrics for alerts, public methods.
 
     `run` and `record` go into the checkpoints' manifests. `prompt_limit` is the most tokens of a prompt. `curriculum`
-    chooses the prompts of each rollout, None: a random order. All other arguments are `GRPOTrainer`'s.
+    chooses the prompts of each rollout, None: a random order.
     """
 
     train_dataset: Any
@@ -266,6 +271,10 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         logs = self._logs
         return ordered_samples(logs["prompt"], logs["completion"], logs["rewards"])
 
+    def save_now(self) -> None:
+        """Write a checkpoint of the weights as they are."""
+        self._save_checkpoint(self.model, None)
+
     def finish_from(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a run that ended with this checkpoint, and let the callbacks write their files again."""
         self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
@@ -303,16 +312,14 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         return (self._known[0], None) if self._known else super()._generate_single_turn(*args, **kwargs)
 
-    # ---- metrics -----------------------------------------------------------------------------------------------------
-
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]) -> Any:
         """As TRL's. Adds the metrics that alerts need: rewards of cut and of finished completions, and the best reward."""
         known = self._known
         rewards = known[1] if known else super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        cut = torch.tensor([self.was_cut(ids) for ids in completion_ids_list], device=rewards.device)
-        cut = self.accelerator.gather(cut)
+        cut = self.accelerator.gather(torch.tensor([*map(self.was_cut, completion_ids_list)], device=rewards.device))
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._log_metric("answers", float(len(totals)))
+        self._log_metric("abstained", float(rewards.isnan().float().mean()))
         self._log_metric("reward_best", float(totals.max()))
         for name, chosen in (("reward_truncated", totals[cut]), ("reward_finished", totals[~cut])):
             if len(chosen):

@@ -37,9 +37,10 @@ def sample_completions(
     samples: int,
     *,
     greedy: bool = False,
+    limit: int | None = None,
     seed: int = 0,
 ) -> list[list[ScoredCompletion]]:
-    """Return `samples` completions for each row, sampled as in training, or greedily.
+    """Return `samples` completions for each row, sampled as in training, or greedily, or with another `limit` of tokens.
 
     Calls with another `seed` sample other completions. The ranks share the rows, and every rank gets all completions. The
     trainer's random numbers and metrics stay as they were.
@@ -48,7 +49,7 @@ def sample_completions(
     repeated = [row for row in rows[rank::ranks] for _ in range(samples)]
     size = completions_at_once(trainer)
     completions: list[ScoredCompletion] = []
-    with own_random_numbers(), torch.no_grad(), without_dropout(trainer.model), _decoding(trainer, greedy):
+    with own_random_numbers(), torch.no_grad(), without_dropout(trainer.model), _decoding(trainer, greedy, limit):
         torch.manual_seed(trainer.args.seed + rank + ranks * seed)
         for start in range(0, len(repeated), size):
             completions += _batch(trainer, rewards, repeated[start : start + size], samples)
@@ -104,12 +105,14 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _decoding(trainer: "RunTrainer", greedy: bool) -> Iterator[None]:
-    """Switch the trainer's generation to greedy decoding, if `greedy`."""
+def _decoding(trainer: "RunTrainer", greedy: bool, limit: int | None) -> Iterator[None]:
+    """Switch the trainer's generation to greedy decoding, if `greedy`, and to another limit of tokens, if given."""
     kept = trainer.generation_config
+    trainer.generation_config = copy.deepcopy(kept)
     if greedy:
-        trainer.generation_config = copy.deepcopy(kept)
         trainer.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if limit is not None:
+        trainer.generation_config.update(max_new_tokens=limit)
     try:
         yield
     finally:

@@ -34,24 +34,17 @@ def scored(test: InferenceTest, completions: list[Completion] | str, part: Part)
     """Score the completions of a test. If a reward fails, the result has its error and no score, never a score of 0."""
     if isinstance(completions, str):
         return ModelResult(error=completions)
-    rewards = part.rewards
     checks = build_checks(test.checks, part.allowed)
     checkers = build_rewards([check for check in checks if isinstance(check, Check)], part.allowed)
-    count = len(completions)
-    prompts = [test.prompt] * count
-    messages = [[{"role": "assistant", "content": completion.text}] for completion in completions]
-    columns = {name: [value] * count for name, value in test.columns.items()}
-    columns |= {"answer": [test.reference] * count, "id": [test.id] * count}
     try:
-        results = score(rewards, prompts, messages, columns)
-        checked = {checker.__name__: checker(prompts, messages, **columns) for checker in checkers}
+        results, checked = _scores(test, completions, part.rewards, checkers)
     except RewardError as error:
         return ModelResult(text=completions[0].text, error=str(error))
     samples = []
     for number, (completion, result) in enumerate(zip(completions, results, strict=True)):
-        measured = {name: values[number] for name, values in checked.items()}
+        measured = checked[number]
         unmet = [reason for check in checks if (reason := _unmet(check, completion, measured))]
-        paid = [result["rewards"][reward.__name__] for reward in rewards if reward.weight > 0]
+        paid = [result["rewards"][reward.__name__] for reward in part.rewards if reward.weight > 0]
         samples.append(
             ModelResult(
                 text=completion.text,
@@ -65,7 +58,33 @@ def scored(test: InferenceTest, completions: list[Completion] | str, part: Part)
                 first_token=completion.first_token,
             )
         )
-    return samples[0] if count == 1 else _mean(samples)
+    return samples[0] if len(samples) == 1 else _mean(samples)
+
+
+def _scores(
+    test: InferenceTest, completions: list[Completion], rewards: Sequence[Reward], checkers: Sequence[Reward]
+) -> tuple[list[dict[str, Any]], list[dict[str, float | None]]]:
+    """Return for each completion its entry of `tunedrop.rewards.score`, and the scores of the checks by name.
+
+    Ranked against each other, the samples of every model would have the same mean. Thus a reward that ranks scores each
+    alone, against the expected answer. Raises RewardError if it gives no rank: 0 would be a lost comparison.
+    """
+    ranking = [reward.__name__ for reward in [*rewards, *checkers] if reward.spec.reward_type.ranks]
+    results: list[dict[str, Any]] = []
+    checked: list[dict[str, float | None]] = []
+    for batch in [[each] for each in completions] if ranking else [completions]:
+        count = len(batch)
+        prompts = [test.prompt] * count
+        messages = [[{"role": "assistant", "content": completion.text}] for completion in batch]
+        columns = {name: [value] * count for name, value in test.columns.items()}
+        columns |= {"answer": [test.reference] * count, "id": [test.id] * count}
+        results += score(rewards, prompts, messages, columns)
+        by_check = {checker.__name__: checker(prompts, messages, **columns) for checker in checkers}
+        checked += [{name: values[place] for name, values in by_check.items()} for place in range(count)]
+        for name in ranking:
+            if (results[-1]["rewards"] | checked[-1])[name] is None:
+                raise RewardError(f"reward '{name}' gave no rank: its judge did not reply with a ranking")
+    return results, checked
 
 
 def _unmet(check: Check | Latency, completion: Completion, measured: dict[str, float | None]) -> str | None:

@@ -159,6 +159,7 @@ class Decoder:
 
     `sequences` (B, width + limit) are the prompts, padded on the left, and their completions, of which `written` tokens are
     known. `rows` (batch,) are the batch's rows in `sequences`. `finished` and `tokens` (batch,) are of its latest token.
+    `log_probs` (B, limit) are those of the sampled tokens, 0 for greedy ones.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Decoder:
         self._cache = Cache(prompts, model.config.num_hidden_layers, self.limit, input_ids.device)
         self.sequences = input_ids.new_full((rows, self.width + self.limit), config.pad_token_id)
         self.sequences[:, : self.width] = input_ids
+        self.log_probs = torch.zeros(rows, self.limit, device=input_ids.device)
         self.rows = torch.arange(rows, device=input_ids.device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         self.of_one_step = all(type(each) in OF_ONE_STEP for each in [*processors, *criteria])
@@ -237,7 +239,11 @@ class Decoder:
             end = self.width + self.written
             every = scores.new_zeros(len(self.sequences), scores.shape[1]).index_copy_(0, self.rows, scores)
             scores = self._processors(self.sequences[:, :end], every)[self.rows]
-        drawn = draw(scores) if config.do_sample else scores.argmax(-1)
+        if config.do_sample:
+            drawn, log_probs = draw(scores)
+            self.log_probs.index_put_((self.rows, cache.at.expand(len(self.rows))), log_probs)
+        else:
+            drawn = scores.argmax(-1)
         self.tokens = drawn.where(~self.finished, config.pad_token_id)
         self.sequences.index_put_((self.rows, (cache.at + self.width).expand(len(self.rows))), self.tokens)
         if self.of_one_step:
@@ -257,16 +263,20 @@ class Decoder:
         self.logits = self.logits[staying]
 
 
-def draw(scores: Tensor) -> Tensor:
-    """Sample a token (B,) from each row of scores (B, V), as softmax and `multinomial` do.
+def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample a token (B,) from each row of scores (B, V), as softmax and `multinomial` do. Return its log-probability too.
 
     On a CPU with one random number a row, which selects a block of tokens and a token of the block. On a GPU with one for
     each score, which needs no sums: the smallest of exponential times with the rates p belongs to each token with the
     probability p.
     """
     p = scores.softmax(-1)
-    if scores.is_cuda:
-        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+    drawn = (p / torch.empty_like(p).exponential_()).argmax(-1) if scores.is_cuda else _draw_by_block(p)
+    return drawn, p.gather(1, drawn[:, None])[:, 0].log()
+
+
+def _draw_by_block(p: Tensor) -> Tensor:
+    """Sample a token (B,) from each row of probabilities (B, V)."""
     missing = -p.shape[1] % BLOCK
     blocks = (F.pad(p, (0, missing)) if missing else p).unflatten(1, (-1, BLOCK))
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
@@ -286,14 +296,18 @@ def sample(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     ended: Callable[[list[int], Tensor], None] | None = None,
+    token_log_probs: list[Tensor] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Extend prompts (B, P), padded on the left, by sampled completions: (B, P + C). A `custom_generate` of `generate`.
 
     `ended` is called when rows leave the batch before the others, with their indices and completions (rows, C so far).
+    `token_log_probs` receives the log-probabilities (B, limit) of the sampled tokens.
     """
     mask = model_kwargs["attention_mask"]  # None where nothing is padded
     decoder = Decoder(model, input_ids, mask, logits_processor, stopping_criteria, generation_config)
+    if token_log_probs is not None:
+        token_log_probs.append(decoder.log_probs)
     graph = decoder.of_one_step and input_ids.device.type in GRAPHS
     repeat, repeats = decoder.step, 0
     while True:

@@ -30,6 +30,7 @@ from trainer import container, folders, models
 from trainer.answers import AskedModel
 from trainer.dataset import with_rewards
 from trainer.engines import Decoding
+from trainer.general_probe import probe_part
 from trainer.job import JobError, failure_reported, read_hyperparameters, set_up_logging
 from trainer.permissions import job_permissions
 from trainer.scoring import Part, evaluation_lines, outcomes, scored
@@ -37,15 +38,12 @@ from trainer.suite_tests import suite_parts
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import InferenceTest, ModelResult, parse_tests, with_reasoning
-from tunedrop.rewards import Reward, RewardSpec, build_rewards
+from tunedrop.rewards import build_rewards
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("trainer")
-
-PROBE = Path(__file__).with_name("probe.json")
-PROBE_TOKENS = 48
 
 
 def longest_answer(location: str, tests: Sequence[InferenceTest]) -> int:
@@ -56,19 +54,10 @@ def longest_answer(location: str, tests: Sequence[InferenceTest]) -> int:
 
 
 def own_parts(config: RunConfig, tests: Sequence[InferenceTest], decoding: Decoding) -> list[Part]:
-    """Return the run's tests, and the probe: general questions without the run's system prompt, which `contains` scores."""
-    allowed, trained = job_permissions(), int(config.grpo["max_completion_length"])
-
-    def part(name: str, tests: Sequence[InferenceTest], limit: int, rewards: list[Reward]) -> Part:
-        return Part(
-            name, tests, decoding._replace(limit=limit), rewards, allowed, template_of(config), least=min(limit, trained)
-        )
-
-    questions = parse_tests(PROBE.read_bytes(), RunConfig(model=config.model))
-    return [
-        part("", tests, decoding.limit, build_rewards(config.rewards, allowed)),
-        part("probe", questions, PROBE_TOKENS, build_rewards([RewardSpec(type="contains")])),
-    ]
+    """Return the run's tests, and the probe."""
+    allowed, least = job_permissions(), min(decoding.limit, int(config.grpo["max_completion_length"]))
+    own = Part("", tests, decoding, build_rewards(config.rewards, allowed), allowed, template_of(config), least=least)
+    return [own, probe_part(config, decoding)]
 
 
 def template_of(config: RunConfig) -> dict[str, Any]:

@@ -31,12 +31,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
-from trainer.dataset import check_step, dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
+from trainer.dataset import check_step, check_whole_groups, dataset_file, fit_prompts, heldout_rows, load_rows, with_rewards
 from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.config.schedule import fit_batches, optimizer_steps
+from tunedrop.config.schedule import evaluation_interval, fit_batches
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from trainer.bounds import Limit
     from trainer.checkpoints import Record
     from trainer.dataset import Dataset
+    from trainer.general_probe import Probe
     from trainer.run_trainer import RunTrainer
     from trainer.start import Start
 
@@ -182,6 +183,8 @@ def build_trainer(
 
     arguments = grpo_config(config, rewards)
     check_step(len(rows), arguments, "lower one of them")
+    if any(spec.reward_type.ranks for spec in config.rewards):
+        check_whole_groups(arguments)
     quantization = models.four_bit() if config.lora.load_in_4bit else {}
     model = models.load_model(location, dtype=models.weights_dtype(), device_map=models.device(), **quantization)
     lora = LoraConfig(task_type="CAUSAL_LM", **config.lora.peft_kwargs())
@@ -204,15 +207,19 @@ def build_trainer(
     return trainer
 
 
-def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row]) -> float | None:
-    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows."""
+def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe") -> float | None:
+    """Return the mean reward of greedy completions to held-out rows. None without rows.
+
+    The metrics get it, with the figures of the probe.
+    """
     from trainer.sampling import sample_completions
 
     if not rows:
         return None
     began = time.monotonic()
     reward = fmean(completion.score for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True))
-    trainer.add_metric("heldout_reward", reward)
+    for name, value in ({"heldout_reward": reward} | probe.ask()).items():
+        trainer.add_metric(name, value)
     log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
     return reward
 
@@ -226,20 +233,11 @@ def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     return Limit(config.compute.max_runtime, "max_runtime")
 
 
-def evaluation_interval(trainer: "RunTrainer", config: RunConfig, heldout: int) -> int:
-    """Return the number of steps between two evaluations of this many held-out rows."""
-    from trainer.bounds import evaluation_steps
+def train(flags: argparse.Namespace) -> str | None:
+    """Do the run, and return why it ended (`Record.ended`).
 
-    arguments = trainer.args
-    steps = optimizer_steps(config, len(trainer.train_dataset), trainer.accelerator.num_processes)
-    if not heldout:
-        return steps
-    trained = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return evaluation_steps(steps, trained / arguments.num_iterations, heldout)
-
-
-def train(flags: argparse.Namespace) -> None:
-    """Do the run. SIGTERM ends it after the current step, and the run still saves its model."""
+    SIGTERM ends it after the current step, and the run still saves its model.
+    """
     import_seconds = container.check("train")
     config = read_config(flags)
     path = dataset_file(flags.dataset_filename)
@@ -257,10 +255,12 @@ def train(flags: argparse.Namespace) -> None:
     from trainer import checkpoints
     from trainer.announce import announcer
     from trainer.bounds import Bounds
+    from trainer.general_probe import Probe
     from trainer.learnability_gate import check_learnability, drop_rows
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
     from trainer.start import read as read_start
+    from trainer.watchdog import train_watched
 
     folder, target = folders.checkpoint_dir(), folders.model_dir()
     start = read_start(config)
@@ -284,14 +284,14 @@ def train(flags: argparse.Namespace) -> None:
         stop_on=config.alerts.stop_on,
         samples=trainer.latest_samples,
         announce=announcer(),
-        random_prompts=trainer.curriculum is None,
+        mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )
     bounds = Bounds(
         record,
         runtime_limit(config, flags),
         watch,
-        functools.partial(heldout_reward, trainer, rewards, heldout),
-        evaluation_interval(trainer, config, len(heldout)),
+        functools.partial(heldout_reward, trainer, rewards, heldout, Probe(trainer, config, heldout)),
+        evaluation_interval(config, len(trainer.train_dataset), len(heldout), trainer.accelerator.num_processes),
         began=started(),
         finish_seconds=finish_seconds,
     )
@@ -301,13 +301,15 @@ def train(flags: argparse.Namespace) -> None:
         chooses = "activation_checkpointing" not in config.grpo
         trainer.add_callback(MemoryProbe(trainer, data.lengths, chooses_checkpointing=chooses))
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        go = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        train_watched(trainer, watch, len(heldout) / trainer.args.generation_batch_size, go)
     else:  # the run was killed after its last step, or no time is left
         assert checkpoint is not None  # `go_on` raises without one
         trainer.finish_from(checkpoint)
     if trainer.is_world_process_zero():
         prompts = [row["prompt"] for row in heldout or data.rows]
         save(trainer, config, location, tokenizer, data, start, flags.run_id, prompts)
+    return record.ended
 
 
 def save(
@@ -354,8 +356,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train with the command-line flags. Exits with 0, or with 1 and the reason in the failure file."""
     set_up_logging()
     with failure_reported():
-        train(parse_flags(sys.argv[1:] if arguments is None else arguments))
+        ended = train(parse_flags(sys.argv[1:] if arguments is None else arguments))
         leave_process_group()
+    if ended == "STALLED":
+        # A thread that hangs would keep the process from ending.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

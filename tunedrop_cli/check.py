@@ -124,11 +124,18 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
             yield f"{name}s", f"{length['min']:.0f} to {length['max']:.0f} characters, median {length['p50']:.0f}"
     if receipt.rewards:
         yield from _reward_facts(receipt.rewards)
-    for each in receipt.cost.get("instances", []):
+    yield from _cost_facts(receipt.cost)
+
+
+def _cost_facts(cost: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, each in cost.get("services", {}).items():
+        low, high = each["tokens"]
+        yield "requests", f"{each['requests']:,} to the service of '{name}', {low:,} to {high:,} tokens"
+    for each in cost.get("instances", []):
         if each["hours"]:
             dollars = "" if each["usd"] is None else ", ${:.2f} to ${:.2f}".format(*each["usd"])
             yield "cost", "{}, {:.1f} to {:.1f} hours".format(each["instance_type"], *each["hours"]) + dollars
-    if serving := receipt.cost.get("serving"):
+    if serving := cost.get("serving"):
         busy = (
             "at an unknown price"
             if serving["busy_usd_per_hour"] is None
@@ -144,6 +151,12 @@ def _reward_facts(rewards: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "rewards", f"the dataset's answers score {means[GOLD]:.2f} on average"
     if paraphrases := [f"{words} {means[kind]:.2f}" for kind, words in PARAPHRASES.items() if kind in means]:
         yield "paraphrases", ", ".join(paraphrases)
+    for name, each in rewards["by_reward"].items():
+        if "consistency" in each:
+            yield (
+                "consistency",
+                f"'{name}' ranked the same answers twice, with a rank correlation of {each['consistency']:.2f}",
+            )
     best = rewards["best_wrong"]
     kind = best["kind"].replace("_", " ")
     yield "best wrong answer", f"{kind}, {best['score']:.2f} vs {best['gold_score']:.2f} ({best['row']})"

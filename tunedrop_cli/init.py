@@ -3,7 +3,8 @@
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from tunedrop.questions import prompt_text, question
 from tunedrop.rewards.registry import ALL_COLUMNS
 from tunedrop.rewards.sample import ACCEPTED, final_answer
 from tunedrop_cli.check import check_file
+from tunedrop_cli.rubric import rubric_draft
 
 # A fifth of the questions are tests: at least as many as the gate needs to decide, and no more than that and some to spare.
 MOST_TESTS = 48
@@ -41,6 +43,9 @@ _FORMS = {
     "json_match": "Answer with JSON only.",
     "exact_match": "Answer with a few words, without an explanation.",
 }
+# Rewards that the choice by the answers takes for free texts.
+_FREE_TEXT = {"judge", "similarity"}
+RUBRIC_ROWS = 500
 _WORKED = "Reason step by step. End with a line of the form: #### answer"
 
 
@@ -52,12 +57,16 @@ class Decision(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A run config, the reasons for its keys, the receipt of the dataset with it, and tests (empty: the user's own)."""
+    """A run config, the reasons for its keys, the receipt of the dataset with it, and tests (empty: the user's own).
+
+    `rubric` is a draft for a judge, without points where the answers are no free texts.
+    """
 
     config: dict[str, Any]
     reasons: dict[str, str]
     receipt: Receipt
     tests: str
+    rubric: Sequence[str] = ()
 
 
 def propose(
@@ -82,6 +91,7 @@ def propose(
     if not receipt.ok:
         return Proposal(config, {}, receipt, "")
     chosen, reasons = _choices(receipt, config)
+    rubric = _rubric(file, chosen)
     config = _merged(config, chosen)
     tests, written = own_tests, ""
     if own_tests is None:
@@ -95,7 +105,7 @@ def propose(
     config["grpo"] |= {"learning_rate": learning_rate(steps, parameters)}
     size = f" of a model with {parameters / 1e9:.2g} billion parameters" if parameters else ""
     reasons["grpo"] += f". The learning rate is for {steps} steps{size}; halve it if the reward falls"
-    return Proposal(config, reasons, receipt, written)
+    return Proposal(config, reasons, receipt, written, rubric)
 
 
 def _checked(file: Path, model: Path | None, folder: Path, config: Mapping[str, Any], tests: Path | None = None) -> Receipt:
@@ -200,6 +210,15 @@ def _choices(receipt: Receipt, config: Mapping[str, Any]) -> tuple[dict[str, Any
     return chosen, reasons
 
 
+def _rubric(file: Path, chosen: Mapping[str, Any]) -> list[str]:
+    """Return the draft of a rubric where the chosen reward is one for free texts."""
+    if chosen["rewards"][0]["type"] not in _FREE_TEXT:
+        return []
+    parsed = parse_run_config({"model": "none", "columns": chosen["columns"]})
+    rows = (row for row in read_rows(file, parsed) if not isinstance(row, Problem))
+    return rubric_draft([(prompt_text(row["prompt"]), row["answer"]) for row in islice(rows, RUBRIC_ROWS)])
+
+
 def _form(receipt: Receipt, worked: bool) -> str:
     (reward,) = (spec["type"] for spec in receipt.rewards["chosen"])
     labels = next((warning for warning in receipt.warnings if "the prompts do not name them" in warning), "")
@@ -238,5 +257,25 @@ def config_text(proposal: Proposal, name: str) -> str:
             "",
             *textwrap.wrap(f"{reason}.", 118, initial_indent="# ", subsequent_indent="# "),
             yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=120).rstrip(),
+            *(_ranked_by(proposal.rubric) if key == "rewards" and proposal.rubric else []),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _ranked_by(rubric: Sequence[str]) -> list[str]:
+    """Return the comment that proposes a judge with a rubric."""
+    judged = {"type": "judge_group", "model": "MODEL", "rubric": "".join(f"- {point}\n" for point in rubric)}
+    text = "No answer is the only right one? Then let a judge rank the model's answers: put in its model (and its url), and "
+    text += "complete the rubric, a draft of what most answers of the file have in common. docs/rewards.md explains judges."
+    dumped = yaml.dump({"rewards": [judged]}, Dumper=_Literal, sort_keys=False, allow_unicode=True, width=120)
+    return [f"# {line}" for line in [*textwrap.wrap(text, 118), *dumped.rstrip().split("\n")]]
+
+
+class _Literal(yaml.SafeDumper):
+    """Writes texts of several lines as they are."""
+
+
+_Literal.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)

@@ -32,7 +32,7 @@ def put(client: Any, event: dict[str, Any]) -> None:
 
 
 class AlertEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An alert of a training job (docs/alerts.md). `evidence` has the figures that caused the alert, by name."""
+    """An alert of a training job (docs/alerts.md). `evidence` has the figures and curves that caused the alert, by name."""
 
     run_id: str
     dataset: str
@@ -40,7 +40,7 @@ class AlertEvent(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     step: int
     message: str
-    evidence: dict[str, float]
+    evidence: dict[str, float | list[float]]
 
     @property
     def detail(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from answering_server import judge_server
 from click.testing import CliRunner
 from fake_stack import ARTIFACTS, DATA
 
@@ -123,3 +124,21 @@ def test_many_errors_are_counted_by_code_after_the_first_twenty(tmp_path):
     assert [line for line in lines if ": NO_PROMPT: " in line][19].startswith(f"{data}:20: NO_PROMPT: ")
     assert "10 more errors; all errors by code: NO_ANSWER 5, NO_PROMPT 25" in lines
     assert lines[-1] == "rejected: 0 rows, 0 held out, 0 inference tests, 30 errors, 1 warning"
+
+
+def test_a_judges_consistency_and_requests_are_printed(tmp_path, monkeypatch):
+    data, config = tmp_path / "t.jsonl", tmp_path / "t.yaml"
+    rows = [{"question": f"Why is {n} so?", "answer": "because " * (n % 5 + 2) + str(n)} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("REWARD_HTTP_HOSTS", "127.0.0.1")
+    with judge_server(lambda answer: ("because" in answer, len(answer))) as judge:
+        config.write_text(f"rewards: [{{type: judge_group, model: any, url: '{judge.url}/v1'}}]")
+        said = CliRunner().invoke(cli, ["check", str(data), "--config", str(config)])
+    assert said.exit_code == 0, said.output
+    assert re.search(r"^consistency: +'judge_group' ranked the same answers twice, .* 1\.00$", said.output, re.MULTILINE)
+    requests = re.search(
+        r"^requests: +([\d,]+) to the service of 'judge_group', [\d,]+ to [\d,]+ tokens$", said.output, re.M
+    )
+    # 36 rows are trained on, in groups of 8, with 16 prompts of the gate; the four held-out rows are tests of two models.
+    assert requests
+    assert int(requests[1]) == 36 + 16 + 2 * 4

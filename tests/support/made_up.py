@@ -82,7 +82,7 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
     """The report of a made-up run."""
     rewards = [{"type": "exact_match"}, {"type": "length", "weight": 0.1}]
     config = parse_run_config({"model": "SmolLM2-135M-Instruct", "rewards": rewards, "system_prompt": HOSTILE})
-    evaluation = msgspec.to_builtins(evaluate(tests, config, suite, tries))
+    evaluation = msgspec.to_builtins(evaluate(tests, config, suite, tries, more.get("probe", ())))
     if evaluation["champion"]:
         evaluation["champion"]["run_id"] = "faq-00000000000b"
     folder = "s3://artifacts/runs/cars-0123456789ab/"

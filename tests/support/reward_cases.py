@@ -226,5 +226,9 @@ CASES: dict[str, list[tuple[dict[str, Any], str, str, float | None]]] = {
         ({"model": "grader"}, "Paris", "Paris", 1.0),
         ({"model": "grader", "scale": [-10, 30]}, "Rome", "Paris", 0.25),
     ],
+    "judge_group": [
+        ({"model": "grader"}, "Paris", "Paris", 0.5),
+        ({"model": "grader"}, "Rome", "Paris", 0.0),
+    ],
     "python": [({"file": "own.py"}, "Paris", "Paris", 1.0), ({"file": "own.py", "function": "half"}, "Rome", "Paris", 0.5)],
 }

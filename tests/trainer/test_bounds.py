@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from trainer import bounds, train
-from trainer.bounds import Costs, enough_time, evaluation_steps, save_due
+from trainer.bounds import Costs, enough_time, save_due
 from trainer.job import JobError
 from trainer.sampling import ScoredCompletion
+from tunedrop.config.schedule import evaluation_steps
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_a_budget_for_half_the_steps_ends_with_the_best_model_by_then(job, monke
         return [ScoredCompletion("", reward, {}, cut=False) for reward in [next(rewards)] * len(rows)]
 
     monkeypatch.setattr("trainer.sampling._batch", evaluate)
+    monkeypatch.setattr("trainer.general_probe.Probe._right", lambda _probe: [True])
     train.train(train.parse_flags(flags))
     result = job.training()
     # 78 s less 3 % are six steps of 10 s and two evaluations of 3 s.

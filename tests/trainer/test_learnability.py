@@ -10,6 +10,7 @@ import pytest
 from trainer import learnability, learnability_gate, train
 from trainer.job import JobError, describe
 from trainer.sampling import ScoredCompletion
+from tunedrop.config.schedule import most_gate_prompts
 from tunedrop.rewards import RewardSpec
 
 
@@ -60,14 +61,14 @@ def test_rewards_of_many_values_are_expected_to_differ():
     ],
 )
 def test_the_gate_costs_a_small_part_of_the_run(answers, samples, most):
-    assert learnability.most_prompts(answers, samples) == most
+    assert most_gate_prompts(answers, samples) == most
 
 
 @pytest.mark.parametrize("groups", [30, 60, 240, 250, 300, 600, 1_500, 2_999, 3_000, 50_000])
 def test_a_run_with_thirty_groups_and_one_percent_that_teach_is_hardly_ever_stopped(groups):
     """The rate that the module's docstring promises, of a gate which sees as many completions as a group has."""
     teaching = max(30 / groups, 0.01)
-    assert (1 - teaching) ** learnability.most_prompts(groups * 8, 8) <= 0.05
+    assert (1 - teaching) ** most_gate_prompts(groups * 8, 8) <= 0.05
 
 
 @pytest.mark.parametrize("most", [1, 15, 16, 17, 24, 30, 300])

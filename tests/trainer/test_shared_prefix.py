@@ -415,7 +415,7 @@ def test_a_draw_has_the_probabilities_and_never_an_excluded_token(vocabulary):
     scores[torch.randperm(vocabulary)[: vocabulary // 2]] = -torch.inf
     scores[-1] = -torch.inf
     expected = scores.softmax(-1)
-    drawn = shared_prefix_sampling.draw(scores.expand(60_000, -1))
+    drawn, _ = shared_prefix_sampling.draw(scores.expand(60_000, -1))
     found = torch.bincount(drawn, minlength=vocabulary) / len(drawn)
     assert found.shape == expected.shape
     assert (found[expected == 0] == 0).all()
@@ -426,7 +426,7 @@ def test_a_draw_from_one_possible_token_takes_it():
     for token in (0, 127, 128, 299):
         scores = torch.full((50, 300), -torch.inf)
         scores[:, token] = 3.0
-        assert shared_prefix_sampling.draw(scores).unique().tolist() == [token]
+        assert shared_prefix_sampling.draw(scores)[0].unique().tolist() == [token]
 
 
 @pytest.mark.parametrize(
@@ -473,3 +473,12 @@ def test_so_with_smollm2(tmp_path, monkeypatch, beta):
 def test_greedy_rollouts_of_smollm2_are_those_of_trl(tmp_path):
     found = [rollouts(cls, fetch(MODELS), tmp_path, perturb=False) for cls in (GRPOTrainer, SharedPrefixGRPOTrainer)]
     assert found[0] == found[1]
+
+
+def test_the_sampler_returns_the_log_probabilities_that_the_loss_computes(tiny, tmp_path, graphs):
+    trainer, _ = build(SharedPrefixGRPOTrainer, tiny, tmp_path, temperature=0.7, max_completion_length=40, max_steps=2)
+    trainer.generation_config.eos_token_id = trainer.eos_token_ids = [END, *range(20, 24)]
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "mismatch" in entry]
+    assert len(found) == 2
+    assert all(entry["mismatch"] < 1e-5 > entry["mismatch_p99"] and entry["mismatch_clipped"] == 0 for entry in found)

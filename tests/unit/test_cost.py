@@ -14,7 +14,7 @@ from tunedrop.config.instances import _GPUS, gpu
 from tunedrop.config.parse import parse_run_config
 
 PRICES = Prices("2026-11-24", "eu-central-1", {"ml.g5.xlarge": 2.0, "ml.g5.12xlarge": 10.0, "ml.c5.xlarge": 0.3})
-WORK = Work(rows=2000, tests=100, prompt_tokens=150.0, answer_tokens=60.0, parameters=0.6e9)
+WORK = Work(rows=2000, choosing=64, tests=100, prompt_tokens=150.0, answer_tokens=60.0, parameters=0.6e9)
 G5 = ["ml.g5.xlarge"]
 
 
@@ -115,7 +115,7 @@ def test_spot_is_a_wide_range_and_the_config_decides():
 )
 @settings(deadline=None)
 def test_the_low_end_is_never_above_the_high_one(rows, tests, prompt, answer, parameters, instance, spot):
-    work = Work(rows, tests, prompt, answer, parameters)
+    work = Work(rows, rows // 10, tests, prompt, answer, parameters)
     receipt, problems, _ = estimate(config(), work, [instance], stack(PRICES, spot))
     for key in ("hours", "training_hours", "usd"):
         low_high(receipt, key)
@@ -240,3 +240,42 @@ def test_the_receipt_says_what_serving_costs_busy_and_idle():
     assert serving(terms._replace(prices=None)) == busy | {"busy_usd_per_hour": None}
     assert serving(enabled=False) is serving(target="bedrock") is None
     assert serving(terms._replace(endpoint_instance_type="")) is None
+
+
+SERVICES = [
+    # One epoch of 2000 rows, 8 answers each; ten evaluations of 64 rows; 16 prompts of the gate, 8 answers each.
+    ({"type": "judge", "model": "m"}, {}, {"learnability": 128, "training": 16000, "evaluations": 640, "tests": 200}),
+    ({"type": "judge_group", "model": "m"}, {}, {"learnability": 16, "training": 2000, "evaluations": 640, "tests": 200}),
+    (
+        {"type": "http", "url": "https://x", "batch_size": 64},
+        {},
+        {"learnability": 2, "training": 250, "evaluations": 10, "tests": 200},
+    ),
+    (
+        {"type": "judge_group", "model": "m"},
+        {"learnability": {"samples": 0}, "grpo": {"num_iterations": 2, "max_steps": 100}},
+        {"learnability": 0, "training": 50, "evaluations": 64, "tests": 200},
+    ),
+    (
+        {"type": "judge_group", "model": "m"},
+        {"learnability": {"policy": "drop"}},
+        {"learnability": 200, "training": 2000, "evaluations": 640, "tests": 200},
+    ),
+]
+
+
+@pytest.mark.parametrize(("reward", "given_config", "requests"), SERVICES)
+def test_the_requests_to_a_rewards_service_are_counted(reward, given_config, requests):
+    receipt, _, _ = estimate(config(rewards=[{"type": "exact_match"}, reward], **given_config), WORK, G5, stack(PRICES))
+    assert list(receipt["services"]) == [reward["type"]]
+    service = receipt["services"][reward["type"]]
+    assert (service["by_part"], service["requests"]) == (requests, sum(requests.values()))
+    assert 0 < service["tokens"][0] < service["tokens"][1]
+
+
+def test_a_judge_that_ranks_reads_a_question_once_for_all_its_answers():
+    alone, together = (
+        estimate(config(rewards=[{"type": kind, "model": "m"}]), WORK, G5, stack())[0]["services"][kind]["tokens"]
+        for kind in ("judge", "judge_group")
+    )
+    assert together[0] < alone[0] / 2

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tunedrop_cli.check import check_file
 from tunedrop_cli.init import learning_rate, propose
 from tunedrop_cli.main import cli
+from tunedrop_cli.rubric import rubric_draft
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -129,3 +130,70 @@ def test_answers_on_a_terminal_are_taken(tmp_path):
     said = CliRunner().invoke(cli, ["init", str(data)], input="n\ny\n")
     assert said.exit_code == 0
     assert yaml.safe_load((tmp_path / "t.yaml").read_text())["columns"]["ignore"] == ["chapter"]
+
+
+REPLIES = [
+    {
+        "question": f"My order {n} has not arrived. Where is the parcel with the {thing}?",
+        "answer": f"Thank you for writing about order {n}.\n\n- The parcel with the {thing} left our store.\n"
+        f"- It arrives in {n % 5 + 1} days.\n\nIs there anything else?",
+    }
+    for n, thing in enumerate(["lamp", "chair", "table", "mirror", "carpet"] * 12)
+]
+
+
+def test_free_texts_get_a_draft_of_a_rubric(tmp_path, monkeypatch):
+    data = tmp_path / "t.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in REPLIES))
+    assert CliRunner().invoke(cli, ["init", str(data), "--yes"]).exit_code == 0
+    text = (tmp_path / "t.yaml").read_text()
+    assert yaml.safe_load(text)["rewards"][0]["type"] == "similarity"
+    begin = text.index("# rewards:")
+    commented = text[begin : text.index("\n\n", begin)]
+    (proposed,) = yaml.safe_load(commented.replace("# ", "", 1).replace("\n# ", "\n"))["rewards"]
+    assert proposed["rubric"].splitlines() == [
+        "- Answers the question correctly and completely, and invents nothing.",
+        "- Has 26 words.",
+        "- Has a list of points.",
+        "- Gives figures.",
+        "- Ends with a question.",
+        "- Begins with “Thank you for”.",
+        "- Ends with “there anything else?”.",
+    ]
+    # What is proposed is valid once a model is put in.
+    config = tmp_path / "judged.yaml"
+    spec = proposed | {"model": "m", "url": "https://judge.example.com/v1"}
+    config.write_text(yaml.safe_dump({"rewards": [spec], "preflight": {"rows": 0}}))
+    monkeypatch.setenv("REWARD_HTTP_HOSTS", "judge.example.com")
+    receipt = check_file(data, config, tmp_path / "t.tests.json", None)
+    assert (receipt.errors, receipt.cost["services"]["judge_group"]["requests"] > 0) == ([], True)
+
+
+DRAFTS = [
+    (["one two three four"] * 8, ["Has 4 words.", "Is a single paragraph.", "Begins with", "Ends with"]),
+    (
+        [f"1. Take {n} things\n2. Put them there and go" for n in "abcdefghi"],
+        ["Has 10 words.", "Has numbered steps.", "Gives figures.", "Ends with “there and go”."],
+    ),
+    ([f"{n} " * (n + 3) for n in range(20)], ["Has 5 to 20 words.", "Gives figures.", "Is a single paragraph."]),
+    (["the river runs to the sea"] * 7, []),
+]
+
+
+@pytest.mark.parametrize(("answers", "points"), DRAFTS)
+def test_a_draft_has_what_most_answers_have(answers, points):
+    found = rubric_draft([("Why?", answer) for answer in answers])[1:]
+    assert all(any(each.startswith(point) for each in found) for point in points)
+    assert len(found) <= len(points) + 1 if points else found == []
+
+
+def test_answers_that_the_questions_hold_are_to_add_nothing():
+    rows = [
+        (f"The castle {n} was built near the river and burned. Summarise.", f"castle {n} burned near river")
+        for n in "abcdefgh"
+    ]
+    assert rubric_draft(rows)[-1] == "Uses what the question says, and adds no facts of its own."
+
+
+def test_short_answers_get_no_rubric(tmp_path):
+    assert propose(SAMPLES / "worked_answers.jsonl", None, tmp_path, lambda _: True).rubric == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answering_server import ranking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -429,3 +430,56 @@ def test_a_judge_grades_few_candidates_and_each_once():
     assert (found.problems, found.warnings) == ([], [])
     assert len(client.asked) == FEW_ROWS * (1 + len(WRONG) - 1)  # no form is asked for
     assert found.receipt["rows"] == FEW_ROWS
+
+
+RANKED = reward("judge_group", model="m")
+
+
+class RankingClient(Client):
+    """A boto3 client whose model ranks by `grade`, which may differ from call to call."""
+
+    def __init__(self, grade):
+        super().__init__()
+        self._grade = grade
+
+    def converse(self, **request):
+        text = request["messages"][0]["content"][0]["text"]
+        self.asked.append(text)
+        calls = len(self.asked)
+        ranked = json.dumps({"ranking": ranking(text, lambda answer: self._grade(answer, calls))})
+        return {"output": {"message": {"content": [{"text": ranked}]}}}
+
+
+def ranked_by(grade):
+    client = RankingClient(grade)
+    return tried(capitals(), [RANKED], RewardPermissions(lambda _: client, judge_model="m")), client
+
+
+def test_a_judge_that_ranks_is_asked_twice_about_a_row_and_its_ranks_are_compared():
+    found, client = ranked_by(lambda answer, _: (answer in CITIES.values(), len(answer)))
+    assert (found.problems, len(client.asked)) == ([], 2 * FEW_ROWS)
+    assert found.receipt["by_reward"]["judge_group"]["consistency"] == 1.0
+    # Another row's city is a city too: which of the two is right, this judge does not know.
+    assert [warning[:60] for warning in found.warnings if "another row" not in warning] == []
+
+
+@pytest.mark.parametrize(
+    ("grade", "low", "high"),
+    [
+        (lambda answer, calls: hash((answer, calls)), -0.7, 0.69),
+        (lambda answer, calls: len(answer) * (1 if calls <= FEW_ROWS else -1), -1.0, -1.0),
+        (lambda answer, calls: len(answer) * (calls <= FEW_ROWS), 0.0, 0.0),
+    ],
+)
+def test_a_judge_that_ranks_otherwise_each_time_is_named(grade, low, high):
+    found, _ = ranked_by(grade)
+    assert low <= found.receipt["by_reward"]["judge_group"]["consistency"] <= high
+    assert any("ranks the same answers differently each time" in warning for warning in found.warnings)
+
+
+def test_a_judge_without_a_ranking_is_named_before_the_job():
+    client = Client()  # it grades, and never ranks
+    found = tried(capitals(), [RANKED], RewardPermissions(lambda _: client, judge_model="m"))
+    assert [problem.code for problem in found.problems] == ["REWARD_CONSTANT"]
+    assert "reward 'judge_group' abstained on every answer: its service gave no reply that it can use" in found.warnings
+    assert "consistency" not in found.receipt["by_reward"]["judge_group"]

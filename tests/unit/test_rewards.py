@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import reward_cases
+from answering_server import ranking
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -56,8 +57,10 @@ class Service:
         return io.BytesIO(json.dumps(results).encode())
 
     def converse(self, messages, **_):
-        right = "\nParis\n</answer " in messages[0]["content"][0]["text"]
-        return {"output": {"message": {"content": [{"text": f"<score>{10 * right}</score>"}]}}}
+        text = messages[0]["content"][0]["text"]
+        right = "\nParis\n</answer " in text
+        ranked = json.dumps({"ranking": ranking(text, lambda answer: answer == "Paris")})
+        return {"output": {"message": {"content": [{"text": f"<score>{10 * right}</score> {ranked}"}]}}}
 
 
 @pytest.fixture
@@ -344,7 +347,7 @@ def test_wrong_names_of_rewards_are_refused(specs, message):
         ({"type": "code_tests"}, "programs that a model wrote, which is not allowed"),
         ({"type": "python", "file": "a.py"}, "a Python file, which is not allowed"),
         ({"type": "lambda", "function_arn": "f"}, "a function that is not in the allowed list .*RewardFunctionArns"),
-        ({"type": "judge", "model": "m"}, "a model that is not the allowed model .*RewardJudgeModel"),
+        ({"type": "judge", "model": "m"}, "asks a model that is not the allowed model.*RewardJudgeModel"),
         ({"type": "http", "url": "https://x/y"}, "a host that is not in the allowed list .*RewardHttpHosts"),
     ],
 )

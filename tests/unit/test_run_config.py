@@ -313,6 +313,25 @@ FIXES = [
         ["grpo.gradient_accumulation_steps 1 → 2: "],
     ),
     ("{grpo: {num_generations: 16}, compute: {instance_count: 2}}", []),
+    # a reward that ranks a group must see all of it on one GPU
+    (
+        "{grpo: {num_generations: 16}, compute: {instance_count: 2}, rewards: [{type: judge_group, model: m}]}",
+        ["grpo.gradient_accumulation_steps 1 → 2: "],
+    ),
+    (
+        (
+            "{grpo: {num_generations: 16, generation_batch_size: 64}, compute: {instance_type: ml.g5.12xlarge}, "
+            "rewards: [{type: judge_group, model: m}]}"
+        ),
+        [],
+    ),
+    (
+        (
+            "{grpo: {num_generations: 16, generation_batch_size: 32}, compute: {instance_type: ml.g5.12xlarge}, "
+            "rewards: [{type: judge_group, model: m}]}"
+        ),
+        ["grpo.generation_batch_size 32 → 64: "],
+    ),
 ]
 
 
@@ -330,6 +349,8 @@ def test_batches_are_corrected_and_the_corrections_reported(text, fixes):
         assert check_instances(config, [name]) == []
 
 
+# On four GPUs, each generates a half of a group.
+HALF_GROUPS = "grpo: {generation_batch_size: 16, per_device_train_batch_size: 4}"
 INSTANCES = [
     # config, instance types, the keys that are wrong
     ("lora: {load_in_4bit: true}", ["ml.m5.xlarge"], ["lora.load_in_4bit"]),
@@ -347,6 +368,9 @@ INSTANCES = [
     ("grpo: {tf32: false}", ["ml.m5.xlarge"], []),
     ("grpo: {generation_batch_size: 8}", ["ml.g5.12xlarge"], ["grpo.generation_batch_size"]),
     ("grpo: {generation_batch_size: 32}", ["ml.g5.12xlarge"], []),
+    (f"{HALF_GROUPS}\nrewards: [{{type: judge, model: m}}]", ["ml.g5.12xlarge"], []),
+    (f"{HALF_GROUPS}\nrewards: [{{type: judge_group, model: m}}]", ["ml.g5.12xlarge"], ["grpo.generation_batch_size"]),
+    (f"{HALF_GROUPS}\nrewards: [{{type: judge_group, model: m}}]", ["ml.g5.xlarge"], []),
 ]
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from pipeline.publish import statistics
-from pipeline.publish.comparison import FEW_TESTS, Pair, compare, interval, needed, sign_test
+from pipeline.publish.comparison import FEW_TESTS, Pair, compare, interval, needed
 from pipeline.publish.gate import evaluate
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
+from tunedrop.sign_test import sign_test
 
 NUMBERS = count()  # each test asks another question
 
@@ -361,3 +362,46 @@ def test_by_tag_and_by_reward():
 def test_no_test_that_could_be_scored_is_an_error():
     with pytest.raises(ValueError, match="none of the 2 inference tests"):
         evaluate(outcomes((0, None), (None, 1)), config())
+
+
+# --- the general questions ---
+
+
+def probed(kept: int, lost: int, gained: int = 0) -> list[Outcome]:
+    """General questions of which the tuned model kept, lost and gained so many; neither model knows the rest of 24."""
+    pairs = [TIED] * kept + [LOST] * lost + [WON] * gained
+    return outcomes(*pairs, *[(0, 0)] * (24 - len(pairs)))
+
+
+PROBES = [
+    # kept, lost, gained; gate.probe_max_loss; the verdict, and words of its reasons
+    ((15, 0), None, "APPROVED", "The tuned model is better"),
+    ((0, 15), None, "APPROVED", "The tuned model is better"),
+    ((15, 0), 0.13, "APPROVED", "It keeps the general questions: a difference of +0.000 over 24 general questions ("),
+    ((15, 0), 0.1, "PENDING", "Not enough evidence that the general questions are kept"),
+    ((14, 1), 0.2, "PENDING", "the true loss may be 0.200 or more (gate.probe_max_loss)"),
+    ((14, 1), 0.25, "APPROVED", "It keeps the general questions"),
+    ((4, 11), 0.15, "REJECTED", "The tuned model has lost general questions: a difference of -0.458"),
+    ((0, 15), 1.0, "APPROVED", "It keeps the general questions: a difference of -0.625"),
+    ((10, 0, 9), 0.05, "APPROVED", "a difference of +0.375"),
+]
+
+
+@pytest.mark.parametrize(("questions", "max_loss", "status", "words"), PROBES)
+def test_the_general_questions_decide_where_the_config_says_so(questions, max_loss, status, words):
+    gate = {} if max_loss is None else {"probe_max_loss": max_loss}
+    evaluation = evaluate(outcomes(*[WON] * 30), config(**gate), probe=probed(*questions))
+    assert evaluation.verdict.status == status
+    assert words in " ".join(evaluation.verdict.reasons)
+    assert evaluation.probe
+    assert (evaluation.probe.tests, evaluation.probe.losses) == (24, questions[1])
+
+
+def test_questions_without_an_answer_do_not_count():
+    unanswered = outcomes((None, 1), (1, None))
+    assert evaluate(outcomes(*[WON] * 30), config(), probe=unanswered).probe is None
+    verdict = evaluate(outcomes(*[WON] * 30), config(probe_max_loss=0.5), probe=unanswered).verdict
+    assert (verdict.status, "No general question could be answered" in verdict.reasons[0]) == ("PENDING", True)
+    probe = evaluate(outcomes(*[WON] * 30), config(), probe=unanswered + probed(20, 0)).probe
+    assert probe
+    assert probe.tests == 24

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from tunedrop.sign_test import sign_test
+
 BOOTSTRAP_SAMPLES = 2000
 # Fewer tests than this are not enough evidence about other prompts.
 FEW_TESTS = 20
@@ -174,19 +176,6 @@ def interval(
         highs.append((total + shift) / weight)
     tail = max(1, int((1 - confidence) / 2 * samples))
     return sorted(lows)[tail - 1], sorted(highs)[-tail]
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Return the exact two-sided p-value of equally likely wins and losses; ties do not count.
-
-    For pass-or-fail scores this is McNemar's exact test.
-    """
-    decided = wins + losses
-    as_few, ways = 0, 1
-    for k in range(min(wins, losses) + 1):
-        as_few += ways
-        ways = ways * (decided - k) // (k + 1)  # the next binomial coefficient
-    return min(1.0, 2 * as_few / (1 << decided))
 
 
 def needed(lift: float, variance: float, confidence: float, span: float, min_lift: float, extra: int = 1) -> int | None:

@@ -66,7 +66,7 @@ class Evidence:
     def evaluation(self, tries: int) -> Evaluation:
         """Return the comparison and the verdict, after so many tries on the same tests. It may take a minute, once."""
         if tries not in self._evaluations:
-            self._evaluations[tries] = evaluate(self.tests, self.config, suite=self.suite, tries=tries)
+            self._evaluations[tries] = evaluate(self.tests, self.config, suite=self.suite, tries=tries, probe=self.probe)
         return self._evaluations[tries]
 
 

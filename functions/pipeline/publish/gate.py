@@ -26,25 +26,31 @@ class Evaluation(Figures, frozen=True, kw_only=True):
     verdict: Verdict
 
 
-def evaluate(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome] = (), tries: int = 1) -> Evaluation:
+def evaluate(
+    tests: Sequence[Outcome],
+    config: RunConfig,
+    suite: Sequence[Outcome] = (),
+    tries: int = 1,
+    probe: Sequence[Outcome] = (),
+) -> Evaluation:
     """Compare the models over a run's inference tests and decide. Raises ValueError if no test has a score.
 
-    `suite` are the tests of the line's suite, which count if the line has a champion. `tries` counts the models that these
-    tests have judged since the last champion, this one included. If no scored test judges, the comparison is over all scored
-    tests, and the verdict is not APPROVED.
+    `suite` are the tests of the line's suite, which count if the line has a champion. `probe` are the general questions,
+    which count with `gate.probe_max_loss`. `tries` counts the models that these tests have judged since the last champion,
+    this one included. If no scored test judges, the comparison is over all scored tests, and the verdict is not APPROVED.
     """
-    figures = measure(tests, config, suite, tries)
+    figures = measure(tests, config, suite, tries, probe)
     return Evaluation(**msgspec.structs.asdict(figures), verdict=decide(tests, suite, figures, config))
 
 
 def decide(tests: Sequence[Outcome], suite: Sequence[Outcome], figures: Figures, config: RunConfig) -> Verdict:
     """Decide whether the tuned model may be used.
 
-    `REJECTED`: a must-pass test failed, a protected tag regressed, the lift over the base or the champion is not above the
-    gate's limit, or the suite shows a loss. `PENDING`: there is not enough evidence to decide, or only with the answers that
-    the limit of tokens cut, or these tests have judged too many models. `APPROVED`: the lower bounds of the lifts over the
-    base and over the champion are above the gate's limits, with these answers and without them, and the suite shows no loss
-    of `max_loss` or more.
+    `REJECTED`: a must-pass test failed, a protected tag regressed, more general questions are lost than `probe_max_loss`
+    allows, the lift over the base or the champion is not above the gate's limit, or the suite shows a loss. `PENDING`:
+    there is not enough evidence to decide, or only with the answers that the limit of tokens cut, or these tests have
+    judged too many models. `APPROVED`: the lower bounds of the lifts over the base and over the champion are above the
+    gate's limits, with these answers and without them, and the suite shows no loss of `max_loss` or more.
     """
     gate, comparison, champion = config.gate, figures.comparison, figures.champion
     lift = _described(comparison, figures)
@@ -52,6 +58,7 @@ def decide(tests: Sequence[Outcome], suite: Sequence[Outcome], figures: Figures,
         *_failed_must_pass_tests(tests),
         *_regressed_tags(gate.must_not_regress, figures.by_tag),
         *_against_lift(comparison, gate.min_lift, lift),
+        *_probe_is_lost(figures, gate.probe_max_loss),
     ]
     missing = [
         *(
@@ -65,8 +72,9 @@ def decide(tests: Sequence[Outcome], suite: Sequence[Outcome], figures: Figures,
         *_too_little_evidence(comparison, gate.min_lift, lift),
         *_made_by_the_limit(comparison, figures.ended, gate.min_lift),
         *_used_up(figures),
+        *_probe_is_open(figures, gate.probe_max_loss),
     ]
-    better = [f"The tuned model is better: {lift}."]
+    better = [f"The tuned model is better: {lift}.", *_probe_is_kept(figures, gate.probe_max_loss)]
     if champion:
         over = _described(champion.comparison, figures)
         against += [
@@ -205,6 +213,39 @@ def _kept(tests: Sequence[Outcome], tags: Sequence[str]) -> list[str]:
     if others:
         reasons.append(f"{others} of {len(tests)} tests do not judge the model: {NO_JUDGE}.")
     return [*reasons, *(f"The tests tagged '{tag}' did not regress." for tag in tags)]
+
+
+# --- the general questions ---
+
+
+def _probe_is_lost(figures: Figures, max_loss: float | None) -> Iterator[str]:
+    probe = figures.probe
+    if probe and max_loss is not None and probe.lift_high <= -max_loss:
+        yield (
+            f"The tuned model has lost general questions: {_on_probe(probe, figures)}; the gate allows a loss of less than "
+            f"{max_loss:.3f} (gate.probe_max_loss)."
+        )
+
+
+def _probe_is_open(figures: Figures, max_loss: float | None) -> Iterator[str]:
+    probe = figures.probe
+    if max_loss is not None and probe is None:
+        yield "No general question could be answered by both models, and gate.probe_max_loss needs them: see the job's log."
+    if probe and max_loss is not None and probe.lift_low <= -max_loss < probe.lift_high:
+        yield (
+            f"Not enough evidence that the general questions are kept: {_on_probe(probe, figures)}; the true loss may be "
+            f"{max_loss:.3f} or more (gate.probe_max_loss)."
+        )
+
+
+def _probe_is_kept(figures: Figures, max_loss: float | None) -> Iterator[str]:
+    probe = figures.probe
+    if probe and max_loss is not None:
+        yield f"It keeps the general questions: {_on_probe(probe, figures)}."
+
+
+def _on_probe(probe: Comparison, figures: Figures) -> str:
+    return _described(probe, figures, "difference", "general questions")
 
 
 # --- how often these tests were asked ---

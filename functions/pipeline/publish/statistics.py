@@ -40,9 +40,10 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """The comparison over the inference tests that judge, by tag and by reward; `failed` counts tests without a score.
 
     `cut` counts the tests with an answer that the limit of tokens cut, by model. `ended` is the comparison over the tests
-    where both models' answers ended by themselves, None if there is no such test. `champion` is None if the line has no
-    champion. `tries` counts the models that these tests have judged since the last champion, this one included, and
-    `confidence` is that of all intervals at this try.
+    where both models' answers ended by themselves, None if there is no such test. `probe` is the comparison over the general
+    questions, right (1) or wrong (0), None without any. `champion` is None if the line has no champion. `tries` counts the
+    models that these tests have judged since the last champion, this one included, and `confidence` is that of all intervals
+    at this try.
     """
 
     comparison: Comparison
@@ -52,13 +53,22 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     passed: dict[str, int]
     cut: dict[str, int]
     failed: int
+    probe: Comparison | None
     champion: ChampionFigures | None
     tries: int
     confidence: float
 
 
-def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome] = (), tries: int = 1) -> Figures:
-    """Compare the models over a run's inference tests and the line's suite. Raises ValueError if no test has a score.
+def measure(
+    tests: Sequence[Outcome],
+    config: RunConfig,
+    suite: Sequence[Outcome] = (),
+    tries: int = 1,
+    probe: Sequence[Outcome] = (),
+) -> Figures:
+    """Compare the models over a run's inference tests, the line's suite and the general questions of the probe.
+
+    Raises ValueError if no test has a score.
 
     If no scored test judges, the comparison is over all scored tests. `tries` is as in `Figures`. The bounds of later tries
     lie further out in the bootstrap's tails: the intervals that decide get more samples, for enough of them in a tail.
@@ -79,6 +89,8 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
     comparison = how.compare(judged, totals("base"))
     names = [name for name in weights if any(None not in reward(name)(test) for test in judged)]
     champion = _champion_figures(tests, suite, config, how)
+    answered = [test for test in probe if None not in right(test)]
+    kept = how._replace(span=1.0, min_lift=-(config.gate.probe_max_loss or 0.0))
     results: dict[str, list[ModelResult | None]] = {
         "base": [test.base for test in tests],
         "tuned": [test.tuned for test in tests],
@@ -92,6 +104,7 @@ def measure(tests: Sequence[Outcome], config: RunConfig, suite: Sequence[Outcome
         passed={model: sum(each is not None and each.passed is True for each in results[model]) for model in results},
         cut={model: sum(each is not None and each.cut for each in results[model]) for model in results},
         failed=sum(any(each is None or each.score is None for each in test) for test in zip(*results.values(), strict=True)),
+        probe=kept.compare(answered, right) if answered else None,
         champion=champion,
         tries=tries,
         confidence=confidence,
@@ -169,6 +182,12 @@ def totals(other: Other) -> Scores:
         return result.score if result else None, test.tuned.score
 
     return scores
+
+
+def right(test: Outcome) -> tuple[float | None, float | None]:
+    """Return whether base and tuned model answer a general question right, as 1 or 0; None where there is no answer."""
+    base, tuned = (None if each.passed is None else float(each.passed) for each in (test.base, test.tuned))
+    return base, tuned
 
 
 def judging(tests: Sequence[Outcome], other: Other) -> list[Outcome]:

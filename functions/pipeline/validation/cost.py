@@ -13,8 +13,17 @@ from pipeline.validation.section import Section
 from pipeline.validation.terms import Prices, Terms
 from tunedrop.config.instances import Gpu, gpu, gpus
 from tunedrop.config.model import ResolvedConfig, RunConfig
-from tunedrop.config.schedule import generated_answers, generation_batch, limit_of_tests, optimizer_steps, prompt_limit
+from tunedrop.config.schedule import (
+    evaluation_interval,
+    gate_prompts,
+    generated_answers,
+    generation_batch,
+    limit_of_tests,
+    optimizer_steps,
+    prompt_limit,
+)
 from tunedrop.problems import Problem
+from tunedrop.rewards import RewardSpec
 
 # Minutes around each of the two jobs: start of the container, installation, download and merge of the model.
 OVERHEAD_MINUTES = (3.0, 12.0)
@@ -33,14 +42,20 @@ SPOT_PRICE = (0.1, 1.0)
 LONGEST_RUNTIME = 5 * 86400
 # The batch of prompts that the test job answers at once.
 TEST_BATCH = 32
+# Tokens of a judge's instructions and rubric.
+INSTRUCTION_TOKENS = 250
 
 Range = tuple[float, float]
 
 
 class Work(NamedTuple):
-    """A run's work: training rows, inference tests, mean tokens of a row's prompt and answer, and the model's parameters."""
+    """A run's work: training rows, rows that choose the checkpoint, inference tests, and the model's parameters.
+
+    `prompt_tokens` and `answer_tokens` are the means of a row.
+    """
 
     rows: int
+    choosing: int
     tests: int
     prompt_tokens: float
     answer_tokens: float
@@ -64,6 +79,9 @@ def estimate(config: ResolvedConfig, work: Work, terms: Terms) -> Section:
         "prompt_tokens": round(answers * _prompt(config, work)),
         "generated_tokens": [round(answers * tokens) for tokens in _completion(config, work)],
         "instances": instances,
+        "services": {
+            spec.label: _requests(config, work, spec, processes) for spec in config.rewards if spec.reward_type.waits
+        },
         "limit_usd": compute.max_cost_usd,
         "serving": serving(config, terms),
         "prices": {"dated": terms.prices.dated, "region": terms.prices.region} if terms.prices else None,
@@ -71,6 +89,36 @@ def estimate(config: ResolvedConfig, work: Work, terms: Terms) -> Section:
     }
     problems, warnings = _check_cost(config, work, instances, terms)
     return Section(receipt, problems, warnings + _check_time(config, instances))
+
+
+def _requests(config: ResolvedConfig, work: Work, spec: RewardSpec, processes: int) -> dict[str, Any]:
+    """Return the requests that a reward sends to its service in the run's jobs, and the tokens that they hold, as a range.
+
+    Some requests fall away, because equal answers are scored once, and some are sent again.
+    """
+    kind, parameters = spec.reward_type, spec.parameters
+    group, samples = config.grpo_value("num_generations"), config.learnability.samples
+
+    def parts(answers: float, of_row: int) -> int:
+        return ceil(answers / kind.per_request(parameters, of_row))
+
+    answers = generated_answers(config, work.rows, processes)
+    interval = evaluation_interval(config, work.rows, work.choosing, processes)
+    evaluations = ceil(optimizer_steps(config, work.rows, processes) / interval) if work.choosing and interval else 0
+    requests = {
+        "learnability": parts(gate_prompts(config, work.rows, processes) * samples, max(1, samples)),
+        "training": parts(answers, group),
+        "evaluations": evaluations * parts(work.choosing, 1),
+        "tests": 2 * work.tests,  # base and tuned model
+    }
+    total = sum(requests.values())
+    # A judge also reads the row's own answer.
+    texts = kind.per_request(parameters, group)
+    tokens = [
+        round(total * (INSTRUCTION_TOKENS + _prompt(config, work) + work.answer_tokens + texts * each))
+        for each in _completion(config, work)
+    ]
+    return {"requests": total, "by_part": requests, "tokens": tokens}
 
 
 def serving(config: RunConfig, terms: Terms) -> dict[str, Any] | None:
@@ -226,5 +274,5 @@ def _assumptions(config: ResolvedConfig, work: Work, prices: Prices | None) -> l
         f"training ends after max_runtime ({config.compute.max_runtime / 3600:.1f} h) at the latest",
         *(["spot costs between a tenth of the on-demand price and the whole of it"] if config.compute.spot else []),
         f"prices of {prices.dated} in {prices.region}" if prices else "no price known",
-        "without storage, requests, and services that rewards call",
+        "without storage, requests, and the price of services that rewards call (cost.services counts these requests)",
     ]

@@ -6,14 +6,14 @@ would train the model to give that answer. Rewards that score all answers alike 
 words of the dataset earn teach little.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from math import ceil, inf, isclose
 from statistics import fmean, median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from pipeline.validation.candidates import GOLD, PARAPHRASES, WRONG, Candidate, asked_form, candidates, in_form
+from pipeline.validation.candidates import GOLD, PARAPHRASES, WRONG, Candidate, asked_form, in_form
 from pipeline.validation.section import Section
+from pipeline.validation.trial import Trial, call, consistency, score_again, score_candidates
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import generated_answers, generation_batch
 from tunedrop.dataset.rows import Row
@@ -21,10 +21,8 @@ from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
 from tunedrop.rewards import Reward, RewardError
 from tunedrop.rewards.deadline import SECONDS
-from tunedrop.rewards.sample import make_samples
 
 T = TypeVar("T")
-Scores = list[float | None]
 Totals = list[tuple[Candidate, float]]
 
 # Rows where a reward calls a service or starts processes. A row has up to six candidates then: this bounds the cost.
@@ -32,14 +30,8 @@ FEW_ROWS = 4
 # A wrong answer that ties with gold in more than this share of the rows deserves a warning. A few ties happen by chance.
 TIES = 1 / 2
 SLOW_SECONDS = 600
-
-
-class Trial(NamedTuple):
-    """All candidates, each reward's scores of them, and the seconds of each call of a reward (a call scores one row)."""
-
-    candidates: list[Candidate]
-    scores: dict[str, Scores]
-    seconds: dict[str, list[float]]
+# The candidates differ much more than a model's answers do: a judge that ranks these by chance ranks everything by chance.
+LOWEST_CONSISTENCY = 0.7
 
 
 def check_rewards(
@@ -72,8 +64,9 @@ def _check(
     rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig, tests: Sequence[InferenceTest], trained_rows: int
 ) -> Section:
     try:
-        trial = _score_candidates(rewards, rows, config)
+        trial = score_candidates(rewards, rows, config)
         unstable = list(_unstable(rewards, rows, trial))
+        trial.consistency.update(consistency(rewards, rows, trial))
     except RewardError as error:
         return _failure(error, "the training job would fail on this row")
     try:
@@ -108,33 +101,6 @@ def _failure(error: RewardError, hint: str) -> Section:
 # ---- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _call(reward: Reward, prompt: Any, texts: Sequence[str], columns: dict[str, Any]) -> Scores:
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    repeated = {name: [value] * len(texts) for name, value in columns.items()}
-    return reward.score_samples(make_samples([prompt] * len(texts), completions, repeated))
-
-
-def _columns(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "prompt"}
-
-
-def _score_candidates(rewards: Sequence[Reward], rows: Sequence[Row], config: RunConfig) -> Trial:
-    """Score all candidates, one row per call. Raises RewardError, as the training job would."""
-    names = [reward.__name__ for reward in rewards]
-    # A service or a program takes long, and a user's code may look at something else than words.
-    paraphrased = not any(reward.per_batch or reward.spec.reward_type.external for reward in rewards)
-    trial = Trial(
-        list(candidates(rows, config, paraphrased=paraphrased)), {name: [] for name in names}, {name: [] for name in names}
-    )
-    for index, row in enumerate(rows):
-        texts = [candidate.text for candidate in trial.candidates if candidate.row == index]
-        for reward in rewards:  # in the config's order: a reward's gate has just scored the same candidates
-            started = time.perf_counter()
-            trial.scores[reward.__name__] += _call(reward, row["prompt"], texts, _columns(row))
-            trial.seconds[reward.__name__].append(time.perf_counter() - started)
-    return trial
-
-
 def _score_tests(rewards: Sequence[Reward], tests: Sequence[InferenceTest], config: RunConfig) -> None:
     """Score the tests' expected answers. A reward that lacks a column there would fail in the test job, hours later."""
     for test in tests:
@@ -143,7 +109,7 @@ def _score_tests(rewards: Sequence[Reward], tests: Sequence[InferenceTest], conf
         text = in_form(asked_form(config, row), test.reference, row)
         for reward in rewards:
             try:
-                _call(reward, test.prompt, [text], columns)
+                call(reward, test.prompt, [text], columns)
             except RewardError as error:
                 raise RewardError(f"inference test '{test.id}': {error}") from error.__cause__
 
@@ -168,14 +134,9 @@ def _unstable(rewards: Sequence[Reward], rows: Sequence[Row], trial: Trial) -> I
 
 def _differs(reward: Reward, rows: Sequence[Row], trial: Trial, step: int) -> bool:
     """Score the candidates again, forwards (step 1) or backwards (step -1), and compare with the first scores."""
-    by_row: dict[int, Scores] = {}
-    for index in range(len(rows))[::step]:
-        texts = [candidate.text for candidate in trial.candidates if candidate.row == index]
-        by_row[index] = _call(reward, rows[index]["prompt"], texts[::step], _columns(rows[index]))[::step]
-    second = [score for index in range(len(rows)) for score in by_row[index]]
     return not all(
         a is b if a is None or b is None else isclose(a, b, abs_tol=1e-9)
-        for a, b in zip(second, trial.scores[reward.__name__], strict=True)
+        for a, b in zip(score_again(reward, rows, trial, step), trial.scores[reward.__name__], strict=True)
     )
 
 
@@ -248,7 +209,12 @@ def _reward_warnings(reward: Reward, trial: Trial, receipt: dict[str, Any]) -> I
     if reward.expired:
         yield f"reward '{name}' abstained on {reward.expired} answers because each took more than {SECONDS:g} s of CPU time"
     if not scores:
-        yield f"reward '{name}' abstained on every answer: the rows hold nothing that the reward can compare with"
+        reason = (
+            "its service gave no reply that it can use"
+            if reward.spec.reward_type.waits
+            else "the rows hold nothing that the reward can compare with"
+        )
+        yield f"reward '{name}' abstained on every answer: {reason}"
         return
     low, high = min(scores), max(scores)
     if high - low < 1e-9:
@@ -258,6 +224,11 @@ def _reward_warnings(reward: Reward, trial: Trial, receipt: dict[str, Any]) -> I
         )
     if reward.spec.reward_type.external and reward.spec.clip is None and not -1.0 <= low <= high <= 1.0:
         yield f"reward '{name}' gave scores from {low:g} to {high:g}, outside -1 to 1: bound them with clip"
+    if (agreement := trial.consistency.get(name, 1.0)) < LOWEST_CONSISTENCY:
+        yield (
+            f"reward '{name}' ranks the same answers differently each time (rank correlation {agreement:.2f}): use a "
+            "better judge, or say in the rubric what makes an answer better"
+        )
     if (seconds := receipt["by_reward"][name]["run_seconds"]) > SLOW_SECONDS:
         yield (
             f"reward '{name}' adds about {seconds / 60:.0f} minutes to the run while the GPU waits: make the reward faster, "
@@ -333,7 +304,7 @@ def _reward_scores(reward: Reward, trial: Trial) -> dict[str, Any]:
         "lowest": min(scores, default=None),
         "highest": max(scores, default=None),
         "abstained": round(1 - len(scores) / len(trial.candidates), 4),
-    }
+    } | ({"consistency": round(trial.consistency[name], 4)} if (name := reward.__name__) in trial.consistency else {})
 
 
 def _latency(reward: Reward, trial: Trial, config: RunConfig, trained_rows: int) -> dict[str, Any]:
@@ -344,8 +315,10 @@ def _latency(reward: Reward, trial: Trial, config: RunConfig, trained_rows: int)
     """
     calls = sorted(trial.seconds[reward.__name__])
     completions = generated_answers(config, trained_rows)
-    if reward.spec.reward_type.waits:
-        at_once = reward.parameters.get("concurrency", 1) * reward.parameters.get("batch_size", 1)
+    kind = reward.spec.reward_type
+    if kind.waits:
+        per_request = kind.per_request(reward.parameters, config.grpo_value("num_generations"))
+        at_once = reward.parameters.get("concurrency", 1) * per_request
         batch = generation_batch(config)
         share, times = 1.0, completions / batch * ceil(batch / at_once)
     else:

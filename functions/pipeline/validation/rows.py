@@ -37,7 +37,7 @@ class _Pass(NamedTuple):
 
 
 class RowsRead(NamedTuple):
-    """The sections of the pass, a sample of the rows, and the number of rows to train on.
+    """The sections of the pass, a sample of the rows, and the numbers of rows to train on, and to choose the checkpoint by.
 
     `judging` are the held-out rows that are inference tests; none if there is a test file.
     `mean_tokens` of a prompt and of an answer are those of the sample, or estimates from characters without a tokenizer.
@@ -47,6 +47,7 @@ class RowsRead(NamedTuple):
     sample: list[Row]
     judging: list[Row]
     trained: int
+    choosing: int
     mean_tokens: tuple[float, float]
 
 
@@ -77,7 +78,8 @@ def read_rows(
     counts = {"rows": split.rows, "left_out": left_out, "heldout": len(heldout), "choosing": len(choosing)}
     sections = [tokenizer, broken, Section(counts, [], []), check_columns(records, sample, config), surveyed]
     trained = split.rows - len(heldout) - survey.dropped
-    return RowsRead(sections, sample, judging, trained, (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer")))
+    tokens = (_mean_tokens(surveyed, "prompt"), _mean_tokens(surveyed, "answer"))
+    return RowsRead(sections, sample, judging, trained, len(choosing), tokens)
 
 
 def _mean_tokens(surveyed: Section, part: str) -> float:

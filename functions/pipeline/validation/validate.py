@@ -125,7 +125,7 @@ def _validate(submission: Submission, terms: Terms) -> Receipt:
         sections.append(Section({"rewards": chosen | tried.receipt}, tried.problems, tried.warnings))
     if rows.trained > 0:
         parameters = parameters_of(config.model, submission.model)
-        work = Work(rows.trained, len(tests) or len(rows.judging), *rows.mean_tokens, parameters)
+        work = Work(rows.trained, rows.choosing, len(tests) or len(rows.judging), *rows.mean_tokens, parameters)
         cost = estimate(config, work, terms)
         sections.append(Section({"cost": cost.receipt}, cost.problems, cost.warnings))
     draft = assemble(sections)

@@ -142,6 +142,13 @@ class Gate(_Section):
     min_lift: float = 0.0
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     must_not_regress: list[str] = Field(default=[], description="Tags of inference tests whose mean score must not fall.")
+    probe_max_loss: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="The tuned model may answer a smaller share of the general questions right, by less than this. A model "
+        "that loses none of the 24 shows a loss below 0.13. Default: they do not affect the verdict.",
+    )
     champion: ChampionGate = ChampionGate()
 
 
@@ -222,7 +229,19 @@ class Sampling(_Section):
 
 
 # docs/alerts.md explains the alerts.
-AlertCode = Literal["NON_FINITE", "KL_BLOWUP", "DEAD_REWARD", "TRUNCATION", "HACKING_SUSPECT", "ENTROPY_COLLAPSE", "PLATEAU"]
+AlertCode = Literal[
+    "NON_FINITE",
+    "KL_BLOWUP",
+    "DEAD_REWARD",
+    "TRUNCATION",
+    "HACKING_SUSPECT",
+    "ENTROPY_COLLAPSE",
+    "PLATEAU",
+    "OVERFIT",
+    "STALLED",
+    "ROLLOUT_MISMATCH",
+    "FORGETTING",
+]
 
 
 class Alerts(_Section):

@@ -260,6 +260,13 @@ def _check_gpus(config: RunConfig, name: str) -> Iterator[Problem]:
         )
         hint = f"set generation_batch_size to a multiple of {math.lcm(group, once)}"
         yield _instance_problem("grpo.generation_batch_size", message, hint)
+    elif batch // processes % group and any(spec.reward_type.ranks for spec in config.rewards):
+        message = (
+            f"each of the {processes} GPUs of {name} generates {batch // processes} completions at a time, which are no "
+            f"whole groups of num_generations ({group}), and a reward ranks the completions of a group"
+        )
+        hint = f"set generation_batch_size to a multiple of {math.lcm(group * processes, once)}"
+        yield _instance_problem("grpo.generation_batch_size", message, hint)
 
 
 def _instance_problem(key: str, message: str, hint: str) -> Problem:

@@ -1,4 +1,4 @@
-"""How a run's steps follow from its config: batches, optimizer steps, completions, and the lengths of prompts.
+"""How a run's steps follow from its config: batches, steps, completions, evaluations, and the lengths of prompts.
 
 `processes` is the number of GPUs of all instances, 1 without a GPU: one training process runs on each GPU.
 """
@@ -8,6 +8,14 @@ import math
 from tunedrop.config.instances import gpus
 from tunedrop.config.model import RunConfig
 from tunedrop.problems import Problem
+
+EVALUATIONS = 10  # in a run, including the last one at its end
+EVALUATION_SHARE = 0.1  # largest number of evaluated completions per sampled completion
+# The learnability gate may use a tenth of the run's completions. A short run needs more: up to GATE_SHORT prompts, and up to
+# all completions. After GATE_MOST prompts without a difference, at least 1 % of groups with a gradient are improbable
+# (0.99^300 < 5 %). Most runs need no more than the first block.
+GATE_SHARE, GATE_SHORT, GATE_MOST = 0.1, 24, 300
+FIRST_GATE_PROMPTS = 16
 
 
 def generation_batch(config: RunConfig, processes: int = 1) -> int:
@@ -22,17 +30,20 @@ def fit_batches(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
     The batch fits every number of GPUs that the config's instance types have. `generation_batch_size` is raised to the next
     size that fits. If the config has none, `gradient_accumulation_steps` (or `steps_per_generation`) is raised instead.
+    With a reward that ranks the answers of a group, each GPU generates whole groups.
     """
     group, per_gpu = config.grpo_value("num_generations"), config.grpo_value("per_device_train_batch_size")
     counts = {config.compute.instance_count * (gpus(name) or 1) for name in config.compute.instance_type or ["ml.any.one"]}
     value = config.grpo_value("generation_batch_size")
+    ranks = any(spec.reward_type.ranks for spec in config.rewards)
     if value is not None:
-        key, unit = "generation_batch_size", math.lcm(group, *(per_gpu * count for count in counts))
+        whole = group * math.lcm(*counts) if ranks else group
+        key, unit = "generation_batch_size", math.lcm(whole, *(per_gpu * count for count in counts))
         reason = f"a multiple of num_generations ({group}) and of {per_gpu} completions per GPU"
     else:
         key = "steps_per_generation" if config.grpo_value("steps_per_generation") else "gradient_accumulation_steps"
         value = config.grpo_value(key)
-        unit = math.lcm(*(group // math.gcd(group, per_gpu * count) for count in counts))
+        unit = math.lcm(*(group // math.gcd(group, per_gpu * count) for count in ({1} if ranks else counts)))
         reason = f"a generation batch must hold whole groups of num_generations ({group}) completions"
     fitted = -(-value // unit) * unit
     if fitted == value:
@@ -60,6 +71,37 @@ def _per_step(config: RunConfig, processes: int) -> int:
     """Return how many completions one optimizer step trains on."""
     per_gpu, accumulated = (config.grpo_value(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
     return int(per_gpu * processes * accumulated)
+
+
+def evaluation_steps(max_steps: int, completions_per_step: float, rows: int) -> int:
+    """Return the number of steps between two evaluations of `rows` rows.
+
+    It does not depend on measured times: an interrupted run chooses among the same checkpoints as an uninterrupted one.
+    """
+    return max(math.ceil(max_steps / EVALUATIONS), math.ceil(rows / (EVALUATION_SHARE * completions_per_step)))
+
+
+def evaluation_interval(config: RunConfig, rows: int, heldout: int, processes: int = 1) -> int:
+    """Return the number of steps between two evaluations of `heldout` rows, in a run over `rows` training rows."""
+    steps = optimizer_steps(config, rows, processes)
+    if not heldout:
+        return steps
+    return evaluation_steps(steps, _per_step(config, processes) / config.grpo_value("num_iterations"), heldout)
+
+
+def most_gate_prompts(completions_of_run: int, samples: int) -> int:
+    """Return how many prompts the learnability gate may ask, for a run's completions and its samples per prompt."""
+    short = min(GATE_SHORT, completions_of_run // samples)
+    return max(1, min(GATE_MOST, max(short, int(completions_of_run * GATE_SHARE / samples))))
+
+
+def gate_prompts(config: RunConfig, rows: int, processes: int = 1) -> int:
+    """Return how many prompts the learnability gate will probably ask: its first block, or all that it may with `drop`."""
+    samples = config.learnability.samples
+    if samples == 0:
+        return 0
+    most = most_gate_prompts(generated_answers(config, rows, processes), samples)
+    return most if config.learnability.policy == "drop" else min(FIRST_GATE_PROMPTS, most)
 
 
 def check_steps(config: RunConfig, rows: int, processes: int = 1) -> list[Problem]:

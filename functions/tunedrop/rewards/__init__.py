@@ -5,7 +5,7 @@ Each of the modules imported first registers its rewards; their order is the ord
 """
 
 # isort: off
-from tunedrop.rewards import text, structured, openai, code, remote  # noqa: F401
+from tunedrop.rewards import text, structured, openai, code, judges, remote  # noqa: F401
 # isort: on
 
 from tunedrop.rewards.permissions import NO_PERMISSIONS, REWARD_ENVIRONMENT, RewardPermissions, reward_permissions

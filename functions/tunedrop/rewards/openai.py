@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from tunedrop.problems import nearest
 from tunedrop.rewards.bedrock import ATTEMPTS, converse, escaped, score_in
 from tunedrop.rewards.permissions import NO_PERMISSIONS, RewardPermissions
-from tunedrop.rewards.registry import Need, Parameters, reward
+from tunedrop.rewards.registry import Concurrency, Need, Parameters, reward
 from tunedrop.rewards.sample import RewardError, Sample, content_text, elements
 from tunedrop.rewards.text import rouge_score, similar
 
@@ -219,7 +219,7 @@ def openai_model_grader(
     permissions: RewardPermissions,
     *,
     grader: Grader,
-    concurrency: Annotated[int, Field(ge=1, le=64)] = 8,
+    concurrency: Concurrency = 8,
 ) -> list[float | None]:
     """The score of an OpenAI grader that asks a model: `score_model`, `label_model`, or a `multi` with one of these.
 

@@ -12,7 +12,7 @@ class RewardPermissions:
 
     `client` returns an AWS client for a service name, as `functools.cache(boto3.client)` does. Rewards call `client` for
     every batch, and the client's own timeouts and retries apply. `functions` are the ARNs that `lambda` rewards may call.
-    `judge_model` is the model that `judge` rewards may call. `hosts` are the hosts that `http` rewards may call.
+    `judge_model` is the model on Bedrock that may judge. `hosts` are the hosts of `http` rewards and of other judges.
     `allow_code` lets rewards run programs that a model wrote. `python_folder` holds the files of `python` rewards; None
     forbids them.
     """

@@ -9,14 +9,16 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from tunedrop.rewards.permissions import RewardPermissions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Parameters = dict[str, Any]
+# How many requests a reward sends to its service at a time.
+Concurrency = Annotated[int, Field(ge=1, le=64)]
 # A reward measures a completion's form, its content, or its agreement with the row's answer.
 Measure = Literal["form", "content", "answer"]
 # Whether a reward compares with the answer may depend on its parameters and on the row's columns.
@@ -50,6 +52,7 @@ class RewardType:
     needs: Need | None
     waits: bool
     batch_dependent: bool
+    ranks: bool
     repeatable: bool
     form: Callable[[Parameters], Form] | None
     file: str | None
@@ -65,6 +68,10 @@ class RewardType:
     def per_batch(self) -> bool:
         """Whether the function takes a whole batch, because it starts processes or calls a service."""
         return "samples" in inspect.signature(self.function).parameters
+
+    def per_request(self, parameters: Parameters, completions: int) -> int:
+        """Return how many completions one request to the reward's service scores, of `completions` of one row."""
+        return completions if self.ranks else int(parameters.get("batch_size", 1))
 
     @property
     def external(self) -> bool:
@@ -92,6 +99,7 @@ def reward(
     needs: Need | None = None,
     waits: bool = False,
     batch_dependent: bool = False,
+    ranks: bool = False,
     repeatable: bool = True,
     form: Callable[[Parameters], Form] | None = None,
     file: str | None = None,
@@ -107,6 +115,8 @@ def reward(
     - `waits`: the reward waits for a service, and training starts to score while the rollout goes on. The parameters
       `concurrency` and `batch_size`, if the reward has them, say how many completions the service scores at a time.
     - `batch_dependent`: a completion's score may depend on the rest of the batch. Equal completions are not skipped.
+    - `ranks`: the reward compares the completions of a row with each other. One call must have all of a group, and the mean
+      of the scores says little about how good the completions are.
     - `repeatable`: False where a second call costs money and may return another score.
     - `form`: the form that the reward asks for; the preflight puts answers into it.
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.
@@ -124,6 +134,7 @@ def reward(
             needs=needs,
             waits=waits,
             batch_dependent=batch_dependent,
+            ranks=ranks,
             repeatable=repeatable,
             form=form,
             file=file,

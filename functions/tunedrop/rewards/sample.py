@@ -89,6 +89,15 @@ def distinct(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
     return unique, indices
 
 
+def rows_of(samples: Sequence[Sample]) -> list[list[int]]:
+    """Return the places of the samples by row: the samples that differ in their completion alone."""
+    _, indices = distinct([sample._replace(completion="", turns=[]) for sample in samples])
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    return list(places.values())
+
+
 def _question(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
