@@ -179,6 +179,7 @@ class Decoder:
         self._cache = Cache(prompts, model.config.num_hidden_layers, self.limit, input_ids.device)
         self.sequences = input_ids.new_full((rows, self.width + self.limit), config.pad_token_id)
         self.sequences[:, : self.width] = input_ids
+        self.log_probs = torch.zeros(rows, self.limit, device=input_ids.device)
         self.rows = torch.arange(rows, device=input_ids.device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         self.of_one_step = all(type(each) in OF_ONE_STEP for each in [*processors, *criteria])
@@ -237,7 +238,11 @@ class Decoder:
             end = self.width + self.written
             every = scores.new_zeros(len(self.sequences), scores.shape[1]).index_copy_(0, self.rows, scores)
             scores = self._processors(self.sequences[:, :end], every)[self.rows]
-        drawn = draw(scores) if config.do_sample else scores.argmax(-1)
+        if config.do_sample:
+            drawn, log_probs = draw(scores)
+            self.log_probs.index_put_((self.rows, cache.at.expand(len(self.rows))), log_probs)
+        else:
+            drawn = scores.argmax(-1)
         self.tokens = drawn.where(~self.finished, config.pad_token_id)
         self.sequences.index_put_((self.rows, (cache.at + self.width).expand(len(self.rows))), self.tokens)
         if self.of_one_step:
@@ -245,6 +250,14 @@ class Decoder:
         else:
             end = self.width + self.written + 1
             self.finished = self.finished | self._criteria(self.sequences[self.rows, :end], None)
+
+    def mean_log_probs(self) -> list[float]:
+        """Return the mean log-probability of each completion's tokens, until and with its end."""
+        written = self.sequences[:, self.width : self.width + self.written]
+        ends = torch.isin(written, self._ends).int()
+        real = ends.cumsum(1) - ends == 0
+        means: list[float] = ((self.log_probs[:, : self.written] * real).sum(1) / real.sum(1)).tolist()
+        return means
 
     def remove_finished(self, ended: Callable[[list[int], Tensor], None] | None) -> None:
         """Remove the completions that have ended from the batch, and pass them to `ended`."""
@@ -257,16 +270,20 @@ class Decoder:
         self.logits = self.logits[staying]
 
 
-def draw(scores: Tensor) -> Tensor:
-    """Sample a token (B,) from each row of scores (B, V), as softmax and `multinomial` do.
+def draw(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample a token (B,) from each row of scores (B, V), as softmax and `multinomial` do. Return its log-probability too.
 
     On a CPU with one random number a row, which selects a block of tokens and a token of the block. On a GPU with one for
     each score, which needs no sums: the smallest of exponential times with the rates p belongs to each token with the
     probability p.
     """
     p = scores.softmax(-1)
-    if scores.is_cuda:
-        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+    drawn = (p / torch.empty_like(p).exponential_()).argmax(-1) if scores.is_cuda else _draw_by_block(p)
+    return drawn, p.gather(1, drawn[:, None])[:, 0].log()
+
+
+def _draw_by_block(p: Tensor) -> Tensor:
+    """Sample a token (B,) from each row of probabilities (B, V)."""
     missing = -p.shape[1] % BLOCK
     blocks = (F.pad(p, (0, missing)) if missing else p).unflatten(1, (-1, BLOCK))
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
@@ -286,11 +303,13 @@ def sample(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     ended: Callable[[list[int], Tensor], None] | None = None,
+    log_probs: list[float] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Extend prompts (B, P), padded on the left, by sampled completions: (B, P + C). A `custom_generate` of `generate`.
 
     `ended` is called when rows leave the batch before the others, with their indices and completions (rows, C so far).
+    `log_probs` is extended by the mean log-probability of each completion's tokens; a greedy one has 0.
     """
     mask = model_kwargs["attention_mask"]  # None where nothing is padded
     decoder = Decoder(model, input_ids, mask, logits_processor, stopping_criteria, generation_config)
@@ -300,6 +319,8 @@ def sample(
         if not graph or decoder.written % LOOK == 0 or decoder.written == decoder.limit:
             left = int((~decoder.finished).sum())
             if left == 0 or decoder.written == decoder.limit:
+                if log_probs is not None:
+                    log_probs += decoder.mean_log_probs()
                 return decoder.sequences[:, : decoder.width + decoder.written]
             # Removing rows copies the keys and values, and needs another graph: wait for enough of them.
             if left <= (0.5 if repeats else 0.9) * len(decoder.rows):

@@ -11,6 +11,7 @@ The job reads the run config (channel `run`; flags override it) and the rows (ch
     run_config.json   the run config with all values
     metrics.jsonl     one line per logging step
     alerts.jsonl      one line per alert
+    rollouts/         answers with their scores, see tunedrop/rollouts.py
     tensorboard/      the metrics again
     training.json     the summary
 
@@ -23,6 +24,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +41,7 @@ from tunedrop.config.parse import parse_run_config
 from tunedrop.config.schedule import fit_batches, optimizer_steps
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
+from tunedrop.rollouts import FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from trainer.bounds import Limit
     from trainer.checkpoints import Record
     from trainer.dataset import Dataset
+    from trainer.rollouts import Rollouts
     from trainer.run_trainer import RunTrainer
     from trainer.start import Start
 
@@ -204,14 +208,19 @@ def build_trainer(
     return trainer
 
 
-def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row]) -> float | None:
-    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows."""
+def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], rollouts: "Rollouts") -> float | None:
+    """Return the mean reward of greedy completions to held-out rows, and add it to the metrics. None without rows.
+
+    `rollouts` keeps the completions.
+    """
     from trainer.sampling import sample_completions
 
     if not rows:
         return None
     began = time.monotonic()
-    reward = fmean(completion.score for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True))
+    completions = [completion for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True)]
+    rollouts.keep_panel(rows, completions)
+    reward = fmean(completion.score for completion in completions)
     trainer.add_metric("heldout_reward", reward)
     log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
     return reward
@@ -260,6 +269,7 @@ def train(flags: argparse.Namespace) -> None:
     from trainer.learnability_gate import check_learnability, drop_rows
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
+    from trainer.rollouts import Rollouts
     from trainer.start import read as read_start
 
     folder, target = folders.checkpoint_dir(), folders.model_dir()
@@ -277,6 +287,7 @@ def train(flags: argparse.Namespace) -> None:
         check_learnability(trainer, config, rewards, data.rows)
     drop_rows(trainer, data.rows)
 
+    rollouts = Rollouts(folder / FOLDER, config.rollouts.max_mb, trainer, data.rows)
     watch = Watch(
         target / "alerts.jsonl",
         record,
@@ -290,12 +301,12 @@ def train(flags: argparse.Namespace) -> None:
         record,
         runtime_limit(config, flags),
         watch,
-        functools.partial(heldout_reward, trainer, rewards, heldout),
+        functools.partial(heldout_reward, trainer, rewards, heldout, rollouts),
         evaluation_interval(trainer, config, len(heldout)),
         began=started(),
         finish_seconds=finish_seconds,
     )
-    for callback in (Progress(target), watch, bounds):
+    for callback in (Progress(target), watch, bounds, rollouts):
         trainer.add_callback(callback)
     if bounds.go_on(checkpoint):
         chooses = "activation_checkpointing" not in config.grpo
@@ -331,6 +342,8 @@ def save(
     chosen = checkpoints.best(saved)
     result = results.summary(trainer, config, run_id, data, start, chosen)
     points = [point for point in history(trainer.state) if point["step"] <= chosen.step]
+    shutil.rmtree(folders.model_dir() / FOLDER, ignore_errors=True)
+    shutil.copytree(folders.checkpoint_dir() / FOLDER, folders.model_dir() / FOLDER)
     trainer.free_memory()  # for the models that are merged and compared
     results.save(chosen, tokenizer, location, config)
     if trainer.record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume

@@ -25,11 +25,10 @@ def test_size_and_what_it_says():
     for words in (
         "could not be scored",
         "ENTROPY_COLLAPSE",
-        "Estimate before training",
-        "Learnability",
+        "Estimate before the start",
+        "Could it be learnt?",
         "Groups that teach",
-        "Merge parity",
-        "0.0071",
+        "0.0071 nats on average",
         "aws s3api get-object",
     ):
         assert words in LARGE
@@ -83,7 +82,7 @@ def test_filters_and_search(opened):
     expect(cards(page)).to_have_count(sum(test.outcome == "lost" and "<b>safety</b>" in test.tags for test in TESTS))
     page.get_by_role("button", name="All").click()
     page.get_by_label("Tag").select_option("")
-    page.get_by_label("Search").fill("CASE-17")
+    page.get_by_label("Search", exact=True).fill("CASE-17")
     expect(cards(page)).to_have_count(11)  # case-17 and case-170 to case-179
     expect(page.locator("#shown")).to_have_text("11 shown")
 
@@ -203,7 +202,7 @@ def test_it_can_be_printed_with_every_answer(opened):
 def test_no_text_of_a_model_or_dataset_is_markup(opened, html):
     page = opened(html)
     assert page.locator("img").count() == 0
-    assert page.locator("script").count() == 1
+    assert page.locator("script").count() == 3  # the page's own, and the data of the rollouts
     assert page.locator("b", has_text="safety").count() == 0
 
 

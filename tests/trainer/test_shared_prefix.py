@@ -415,7 +415,7 @@ def test_a_draw_has_the_probabilities_and_never_an_excluded_token(vocabulary):
     scores[torch.randperm(vocabulary)[: vocabulary // 2]] = -torch.inf
     scores[-1] = -torch.inf
     expected = scores.softmax(-1)
-    drawn = shared_prefix_sampling.draw(scores.expand(60_000, -1))
+    drawn = shared_prefix_sampling.draw(scores.expand(60_000, -1))[0]
     found = torch.bincount(drawn, minlength=vocabulary) / len(drawn)
     assert found.shape == expected.shape
     assert (found[expected == 0] == 0).all()
@@ -426,7 +426,7 @@ def test_a_draw_from_one_possible_token_takes_it():
     for token in (0, 127, 128, 299):
         scores = torch.full((50, 300), -torch.inf)
         scores[:, token] = 3.0
-        assert shared_prefix_sampling.draw(scores).unique().tolist() == [token]
+        assert shared_prefix_sampling.draw(scores)[0].unique().tolist() == [token]
 
 
 @pytest.mark.parametrize(
