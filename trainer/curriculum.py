@@ -55,13 +55,13 @@ class ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
 class Group(NamedTuple):
     """A row of the training dataset, and its sampled completions: their token ids, and rewards (G, functions) with NaNs.
 
-    `log_probs` are the means of the completions' tokens, None if the sampler does not compute them.
+    `log_probs` are those of the completions' tokens, None if the sampler does not compute them.
     """
 
     row: dict[str, Any]
     ids: list[list[int]]
     rewards: Tensor
-    log_probs: list[float] | None = None
+    log_probs: list[list[float]] | None = None
 
 
 class Curriculum:

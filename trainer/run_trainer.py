@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,17 +136,17 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
                 reward.begin(prompts=prompts, completions=messages, **columns)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, but `generate` samples with the prompts' prefill shared, and with fused LoRA layers."""
+        """As TRL's with vLLM, with log-probabilities of the tokens; samples with shared prefills and fused LoRA layers."""
         ended = {} if self._generation_inputs is None else {"ended": self._begin_rewards}
-        self.sampler_log_probs: list[float] | None = []
-        chosen = functools.partial(sample, log_probs=self.sampler_log_probs, **ended)
-        generate = functools.partial(self._base.generate, custom_generate=chosen)
-        self._base.generate = generate
+        found: list[Tensor] = []
+        chosen = functools.partial(sample, token_log_probs=found, **ended)
+        self._base.generate = functools.partial(self._base.generate, custom_generate=chosen)
         try:
             with self._sampling():
-                return super()._generate_single_turn(*args, **kwargs)
+                ids, _ = super()._generate_single_turn(*args, **kwargs)
         finally:
             del self._base.generate
+        return ids, [row[: len(each)] for row, each in zip(found[0].tolist(), ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -212,10 +213,10 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
 
     train_dataset: Any
     _saving = False
-    _known: tuple[list[list[int]], Tensor, list[float]] | None = None
+    _known: tuple[list[list[int]], Tensor, list[list[float]] | None] | None = None
     _ended: list[tuple[int, int, bool]]
     _places: Tensor | None = None
-    sampler_log_probs: list[float] | None = None
+    sampler_log_probs: list[list[float]] | None = None  # of the latest completions, by token
     rollout: Rollout | None = None  # the latest one
 
     def __init__(
@@ -301,7 +302,7 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
             own = slice(rank * len(inputs), (rank + 1) * len(inputs))
             ids = [each for group in groups for each in group.ids][own]
             log_probs = [each for group in groups for each in group.log_probs or []][own]
-            self._known = ids, torch.cat([group.rewards for group in groups]).to(self.args.device), log_probs
+            self._known = ids, torch.cat([group.rewards for group in groups]).to(self.args.device), log_probs or None
             inputs = [group.row for group in groups for _ in group.ids][own]
         try:
             batch = super()._generate_and_score_completions(inputs)
@@ -316,16 +317,15 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
             cut,
             {name: list(values) for name, values in self._logs["rewards"].items()},
             list(self._logs["advantages"]),
-            gather_object(self.sampler_log_probs or []) or None,
+            gather_object([fmean(each) for each in self.sampler_log_probs or []]) or None,
             torch.full((len(inputs),), torch.nan, device=self.args.device),
         )
         return batch
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if self._known is None:
-            return super()._generate_single_turn(*args, **kwargs)
-        self.sampler_log_probs = self._known[2]
-        return self._known[0], None
+        ids, log_probs = (self._known[0], self._known[2]) if self._known else super()._generate_single_turn(*args, **kwargs)
+        self.sampler_log_probs = log_probs
+        return ids, log_probs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._places = inputs["place"]

@@ -159,6 +159,7 @@ class Decoder:
 
     `sequences` (B, width + limit) are the prompts, padded on the left, and their completions, of which `written` tokens are
     known. `rows` (batch,) are the batch's rows in `sequences`. `finished` and `tokens` (batch,) are of its latest token.
+    `log_probs` (B, limit) are those of the sampled tokens, 0 for greedy ones.
     """
 
     def __init__(
@@ -251,14 +252,6 @@ class Decoder:
             end = self.width + self.written + 1
             self.finished = self.finished | self._criteria(self.sequences[self.rows, :end], None)
 
-    def mean_log_probs(self) -> list[float]:
-        """Return the mean log-probability of each completion's tokens, until and with its end."""
-        written = self.sequences[:, self.width : self.width + self.written]
-        ends = torch.isin(written, self._ends).int()
-        real = ends.cumsum(1) - ends == 0
-        means: list[float] = ((self.log_probs[:, : self.written] * real).sum(1) / real.sum(1)).tolist()
-        return means
-
     def remove_finished(self, ended: Callable[[list[int], Tensor], None] | None) -> None:
         """Remove the completions that have ended from the batch, and pass them to `ended`."""
         gone = self.rows[self.finished]
@@ -303,24 +296,24 @@ def sample(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     ended: Callable[[list[int], Tensor], None] | None = None,
-    log_probs: list[float] | None = None,
+    token_log_probs: list[Tensor] | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Extend prompts (B, P), padded on the left, by sampled completions: (B, P + C). A `custom_generate` of `generate`.
 
     `ended` is called when rows leave the batch before the others, with their indices and completions (rows, C so far).
-    `log_probs` is extended by the mean log-probability of each completion's tokens; a greedy one has 0.
+    `token_log_probs` receives the log-probabilities (B, limit) of the sampled tokens.
     """
     mask = model_kwargs["attention_mask"]  # None where nothing is padded
     decoder = Decoder(model, input_ids, mask, logits_processor, stopping_criteria, generation_config)
+    if token_log_probs is not None:
+        token_log_probs.append(decoder.log_probs)
     graph = decoder.of_one_step and input_ids.device.type in GRAPHS
     repeat, repeats = decoder.step, 0
     while True:
         if not graph or decoder.written % LOOK == 0 or decoder.written == decoder.limit:
             left = int((~decoder.finished).sum())
             if left == 0 or decoder.written == decoder.limit:
-                if log_probs is not None:
-                    log_probs += decoder.mean_log_probs()
                 return decoder.sequences[:, : decoder.width + decoder.written]
             # Removing rows copies the keys and values, and needs another graph: wait for enough of them.
             if left <= (0.5 if repeats else 0.9) * len(decoder.rows):

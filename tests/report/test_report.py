@@ -16,7 +16,7 @@ LINE = made_report(THREE, suite=SUITE, tries=3)
 
 
 def cards(page):
-    return page.locator(".card:visible")
+    return page.locator("#answers .card:visible")
 
 
 def test_size_and_what_it_says():

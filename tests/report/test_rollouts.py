@@ -176,7 +176,7 @@ def test_a_chart_has_the_values_of_each_step_by_pointer_and_by_keys(opened):
     expect(text).not_to_contain_text("step 1 ·")
     box = drawing.bounding_box()
     assert box is not None
-    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] / 2)
+    drawing.hover(position={"x": box["width"] * 0.9, "y": box["height"] / 2})
     expect(text).to_contain_text("step 27")
     expect(chart.locator(".at")).to_be_visible()
 

@@ -21,7 +21,7 @@ PROOFS = {
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
 LEARNABILITY = {"prompts": 64, "samples": 8, "dead": 0.25, "learnable": 0.5833, "solved": 0.1667, "reward": 0.3}
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "learnability": LEARNABILITY | {"expected_nonzero_groups": 0.6139, "reward_error": 0.01, "seconds": 536.5},
     "sampling": {"rollouts": 10, "groups": 120, "taught": 60, "refilled": 7},
     "ended": "complete",

@@ -98,14 +98,15 @@ class Written:
     def __init__(self, folder: Path, max_mb: float, max_steps: int = 100):
         self.folder = folder
         self.rows = [{"id": f"r{n}", "prompt": [{"role": "user", "content": "?"}], "answer": "!"} for n in range(8)]
-        self.trainer: Any = SimpleNamespace(
+        trainer: Any = SimpleNamespace(
             state=TrainerState(max_steps=max_steps, is_world_process_zero=True),
             record=SimpleNamespace(alerts=[]),
             reward_weights=torch.tensor(WEIGHTS),
             num_generations=SIZE,
             rollout=None,
         )
-        self.callback = Rollouts(folder, max_mb, self.trainer, self.rows)
+        self.trainer = trainer
+        self.callback = Rollouts(folder, max_mb, trainer, self.rows)
         self.resume(0)
 
     def resume(self, step: int) -> None:

@@ -36,9 +36,10 @@ TOOK = {"seconds": 3000, "instance_type": "ml.g5.4xlarge"}
         (words.duration, 59.5, "60 s"),
         (words.duration, 536.5, "9 min"),
         (words.duration, 7300, "2 h 2 min"),
-        (words.duration, None, "an unknown time"),
+        (words.duration, 7200, "2 h"),
+        (words.duration, None, "unknown"),
         (words.usd, 1234.5, "$1,234.50"),
-        (words.usd, None, "an unknown sum"),
+        (words.usd, None, "unknown"),
     ],
 )
 def test_numbers_have_units_and_few_digits(function, value, expected):
@@ -81,7 +82,10 @@ def test_each_section_says_what_it_is_about():
 @pytest.mark.parametrize(
     ("usd", "expected"),
     [
-        (3.5, "Training and tests took 100 min and cost $3.50. The estimate before the start was 30 min to 2 h 0 min, for "),
+        (
+            3.5,
+            "Training and tests took 100 min and cost $3.50. The estimate before the start was 30 min to 2 h, for $1.00",
+        ),
         (
             None,
             "Training and tests took 100 min. What they cost is not known: the launch plan has no price of ml.g5.4xlarge.",
@@ -92,6 +96,21 @@ def test_the_cost_stands_beside_its_estimate(usd, expected):
     result = {"cost": {"usd": usd, "jobs": {"train": TOOK, "test": TOOK}}}
     assert words.about_cost(result, RECEIPT).startswith(expected)
     assert "estimate" not in words.about_cost(result, RECEIPT | {"cost": None})
+
+
+@pytest.mark.parametrize(
+    ("verdict", "low", "decided", "holds"),
+    [
+        ("APPROVED", 0.1, "approved the model", "+0.100, is."),
+        ("REJECTED", -0.1, "rejected the model", "-0.100, is not."),
+        ("PENDING", 0.1, "left the decision to a person", ("+0.100, is, but another condition does not hold (see "
+         "the top of the page).")),
+    ],
+)  # fmt: skip
+def test_the_gate_says_what_it_asked_for(verdict, low, decided, holds):
+    result = {"config": {"gate": {"min_lift": 0.0}}, "comparison": {"lift_low": low}, "verdict": verdict}
+    asked = "it asks for a lift of more than 0, which the lowest likely lift,"
+    assert words.about_gate(result) == f"The gate {decided}: {asked} {holds}"
 
 
 # --- charts ---

@@ -42,7 +42,7 @@ def charts(metrics: Sequence[dict[str, Any]], training: dict[str, Any], alerts: 
 
     `metrics` and `alerts` are the lines of the files with these names, `training` is `training.json`.
     """
-    evaluations = training.get("evaluations") or []
+    evaluations = [each for each in training.get("evaluations") or [] if "heldout_reward" in each]
     marks = [Mark(each["step"], "evaluation", "evaluation on held-out rows") for each in evaluations]
     if saved := training.get("checkpoint"):
         marks.append(Mark(saved["step"], "saved", "the saved model"))

@@ -41,16 +41,18 @@ def figure(value: Any) -> str:
 def duration(seconds: float | None) -> str:
     """`3725` → `1 h 2 min`."""
     if seconds is None:
-        return "an unknown time"
+        return "unknown"
     if seconds < FAST:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < FAST else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < FAST:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min".removesuffix(" 0 min")
 
 
 def usd(value: float | None) -> str:
     """`3.5` → `$3.50`."""
-    return "an unknown sum" if value is None else f"${value:,.2f}"
+    return "unknown" if value is None else f"${value:,.2f}"
 
 
 def count(number: int, one: str, several: str = "") -> str:
@@ -75,13 +77,18 @@ def about_tests(result: dict[str, Any]) -> str:
 def about_gate(result: dict[str, Any]) -> str:
     """Return what the gate asked for and what it decided."""
     least, low = result["config"]["gate"]["min_lift"], result["comparison"]["lift_low"]
-    holds = "is above" if low > least else "is not above"
     decided = {
-        "APPROVED": "The model may be used",
-        "PENDING": "The tests do not decide: a person must",
-        "REJECTED": "The model should not be used",
+        "APPROVED": "The gate approved the model",
+        "PENDING": "The gate left the decision to a person",
+        "REJECTED": "The gate rejected the model",
     }[result["verdict"]]
-    return f"{decided}: the gate asks for a lift of more than {least:g}, and the lowest likely lift, {low:+.3f}, {holds} it."
+    if low <= least:
+        holds = "is not"
+    elif result["verdict"] == "APPROVED":
+        holds = "is"
+    else:
+        holds = "is, but another condition does not hold (see the top of the page)"
+    return f"{decided}: it asks for a lift of more than {least:g}, which the lowest likely lift, {low:+.3f}, {holds}."
 
 
 def about_answers(tests: int, shown: int, cut: int) -> str:
@@ -167,7 +174,7 @@ def about_cost(result: dict[str, Any], receipt: dict[str, Any]) -> str:
     """Return what the run cost, beside the estimate before it."""
     jobs = list(result["cost"]["jobs"].values())
     known = [job["seconds"] for job in jobs if job["seconds"] is not None]
-    took = f"Training and tests took {duration(sum(known))}"
+    took = f"Training and tests took {duration(sum(known)) if known else 'an unknown time'}"
     if result["cost"]["usd"] is None:
         said = f"{took}. What they cost is not known: the launch plan has no price of {jobs[0]['instance_type']}."
     else:
