@@ -5,7 +5,7 @@
 
 The benchmark trains the base model of the local application on the sample `counting`, with and without rollouts in turns,
 from the same seed. It prints the median time of a step of both, and the time spent in the code that keeps answers, which a
-difference of two noisy times cannot show: writing the parts, the loss's means and the sampler's log-probabilities.
+difference of two noisy times cannot show: writing the parts, and the means of the loss's log-probabilities.
 `--made-up` writes rollouts as large as a GPU's.
 """
 
@@ -28,7 +28,7 @@ import yaml
 from transformers import TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
-from trainer import checkpoints, dataset, models, shared_prefix_sampling, train
+from trainer import checkpoints, dataset, models, train
 from trainer.rollouts import Rollout, Rollouts
 from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
@@ -82,8 +82,6 @@ def train_with_and_without(steps: int, turns: int) -> None:
     """Print the time of a step with and without rollouts, and the time of the code that keeps them."""
     watch = Stopwatch()
     Rollout.note_log_probs = watch.timed(Rollout.note_log_probs)  # type: ignore[method-assign]
-    decoder = shared_prefix_sampling.Decoder
-    decoder.mean_log_probs = watch.timed(decoder.mean_log_probs)  # type: ignore[method-assign]
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(turns):
         for keeps in (False, True):

@@ -189,6 +189,16 @@ def brightness(color):
     return sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(",")))
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_link_goes_to_its_section_although_cards_get_their_height_late(opened, width):
+    page = opened(LARGE, viewport={"width": width, "height": 800})
+    for name in ("rollouts", "compared", "data"):
+        page.locator(f'nav a[href="#{name}"]').click()
+        page.wait_for_function(f"() => Math.abs(document.querySelector('#{name}').getBoundingClientRect().top - 50) < 60")
+        page.wait_for_timeout(700)
+        assert -10 < page.evaluate(f"document.querySelector('#{name}').getBoundingClientRect().top") < 110
+
+
 def test_it_can_be_printed_with_every_answer(opened):
     page = opened(made_report(made_tests(30)))
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
