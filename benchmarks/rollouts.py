@@ -5,8 +5,8 @@
 
 The benchmark trains the base model of the local application on the sample `counting`, with and without rollouts in turns,
 from the same seed. It prints the median time of a step of both, and the time spent in the code that keeps answers, which a
-difference of two noisy times cannot show: writing the parts, and the means of the loss's log-probabilities.
-`--made-up` writes rollouts as large as a GPU's.
+difference of two noisy times cannot show: writing the parts, and the means of the loss's log-probabilities. That time is the
+processor's, because other work of the machine would stretch it. `--made-up` writes rollouts as large as a GPU's.
 """
 
 import argparse
@@ -39,7 +39,7 @@ MADE_UP_STEPS, CHARACTERS, GROUP = 20, 1000, 8
 
 
 class Stopwatch:
-    """Adds up the time that functions take."""
+    """Adds up the processor's time that functions take."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -49,11 +49,11 @@ class Stopwatch:
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds += time.process_time() - began
 
         return wrapped
 
@@ -123,9 +123,9 @@ def made_up(completions: int, max_mb: float) -> None:
                     sampler_log_probs=[-0.5] * completions,
                     trainer_log_probs=torch.full((completions,), -0.5),
                 )
-                began = time.perf_counter()
+                began = time.process_time()
                 rollouts.on_log(None, state, TrainerControl(), {"reward": 0.0})
-                times.append(time.perf_counter() - began)
+                times.append(time.process_time() - began)
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
             print(
                 f"max_mb {limit:4g}: {completions} completions of {CHARACTERS} characters, "

@@ -83,7 +83,8 @@ def part_of(name: str, size: int) -> Part | None:
 def encode(groups: Sequence[Group]) -> bytes:
     """Return the bytes of a part. The same groups give the same bytes. A number that is not finite becomes null."""
     lines = b"".join(msgspec.json.encode(group) + b"\n" for group in groups)
-    return gzip.compress(lines, compresslevel=6, mtime=0)
+    # zlib's level 6 needs nine times the time of level 1 for files that are a tenth smaller.
+    return gzip.compress(lines, compresslevel=1, mtime=0)
 
 
 def decode(raw: bytes) -> list[Group]:
