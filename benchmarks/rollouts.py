@@ -4,9 +4,9 @@
     .venv/bin/python -m benchmarks.rollouts --made-up 1024     # only the writing: a step of so many completions
 
 The benchmark trains the base model of the local application on the sample `counting`, with and without rollouts in turns,
-from the same seed. It prints the median time of a step of both, and the time spent in the code that keeps answers, which a
-difference of two noisy times cannot show: writing the parts, and the means of the loss's log-probabilities. That time is the
-processor's, because other work of the machine would stretch it. `--made-up` writes rollouts as large as a GPU's.
+from the same seed. It prints the time of a step of both, and the time spent in the code that keeps answers, which a
+difference of two noisy times cannot show: writing the parts, and the means of the loss's log-probabilities. All times are
+the processor's, because other work of the machine would stretch the clock's. `--made-up` writes rollouts of a GPU's size.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from transformers import TrainerControl, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from trainer import checkpoints, dataset, models, train
-from trainer.rollouts import Rollout, Rollouts
+from trainer.latest_rollout import Rollout
+from trainer.rollouts import Rollouts
 from tunedrop.config.parse import parse_run_config
 from tunedrop.rewards import build_rewards
 
@@ -58,8 +59,8 @@ class Stopwatch:
         return wrapped
 
 
-def run(steps: int, folder: Path, watch: Stopwatch, *, keeps: bool) -> list[float]:
-    """Train and return the seconds of each step but the first."""
+def run(steps: int, folder: Path, watch: Stopwatch, *, keeps: bool) -> float:
+    """Train and return the seconds of the processor for a step."""
     values = yaml.safe_load((SAMPLE / "counting.yaml").read_text())
     values["grpo"] |= {"max_steps": steps, "logging_steps": 1}
     config = parse_run_config(values)
@@ -74,8 +75,9 @@ def run(steps: int, folder: Path, watch: Stopwatch, *, keeps: bool) -> list[floa
         rollouts = Rollouts(folder, config.rollouts.max_mb, trainer, rows)
         rollouts.on_log = watch.timed(rollouts.on_log)  # type: ignore[method-assign]
         trainer.add_callback(rollouts)
+    began = time.process_time()
     trainer.train()
-    return [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry][1:]
+    return (time.process_time() - began) / steps
 
 
 def train_with_and_without(steps: int, turns: int) -> None:
@@ -86,14 +88,14 @@ def train_with_and_without(steps: int, turns: int) -> None:
     for _ in range(turns):
         for keeps in (False, True):
             with tempfile.TemporaryDirectory() as folder:
-                times[keeps] += run(steps, Path(folder), watch, keeps=keeps)
+                times[keeps].append(run(steps, Path(folder), watch, keeps=keeps))
                 if keeps:
                     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     for keeps, name in ((False, "without rollouts"), (True, "with rollouts")):
-        print(f"{name:18} median step {statistics.median(times[keeps]):6.3f} s over {len(times[keeps])} steps")
+        print(f"{name:18} {statistics.fmean(times[keeps]):6.3f} s a step, over {turns} times {steps} steps")
     spent = watch.seconds / (turns * steps)
-    share = spent / statistics.median(times[True])
-    print(f"{'kept':18} {size / 1000:.1f} KB in {steps} steps, {spent * 1000:.2f} ms a step: {share:.3%} of it")
+    share = spent / statistics.fmean(times[False])
+    print(f"{'kept':18} {size / 1000:.1f} KB in {steps} steps, {spent * 1000:.2f} ms a step: {share:.2%} of it")
 
 
 def made_up(completions: int, max_mb: float) -> None:

@@ -38,8 +38,8 @@ from trainer.curriculum import ByEpoch, Curriculum
 from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
 from trainer.fused_norms import fuse_norms
+from trainer.latest_rollout import Rollout
 from trainer.progress import memory_gb, ordered_samples
-from trainer.rollouts import Rollout
 from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
 from trainer.shared_prefix_sampling import Decoder, sample

@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from trainer import train
-from trainer.rollouts import PANEL_SHARE, Rollout, Rollouts
+from trainer.latest_rollout import Rollout
+from trainer.rollouts import PANEL_SHARE, Rollouts
 from trainer.sampling import ScoredCompletion
 from tunedrop import rollouts
 from tunedrop.rollouts import Group
