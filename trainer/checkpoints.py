@@ -25,7 +25,7 @@ log = logging.getLogger("trainer")
 MANIFEST = "manifest.json"
 SAVING = "saving"
 # Sections of a run config that do not influence the trained weights.
-BESIDE_TRAINING = {"compute", "gate", "line", "notify", "preflight", "suite", "tests"}
+BESIDE_TRAINING = {"compute", "gate", "line", "notify", "preflight", "rollouts", "suite", "tests"}
 SHOWN_DIFFERENCES = 3
 
 

@@ -53,11 +53,15 @@ class ByEpoch(Sampler[int]):  # type: ignore[misc] # torch is untyped here
 
 
 class Group(NamedTuple):
-    """A row of the training dataset, and its sampled completions: their token ids, and rewards (G, functions) with NaNs."""
+    """A row of the training dataset, and its sampled completions: their token ids, and rewards (G, functions) with NaNs.
+
+    `log_probs` are those of the completions' tokens, None if the sampler does not compute them.
+    """
 
     row: dict[str, Any]
     ids: list[list[int]]
     rewards: Tensor
+    log_probs: list[list[float]] | None = None
 
 
 class Curriculum:
@@ -151,7 +155,7 @@ def sample_groups(trainer: "GRPOTrainer", rows: Sequence[dict[str, Any]]) -> lis
     groups: list[tuple[int, Group]] = []
     if own:
         prompts = [row["prompt"] for row in own]
-        ids = trainer.complete(prompts, size)
+        ids, log_probs = trainer.complete(prompts, size), trainer.sampler_log_probs
         texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         numbers = [row["row"] for row in own]
@@ -159,7 +163,7 @@ def sample_groups(trainer: "GRPOTrainer", rows: Sequence[dict[str, Any]]) -> lis
         rewards = torch.tensor([[float("nan") if each is None else each for each in one] for one in scored]).t()
         for place, start in zip(range(rank, len(rows), ranks), range(0, len(own), size), strict=True):
             part = slice(start, start + size)
-            groups.append((place, Group(own[start], ids[part], rewards[part])))
+            groups.append((place, Group(own[start], ids[part], rewards[part], log_probs and log_probs[part])))
     return [group for _, group in sorted(gather_object(groups), key=lambda pair: pair[0])]
 
 

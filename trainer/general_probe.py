@@ -67,7 +67,7 @@ class Probe:
         rows: list[Row] = [{"id": test.id, "prompt": test.prompt, "answer": test.reference} for test in part.tests]
         answers = sample_completions(self._trainer, part.rewards, rows, 1, greedy=True, limit=part.decoding.limit)
         results = [
-            scored(test, [Completion(answer.text, 0, 0.0, answer.cut)], part)
+            scored(test, [Completion(answer.text, 0, 0.0, answer.cut, {})], part)
             for test, (answer,) in zip(part.tests, answers, strict=True)
         ]
         return [bool(result.passed) for result in results]

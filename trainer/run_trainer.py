@@ -3,8 +3,8 @@
     trainer = SharedPrefixRunTrainer(model=…, args=…, …, run=identity(config, rows), record=record)
     trainer = StockRunTrainer(…)  # the same for models that `trainer.shared_prefix_models` does not support
 
-This module is the only one that uses private names of TRL and of Transformers' `Trainer`: it overrides their hooks, and
-offers public methods to the other modules. tests/trainer/test_run_trainer.py has a contract test for each private name.
+One module because it alone uses private names of TRL and of Transformers' `Trainer`: it overrides their hooks, and offers
+public methods to the other modules. tests/trainer/test_run_trainer.py has a contract test for each private name.
 
 `SharedPrefixGRPOTrainer` computes the prompt of a group once, where TRL computes it for each completion, in the rollout and
 in the loss. TRL's own code still makes the loss, the advantages and the metrics. docs/training.md has the picture.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ from trainer.curriculum import ByEpoch, Curriculum
 from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
 from trainer.fused_norms import fuse_norms
+from trainer.latest_rollout import Rollout
 from trainer.progress import memory_gb, ordered_samples
 from trainer.rollout_mismatch import mismatch
 from trainer.shared_prefix import ATTENTION, Packed, backbone
@@ -214,7 +216,11 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
 
     train_dataset: Any
     _saving = False
-    _known: tuple[list[list[int]], Tensor] | None = None
+    _known: tuple[list[list[int]], Tensor, list[list[float]] | None] | None = None
+    _ended: list[tuple[int, int, bool]]
+    _places: Tensor | None = None
+    sampler_log_probs: list[list[float]] | None = None  # of the latest completions, by token
+    rollout: Rollout | None = None  # the latest one
 
     def __init__(
         self,
@@ -293,30 +299,65 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    # ---- the curriculum's groups -------------------------------------------------------------------------------------
+    # ---- the rollout, and the curriculum's groups --------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
-        """As TRL's. A curriculum replaces the rows; their completions and rewards are known then."""
-        if self.curriculum is None:
-            return super()._generate_and_score_completions(inputs)
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        groups = self.curriculum.rollout(self, len(inputs) * ranks // self.num_generations)
-        own = slice(rank * len(inputs), (rank + 1) * len(inputs))
-        ids = [each for group in groups for each in group.ids][own]
-        self._known = ids, torch.cat([group.rewards for group in groups]).to(self.args.device)
+        """As TRL's, and keeps the rollout. A curriculum replaces the rows; their completions and rewards are known then."""
+        if self.curriculum is not None:
+            ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+            groups = self.curriculum.rollout(self, len(inputs) * ranks // self.num_generations)
+            own = slice(rank * len(inputs), (rank + 1) * len(inputs))
+            ids = [each for group in groups for each in group.ids][own]
+            log_probs = [each for group in groups for each in group.log_probs or []][own]
+            self._known = ids, torch.cat([group.rewards for group in groups]).to(self.args.device), log_probs or None
+            inputs = [group.row for group in groups for _ in group.ids][own]
         try:
-            return super()._generate_and_score_completions([group.row for group in groups for _ in group.ids][own])
+            batch = super()._generate_and_score_completions(inputs)
         finally:
             self._known = None
+        batch["place"] = torch.arange(len(inputs), device=self.args.device)
+        rows, tokens, cut = (list(each) for each in zip(*self._ended, strict=True))
+        self.rollout = Rollout(
+            rows,
+            [completion[-1]["content"] for completion in self._logs["completion"]],
+            tokens,
+            cut,
+            {name: list(values) for name, values in self._logs["rewards"].items()},
+            list(self._logs["advantages"]),
+            gather_object([fmean(each) for each in self.sampler_log_probs or []]) or None,
+            torch.full((len(inputs),), torch.nan, device=self.args.device),
+        )
+        return batch
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._known[0], None) if self._known else super()._generate_single_turn(*args, **kwargs)
+        ids, log_probs = (self._known[0], self._known[2]) if self._known else super()._generate_single_turn(*args, **kwargs)
+        self.sampler_log_probs = log_probs
+        return ids, log_probs
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._places = inputs["place"]
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            self._places = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As TRL's. Keeps the means of the loss's log-probabilities with the rollout."""
+        found = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if self._places is not None and self.rollout is not None:
+            self.rollout.note_log_probs(self._places, found[0], attention_mask[:, -logits_to_keep:])
+        return found
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]) -> Any:
         """As TRL's. Adds the metrics that alerts need: rewards of cut and of finished completions, and the best reward."""
         known = self._known
         rewards = known[1] if known else super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        cut = self.accelerator.gather(torch.tensor([*map(self.was_cut, completion_ids_list)], device=rewards.device))
+        own = [(each["row"], len(ids), self.was_cut(ids)) for each, ids in zip(inputs, completion_ids_list, strict=True)]
+        self._ended = gather_object(own)
+        cut = torch.tensor([was_cut for _, _, was_cut in self._ended], device=rewards.device)
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._log_metric("answers", float(len(totals)))
         self._log_metric("abstained", float(rewards.isnan().float().mean()))
@@ -366,7 +407,8 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         """Return the position in the rollout: several steps use one rollout, with `num_iterations` for example."""
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         inputs = self._buffered_inputs if in_use else None
-        return {"step": self._step, "inputs": inputs, "metrics": dict(self._metrics["train"])}
+        kept = asdict(self.rollout) if in_use and self.rollout else None
+        return {"step": self._step, "inputs": inputs, "kept": kept, "metrics": dict(self._metrics["train"])}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -374,6 +416,7 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
         if checkpoint and path.exists():  # a rank that the interrupted run did not have starts with a new rollout
             rollout = torch.load(path, map_location=self.args.device, weights_only=True)
             self._step, self._buffered_inputs = rollout["step"], rollout["inputs"]
+            self.rollout = Rollout(**rollout["kept"]) if rollout["kept"] else None
             self._metrics["train"].update(rollout["metrics"])
 
 

@@ -22,12 +22,16 @@ MOST_AT_ONCE = 512
 
 
 class ScoredCompletion(NamedTuple):
-    """A completion's text, the weighted sum of its rewards, each reward (None: no score), and whether the limit cut it."""
+    """A completion's text, the weighted sum of its rewards, and each reward (None: no score).
+
+    `cut`: the limit cut it. `tokens`: its length.
+    """
 
     text: str
     score: float
     rewards: dict[str, float | None]
     cut: bool
+    tokens: int = 0
 
 
 def sample_completions(
@@ -67,7 +71,7 @@ def _batch(trainer: "RunTrainer", rewards: Sequence[Reward], rows: Sequence[Row]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     scored = score(rewards, prompts, completions, columns(rows))
     return [
-        ScoredCompletion(text, each["score"], each["rewards"], trainer.was_cut(tokens))
+        ScoredCompletion(text, each["score"], each["rewards"], trainer.was_cut(tokens), len(tokens))
         for text, each, tokens in zip(texts, scored, ids, strict=True)
     ]
 

@@ -11,6 +11,7 @@ The job reads the run config (channel `run`; flags override it) and the rows (ch
     run_config.json   the run config with all values
     metrics.jsonl     one line per logging step
     alerts.jsonl      one line per alert
+    rollouts/         answers with their scores, see tunedrop/rollouts.py
     tensorboard/      the metrics again
     training.json     the summary
 
@@ -23,6 +24,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +41,7 @@ from tunedrop.config.parse import parse_run_config
 from tunedrop.config.schedule import evaluation_interval, fit_batches
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
+from tunedrop.rollouts import FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from trainer.checkpoints import Record
     from trainer.dataset import Dataset
     from trainer.general_probe import Probe
+    from trainer.rollouts import Rollouts
     from trainer.run_trainer import RunTrainer
     from trainer.start import Start
 
@@ -207,17 +211,21 @@ def build_trainer(
     return trainer
 
 
-def heldout_reward(trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe") -> float | None:
+def heldout_reward(
+    trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe", rollouts: "Rollouts"
+) -> float | None:
     """Return the mean reward of greedy completions to held-out rows. None without rows.
 
-    The metrics get it, with the figures of the probe.
+    The metrics get it, with the figures of the probe. `rollouts` keeps the completions.
     """
     from trainer.sampling import sample_completions
 
     if not rows:
         return None
     began = time.monotonic()
-    reward = fmean(completion.score for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True))
+    completions = [completion for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True)]
+    rollouts.keep_panel(rows, completions)
+    reward = fmean(completion.score for completion in completions)
     for name, value in ({"heldout_reward": reward} | probe.ask()).items():
         trainer.add_metric(name, value)
     log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
@@ -259,6 +267,7 @@ def train(flags: argparse.Namespace) -> str | None:
     from trainer.learnability_gate import check_learnability, drop_rows
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
+    from trainer.rollouts import Rollouts
     from trainer.start import read as read_start
     from trainer.watchdog import train_watched
 
@@ -277,6 +286,7 @@ def train(flags: argparse.Namespace) -> str | None:
         check_learnability(trainer, config, rewards, data.rows)
     drop_rows(trainer, data.rows)
 
+    rollouts = Rollouts(folder / FOLDER, config.rollouts.max_mb, trainer, data.rows)
     watch = Watch(
         target / "alerts.jsonl",
         record,
@@ -290,16 +300,17 @@ def train(flags: argparse.Namespace) -> str | None:
         record,
         runtime_limit(config, flags),
         watch,
-        functools.partial(heldout_reward, trainer, rewards, heldout, Probe(trainer, config, heldout)),
+        functools.partial(heldout_reward, trainer, rewards, heldout, Probe(trainer, config, heldout), rollouts),
         evaluation_interval(config, len(trainer.train_dataset), len(heldout), trainer.accelerator.num_processes),
         began=started(),
         finish_seconds=finish_seconds,
     )
-    for callback in (Progress(target), watch, bounds):
+    for callback in (Progress(target), watch, bounds, rollouts):
         trainer.add_callback(callback)
     if bounds.go_on(checkpoint):
-        chooses = "activation_checkpointing" not in config.grpo
-        trainer.add_callback(MemoryProbe(trainer, data.lengths, chooses_checkpointing=chooses))
+        trainer.add_callback(
+            MemoryProbe(trainer, data.lengths, chooses_checkpointing="activation_checkpointing" not in config.grpo)
+        )
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
         go = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         train_watched(trainer, watch, len(heldout) / trainer.args.generation_batch_size, go)
@@ -307,8 +318,9 @@ def train(flags: argparse.Namespace) -> str | None:
         assert checkpoint is not None  # `go_on` raises without one
         trainer.finish_from(checkpoint)
     if trainer.is_world_process_zero():
-        prompts = [row["prompt"] for row in heldout or data.rows]
-        save(trainer, config, location, tokenizer, data, start, flags.run_id, prompts)
+        save(
+            trainer, config, location, tokenizer, data, start, flags.run_id, [row["prompt"] for row in heldout or data.rows]
+        )
     return record.ended
 
 
@@ -333,6 +345,8 @@ def save(
     chosen = checkpoints.best(saved)
     result = results.summary(trainer, config, run_id, data, start, chosen)
     points = [point for point in history(trainer.state) if point["step"] <= chosen.step]
+    shutil.rmtree(folders.model_dir() / FOLDER, ignore_errors=True)
+    shutil.copytree(folders.checkpoint_dir() / FOLDER, folders.model_dir() / FOLDER)
     trainer.free_memory()  # for the models that are merged and compared
     results.save(chosen, tokenizer, location, config)
     if trainer.record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume

@@ -43,7 +43,7 @@ def completion(shell: str) -> None:
 for command in (
     *(local.up, local.down, local.env, local.interrupt, local.demo),
     *(inputs.config, inputs.check, inputs.init),
-    *(runs.drop, runs.runs, runs.show, runs.watch, runs.compare, runs.open_, runs.logs, runs.stop),
+    *(runs.drop, runs.runs, runs.show, runs.watch, runs.rollouts, runs.compare, runs.open_, runs.logs, runs.stop),
     *(lines.lines, lines.approve, lines.reject, lines.rollback),
     *(serving.ask, serving.chat, serving.endpoints, serving.undeploy),
     *(operations.event, operations.redrive, operations.doctor, completion),

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.rollouts import Folder, newest_step, sample_lines
 
 # The jobs print their figures as `name=value` pairs, one line a step.
 _STEP = re.compile(r"\bstep=(\d+) max_steps=(\d+)\b")
@@ -18,6 +20,7 @@ _FIGURE = re.compile(r"\b(reward|loss|completion_length)=(\S+)")
 _ETA = re.compile(r"\beta_seconds=(\d+)")
 _ALERT = re.compile(r"\balert=(\w+) step=(\d+) (.*)")
 COST_EVERY = 30.0  # seconds between two requests for a job's cost
+SAMPLES_EVERY = 20.0  # seconds between two requests for sample answers
 FIGURE_WIDTH = 8  # characters of a figure's value
 _STAGES = {
     RunState.VALIDATED: "validated, waiting to start",
@@ -29,17 +32,18 @@ _STAGES = {
 }
 
 
-def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.0) -> Run:
+def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.0, *, samples: bool = False) -> Run:
     """Print a run's stages and its jobs' progress until the run has ended and its end has been announced; return it.
 
-    `every` is the pause in seconds between two requests.
+    `every` is the pause in seconds between two requests. With `samples`, some of the model's answers are printed too.
     """
     if not console.is_terminal:
 
         def write(line: str) -> None:
             console.print(printable(line), markup=False)
 
-        return _follow(deployment, run, write, lambda _done, _total, text: write(f"  {text}"), every)
+        show = Show(write, write, lambda _done, _total, text: write(f"  {text}"))
+        return _follow(deployment, run, show, every, samples)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     text_column = TextColumn("{task.fields[text]}", markup=False)
     with Progress(*columns, text_column, console=console, transient=True) as bar:
@@ -47,41 +51,61 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
 
         def stage(text: str) -> None:
             bar.reset(task, description=text, total=None, text="")
+            say(text)
+
+        def say(text: str) -> None:
             bar.console.print(printable(text), markup=False)
 
         def progress(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, text=text)
 
-        return _follow(deployment, run, stage, progress, every)
+        return _follow(deployment, run, Show(stage, say, progress), every, samples)
 
 
-def _follow(
-    deployment: Deployment,
-    run: Run,
-    stage: Callable[[str], object],
-    progress: Callable[[int, int, str], object],
-    every: float,
-) -> Run:
+class Show(NamedTuple):
+    """How a run is shown: a new stage, a line beside it, and its progress (done, total, text)."""
+
+    stage: Callable[[str], object]
+    say: Callable[[str], object]
+    progress: Callable[[int, int, str], object]
+
+
+def _follow(deployment: Deployment, run: Run, show: Show, every: float, samples: bool) -> Run:
     positions: dict[str, str] = {}
     printed: tuple[RunState, int] | None = None
-    spent, next_request = None, 0.0
+    spent, next_request, next_sample, sampled = None, 0.0, 0.0, 0
     while True:
         if printed != (run.state, run.attempt):
             printed = (run.state, run.attempt)
             attempt = f" (attempt {run.attempt})" if run.attempt > 1 else ""
-            stage(f"{run.run_id}: {_STAGES.get(run.state, in_words(run.state))}{attempt}")
+            show.stage(f"{run.run_id}: {_STAGES.get(run.state, in_words(run.state))}{attempt}")
         job = {RunState.TRAINING: run.train_job, RunState.TESTING: run.test_job}.get(run.state)
         if job and time.monotonic() >= next_request:
             spent, next_request = deployment.spent(run, job), time.monotonic() + COST_EVERY
         for line in deployment.log_lines(job, positions) if job else []:
             if match := _STEP.search(line) or _TESTED.search(line):
-                progress(int(match[1]), int(match[2]), _progress_text(match, line, spent))
+                show.progress(int(match[1]), int(match[2]), _progress_text(match, line, spent))
             elif alert := _ALERT.search(line):
-                stage(f"  {alert[1]} at step {alert[2]}: {alert[3]}")
+                show.say(f"  {alert[1]} at step {alert[2]}: {alert[3]}")
+        if samples and run.state == RunState.TRAINING and time.monotonic() >= next_sample:
+            sampled, next_sample = _show_samples(deployment, run, sampled, show.say), time.monotonic() + SAMPLES_EVERY
         if run.state in FINAL and run.open is None:
             return run
         time.sleep(every)
         run = deployment.find(run.run_id)
+
+
+def _show_samples(deployment: Deployment, run: Run, after: int, say: Callable[[str], object]) -> int:
+    """Show two answers of the newest step, if it is later than the step `after`; return the newest shown step."""
+    folder = Folder(deployment, run)
+    index = folder.index()
+    newest = newest_step(index) if index else None
+    if index is None or newest is None or newest <= after:
+        return after
+    groups = [group for group in folder.groups(index, lambda step: step == newest) if not group.panel]
+    for line in sample_lines(groups):
+        say(line)
+    return newest if groups else after
 
 
 def _progress_text(match: re.Match[str], line: str, spent: float | None) -> str:

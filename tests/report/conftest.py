@@ -1,22 +1,12 @@
 """The browser that opens the pages."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM_FLAGS, chromium
 from playwright.sync_api import Browser, Page, sync_playwright
-
-QUIET = "no-first-run disable-background-networking disable-component-update disable-sync disable-quic disable-gpu".split()
-CHROMIUM_FLAGS = ["--no-sandbox", *(f"--{flag}" for flag in QUIET)]
-
-
-def chromium() -> str:
-    """Where the system's browser is: playwright's own is not installed."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path, "these tests open the pages in a browser: install Chromium (`apt-get install chromium`) or Chrome"
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from msgspec import structs, to_builtins
 from playwright.sync_api import expect
 
 from pipeline.publish.index import read_index, render_index
-from pipeline.publish.report import thinned
 
 RUNS = [made_run(number) for number in range(500)]
 PAGE = made_index(500)
@@ -27,13 +26,6 @@ def test_the_page_gives_its_runs_back():
     assert "<script>document.title" not in PAGE
     with pytest.raises(ValueError, match="delete it"):
         read_index("<html></html>")
-
-
-def test_thinned_keeps_both_ends():
-    assert thinned(list(range(1000)), 24)[0] == 0
-    assert thinned(list(range(1000)), 24)[-1] == 999
-    assert len(thinned(list(range(1000)), 24)) == 24
-    assert thinned([1, 2], 24) == [1, 2]
 
 
 def test_filters(opened):

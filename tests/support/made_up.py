@@ -12,15 +12,36 @@ from pipeline.publish.index import IndexedRun, render_index
 from pipeline.publish.report import render_report
 from tunedrop.config.parse import parse_run_config
 from tunedrop.inference_tests import ModelResult, Outcome
+from tunedrop.rollouts import Answer, Group, Index, Part
 
 HOSTILE = '</script><script>document.title = "pwned"</script><img src=x onerror="document.title=1"> & "quoted"'
 PROOFS = {
-    "adapter_effect": {"mean": 0.4, "largest": 9.1},
+    "adapter_effect": {"mean": 0.4, "largest": 20.93257713317871},
     "merge_parity": {"dtype": "bfloat16", "kept": 1.0, "error": 0.02, "mean": 0.0071, "tensors_off": 0},
     "adapter_served": {"kept": 0.98, "error": 0.05},
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
-SECTIONS = {"learnability": {"prompts": 64, "dead": 5}, "sampling": {"taught": 60, "refilled": 7}}
+LEARNABILITY = {"prompts": 64, "samples": 8, "dead": 0.25, "learnable": 0.5833, "solved": 0.1667, "reward": 0.3}
+TRAINING: dict[str, Any] = {
+    "learnability": LEARNABILITY | {"expected_nonzero_groups": 0.6139, "reward_error": 0.01, "seconds": 536.5},
+    "sampling": {"rollouts": 10, "groups": 120, "taught": 60, "refilled": 7},
+    "ended": "complete",
+    "evaluations": [{"step": step, "heldout_reward": step / 400} for step in range(30, 301, 30)],
+    "checkpoint": {"step": 270, "heldout_reward": 0.675},
+    "rows": 900,
+    "rows_dropped": 12,
+    "rows_truncated": 0,
+}
+COST = {
+    "instances": [
+        {"instance_type": "ml.g5.4xlarge", "gpu": "A10G", "hours": [0.5, 2.0], "usd_per_hour": 2.0, "usd": [1.0, 4.0]},
+        {"instance_type": "ml.p5.48xlarge", "gpu": "H100", "hours": [0.25, 1.0], "usd_per_hour": None, "usd": None},
+    ],
+    "assumptions": ["training reaches 5% to 50% of the GPU's 16-bit arithmetic"],
+}
+LENGTHS = {"min": 3.0, "p50": 25.0, "p95": 80.0, "p99": 100.0, "max": 120.0, "mean": 30.0}
+DUPLICATES = {"exact": 3, "same_prompt": 1, "exact_rows": [], "same_prompt_rows": []}
+ROLLOUTS_INDEX = Index(max_mb=50, parts=[Part(name="step-000010.jsonl.gz", step=10, kind="step", bytes=1_234_567)])
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew".split()
 
 
@@ -78,6 +99,44 @@ def made_suite(count: int) -> list[Outcome]:
     return with_champion(first, run_id="faq-00000000000a") + with_champion(second, run_id="faq-00000000000b")
 
 
+def made_rollouts(groups: int, steps: int = 50, characters: int = 60, panel: int = 8) -> list[Group]:
+    """Groups of 8 answers in each tenth of a run's steps, and the panel's answers in ten evaluations; all of it hostile."""
+    lots = random.Random(groups)
+
+    def answer(length: int, **more: Any) -> Answer:
+        score = lots.random()
+        return Answer(
+            text=" ".join(lots.choices([*WORDS, HOSTILE], [1] * len(WORDS) + [0.2], k=max(1, length // 6))),
+            score=round(score, 3),
+            rewards={"exact_match": round(score, 3), "length": -0.4 if lots.random() < 0.5 else None},
+            tokens=lots.randint(1, 40),
+            cut=lots.random() < 0.05,
+            **more,
+        )
+
+    def prompt(name: str) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {name}? {HOSTILE}"}]
+
+    made = [
+        Group(
+            step=10 * (1 + number * steps // groups),
+            prompt_id=f"row-{number}",
+            prompt=prompt(f"row-{number}"),
+            answers=[
+                answer(characters, advantage=lots.gauss(0, 1), sampler_log_prob=-0.5, trainer_log_prob=-0.6)
+                for _ in range(8)
+            ],
+            reference=HOSTILE,
+        )
+        for number in range(groups)
+    ]
+    return [
+        Group(step=step, prompt_id=f"held-{n}", prompt=prompt(f"held-{n}"), answers=[answer(characters)], panel=True)
+        for step in range(30, 301, 30)
+        for n in range(panel)
+    ] + made
+
+
 def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome] = (), tries: int = 1, **more: Any) -> str:
     """The report of a made-up run."""
     rewards = [{"type": "exact_match"}, {"type": "length", "weight": 0.1}]
@@ -98,7 +157,7 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
         "verdict": evaluation["verdict"]["status"],
         "reasons": [*evaluation["verdict"]["reasons"], HOSTILE],
         "bounded": True,
-        "training": {"steps": steps, "versions": {"trl": "1"}, "proofs": PROOFS} | SECTIONS,
+        "training": {"steps": steps, "max_steps": steps, "versions": {"trl": "1"}, "proofs": PROOFS} | TRAINING,
         "jobs": {"train": "job", "test": "job"},
         "cost": {"usd": 3.5, "jobs": {"train": job, "test": job | {"billable_seconds": None, "usd": None}}},
         "source": f"s3://data/training_data/{HOSTILE}.jsonl",
@@ -117,11 +176,13 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
         "heldout": 100,
         "choosing": 25,
         "columns": {"prompt": HOSTILE, "answer": "Answer"},
-        "stats": {"mean_prompt_characters": 82.1},
+        "rejected": {"rows": 2},
+        "stats": {"prompt_characters": LENGTHS, "answer_characters": LENGTHS, "duplicates": DUPLICATES},
+        "tokens": {"prompt": LENGTHS},
         "source": {"sha256": "ab" * 32},
         "warnings": [HOSTILE],
         "fixes": [],
-        "cost": {"low_usd": 2.1, "high_usd": 4.0},
+        "cost": COST,
     }
     metrics = [
         {
@@ -131,13 +192,16 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
             "kl": n / 1e4,
             "entropy": 2 - n / steps,
         }
-        | {"completion_length": 60.0, "loss": 0.1, "frac_reward_zero_std": 0.5}
+        | {"completion_length": 60.0, "loss": 0.1, "frac_reward_zero_std": 0.08, "answers": 64.0}
         for n in range(1, steps + 1)
     ]
-    alerts = [{"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE}]
-    return render_report(
-        result, **{"receipt": receipt, "metrics": metrics, "tests": tests, "suite": suite, "alerts": alerts} | more
-    )
+    evidence = [{"step": 90, "prompt_id": "row-85"}, {"step": 90, "prompt_id": "row-87"}]
+    alerts = [
+        {"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE},
+        {"code": "JUDGE_DISAGREES", "step": 90, "message": HOSTILE, "rollouts": evidence},
+    ]
+    parts = {"receipt": receipt, "metrics": metrics, "tests": tests, "suite": suite, "alerts": alerts}
+    return render_report(result, **parts | {"rollouts": (ROLLOUTS_INDEX, made_rollouts(500))} | more)
 
 
 def made_line(count: int) -> list[IndexedRun]:

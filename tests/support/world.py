@@ -17,6 +17,7 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 from fake_serving import FakeServing
 from fake_stack import ARTIFACTS, DATA, OWN_RULES, PREFIX, TABLE, create_resources
+from made_up import PROOFS
 from moto import mock_aws
 from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.dynamo_type import DynamoType
@@ -48,12 +49,7 @@ WON: list[dict[str, Any]] = [
     for n in range(30)
 ]
 # What a training job writes to training.json, in the parts that are read.
-TRAINING = {
-    "steps": 5,
-    "rows": 27,
-    "seconds": 61.5,
-    "proofs": {"merge_parity": {"dtype": "bfloat16"}, "adapter_served": {"kept": 1.0}},
-}
+TRAINING = {"steps": 5, "max_steps": 5, "ended": "complete", "rows": 27, "seconds": 61.5, "proofs": PROOFS}
 # What a test job writes to inference.json beside outcomes, in the parts that are read.
 TESTED: dict[str, Any] = {
     "generation": {"dtype": "bfloat16", "limit": 64, "seed": 42, "temperature": 1.0, "top_p": 1.0, "top_k": 0},

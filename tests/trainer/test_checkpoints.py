@@ -51,11 +51,15 @@ def uninterrupted(tmp_path_factory, tiny) -> Job:
     with pytest.MonkeyPatch.context() as patch:
         job = prepare(Job(tmp_path_factory.mktemp("uninterrupted"), patch, tiny))
         train.train(train.parse_flags([]))
+        # A rollout is used for four steps. Only the first one logs rewards.
+        steps = [f"step-{point['step']:06d}.jsonl.gz" for point in job.metrics()]
+        panel = [f"panel-{step:06d}.jsonl.gz" for step in (5, 10)]
+        assert sorted(results(job)[3]) == sorted([*steps, *panel, "index.json"])
         return job
 
 
-def results(job: Job) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
-    """The final adapter, the metrics but for times and memory, and what training.json says of the checkpoints."""
+def results(job: Job) -> tuple[bytes, list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:
+    """The final adapter, the metrics but for times and memory, what training.json says of the checkpoints, the rollouts."""
     metrics = [
         {name: value for name, value in point.items() if name not in {"seconds", "memory_gb"}} for point in job.metrics()
     ]
@@ -65,6 +69,7 @@ def results(job: Job) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
         adapter,
         metrics,
         {name: result[name] for name in ("steps", "ended", "checkpoint", "evaluations", "bounded", "sampling")},
+        {path.name: path.read_bytes() for path in (job.model / "rollouts").iterdir()},
     )
 
 

@@ -164,6 +164,7 @@ def test_ranks_share_the_groups_and_all_get_all(monkeypatch):
     for rank in (0, 1):
         trainer: Any = SimpleNamespace(
             num_generations=2,
+            sampler_log_probs=None,
             accelerator=SimpleNamespace(num_processes=2, process_index=rank),
             complete=lambda prompts, _size: [[int(prompt[1]), at] for at, prompt in enumerate(prompts)],
             processing_class=SimpleNamespace(batch_decode=lambda ids, **_: [str(each) for each in ids]),

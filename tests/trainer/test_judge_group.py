@@ -97,7 +97,7 @@ def part(judge):
 
 
 def completions(*texts):
-    return [Completion(text, 1, 0.0, cut=False) for text in texts]
+    return [Completion(text, 1, 0.0, cut=False, first_token={}) for text in texts]
 
 
 TEST = InferenceTest(id="t", prompt=[{"role": "user", "content": "q"}], reference="ae", columns={}, samples=3)

@@ -18,6 +18,7 @@ from tunedrop_cli.lines import HEADER, all_lines, champion, facts_of_line, forme
 from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, RUN_OR_LINE_NAME, with_deployment
 from tunedrop_cli.output import console, print_facts, print_raw, print_table, say
 from tunedrop_cli.results import differences, facts_of_end, facts_of_run
+from tunedrop_cli.rollouts import Folder, facts_of_group, newest_step
 from tunedrop_cli.watch import follow
 
 MOST_COMPARED = 5  # columns that fit a terminal
@@ -52,9 +53,9 @@ def drop(
         )
 
 
-def _follow_to_end(deployment: Deployment, run: Run) -> None:
+def _follow_to_end(deployment: Deployment, run: Run, *, samples: bool = True) -> None:
     """Follow a run to its end and print its results; exit 1 if it ended without a model."""
-    ended = follow(deployment, run, console)
+    ended = follow(deployment, run, console, samples=samples)
     print_facts(facts_of_end(deployment, ended))
     if ended.state != RunState.PUBLISHED:
         sys.exit(1)
@@ -128,16 +129,70 @@ def _run_as_json(deployment: Deployment, run: Run) -> dict[str, Any]:
 
 @click.command()
 @click.argument("run", type=RUN_NAME)
+@click.option("--quiet", is_flag=True, help="Print no sample answers.")
 @with_deployment
-def watch(deployment: Deployment, run: str) -> None:
+def watch(deployment: Deployment, run: str, quiet: bool) -> None:
     """Follow a run to its end.
 
-    Prints the run's stages, steps, reward, time left, cost, and the alerts of its training.
+    Prints the run's stages, steps, reward, time left, cost, and the alerts of its training; every few steps also two answers
+    of the model with their rewards, the best and the worst to one prompt.
 
     \b
     Example: tunedrop watch cars
     """
-    _follow_to_end(deployment, deployment.find(run))
+    _follow_to_end(deployment, deployment.find(run), samples=not quiet)
+
+
+@click.command()
+@click.argument("run", type=RUN_NAME)
+@click.option("--step", type=int, help="Only the groups of this step.  [default: the newest step]")
+@click.option("--prompt", metavar="ID", help="Only the answers to this prompt (its row's id), in all steps.")
+@click.option("--worst", is_flag=True, help="The groups with the lowest mean reward first, of all steps.")
+@click.option("--most", type=click.IntRange(min=1), default=5, show_default=True, help="Groups to print.")
+@click.option("--json", "as_json", is_flag=True, help="Print all matching groups as JSON Lines.")
+@with_deployment
+def rollouts(
+    deployment: Deployment, run: str, step: int | None, prompt: str | None, worst: bool, most: int, as_json: bool
+) -> None:
+    """Print what the model answered in its training, with the rewards of each answer.
+
+    A running job's answers are there as it writes them. A group is the answers to one prompt in one step; the highest reward
+    is first. The answers of the evaluations belong to the step before them.
+
+    \b
+    Example: tunedrop rollouts cars --worst
+    """
+    match = deployment.find(run)
+    folder = Folder(deployment, match)
+    index = folder.index()
+    newest = newest_step(index) if index else None
+    if index is None or newest is None:
+        raise StackError(f"{match.run_id} has no rollouts: it is {in_words(match.state)}, and rollouts.max_mb limits them.")
+    if step is None and prompt is None and not worst:
+        step = newest
+    groups = [
+        group for group in folder.groups(index, lambda each: step in {None, each}) if prompt in {None, group.prompt_id}
+    ]
+    if not groups:
+        kept = sorted({part.step for part in index.parts})
+        asked = " and ".join(
+            [*([f"step {step}"] if step is not None else []), *([f"the prompt '{prompt}'"] if prompt is not None else [])]
+        )
+        raise StackError(
+            f"{match.run_id} has kept no answers of {asked}. It has kept {len(kept)} steps, {kept[0]} to {kept[-1]}."
+        )
+    if worst:
+        groups.sort(key=lambda group: group.mean)
+    if as_json:
+        for group in groups:
+            print_raw(msgspec.json.encode(group).decode())
+        return
+    for number, group in enumerate(groups[:most]):
+        if number:
+            console.print()
+        print_facts(facts_of_group(group))
+    if len(groups) > most:
+        say(f"\n{len(groups) - most} more groups: print them with --most {len(groups)}.")
 
 
 @click.command()

@@ -9,10 +9,12 @@ import msgspec
 from pipeline.aws import Aws
 from pipeline.jobs.plan import load_plan
 from pipeline.publish.gate import Evaluation, evaluate
+from pipeline.publish.shown_rollouts import read_groups
 from pipeline.runs.states import Run
 from tunedrop import object_keys
 from tunedrop.config.model import RunConfig
 from tunedrop.inference_tests import Outcome
+from tunedrop.rollouts import FOLDER, Group, Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Evidence:
     training: dict[str, Any]
     metrics: list[dict[str, Any]]
     alerts: list[dict[str, Any]]
+    rollouts: tuple[Index, list[Group]] | None
     receipt: dict[str, Any]
     plan: dict[str, Any]
     jobs: dict[str, dict[str, Any]]
@@ -75,6 +78,7 @@ def read_evidence(run: Run, bucket: str, aws: Aws) -> Evidence:
     assert run.artifacts is not None
     trained = object_keys.folder_key(run.artifacts, bucket).removesuffix("/")
     tested = object_keys.run_key(run.run_id, f"inference/{run.test_job}/output/model")
+    alerts = _lines(aws.read(bucket, f"{trained}/alerts.jsonl") or b"")
     return Evidence(
         trained=trained,
         tested=tested,
@@ -82,7 +86,8 @@ def read_evidence(run: Run, bucket: str, aws: Aws) -> Evidence:
         inference=msgspec.json.decode(read(aws, bucket, f"{tested}/inference.json")),
         training=msgspec.json.decode(read(aws, bucket, f"{trained}/training.json")),
         metrics=_lines(read(aws, bucket, f"{trained}/metrics.jsonl")),
-        alerts=_lines(aws.read(bucket, f"{trained}/alerts.jsonl") or b""),
+        alerts=alerts,
+        rollouts=read_groups(lambda name: aws.read(bucket, f"{trained}/{FOLDER}/{name}"), alerts),
         receipt=msgspec.json.decode(read(aws, bucket, object_keys.run_key(run.run_id, "validation.json"))),
         plan=load_plan(aws, bucket, run.plan),
         jobs={

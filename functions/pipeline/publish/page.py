@@ -12,9 +12,11 @@ from typing import Any
 
 import msgspec
 
+from pipeline.publish import words
 from pipeline.publish.comparison import percent
 
 FOLDER = Path(__file__).parent
+SCRIPTS = {"report": ("differences.js", "report.js", "charts.js", "rollouts.js"), "index": ("index.js",)}
 
 
 @cache
@@ -24,7 +26,16 @@ def _environment() -> Any:
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cut": _cut, "duration": _duration, "json": _json, "percent": percent}
+    environment.filters |= {
+        "cut": _cut,
+        "duration": words.duration,
+        "figure": words.figure,
+        "json": _json,
+        "percent": percent,
+        "share": words.share,
+        "tojson_attribute": lambda value: msgspec.json.encode(value).decode(),
+        "usd": words.usd,
+    }
     return environment
 
 
@@ -32,7 +43,7 @@ def render_page(page: str, **values: Any) -> str:
     """Return the page of the template `<page>.html.j2` with its script and style; `values` are the template's variables."""
     from markupsafe import Markup
 
-    script = (FOLDER / f"{page}.js").read_text()
+    script = "\n".join((FOLDER / name).read_text() for name in SCRIPTS[page])
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rendered: str = (
         _environment()
@@ -53,17 +64,3 @@ def _cut(text: str, limit: int) -> str:
 
 def _json(value: Any) -> str:
     return msgspec.json.format(msgspec.json.encode(value, enc_hook=str)).decode()
-
-
-def _duration(seconds: float | None) -> str:
-    """`3725` → `1 h 2 min`."""
-    if seconds is None:
-        return "unknown"
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{minutes} min"
-        if minutes < 120
-        else f"{minutes // 60} h {minutes % 60} min"
-    )

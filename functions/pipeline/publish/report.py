@@ -1,28 +1,26 @@
 """`report.html`: the page of one run."""
 
-import hashlib
+import functools
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from pipeline.publish import words
+from pipeline.publish.charts import charts
 from pipeline.publish.comparison import FEW_TESTS
 from pipeline.publish.page import render_page
+from pipeline.publish.shown_rollouts import fitted
 from pipeline.publish.statistics import Other, failed_must_pass, is_cut, outcome, totals
 from tunedrop.inference_tests import Outcome
+from tunedrop.rollouts import Group, Index
 
-# The most characters of answers, the most tests, and the most tests of the suite: they keep a report below 2 MB.
-MOST_TEXT, MOST_TESTS, MOST_LOST = 1_200_000, 500, 100
+# The most characters of answers, the most tests, and the most tests of the suite. Rollouts have what is left of MOST_BYTES.
+MOST_TEXT, MOST_TESTS, MOST_LOST = 900_000, 500, 100
+MOST_BYTES = 2_000_000
 OUTCOMES = ("won", "tied", "lost", "failed")
-CHART_POINTS = 200
-APART = {"learnability", "proofs", "sampling"}  # sections of training.json with a table of their own
-CURVES = {
-    "completion_length": "Completion length (tokens)",
-    "kl": "KL divergence from the reference model",
-    "entropy": "Entropy",
-    "loss": "Loss",
-    "frac_reward_zero_std": "Share of groups with equal rewards",
-}
 
 
 def render_report(
@@ -34,12 +32,13 @@ def render_report(
     suite: Sequence[Outcome] = (),
     probe: Sequence[Outcome] = (),
     alerts: Sequence[dict[str, Any]] = (),
+    rollouts: tuple[Index, Sequence[Group]] | None = None,
 ) -> str:
     """Return the page of a run.
 
     `result` is its `result.json`, `receipt` its `validation.json`. `metrics` and `alerts` are the lines of the files with
     these names. `tests`, `suite` and `probe` are the outcomes of the inference tests, of the line's suite and of the general
-    questions.
+    questions. `rollouts` are those of `shown_rollouts.read_groups`.
     """
     champion = result["champion"]
     others: tuple[Other, ...] = ("base", "champion") if champion else ("base",)
@@ -52,7 +51,8 @@ def render_report(
     def cut(test: Outcome) -> bool:
         return any(is_cut(test, other) for other in others)
 
-    return render_page(
+    page = functools.partial(
+        render_page,
         "report",
         limit=limit,
         result=result,
@@ -75,17 +75,52 @@ def render_report(
         if probe
         else None,
         alerts=alerts,
-        learnability=result["training"].get("learnability"),
-        proofs=result["training"].get("proofs", {}),
-        sampling=result["training"].get("sampling"),
-        figures={name: value for name, value in result["training"].items() if name not in APART},
-        charts=charts(metrics),
+        training=result["training"],
+        metrics=metrics,
+        words=words,
+        charts=charts(metrics, result["training"], alerts),
         scale=_scale(result),
         few_tests=FEW_TESTS,
         folder=result["artifacts"]["report"].removesuffix("report.html"),
         # With a test file, all held-out rows choose the checkpoint.
         reproduce=_reproduce(result, own_tests=receipt.get("choosing") in {None, receipt["heldout"]}),
     )
+    if rollouts is None:
+        return page(rollouts=None)
+    room = MOST_BYTES - len(page(rollouts=_rollouts(rollouts, 0, result, metrics, alerts)).encode())
+    return page(rollouts=_rollouts(rollouts, room, result, metrics, alerts))
+
+
+def _rollouts(
+    found: tuple[Index, Sequence[Group]],
+    room: int,
+    result: dict[str, Any],
+    metrics: Sequence[dict[str, Any]],
+    alerts: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the sentence about the rollouts, and their data for `rollouts.js`: those that fit into `room` bytes."""
+    from markupsafe import Markup
+
+    index, read = found
+    groups = fitted(read, room)
+    size = result["config"]["grpo"]["num_generations"]
+    sampled = sum(int(point.get("answers") or 0) for point in metrics) // size
+    shown = sum(not group.panel for group in msgspec.json.decode(groups, type=list[Group]))
+    about = {
+        "alerts": [
+            {"code": each["code"], "step": each["step"], "rollouts": each.get("rollouts", [])}
+            for each in alerts
+            if each.get("step") is not None
+        ],
+        "weights": {reward["name"] or reward["type"]: reward["weight"] for reward in result["config"]["rewards"]},
+    }
+    described = msgspec.json.encode(about).decode().replace("<", "\\u003c")
+    stored = sum(part.bytes for part in index.parts) / 1e6
+    return {
+        "sentence": words.about_rollouts(max(sampled, shown), len(metrics), shown, stored),
+        "about": Markup(described),  # noqa: S704 - JSON without "<"
+        "groups": Markup(groups.decode()),  # noqa: S704 - JSON without "<"
+    }
 
 
 def _change(test: Outcome, other: Other) -> float:
@@ -126,86 +161,3 @@ def _reproduce(result: dict[str, Any], *, own_tests: bool) -> str:
         f"tunedrop drop {shlex.quote(name)} --config config.yaml{' --tests tests.json' if own_tests else ''} --wait",
     ]
     return "\n".join(lines)
-
-
-# --- charts ---
-
-
-def charts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the SVG charts of the metrics by step, by title: the mean rewards, then each of `CURVES` that has values."""
-    from markupsafe import Markup
-
-    names = sorted({name for point in metrics for name in point["rewards"]})
-    reward = {"reward": [(point["step"], point["reward"]) for point in metrics]}
-    if len(names) > 1:
-        reward |= {name: [(point["step"], point["rewards"].get(name)) for point in metrics] for name in names}
-    series = {"Mean reward": reward} | {
-        title: {title: [(point["step"], point[key]) for point in metrics if point.get(key) is not None]}
-        for key, title in CURVES.items()
-        if any(point.get(key) for point in metrics)
-    }
-    # pygal escapes all text, and reward names contain no markup.
-    return {title: Markup(_chart(title, curves)) for title, curves in series.items()}  # noqa: S704
-
-
-def thinned(points: list[Any], most: int) -> list[Any]:
-    """Return at most `most` points, evenly spread, including the first and the last."""
-    if len(points) <= most:
-        return points
-    return [points[round(at * (len(points) - 1) / (most - 1))] for at in range(most)]
-
-
-def _chart(title: str, curves: dict[str, list[tuple[int, float | None]]]) -> str:
-    from pygal import XY
-    from pygal.style import Style
-
-    style = Style(
-        font_family="inherit",
-        background="transparent",
-        plot_background="transparent",
-        foreground="var(--soft)",
-        foreground_strong="var(--soft)",
-        foreground_subtle="var(--line)",
-        guide_stroke_color="var(--line)",
-        major_guide_stroke_color="var(--line)",
-        colors=tuple(f"var(--c{n})" for n in range(1, 7)),
-        label_font_size=13,
-        major_label_font_size=13,
-        legend_font_size=13,
-        opacity="1",
-        stroke_opacity="1",
-        stroke_width="2",
-    )
-    chart = XY(
-        style=style,
-        width=420,
-        height=240,
-        max_scale=6,
-        margin=6,
-        show_legend=len(curves) > 1,
-        legend_at_bottom=True,
-        legend_at_bottom_columns=3,
-        legend_box_size=10,
-        dots_size=2,
-        show_x_guides=False,
-        x_labels_major_count=6,
-        show_minor_x_labels=False,
-        js=[],
-        disable_xml_declaration=True,
-    )
-    chart.uuid = hashlib.sha256(title.encode()).hexdigest()[
-        :8
-    ]  # pygal's random default would make every rendering different
-    chart.add_xml_filter(_without_scripts)
-    for name, points in curves.items():
-        chart.add(name, thinned(points, CHART_POINTS), show_dots=len(points) <= 50)
-    svg: str = chart.render(is_unicode=True)
-    return svg
-
-
-def _without_scripts(root: Any) -> Any:
-    """Remove the script of pygal's tooltips, which the page's content security policy blocks."""
-    for parent in list(root.iter()):
-        for child in [child for child in parent if str(child.tag).endswith("script")]:
-            parent.remove(child)
-    return root

@@ -10,6 +10,7 @@ from pipeline.publish.evidence import Evidence
 from pipeline.runs.states import Run
 from pipeline.settings import Settings
 from tunedrop import object_keys
+from tunedrop.rollouts import FOLDER
 
 # The most reasons, and the most tags or rewards, in an event.
 MOST_REASONS, MOST_GROUPS = 20, 50
@@ -48,6 +49,7 @@ def run_result(run: Run, evidence: Evidence, settings: Settings) -> dict[str, An
             "receipt": folder + "validation.json",
             "input": folder + "input/",
             "metrics": f"{trained}/metrics.jsonl",
+            "rollouts": f"{trained}/{FOLDER}/",
             "inference": f"{tested}/inference.json",
             "base_evaluation": f"{tested}/evaluation_base.jsonl",
             "tuned_evaluation": f"{tested}/evaluation_tuned.jsonl",

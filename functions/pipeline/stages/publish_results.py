@@ -81,6 +81,7 @@ def publish(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) -
         suite=evidence.suite,
         probe=evidence.probe,
         alerts=evidence.alerts,
+        rollouts=evidence.rollouts,
     )
     _write(aws, bucket, object_keys.run_key(run.run_id, "report.html"), html.encode(), "text/html; charset=utf-8")
     quality = msgspec.json.format(msgspec.json.encode(model_quality(result)))

@@ -253,6 +253,14 @@ class Alerts(_Section):
     )
 
 
+class Rollouts(_Section):
+    """The answers of the training that the job keeps with their scores (docs/training.md)."""
+
+    max_mb: Annotated[float, Field(ge=0, le=1000, description="The most megabytes of them, compressed; 0 keeps none.")] = (
+        50.0
+    )
+
+
 class Serve(_Section):
     """How the line's model is served once it is approved. The stack's parameter EndpointInstanceType turns serving on."""
 
@@ -323,6 +331,7 @@ class RunConfig(_Section):
     learnability: Learnability = Learnability()
     sampling: Sampling = Sampling()
     alerts: Alerts = Alerts()
+    rollouts: Rollouts = Rollouts()
     notify: Notify = Notify()
     serve: Serve = Serve()
     max_prompt_length: Annotated[
