@@ -51,6 +51,7 @@ class RewardType:
     waits: bool
     batch_dependent: bool
     repeatable: bool
+    penalty: bool
     form: Callable[[Parameters], Form] | None
     file: str | None
     reads: Callable[[Parameters], Iterable[str]]
@@ -93,6 +94,7 @@ def reward(
     waits: bool = False,
     batch_dependent: bool = False,
     repeatable: bool = True,
+    penalty: bool = False,
     form: Callable[[Parameters], Form] | None = None,
     file: str | None = None,
     reads: Callable[[Parameters], Iterable[str]] = _named_column,
@@ -108,6 +110,7 @@ def reward(
       `concurrency` and `batch_size`, if the reward has them, say how many completions the service scores at a time.
     - `batch_dependent`: a completion's score may depend on the rest of the batch. Equal completions are not skipped.
     - `repeatable`: False where a second call costs money and may return another score.
+    - `penalty`: the best score is 0.0, and not 1.0.
     - `form`: the form that the reward asks for; the preflight puts answers into it.
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.
     - `reads`: the columns that the reward reads beside `answer`, ALL_COLUMNS where its code may read any column.
@@ -125,6 +128,7 @@ def reward(
             waits=waits,
             batch_dependent=batch_dependent,
             repeatable=repeatable,
+            penalty=penalty,
             form=form,
             file=file,
             reads=reads,
