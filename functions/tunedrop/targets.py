@@ -61,10 +61,10 @@ def targets(
     judges = [reward for reward in rewards if _judges(reward)]
     for row in rows:
         failed, chosen, has_reasoning = NO_REASONING, None, False
-        for text, reasoned in _solutions(asked_form(config, row), row):
+        for solution, reasoned in _solutions(asked_form(config, row), row):
             if reasoned_only and not reasoned:
                 continue
-            text = text.removeprefix(begun).lstrip("\n") if begun else text
+            text = solution.removeprefix(begun).lstrip("\n") if begun else solution
             reason = failed_reward(judges, row, text)
             if reason is None:
                 chosen, has_reasoning = text, reasoned

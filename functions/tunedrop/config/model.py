@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -277,14 +276,11 @@ class RunConfig(_Section):
     )
     system_prompt: str | None = Field(default=None, description="Added to every prompt without a system message.")
     columns: Columns = Columns()
-    rewards: Annotated[
-        list[RewardSpec],
-        BeforeValidator(_listed),
-        Field(
-            description="Training raises the weighted sum of these rewards, and the inference tests score by it. Without "
-            "rewards, Tunedrop chooses one that fits the dataset's answers.",
-        ),
-    ] = []
+    rewards: Annotated[list[RewardSpec], BeforeValidator(_listed)] = Field(
+        default=[],
+        description="Training raises the weighted sum of these rewards, and the inference tests score by it. Without "
+        "rewards, Tunedrop chooses one that fits the dataset's answers.",
+    )
     lora: Lora = Lora()
     grpo: dict[str, Any] = Field(default={}, validate_default=True, description="TRL's `GRPOConfig` fields.")
     compute: Compute = Compute()
