@@ -198,7 +198,7 @@ class _RunMethods(WholeCheckpoints):
     """
 
     train_dataset: Any
-    OWN = (*WholeCheckpoints.OWN, "_base", "_fused", "_buffered_inputs", "ref_model")
+    OWN: tuple[str, ...] = (*WholeCheckpoints.OWN, "_base", "_fused", "_buffered_inputs", "ref_model")
     _known: tuple[list[list[int]], Tensor] | None = None
 
     def __init__(self, *args: Any, prompt_limit: int, curriculum: Curriculum | None, **kwargs: Any):
@@ -210,6 +210,11 @@ class _RunMethods(WholeCheckpoints):
                 weights.data = weights.data.float()
 
     # ---- public methods ----------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that it trains on."""
+        return len(self.train_dataset)
 
     def row_order(self) -> list[int]:
         """Return the indices of the training rows in the order in which the first epoch takes them."""

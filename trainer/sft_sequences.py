@@ -24,7 +24,7 @@ TOO_LONG, CONTROL_TOKEN = "longer than grpo.max_completion_length", "control tok
 
 
 class Sequences(NamedTuple):
-    """Sequences to learn, as `{"input_ids", "labels"}`, and the numbers of rows that have one and that have none, by reason."""
+    """Sequences to learn, as `{"input_ids", "labels"}`, and how many rows have one, and have none, by reason."""
 
     items: list[dict[str, list[int]]]
     summary: dict[str, Any]
@@ -68,7 +68,7 @@ def begun_answer(tokenizer: "PreTrainedTokenizerBase", template: dict[str, Any])
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", ends: Collection[int], template: dict[str, Any]) -> int:
-    """Return the token with which the chat template ends an assistant's turn, the tokenizer's EOS if it is none of `ends`."""
+    """Return the token of `ends` with which the chat template ends an assistant's turn, else the tokenizer's EOS."""
     mark = "The turn ends here"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     after = _render(tokenizer, messages, template).rpartition(mark)[2]

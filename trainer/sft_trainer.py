@@ -3,9 +3,9 @@
     sft = build_sft_trainer(trainer, config, sequences, heldout, run=…, record=…, folder=…, decays=…)
 
 Short sequences share one row of the batch (packing). Transformers then masks the attention between them
-(`transformers.masking_utils.find_packed_sequence_indices`), and their positions begin at 0, so that each has the loss that it
-has alone: tests/trainer/test_sft.py compares them. A model that `trainer.shared_prefix_models` does not support, such as one
-with a recurrent state, gets one sequence at a time.
+(`transformers.masking_utils.find_packed_sequence_indices`), and the positions of each begin at 0, so that it has the loss
+that it has alone: tests/trainer/test_sft.py compares them. A model that `trainer.shared_prefix_models` does not support,
+such as one with a recurrent state, gets one sequence at a time.
 """
 
 import time
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 class RunSftTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc] # TRL is untyped here
     """A `trl.SFTTrainer` with whole checkpoints. It leaves the model as it was, but for the adapter's weights.
 
-    `heldout` are sequences whose loss says whether the model still learns.
+    `learned` are the sequences, `heldout` those whose loss says whether the model still learns.
     """
 
     curriculum = None
 
-    def __init__(self, *args: Any, model: Any, heldout: list[dict[str, list[int]]], **kwargs: Any):
+    def __init__(self, *args: Any, model: Any, learned: Sequences, heldout: Sequences, **kwargs: Any):
         base: PreTrainedModel = model.get_base_model()
-        self.heldout, self._logged, self._base_forward = heldout, time.monotonic(), (base, base.forward)
+        self.targets, self.heldout = learned.summary, heldout.items
+        self._logged, self._stock = time.monotonic(), (base, base.forward)
         own = [(each, each.data) for each in model.parameters() if each.requires_grad]
-        super().__init__(*args, model=model, **kwargs)
+        super().__init__(*args, model=model, train_dataset=datasets.Dataset.from_list(learned.items), **kwargs)
         for parameter, data in own:  # TRL makes an adapter on 4-bit weights bf16, in which small steps get lost
             parameter.data = data
 
@@ -58,7 +59,7 @@ class RunSftTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc] # TRL i
                 loss -= float(output.log_probs.sum())
                 tokens += float(output.label_mask.sum())
         sums = gather_object([(loss, tokens)])
-        return sum(each for each, _ in sums) / sum(each for _, each in sums)
+        return float(sum(each for each, _ in sums) / sum(each for _, each in sums))
 
     def probe(self, tokens: int) -> None:
         """Run one sequence of so many random tokens forward and backward, all of them with a loss."""
@@ -89,10 +90,15 @@ class RunSftTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc] # TRL i
 
     def free_memory(self) -> None:
         """Free the optimizer, and take TRL's head off the model, which others may still use. Ends this trainer."""
-        base, forward = self._base_forward
+        base, forward = self._stock
         base.forward = forward
-        del self._base_forward
+        del self._stock
         super().free_memory()
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that it learns."""
+        return int(self.targets["usable"])
 
 
 def build_sft_trainer(
@@ -116,7 +122,6 @@ def build_sft_trainer(
     packing = isinstance(trainer, SharedPrefixRunTrainer)
     longest = prompt_limit(config) + arguments.max_completion_length
     datasets.disable_progress_bars()
-    data = datasets.Dataset.from_list(learned.items)
     rows_per_batch = _rows_in(longest, learned) if packing else 1.0
     accumulated = max(1, round(sft.rows_per_step / (rows_per_batch * arguments.world_size)))
     return RunSftTrainer(
@@ -144,9 +149,9 @@ def build_sft_trainer(
             activation_checkpointing=arguments.activation_checkpointing,
             activation_checkpointing_kwargs=arguments.activation_checkpointing_kwargs,
         ),
-        train_dataset=data,
         processing_class=trainer.processing_class,
-        heldout=heldout.items,
+        learned=learned,
+        heldout=heldout,
         run=run,
         record=record,
     )
@@ -156,3 +161,6 @@ def _rows_in(tokens: int, learned: Sequences) -> float:
     """Return about how many of the sequences fit into one of this many tokens."""
     mean = sum(len(each["input_ids"]) for each in learned.items) / len(learned.items)
     return max(1.0, min(tokens // mean, float(len(learned.items))))
+
+
+Learner = RunTrainer | RunSftTrainer  # the trainer of a run's method

@@ -29,7 +29,7 @@ class WholeCheckpoints(_Base):  # type: ignore[misc] # transformers is untyped h
     """Adds whole checkpoints to a trainer. `run` and `record` go into their manifests; other arguments are the trainer's."""
 
     _saving = False
-    OWN = ("model", "model_wrapped", "optimizer", "lr_scheduler")  # attributes with tensors
+    OWN: tuple[str, ...] = ("model", "model_wrapped", "optimizer", "lr_scheduler")  # attributes with tensors
 
     def __init__(self, *args: Any, run: dict[str, Any], record: Record, **kwargs: Any):
         super().__init__(*args, **kwargs)

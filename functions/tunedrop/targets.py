@@ -87,7 +87,7 @@ def reasoning_of(row: Mapping[str, Any]) -> str | None:
     columns = texts_of(row)
     if text := next((columns[name] for name in (*REASONING_NAMES, *SOLUTION_NAMES) if name in columns), None):
         return text.strip()
-    answer = row["answer"].strip()
+    answer: str = row["answer"].strip()
     if final_answer(answer) == answer:
         return None
     for mark in _MARKS:
