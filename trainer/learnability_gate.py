@@ -93,7 +93,9 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rows: list[Row]
     limit = trainer.args.max_completion_length
     solved_by_warm_start = trainer.record.warm_start is not None and estimate.dead == 0
     if policy.policy != "go_on" and estimate.learnable == 0 and not solved_by_warm_start:
-        raise JobError(explain(nothing_to_learn(estimate), estimate, list(answers.values()), limit))
+        warm = trainer.record.warm_start
+        after = f"After a warm start of {warm['steps']} steps: " if warm else ""
+        raise JobError(explain(after + nothing_to_learn(estimate), estimate, list(answers.values()), limit))
     if policy.policy == "stop" and estimate.expected_nonzero_groups < policy.min_nonzero_groups:
         too_few = (
             f"The model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
