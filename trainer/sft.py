@@ -70,5 +70,5 @@ def whole_run(run: Run, report_to: list[str]) -> RunSftTrainer:
 def planned_steps(sft: RunSftTrainer) -> int:
     """Return the number of optimizer steps of a training."""
     epochs: float = sft.args.num_train_epochs
-    batches = math.ceil(len(sft.train_dataset) / sft.args.world_size)
-    return math.ceil(epochs * math.ceil(batches / sft.args.gradient_accumulation_steps))
+    per_step: int = sft.args.gradient_accumulation_steps * sft.args.world_size
+    return math.ceil(epochs * math.ceil(len(sft.train_dataset) / per_step))

@@ -19,7 +19,13 @@ PROOFS = {
     "merge_parity": {"dtype": "bfloat16", "kept": 1.0, "error": 0.02, "mean": 0.0071, "tensors_off": 0},
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
-SECTIONS = {"learnability": {"prompts": 64, "dead": 5}, "sampling": {"taught": 60, "refilled": 7}}
+SHARES = {"prompts": 16, "dead": 0.875, "learnable": 0.125, "solved": 0.0}
+SECTIONS = {
+    "learnability": {"prompts": 64, "dead": 5},
+    "sampling": {"taught": 60, "refilled": 7},
+    "shares": {"before": SHARES, "after the warm start": SHARES | {"dead": 0.25, "learnable": 0.75}},
+    "warm_start": {"reason": HOSTILE, "steps": 12, "ended": "learnable"},
+}
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew".split()
 
 
@@ -133,6 +139,8 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
         | {"completion_length": 60.0, "loss": 0.1, "frac_reward_zero_std": 0.5}
         for n in range(1, steps + 1)
     ]
+    learned = {"phase": "sft", "rewards": {}, "heldout_loss": 2.0}
+    metrics = [{"step": n, "loss": 3.0 / n} | learned for n in range(1, 13)] + metrics
     alerts = [{"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE}]
     return render_report(
         result, **{"receipt": receipt, "metrics": metrics, "tests": tests, "suite": suite, "alerts": alerts} | more

@@ -15,7 +15,7 @@ from tunedrop.inference_tests import Outcome
 MOST_TEXT, MOST_TESTS, MOST_LOST = 1_200_000, 500, 100
 OUTCOMES = ("won", "tied", "lost", "failed")
 CHART_POINTS = 200
-APART = {"learnability", "proofs", "sampling"}  # sections of training.json with a table of their own
+APART = {"learnability", "proofs", "sampling", "shares", "warm_start"}  # sections of training.json with a table of their own
 CURVES = {
     "completion_length": "Completion length (tokens)",
     "kl": "KL divergence from the reference model",
@@ -78,6 +78,8 @@ def render_report(
         learnability=result["training"].get("learnability"),
         proofs=result["training"].get("proofs", {}),
         sampling=result["training"].get("sampling"),
+        shares=result["training"].get("shares") or {},
+        warm_start=result["training"].get("warm_start"),
         figures={name: value for name, value in result["training"].items() if name not in APART},
         charts=charts(metrics),
         scale=_scale(result),
@@ -132,20 +134,29 @@ def _reproduce(result: dict[str, Any], *, own_tests: bool) -> str:
 
 
 def charts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the SVG charts of the metrics by step, by title: the mean rewards, then each of `CURVES` that has values."""
+    """Return the SVG charts of the metrics by step, by title: the mean rewards, then each of `CURVES` that has values.
+
+    Supervised fine-tuning has a chart of its own: its steps are others.
+    """
     from markupsafe import Markup
 
+    learned = [point for point in metrics if point.get("phase") == "sft"]
+    losses = {
+        name: [(point["step"], point[key]) for point in learned if point.get(key) is not None]
+        for name, key in (("training rows", "loss"), ("held-out rows", "heldout_loss"))
+    }
+    metrics = [point for point in metrics if "phase" not in point]
     names = sorted({name for point in metrics for name in point["rewards"]})
     reward = {"reward": [(point["step"], point["reward"]) for point in metrics]}
     if len(names) > 1:
         reward |= {name: [(point["step"], point["rewards"].get(name)) for point in metrics] for name in names}
-    series = {"Mean reward": reward} | {
+    series = {"Loss of supervised fine-tuning": losses, "Mean reward": reward} | {
         title: {title: [(point["step"], point[key]) for point in metrics if point.get(key) is not None]}
         for key, title in CURVES.items()
         if any(point.get(key) for point in metrics)
     }
     # pygal escapes all text, and reward names contain no markup.
-    return {title: Markup(_chart(title, curves)) for title, curves in series.items()}  # noqa: S704
+    return {title: Markup(_chart(title, curves)) for title, curves in series.items() if any(curves.values())}  # noqa: S704
 
 
 def thinned(points: list[Any], most: int) -> list[Any]:
