@@ -116,7 +116,7 @@ def _solutions(form: Form, row: Row) -> Iterator[tuple[str, bool]]:
 def _judges(reward: Reward) -> bool:
     """Return whether a reward may judge targets: one that calls no service, runs no program, and pays for the better."""
     kind = reward.spec.reward_type
-    costly = kind.external or kind.penalty or reward.per_batch
+    costly = kind.external or kind.penalty or kind.per_batch
     return reward.weight > 0 and not costly and (reward.gate is None or _judges(reward.gate))
 
 

@@ -214,6 +214,7 @@ def test_a_run_of_supervised_fine_tuning_ends_with_a_model_that_answers(uninterr
     points = uninterrupted.metrics()
     assert [point["step"] for point in points] == list(range(1, training["max_steps"] + 1))
     assert {point["phase"] for point in points} == {"sft"}
+    assert sum("heldout_loss" in point for point in points) == len(training["evaluations"])
     assert points[-1]["loss"] < points[0]["loss"] / 3
     assert points[-1]["learning_rate"] < points[0]["learning_rate"]
     assert list(training["shares"]) == ["before", "after sft"]
