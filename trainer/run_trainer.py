@@ -4,7 +4,8 @@
     trainer = StockRunTrainer(…)  # the same for models that `trainer.shared_prefix_models` does not support
 
 Only this module, `trainer.whole_checkpoints` and `trainer.sft_trainer` use private names of TRL and of Transformers'
-`Trainer`: they override their hooks, and offer public methods to the other modules. tests/trainer/test_run_trainer.py has a contract test for each private name.
+`Trainer`: they override their hooks, and offer public methods to the other modules. tests/trainer/test_run_trainer.py has
+a contract test for each private name.
 
 `SharedPrefixGRPOTrainer` computes the prompt of a group once, where TRL computes it for each completion, in the rollout and
 in the loss, forward and backward. TRL's own code still makes the loss, the advantages and the metrics. docs/training.md has
