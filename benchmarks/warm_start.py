@@ -40,11 +40,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 CONFIG: dict[str, Any] = {
     "model": MODEL,
-    "system_prompt": "Add the ones, then the tens, between <reasoning> and </reasoning>. Then give the sum between <answer> "
-    "and </answer>.",
+    "system_prompt": "Reply with <reasoning>the steps</reasoning> and <answer>the sum</answer>.",
     "rewards": [{"type": "xml_format", "weight": 0.2}, {"type": "numeric", "only_if": "xml_format"}],
     "lora": {"r": 16, "lora_alpha": 32},
-    "max_prompt_length": 96,
+    "max_prompt_length": 64,
     "alerts": {"stop_on": ["NON_FINITE"]},
     "sft": {"learning_rate": 5e-4, "num_train_epochs": 10, "rows_per_step": 16},
     "grpo": {
@@ -53,7 +52,7 @@ CONFIG: dict[str, Any] = {
         "num_train_epochs": 100,
         "num_generations": 8,
         "per_device_train_batch_size": 48,
-        "max_completion_length": 72,
+        "max_completion_length": 64,
         "activation_checkpointing": False,
     },
 }
@@ -64,8 +63,8 @@ def row(first: int, second: int) -> dict[str, Any]:
     ones = first % 10 + second % 10
     carry = ones // 10
     tens = first // 10 + second // 10 + carry
-    ones_text = f"{first % 10} + {second % 10} = {ones}, write {ones % 10}, carry {carry}."
-    tens_text = f"{first // 10} + {second // 10} + {carry} = {tens}, write {tens}."
+    ones_text = f"{first % 10} + {second % 10} = {ones}, carry {carry}"
+    tens_text = f"{first // 10} + {second // 10} + {carry} = {tens}"
     prompt = [
         {"role": "system", "content": CONFIG["system_prompt"]},
         {"role": "user", "content": f"What is {first} + {second}?"},

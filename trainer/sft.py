@@ -21,7 +21,6 @@ from trainer.run_trainer import RunTrainer
 from trainer.sft_sequences import Sequences, sequences
 from trainer.sft_trainer import RunSftTrainer, build_sft_trainer
 from tunedrop.config.model import RunConfig
-from tunedrop.config.schedule import prompt_limit
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward
 
@@ -55,7 +54,7 @@ def make(run: Run, learned: Sequences, record: Record, folder: Path, *, decays: 
     sft = build_sft_trainer(
         trainer, config, learned, heldout, run=trainer.run, record=record, folder=folder, decays=decays, report_to=report_to
     )
-    sft.add_callback(SequenceProbe(sft, prompt_limit(config) + trainer.args.max_completion_length))
+    sft.add_callback(SequenceProbe(sft, sft.args.max_length))
     return sft
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# The most tokens of a packed sequence that holds several short ones: attention computes the square of it.
+MOST_PACKED = 2048
+
+
 class RunSftTrainer(WholeCheckpoints, SFTTrainer):  # type: ignore[misc] # TRL is untyped here
     """A `trl.SFTTrainer` with whole checkpoints. It leaves the model as it was, but for the adapter's weights.
 
@@ -120,10 +124,12 @@ def build_sft_trainer(
     """
     arguments, sft = trainer.args, config.sft
     packing = isinstance(trainer, SharedPrefixRunTrainer)
+    mean = sum(len(each["input_ids"]) for each in learned.items) / len(learned.items)
     longest = prompt_limit(config) + arguments.max_completion_length
+    if packing:
+        longest = max(longest, min(MOST_PACKED, tokens_of_a_loss(trainer, longest), int(sft.rows_per_step * mean)))
+    rows = min(longest // mean, len(learned.items)) if packing else 1
     datasets.disable_progress_bars()
-    rows_per_batch = _rows_in(longest, learned) if packing else 1.0
-    accumulated = max(1, round(sft.rows_per_step / (rows_per_batch * arguments.world_size)))
     return RunSftTrainer(
         model=trainer.model,
         args=SFTConfig(
@@ -132,9 +138,9 @@ def build_sft_trainer(
             lr_scheduler_type="linear" if decays else "constant",
             num_train_epochs=sft.num_train_epochs,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=accumulated,
+            gradient_accumulation_steps=max(1, round(sft.rows_per_step / (max(rows, 1) * arguments.world_size))),
             packing=packing,
-            max_length=longest if packing else None,
+            max_length=longest,
             shuffle_dataset=True,
             logging_steps=1,
             save_strategy="no",  # trainer/bounds.py saves
@@ -157,10 +163,12 @@ def build_sft_trainer(
     )
 
 
-def _rows_in(tokens: int, learned: Sequences) -> float:
-    """Return about how many of the sequences fit into one of this many tokens."""
-    mean = sum(len(each["input_ids"]) for each in learned.items) / len(learned.items)
-    return max(1.0, min(tokens // mean, float(len(learned.items))))
+def tokens_of_a_loss(trainer: RunTrainer, longest: int) -> int:
+    """Return the tokens of a micro-batch of GRPO's loss, whose memory a run has. A group has its prompt once."""
+    arguments = trainer.args
+    prompt = longest - arguments.max_completion_length
+    sequences: int = arguments.per_device_train_batch_size
+    return sequences // trainer.num_generations * prompt + sequences * int(arguments.max_completion_length)
 
 
 Learner = RunTrainer | RunSftTrainer  # the trainer of a run's method

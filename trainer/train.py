@@ -315,7 +315,7 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         functools.partial(evaluate, trainer, learner, run.rewards, run.heldout),
         evaluation_interval(trainer, learner, config, len(run.heldout)),
         began=started(),
-        finish_seconds=run.finish_seconds,
+        finish_seconds=run.finish_seconds + warm_start.look_again_seconds(run),
         at_end=functools.partial(warm_start.look_again, run),
     )
     earlier = record.warm_start["points"] if record.warm_start else []

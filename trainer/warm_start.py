@@ -94,10 +94,20 @@ def why(config: RunConfig, asked: Asked | None) -> str | None:
     return f"{asked.estimate.dead:.0%} of {asked.estimate.prompts} prompts are dead, more than warm_start.dead_above"
 
 
+def _looks_again(run: Run) -> bool:
+    return run.trainer.record.warm_start is not None or run.config.method == "sft"
+
+
+def look_again_seconds(run: Run) -> float:
+    """Return about how long `look_again` will take: as long as the gate did."""
+    gate = run.trainer.record.learnability
+    return float(gate["seconds"]) if gate and _looks_again(run) else 0.0
+
+
 def look_again(run: Run) -> None:
     """Ask the model at the end of a run with supervised fine-tuning, for the shares after it."""
     record = run.trainer.record
-    if record.warm_start or run.config.method == "sft":
+    if _looks_again(run):
         asked = ask_model(run.trainer, run.config, run.rewards, run.data.rows, FIRST_BLOCK)
         record.learnability_after = shares(asked)
 

@@ -173,6 +173,28 @@ def test_the_model_is_as_before_when_the_trainer_ends(made_trainers):
     assert all(each.dtype == torch.float32 for each in trainer.model.parameters() if each.requires_grad)
 
 
+def test_on_4_bit_weights_the_adapter_stays_fp32_and_learns(job, tmp_path_factory):
+    import tiny_model
+
+    wide = tiny_model.make_tiny_model(tmp_path_factory.mktemp("wide"), hidden_size=64)
+    job.patch.setenv("SM_CHANNEL_MODELS", str(wide))
+    learning = {"learning_rate": 1e-2, "num_train_epochs": 2, "rows_per_step": 16}
+    prepare(job, lora={"r": 4, "load_in_4bit": True}, learnability={"samples": 0}, sft=learning)
+    kinds = []
+    make = sft_trainer.RunSftTrainer.train
+
+    def noted(trainer: Any, **more: Any) -> Any:
+        kinds.extend(each.dtype for each in trainer.model.parameters() if each.requires_grad)
+        return make(trainer, **more)
+
+    job.patch.setattr(sft_trainer.RunSftTrainer, "train", noted)
+    train.train(train.parse_flags([]))
+    assert set(kinds) == {torch.float32}
+    points = job.metrics()
+    assert points[-1]["loss"] < points[0]["loss"]
+    assert "from_4bit" in job.training()["proofs"]["merge_parity"]
+
+
 def test_too_little_memory_is_said_before_the_first_step(made_trainers, monkeypatch):
     _, sft, _ = made_trainers()
 

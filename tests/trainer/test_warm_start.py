@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,7 @@ def test_both_phases_end_in_time(job, monkeypatch, compute, flags, name):
     (job.root / "input/training/heldout.jsonl").unlink()
     monkeypatch.setattr(warm_start, "enough", lambda *_: None)
     monkeypatch.setattr(warm_start, "started", lambda: 1_000.0)
+    monkeypatch.setattr("trainer.learnability_gate.time", SimpleNamespace(monotonic=lambda: 0.0))
     Clock(monkeypatch)
     train.train(train.parse_flags(flags))
     training = job.training()
