@@ -23,6 +23,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -38,7 +39,7 @@ from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.config.schedule import evaluation_interval, fit_batches
+from tunedrop.config.schedule import EVALUATIONS, evaluation_interval, fit_batches
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 from tunedrop.rollouts import FOLDER
@@ -48,11 +49,12 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
     from trainer.bounds import Limit
-    from trainer.checkpoints import Record
-    from trainer.dataset import Dataset
+    from trainer.checkpoints import Checkpoint, Record
     from trainer.general_probe import Probe
     from trainer.rollouts import Rollouts
     from trainer.run_trainer import RunTrainer
+    from trainer.sft import Run
+    from trainer.sft_trainer import Learner
     from trainer.start import Start
 
 log = logging.getLogger("trainer")
@@ -211,25 +213,27 @@ def build_trainer(
     return trainer
 
 
-def heldout_reward(
-    trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe", rollouts: "Rollouts"
-) -> float | None:
-    """Return the mean reward of greedy completions to held-out rows. None without rows.
+def evaluate(run: "Run", learner: "Learner", probe: "Probe", rollouts: "Rollouts") -> dict[str, float]:
+    """Return the mean reward of greedy completions to held-out rows, with `sft` also the loss of their targets.
 
-    The metrics get it, with the figures of the probe. `rollouts` keeps the completions.
+    The learner's metrics get both, with the figures of the probe. `rollouts` keeps the completions. Without rows there are
+    no measures.
     """
     from trainer.sampling import sample_completions
 
+    rows = run.heldout
     if not rows:
-        return None
+        return {}
     began = time.monotonic()
-    completions = [completion for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True)]
+    completions = [each for (each,) in sample_completions(run.trainer, run.rewards, rows, 1, greedy=True)]
     rollouts.keep_panel(rows, completions)
     reward = fmean(completion.score for completion in completions)
-    for name, value in ({"heldout_reward": reward} | probe.ask()).items():
-        trainer.add_metric(name, value)
+    loss = None if learner is run.trainer else learner.heldout_loss()
+    measures = {"heldout_reward": reward} | ({} if loss is None else {"heldout_loss": loss})
+    for name, value in (measures | probe.ask()).items():
+        learner.add_metric(name, value)
     log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
-    return reward
+    return measures
 
 
 def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
@@ -239,6 +243,15 @@ def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     if flags.max_runtime is not None and flags.max_runtime < config.compute.max_runtime:
         return Limit(flags.max_runtime, "max_cost_usd")
     return Limit(config.compute.max_runtime, "max_runtime")
+
+
+def steps_between_evaluations(run: "Run", learner: "Learner") -> int:
+    """Return the number of steps between two evaluations of the held-out rows."""
+    from trainer.sft import planned_steps
+
+    if learner is not run.trainer:
+        return max(1, math.ceil(planned_steps(learner) / EVALUATIONS))
+    return evaluation_interval(run.config, run.trainer.rows, len(run.heldout), run.trainer.accelerator.num_processes)
 
 
 def train(flags: argparse.Namespace) -> str | None:
@@ -260,96 +273,102 @@ def train(flags: argparse.Namespace) -> str | None:
     heldout = heldout_rows(tokenizer, config)
     rewards = build_rewards(config.rewards, job_permissions())
 
-    from trainer import checkpoints
+    from trainer import checkpoints, sft, warm_start
     from trainer.announce import announcer
-    from trainer.bounds import Bounds
-    from trainer.general_probe import Probe
-    from trainer.learnability_gate import check_learnability, drop_rows
-    from trainer.memory_probe import MemoryProbe
-    from trainer.progress import Progress, Watch
-    from trainer.rollouts import Rollouts
+    from trainer.learnability_gate import drop_rows
     from trainer.start import read as read_start
-    from trainer.watchdog import train_watched
 
-    folder, target = folders.checkpoint_dir(), folders.model_dir()
+    folder = folders.checkpoint_dir()
     start = read_start(config)
-    run = checkpoints.identity(config, data.rows, start.digest if start else None)
-    checkpoint = checkpoints.newest(folder, run)
+    identity = checkpoints.identity(config, data.rows, start.digest if start else None)
+    checkpoint = checkpoints.newest(folder, identity)
     record = checkpoint.record if checkpoint else checkpoints.Record()
     began = time.monotonic()
-    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record, start)
+    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, identity, record, start)
     # After the training, the job loads the model once to merge it, and a second process loads two for the proofs.
     finish_seconds = import_seconds + 4 * (time.monotonic() - began)
     if trainer.accelerator.is_local_main_process:
         checkpoints.clean(folder)
-    if checkpoint is None:
-        check_learnability(trainer, config, rewards, data.rows)
-    drop_rows(trainer, data.rows)
+        checkpoints.clean(warm_start.folder())
+    run = sft.Run(config, trainer, rewards, data, heldout, runtime_limit(config, flags), finish_seconds, announcer())
+    learner = sft.whole_run(run, trackers()) if config.method == "sft" else trainer
+    if checkpoint or warm_start.prepare(run):
+        drop_rows(trainer, data.rows)
+        learn(run, learner, checkpoint)
+    if trainer.is_world_process_zero():
+        save(run, learner, location, start, flags.run_id)
+    return record.ended
 
-    rollouts = Rollouts(folder / FOLDER, config.rollouts.max_mb, trainer, data.rows)
+
+def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> None:
+    """Train from a checkpoint, or from the beginning, to the end of the run, to a limit, an alert or SIGTERM."""
+    from trainer import warm_start
+    from trainer.bounds import Bounds
+    from trainer.general_probe import Probe
+    from trainer.memory_probe import MemoryProbe
+    from trainer.progress import Progress, Watch
+    from trainer.rollouts import Rollouts
+    from trainer.watchdog import train_watched
+
+    trainer, config, record, target = run.trainer, run.config, run.trainer.record, folders.model_dir()
+    rollouts = Rollouts(folders.checkpoint_dir() / FOLDER, config.rollouts.max_mb, learner, run.data.rows)
     watch = Watch(
         target / "alerts.jsonl",
         record,
         formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
         stop_on=config.alerts.stop_on,
         samples=trainer.latest_samples,
-        announce=announcer(),
+        announce=run.announce,
         mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )
     bounds = Bounds(
         record,
-        runtime_limit(config, flags),
+        run.limit,
         watch,
-        functools.partial(heldout_reward, trainer, rewards, heldout, Probe(trainer, config, heldout), rollouts),
-        evaluation_interval(config, len(trainer.train_dataset), len(heldout), trainer.accelerator.num_processes),
+        functools.partial(evaluate, run, learner, Probe(trainer, config, run.heldout), rollouts),
+        steps_between_evaluations(run, learner),
         began=started(),
-        finish_seconds=finish_seconds,
+        finish_seconds=run.finish_seconds + warm_start.look_again_seconds(run),
+        at_end=functools.partial(warm_start.look_again, run),
     )
-    for callback in (Progress(target), watch, bounds, rollouts):
-        trainer.add_callback(callback)
+    earlier = record.warm_start["points"] if record.warm_start else []
+    for callback in (Progress(target, config.method, earlier), watch, bounds, rollouts):
+        learner.add_callback(callback)
     if bounds.go_on(checkpoint):
-        trainer.add_callback(
-            MemoryProbe(trainer, data.lengths, chooses_checkpointing="activation_checkpointing" not in config.grpo)
-        )
+        if learner is trainer:
+            chooses = "activation_checkpointing" not in config.grpo
+            trainer.add_callback(MemoryProbe(trainer, run.data.lengths, chooses_checkpointing=chooses))
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
-        go = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        train_watched(trainer, watch, len(heldout) / trainer.args.generation_batch_size, go)
+        go = functools.partial(learner.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        train_watched(learner, watch, len(run.heldout) / trainer.args.generation_batch_size, go)
     else:  # the run was killed after its last step, or no time is left
         assert checkpoint is not None  # `go_on` raises without one
-        trainer.finish_from(checkpoint)
-    if trainer.is_world_process_zero():
-        save(
-            trainer, config, location, tokenizer, data, start, flags.run_id, [row["prompt"] for row in heldout or data.rows]
-        )
-    return record.ended
+        learner.finish_from(checkpoint)
 
 
-def save(
-    trainer: "RunTrainer",
-    config: RunConfig,
-    location: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    data: "Dataset",
-    start: "Start | None",
-    run_id: str,
-    prompts: list[list[dict[str, str]]],
-) -> None:
-    """Write the model of the best checkpoint and the summary, with proofs on some of the prompts. Uses the trainer up."""
-    from trainer import checkpoints, results
+def save(run: "Run", learner: "Learner", location: str, start: "Start | None", run_id: str) -> None:
+    """Write the model of the best checkpoint and the summary, with proofs on some prompts. Uses the trainers up."""
+    from trainer import checkpoints, results, warm_start
     from trainer.progress import history
 
+    config, record = run.config, learner.record
     # This process wrote these checkpoints or verified them. The files of other machines are not in this folder.
     saved = checkpoints.whole(folders.checkpoint_dir(), verify=False)
+    saved = saved or checkpoints.whole(warm_start.folder(), verify=False)  # SIGTERM ended the warm start
     if not saved:
-        raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
+        raise JobError(f"There is nothing to save: {record.alerts[-1]['message']}.")
     chosen = checkpoints.best(saved)
-    result = results.summary(trainer, config, run_id, data, start, chosen)
-    points = [point for point in history(trainer.state) if point["step"] <= chosen.step]
+    result = results.summary(learner, config, run_id, run.data, start, chosen)
+    points = [point for point in history(learner.state, config.method) if point["step"] <= chosen.step]
     shutil.rmtree(folders.model_dir() / FOLDER, ignore_errors=True)
-    shutil.copytree(folders.checkpoint_dir() / FOLDER, folders.model_dir() / FOLDER)
-    trainer.free_memory()  # for the models that are merged and compared
+    if (kept := folders.checkpoint_dir() / FOLDER).is_dir():  # not where SIGTERM ended the warm start
+        shutil.copytree(kept, folders.model_dir() / FOLDER)
+    tokenizer = run.trainer.processing_class
+    for each in dict.fromkeys((learner, run.trainer)):  # for the models that are merged and compared
+        each.free_memory()
     results.save(chosen, tokenizer, location, config)
-    if trainer.record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
+    if record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
+        prompts = [row["prompt"] for row in run.heldout or run.data.rows]
         result["proofs"] = results.prove(config, location, prompts, points)
     (folders.model_dir() / "training.json").write_text(json.dumps(result, indent=1))
     log.info("saved %s with the adapter of step %d", folders.model_dir(), chosen.step)

@@ -22,9 +22,12 @@ PROOFS = {
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
 LEARNABILITY = {"prompts": 64, "samples": 8, "dead": 0.25, "learnable": 0.5833, "solved": 0.1667, "reward": 0.3}
+SHARES = {"prompts": 16, "dead": 0.875, "learnable": 0.125, "solved": 0.0}
 TRAINING: dict[str, Any] = {
     "learnability": LEARNABILITY | {"expected_nonzero_groups": 0.6139, "reward_error": 0.01, "seconds": 536.5},
     "sampling": {"rollouts": 10, "groups": 120, "taught": 60, "refilled": 7},
+    "shares": {"before": SHARES, "after the warm start": SHARES | {"dead": 0.25, "learnable": 0.75}},
+    "warm_start": {"reason": HOSTILE, "steps": 12, "ended": "learnable"},
     "ended": "complete",
     "evaluations": [{"step": step, "heldout_reward": step / 400} for step in range(30, 301, 30)],
     "checkpoint": {"step": 270, "heldout_reward": 0.675},
@@ -195,6 +198,8 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
         | {"completion_length": 60.0, "loss": 0.1, "frac_reward_zero_std": 0.08, "answers": 64.0}
         for n in range(1, steps + 1)
     ]
+    learned = {"phase": "sft", "rewards": {}, "heldout_loss": 2.0}
+    metrics = [{"step": n, "loss": 3.0 / n} | learned for n in range(1, 13)] + metrics
     evidence = [{"step": 90, "prompt_id": "row-85"}, {"step": 90, "prompt_id": "row-87"}]
     alerts = [
         {"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE},

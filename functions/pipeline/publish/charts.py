@@ -38,10 +38,17 @@ class Mark(NamedTuple):
 
 
 def charts(metrics: Sequence[dict[str, Any]], training: dict[str, Any], alerts: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return the charts: rewards in training and on held-out rows, then each of `CURVES` that has values.
+    """Return the charts: the losses of supervised fine-tuning, rewards in training and on held-out rows, then `CURVES`.
 
-    `metrics` and `alerts` are the lines of the files with these names, `training` is `training.json`.
+    `metrics` and `alerts` are the lines of the files with these names, `training` is `training.json`. Supervised fine-tuning
+    has a chart of its own, because its steps are others. Charts without values are left out.
     """
+    learned = [point for point in metrics if point.get("phase") == "sft"]
+    metrics = [point for point in metrics if "phase" not in point]
+    losses = [
+        Curve(name, _points(learned, lambda point, key=key: point.get(key)))
+        for name, key in (("training rows", "loss"), ("held-out rows", "heldout_loss"))
+    ]
     evaluations = [each for each in training.get("evaluations") or [] if "heldout_reward" in each]
     marks = [Mark(each["step"], "evaluation", "evaluation on held-out rows") for each in evaluations]
     if saved := training.get("checkpoint"):
@@ -53,7 +60,9 @@ def charts(metrics: Sequence[dict[str, Any]], training: dict[str, Any], alerts: 
         rewards.append(Curve("held-out rows", [(each["step"], each["heldout_reward"]) for each in evaluations], dots=True))
     if len(names) > 1:
         rewards += [Curve(name, _points(metrics, lambda point, name=name: point["rewards"].get(name))) for name in names]
-    found = [chart("Reward", rewards, marks)]
+    found = [chart("Loss of supervised fine-tuning", losses, [])] if learned else []
+    if metrics or evaluations:
+        found.append(chart("Reward", rewards, marks))
     for key, title in CURVES.items():
         points = _points(metrics, lambda point, key=key: point.get(key))
         if any(value for _, value in points):

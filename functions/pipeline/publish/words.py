@@ -18,6 +18,14 @@ FAST = 120  # seconds below which a time is shown in seconds
 # --- numbers ---
 
 
+WARM_START_ENDED = {
+    "learnable": "as soon as enough prompts were learnable",
+    "heldout_loss": "when the loss on held-out rows rose",
+    "warm_start.max_share": "at its share of the run's time",
+    "complete": "after all rows",
+}
+
+
 def share(value: float) -> str:
     """Return a share as a percentage: whole, but never 0 % or 100 % for a share that is not: `0.614` → `61 %`."""
     if 0 < value < 0.01:
@@ -101,12 +109,15 @@ def about_answers(tests: int, shown: int, cut: int) -> str:
 def about_training(training: dict[str, Any], metrics: Sequence[dict[str, Any]], alerts: int) -> str:
     """Return how the training went."""
     rewards = [point["reward"] for point in metrics if point.get("reward") is not None]
-    if not rewards:
+    losses = [point["loss"] for point in metrics if point.get("loss") is not None]
+    if not rewards and not losses:
         return "The training logged no rewards."
-    first, last = rewards[0], rewards[-1]
-    moved = f"rose from {first:.3g} to {last:.3g}" if last > first else f"did not rise: it was {first:.3g}, then {last:.3g}"
+    what, (first, *_, last) = ("mean reward", [*rewards, rewards[-1]]) if rewards else ("loss", [*losses, losses[-1]])
+    wanted = last > first if rewards else last < first
+    rose, rise = ("rose", "rise") if rewards else ("fell", "fall")
+    moved = f"{rose} from {first:.3g} to {last:.3g}" if wanted else f"did not {rise}: it was {first:.3g}, then {last:.3g}"
     ended = training.get("ended")
-    said = [f"The mean reward {moved}, and the training ended {ENDED.get(ended, f'because of the alert {ended}')}"]
+    said = [f"The {what} {moved}, and the training ended {ENDED.get(ended, f'because of the alert {ended}')}"]
     said.append(f" ({training['steps']:,} of {training['max_steps']:,} steps).")
     saved = training.get("checkpoint") or {}
     if saved.get("heldout_reward") is not None:
@@ -124,6 +135,13 @@ def about_learnability(gate: dict[str, Any], metrics: Sequence[dict[str, Any]]) 
         f"were learnable: its {gate['samples']} answers got different rewards. The training could use "
         f"{share(gate['expected_nonzero_groups'])} of its groups{whole}."
     )
+
+
+def about_warm_start(warm_start: dict[str, Any]) -> str:
+    """Return why the run began with supervised fine-tuning, and when that ended."""
+    ended = WARM_START_ENDED.get(str(warm_start.get("ended")), "before it was done")
+    steps = count(warm_start.get("steps", 0), "step")
+    return f"Before GRPO, the model learnt worked solutions for {steps}, because {warm_start['reason']}. It ended {ended}."
 
 
 def used_groups(metrics: Sequence[dict[str, Any]]) -> float | None:
@@ -160,6 +178,8 @@ def proof_rows(proofs: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "part of the change that the merged model has", f"{share(min(parity['kept'], 1.0))} (at least 95 %)"
     yield "error of the merged model", f"{share(parity['error'])} of the change (at most 30 %)"
     yield "difference of merged and trained model", f"{figure(parity['mean'])} nats on average (at most 0.1)"
+    beside = proofs["adapter_served"]["kept"]
+    yield "part of the change that is left with the adapter beside bf16 weights", share(max(0.0, min(beside, 1.0)))
     if "from_4bit" in parity:
         yield "difference to the model in 4 bits, on which it was trained", f"{share(parity['from_4bit'])} of the change"
     yield (
