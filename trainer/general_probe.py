@@ -1,42 +1,21 @@
-"""The general questions of `probe.json`: what a tuning costs elsewhere.
+"""Asks a model in training the general questions of `probe.json` (`trainer.probe_part`).
 
-The test job asks base and tuned model. A training with held-out rows asks its model before the first step and at each
-evaluation. The questions have no system prompt of the run, and the answers are greedy.
+A training with held-out rows asks its model before the first step and at each evaluation.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from trainer.engines import Completion, Decoding
-from trainer.permissions import job_permissions
+from trainer.probe_part import probe_part
 from trainer.sampling import sample_completions
-from trainer.scoring import Part, scored
+from trainer.scoring import scored
 from tunedrop.config.model import RunConfig
 from tunedrop.dataset.rows import Row
-from tunedrop.inference_tests import parse_tests
-from tunedrop.rewards import RewardSpec, build_rewards
 
 if TYPE_CHECKING:
     from trainer.run_trainer import RunTrainer
-
-PROBE = Path(__file__).with_name("probe.json")
-PROBE_TOKENS = 48
-
-
-def probe_part(config: RunConfig, decoding: Decoding) -> Part:
-    """Return the questions as a part of a test job. An answer is right if it contains the expected one, or passes checks."""
-    trained = int(config.grpo["max_completion_length"])
-    return Part(
-        "probe",
-        parse_tests(PROBE.read_bytes(), RunConfig(model=config.model)),
-        decoding._replace(limit=PROBE_TOKENS),
-        build_rewards([RewardSpec(type="contains")]),
-        job_permissions(),
-        config.grpo.get("chat_template_kwargs") or {},
-        least=min(PROBE_TOKENS, trained),
-    )
 
 
 class Probe:

@@ -22,8 +22,8 @@ from tunedrop.dataset.rows import Row
 from tunedrop.rollouts import Answer, Group, Index, Kind, Part, spread
 
 if TYPE_CHECKING:
+    from trainer.run_trainer import RunTrainer
     from trainer.sampling import ScoredCompletion
-    from trainer.sft_trainer import Learner
 
 log = logging.getLogger("trainer")
 
@@ -44,7 +44,7 @@ class Rollouts(TrainerCallback):  # type: ignore[misc] # transformers is untyped
     names (`rollouts` of the alert, `[{"step", "prompt_id"}]`). The panel keeps the first rows of each evaluation that fit.
     """
 
-    def __init__(self, folder: Path, max_mb: float, trainer: "Learner", rows: Sequence[Row]):
+    def __init__(self, folder: Path, max_mb: float, trainer: "RunTrainer", rows: Sequence[Row]):
         self._folder, self._max_mb, self._trainer, self._rows = folder, max_mb, trainer, rows
         self._bytes_per_character = BYTES_PER_CHARACTER
         self._parts: dict[str, Part] = {}

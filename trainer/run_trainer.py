@@ -266,6 +266,10 @@ class _RunMethods(WholeCheckpoints):
         logs = self._logs
         return ordered_samples(logs["prompt"], logs["completion"], logs["rewards"])
 
+    def save_now(self) -> None:
+        """Write a checkpoint of the weights as they are."""
+        self._save_checkpoint(self.model, None)
+
     # ---- the rollout, and the curriculum's groups --------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:

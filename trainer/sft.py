@@ -21,6 +21,7 @@ from trainer.run_trainer import RunTrainer
 from trainer.sft_sequences import Sequences, sequences
 from trainer.sft_trainer import RunSftTrainer, build_sft_trainer
 from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import EVALUATIONS
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward
 
@@ -66,8 +67,8 @@ def whole_run(run: Run, report_to: list[str]) -> RunSftTrainer:
     return make(run, learned, run.trainer.record, folders.checkpoint_dir(), decays=True, report_to=report_to)
 
 
-def planned_steps(sft: RunSftTrainer) -> int:
-    """Return the number of optimizer steps of a training."""
+def evaluation_steps(sft: RunSftTrainer) -> int:
+    """Return the number of steps between two evaluations."""
     epochs: float = sft.args.num_train_epochs
     per_step: int = sft.args.gradient_accumulation_steps * sft.args.world_size
-    return math.ceil(epochs * math.ceil(len(sft.train_dataset) / per_step))
+    return max(1, math.ceil(epochs * math.ceil(len(sft.train_dataset) / per_step) / EVALUATIONS))

@@ -165,11 +165,10 @@ def build_sft_trainer(
 
 def tokens_of_a_loss(trainer: RunTrainer, longest: int) -> int:
     """Return the tokens of a micro-batch of GRPO's loss, whose memory a run has. A group has its prompt once."""
-    arguments = trainer.args
-    prompt = longest - arguments.max_completion_length
-    sequences: int = arguments.per_device_train_batch_size
-    groups = sequences // int(trainer.num_generations)
-    return groups * int(prompt) + sequences * int(arguments.max_completion_length)
+    completion: int = trainer.args.max_completion_length
+    sequences: int = trainer.args.per_device_train_batch_size
+    group: int = trainer.num_generations
+    return sequences // group * (longest - completion) + sequences * completion
 
 
 Learner = RunTrainer | RunSftTrainer  # the trainer of a run's method

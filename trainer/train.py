@@ -23,14 +23,12 @@ import argparse
 import functools
 import json
 import logging
-import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
@@ -39,7 +37,7 @@ from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.config.schedule import EVALUATIONS, evaluation_interval, fit_batches
+from tunedrop.config.schedule import evaluation_interval, fit_batches
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 from tunedrop.rollouts import FOLDER
@@ -50,8 +48,6 @@ if TYPE_CHECKING:
 
     from trainer.bounds import Limit
     from trainer.checkpoints import Checkpoint, Record
-    from trainer.general_probe import Probe
-    from trainer.rollouts import Rollouts
     from trainer.run_trainer import RunTrainer
     from trainer.sft import Run
     from trainer.sft_trainer import Learner
@@ -213,29 +209,6 @@ def build_trainer(
     return trainer
 
 
-def evaluate(run: "Run", learner: "Learner", probe: "Probe", rollouts: "Rollouts") -> dict[str, float]:
-    """Return the mean reward of greedy completions to held-out rows, with `sft` also the loss of their targets.
-
-    The learner's metrics get both, with the figures of the probe. `rollouts` keeps the completions. Without rows there are
-    no measures.
-    """
-    from trainer.sampling import sample_completions
-
-    rows = run.heldout
-    if not rows:
-        return {}
-    began = time.monotonic()
-    completions = [each for (each,) in sample_completions(run.trainer, run.rewards, rows, 1, greedy=True)]
-    rollouts.keep_panel(rows, completions)
-    reward = fmean(completion.score for completion in completions)
-    loss = None if learner is run.trainer else learner.heldout_loss()
-    measures = {"heldout_reward": reward} | ({} if loss is None else {"heldout_loss": loss})
-    for name, value in (measures | probe.ask()).items():
-        learner.add_metric(name, value)
-    log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
-    return measures
-
-
 def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     """Return the limit of the run: `--max-runtime`, which `max_cost_usd` allows, if it is below `compute.max_runtime`."""
     from trainer.bounds import Limit
@@ -243,15 +216,6 @@ def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     if flags.max_runtime is not None and flags.max_runtime < config.compute.max_runtime:
         return Limit(flags.max_runtime, "max_cost_usd")
     return Limit(config.compute.max_runtime, "max_runtime")
-
-
-def steps_between_evaluations(run: "Run", learner: "Learner") -> int:
-    """Return the number of steps between two evaluations of the held-out rows."""
-    from trainer.sft import planned_steps
-
-    if learner is not run.trainer:
-        return max(1, math.ceil(planned_steps(learner) / EVALUATIONS))
-    return evaluation_interval(run.config, run.trainer.rows, len(run.heldout), run.trainer.accelerator.num_processes)
 
 
 def train(flags: argparse.Namespace) -> str | None:
@@ -297,6 +261,7 @@ def train(flags: argparse.Namespace) -> str | None:
         learn(run, learner, checkpoint)
     if trainer.is_world_process_zero():
         save(run, learner, location, start, flags.run_id)
+
     return record.ended
 
 
@@ -304,14 +269,17 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
     """Train from a checkpoint, or from the beginning, to the end of the run, to a limit, an alert or SIGTERM."""
     from trainer import warm_start
     from trainer.bounds import Bounds
+    from trainer.evaluation import evaluate
     from trainer.general_probe import Probe
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
     from trainer.rollouts import Rollouts
+    from trainer.sft import evaluation_steps
     from trainer.watchdog import train_watched
 
     trainer, config, record, target = run.trainer, run.config, run.trainer.record, folders.model_dir()
-    rollouts = Rollouts(folders.checkpoint_dir() / FOLDER, config.rollouts.max_mb, learner, run.data.rows)
+    rows, held = run.data.rows, run.heldout
+    rollouts = Rollouts(folders.checkpoint_dir() / FOLDER, config.rollouts.max_mb, learner, rows)
     watch = Watch(
         target / "alerts.jsonl",
         record,
@@ -325,8 +293,10 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         record,
         run.limit,
         watch,
-        functools.partial(evaluate, run, learner, Probe(trainer, config, run.heldout), rollouts),
-        steps_between_evaluations(run, learner),
+        functools.partial(evaluate, trainer, learner, run.rewards, held, Probe(trainer, config, held), rollouts),
+        evaluation_interval(config, len(trainer.train_dataset), len(held), trainer.accelerator.num_processes)
+        if learner is trainer
+        else evaluation_steps(learner),
         began=started(),
         finish_seconds=run.finish_seconds + warm_start.look_again_seconds(run),
         at_end=functools.partial(warm_start.look_again, run),
@@ -335,12 +305,14 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
     for callback in (Progress(target, config.method, earlier), watch, bounds, rollouts):
         learner.add_callback(callback)
     if bounds.go_on(checkpoint):
+        log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
+        go = functools.partial(learner.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if learner is trainer:
             chooses = "activation_checkpointing" not in config.grpo
             trainer.add_callback(MemoryProbe(trainer, run.data.lengths, chooses_checkpointing=chooses))
-        log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
-        go = functools.partial(learner.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        train_watched(learner, watch, len(run.heldout) / trainer.args.generation_batch_size, go)
+            train_watched(trainer, watch, len(held) / trainer.args.generation_batch_size, go)
+        else:
+            go()
     else:  # the run was killed after its last step, or no time is left
         assert checkpoint is not None  # `go_on` raises without one
         learner.finish_from(checkpoint)
@@ -361,8 +333,8 @@ def save(run: "Run", learner: "Learner", location: str, start: "Start | None", r
     result = results.summary(learner, config, run_id, run.data, start, chosen)
     points = [point for point in history(learner.state, config.method) if point["step"] <= chosen.step]
     shutil.rmtree(folders.model_dir() / FOLDER, ignore_errors=True)
-    if (kept := folders.checkpoint_dir() / FOLDER).is_dir():  # not where SIGTERM ended the warm start
-        shutil.copytree(kept, folders.model_dir() / FOLDER)
+    if (folders.checkpoint_dir() / FOLDER).is_dir():  # not if SIGTERM ended the warm start
+        shutil.copytree(folders.checkpoint_dir() / FOLDER, folders.model_dir() / FOLDER)
     tokenizer = run.trainer.processing_class
     for each in dict.fromkeys((learner, run.trainer)):  # for the models that are merged and compared
         each.free_memory()

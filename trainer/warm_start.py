@@ -11,7 +11,6 @@ killed in it or after it goes on as if nothing had happened.
 
 import functools
 import logging
-import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,17 @@ from transformers import TrainerState
 from trainer import checkpoints, folders
 from trainer.bounds import Bounds, Limit
 from trainer.checkpoints import Checkpoint, Record
+from trainer.general_probe import Probe
 from trainer.job import JobError, started
 from trainer.learnability_gate import Asked, ask_model, check_learnability
 from trainer.progress import Progress, Watch, history
 from trainer.run_trainer import RunTrainer
 from trainer.sampling import own_random_numbers
-from trainer.sft import Run, learned_sequences, make, planned_steps
+from trainer.sft import Run, evaluation_steps, learned_sequences, make
 from trainer.sft_sequences import Sequences
 from trainer.sft_trainer import RunSftTrainer
 from tunedrop.config.model import RunConfig
-from tunedrop.config.schedule import EVALUATIONS, FIRST_GATE_PROMPTS
+from tunedrop.config.schedule import FIRST_GATE_PROMPTS
 
 log = logging.getLogger("trainer")
 
@@ -64,11 +64,13 @@ def prepare(run: Run) -> bool:
         if learned is None or not _enough_rows(run, learned):
             check_learnability(trainer, run.config, run.data.rows, asked)
             return True
-        phase = Record(warm_start={"reason": reason, "targets": learned.summary, "before": shares(asked)})
+        Probe(trainer, run.config, run.heldout)  # it keeps what the model knows before any step
+        told = {"reason": reason, "targets": learned.summary, "before": shares(asked)}
+        phase = Record(warm_start=told, probe=record.probe)
         log.info("warm start: %s; %s", reason, learned.summary)
     else:
         phase, learned = saved.record, None
-        record.seconds = phase.seconds
+        record.seconds, record.probe = phase.seconds, phase.probe
     if not phase.ended:
         warm_up(run, phase, saved, learned or learned_sequences(run, run.data.rows))
         saved = checkpoints.newest(folder(), trainer.run)
@@ -144,7 +146,7 @@ def warm_up(run: Run, phase: Record, saved: Checkpoint | None, learned: Sequence
             limit,
             watch,
             functools.partial(evaluate, run, sft),
-            max(1, math.ceil(planned_steps(sft) / EVALUATIONS)),
+            evaluation_steps(sft),
             began=started(),
             finish_seconds=run.finish_seconds,
             enough=functools.partial(enough, config),

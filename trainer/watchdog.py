@@ -23,7 +23,7 @@ from trainer.progress import history
 
 if TYPE_CHECKING:
     from trainer.progress import Watch
-    from trainer.sft_trainer import Learner
+    from trainer.run_trainer import RunTrainer
 
 log = logging.getLogger("trainer")
 
@@ -45,7 +45,7 @@ class Watchdog(TrainerCallback):  # type: ignore[misc] # transformers is untyped
     `evaluation_steps`: how many steps' work an evaluation is.
     """
 
-    def __init__(self, trainer: "Learner", evaluation_steps: float):
+    def __init__(self, trainer: "RunTrainer", evaluation_steps: float):
         self._state: TrainerState = trainer.state
         self._evaluation_steps = evaluation_steps
         self._ended = threading.Event()
@@ -93,7 +93,7 @@ class Watchdog(TrainerCallback):  # type: ignore[misc] # transformers is untyped
             raise StalledError(self._alert)
 
 
-def train_watched(trainer: "Learner", watch: "Watch", evaluation_steps: float, train: Callable[[], object]) -> None:
+def train_watched(trainer: "RunTrainer", watch: "Watch", evaluation_steps: float, train: Callable[[], object]) -> None:
     """Call `train`. If it hangs, raise the alert and save the weights of the last step.
 
     `evaluation_steps`: how many steps' work an evaluation is.

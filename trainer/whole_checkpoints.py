@@ -53,10 +53,6 @@ class WholeCheckpoints(_Base):  # type: ignore[misc] # transformers is untyped h
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def save_now(self) -> None:
-        """Write a checkpoint of the weights as they are."""
-        self._save_checkpoint(self.model, None)
-
     def save_more(self, folder: Path) -> None:
         """Save what this rank needs to go on, beside what Transformers saves."""
 

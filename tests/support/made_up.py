@@ -22,15 +22,17 @@ PROOFS = {
     "fresh_process": {"seconds": 9.5, "peft": "0.21.2"},
 }
 LEARNABILITY = {"prompts": 64, "samples": 8, "dead": 0.25, "learnable": 0.5833, "solved": 0.1667, "reward": 0.3}
-SHARES = {"prompts": 16, "dead": 0.875, "learnable": 0.125, "solved": 0.0}
 TRAINING: dict[str, Any] = {
     "learnability": LEARNABILITY | {"expected_nonzero_groups": 0.6139, "reward_error": 0.01, "seconds": 536.5},
     "sampling": {"rollouts": 10, "groups": 120, "taught": 60, "refilled": 7},
-    "shares": {"before": SHARES, "after the warm start": SHARES | {"dead": 0.25, "learnable": 0.75}},
-    "warm_start": {"reason": HOSTILE, "steps": 12, "ended": "learnable"},
     "ended": "complete",
     "evaluations": [{"step": step, "heldout_reward": step / 400} for step in range(30, 301, 30)],
     "checkpoint": {"step": 270, "heldout_reward": 0.675},
+    "shares": {
+        "before": {"prompts": 16, "dead": 0.875, "learnable": 0.125, "solved": 0.0},
+        "after the warm start": {"prompts": 16, "dead": 0.25, "learnable": 0.75, "solved": 0.0},
+    },
+    "warm_start": {"reason": HOSTILE, "steps": 12, "ended": "learnable"},
     "rows": 900,
     "rows_dropped": 12,
     "rows_truncated": 0,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from trainer import alerts, general_probe, train, watchdog
+from trainer import alerts, probe_part, train, watchdog
 from trainer.job import JobError
 from trainer.run_trainer import SharedPrefixGRPOTrainer
 from tunedrop.config.model import AlertCode
@@ -310,7 +310,7 @@ def prepare(code, job, monkeypatch):
         check = {"type": "regex", "pattern": "^[^e]*$"}
         questions = [{"id": f"p{n}", "prompt": f"ask {n}", "description": "x", "checks": [check]} for n in range(24)]
         probe = job.channel("probe", "probe.json", json.dumps({"evaluations": questions}))
-        monkeypatch.setattr(general_probe, "PROBE", probe)
+        monkeypatch.setattr(probe_part, "PROBE", probe)
 
 
 @pytest.mark.parametrize("code", RUNS)

@@ -180,7 +180,7 @@ def test_on_4_bit_weights_the_adapter_stays_fp32_and_learns(job, tmp_path_factor
     job.patch.setenv("SM_CHANNEL_MODELS", str(wide))
     learning = {"learning_rate": 1e-2, "num_train_epochs": 2, "rows_per_step": 16}
     prepare(job, lora={"r": 4, "load_in_4bit": True}, learnability={"samples": 0}, sft=learning)
-    kinds: list[Any] = []
+    kinds: list[torch.dtype] = []
     make = sft_trainer.RunSftTrainer.train
 
     def noted(trainer: Any, **more: Any) -> Any:

@@ -8,7 +8,7 @@ import tiny_model
 import torch
 
 from pipeline.publish.gate import evaluate
-from trainer import engines, general_probe, test_model
+from trainer import engines, probe_part, test_model
 from trainer.answers import AskedModel
 from trainer.models import load_tokenizer
 from trainer.scoring import Part
@@ -91,7 +91,7 @@ def test_the_probe_asks_both_models_ordinary_questions_without_the_system_prompt
     for case in result["probe"]:
         assert [message["role"] for message in case["prompt"]] == ["user"]
         assert {case["base"]["passed"], case["tuned"]["passed"]} <= {True, False}
-        assert len(case["base"]["text"]) <= general_probe.PROBE_TOKENS
+        assert len(case["base"]["text"]) <= probe_part.PROBE_TOKENS
 
 
 def test_an_answer_that_the_limit_cut_is_marked(ask, job, tiny):

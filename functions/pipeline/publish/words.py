@@ -18,14 +18,6 @@ FAST = 120  # seconds below which a time is shown in seconds
 # --- numbers ---
 
 
-WARM_START_ENDED = {
-    "learnable": "as soon as enough prompts were learnable",
-    "heldout_loss": "when the loss on held-out rows rose",
-    "warm_start.max_share": "at its share of the run's time",
-    "complete": "after all rows",
-}
-
-
 def share(value: float) -> str:
     """Return a share as a percentage: whole, but never 0 % or 100 % for a share that is not: `0.614` → `61 %`."""
     if 0 < value < 0.01:
@@ -137,11 +129,22 @@ def about_learnability(gate: dict[str, Any], metrics: Sequence[dict[str, Any]]) 
     )
 
 
-def about_warm_start(warm_start: dict[str, Any]) -> str:
-    """Return why the run began with supervised fine-tuning, and when that ended."""
-    ended = WARM_START_ENDED.get(str(warm_start.get("ended")), "before it was done")
-    steps = count(warm_start.get("steps", 0), "step")
-    return f"Before GRPO, the model learnt worked solutions for {steps}, because {warm_start['reason']}. It ended {ended}."
+# Why a warm start ended, by its `ended` in training.json.
+WARM_START_ENDED = {
+    "learnable": "enough prompts were learnable",
+    "heldout_loss": "the loss on held-out rows rose",
+    "warm_start.max_share": "its share of the time was over",
+    "complete": "its passes over the rows were complete",
+}
+
+
+def about_warm_start(warm: dict[str, Any]) -> str:
+    """Return why the training began with supervised fine-tuning, and why that ended."""
+    ended = WARM_START_ENDED.get(warm["ended"], "the job was stopped")
+    return (
+        f"The training began with supervised fine-tuning on the rows' own solutions: {warm['reason']}. It ended after "
+        f"{count(warm['steps'], 'step')}, because {ended}."
+    )
 
 
 def used_groups(metrics: Sequence[dict[str, Any]]) -> float | None:
