@@ -61,8 +61,9 @@ def save_due(since_last: float, costs: Costs) -> bool:
 class Bounds(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Decides after each step whether to evaluate, to save and to stop. All ranks make the same decision.
 
-    `evaluate` returns the held-out reward, None without held-out rows; it is called every `every` steps and at the end.
-    `began`: the start of the process (the container) in seconds since 1970.
+    `evaluate` returns measures of the weights by name, none without held-out rows; it is called every `every` steps and at
+    the end. `enough` returns why the training ends after these evaluations, None if it goes on. `at_end` is called with the
+    final weights, before their checkpoint. `began`: the start of the process (the container) in seconds since 1970.
     """
 
     def __init__(
@@ -70,17 +71,20 @@ class Bounds(TrainerCallback):  # type: ignore[misc] # transformers is untyped h
         record: Record,
         limit: Limit,
         watch: "Watch",
-        evaluate: Callable[[], float | None],
+        evaluate: Callable[[], dict[str, float]],
         every: int,
         *,
         began: float,
         finish_seconds: float,
+        enough: Callable[[list[dict[str, float]]], str | None] = lambda _evaluations: None,
+        at_end: Callable[[], None] = lambda: None,
     ):
         self._record, self._limit, self._watch = record, limit, watch
-        self._evaluate, self._every = evaluate, every
+        self._evaluate, self._every, self._enough, self._at_end = evaluate, every, enough, at_end
         self._before, self._began = record.seconds, began
         self._costs = Costs(**record.costs)._replace(finish=finish_seconds)
         self._steps: list[float] = []
+        self._measured = -1  # the step of the last evaluation
         self._stop = False
         self._step_began = self._saved = self._deciding = self._now()
 
@@ -151,8 +155,10 @@ class Bounds(TrainerCallback):  # type: ignore[misc] # transformers is untyped h
             self._end(self._watch.stop_for, state, control)
         elif due:
             self._measure(state)
+            if reason := self._enough(self._record.evaluations):
+                self._end(reason, state, control)
             control.should_save = True
-            control.should_training_stop = self._any_rank_stops()  # SIGTERM may arrive in the evaluation
+            control.should_training_stop |= self._any_rank_stops()  # SIGTERM may arrive in the evaluation
         elif save_due(now - self._saved, self._costs):
             control.should_save = True
         self._deciding = self._now()
@@ -175,14 +181,16 @@ class Bounds(TrainerCallback):  # type: ignore[misc] # transformers is untyped h
         if self._watch.broken:
             control.should_save = False
         else:
-            if self._record.heldout_reward is None:
+            if self._measured != state.global_step:
                 self._measure(state)
+            self._at_end()
             control.should_save = True
 
     def _measure(self, state: TrainerState) -> None:
         """Evaluate the current weights."""
-        began = self._now()
-        self._record.heldout_reward = self._evaluate()
-        if self._record.heldout_reward is not None:
-            self._record.evaluations.append({"step": state.global_step, "heldout_reward": self._record.heldout_reward})
+        began, self._measured = self._now(), state.global_step
+        measures = self._evaluate()
+        self._record.heldout_reward = measures.get("heldout_reward")
+        if measures:
+            self._record.evaluations.append({"step": state.global_step} | measures)
         self._costs = self._costs._replace(evaluation=self._now() - began)

@@ -37,8 +37,9 @@ class Record:
     `ended`: why the training ended with this checkpoint (`complete`, `max_runtime`, `max_cost_usd` or an alert's code), None
     if it did not end. `heldout_reward`: of this checkpoint, None if it was not evaluated. `evaluations`: all so far.
     `probe`: for each general question, whether the model answered it right before the first step, None without evaluations.
-    `learnability`: the gate's numbers. `dropped`: ids of the rows that the gate dropped. `sampling`: the state of
-    `trainer.curriculum`, None without one.
+    `learnability`: the gate's numbers before the training, `learnability_after` those after one that asks again. `dropped`:
+    ids of the rows that the gate dropped. `sampling`: the state of `trainer.curriculum`, None without one. `warm_start`:
+    what `trainer.warm_start` did, None without one.
     """
 
     seconds: float = 0.0
@@ -48,6 +49,8 @@ class Record:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     probe: list[bool] | None = None
     learnability: dict[str, Any] | None = None
+    learnability_after: dict[str, Any] | None = None
+    warm_start: dict[str, Any] | None = None
     dropped: list[str] = field(default_factory=list)
     sampling: dict[str, Any] | None = None
     alerts: list[dict[str, Any]] = field(default_factory=list)

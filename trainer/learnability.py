@@ -35,7 +35,8 @@ Value = TypeVar("Value")
 class Learnability(NamedTuple):
     """The gate's estimate. `dead`, `learnable` and `solved` are shares of the prompts.
 
-    `dead`: all completions of a prompt got the same reward, and not the best one. `solved`: all got the best reward.
+    `dead`: all completions of a prompt got the same reward, and not the best one. `solved`: all got the best reward, and not
+    for their form alone.
     `reward` is the mean and `reward_error` its standard error. `expected_nonzero_groups` is the expected share of groups
     with a gradient. `flat` are the indices of the dead and the solved prompts.
     """
@@ -54,6 +55,11 @@ class Learnability(NamedTuple):
         """Return the numbers for training.json."""
         return {name: round(value, 4) for name, value in self._asdict().items() if name != "flat"}
 
+    def shares(self) -> dict[str, Any]:
+        """Return the number of prompts and the shares of the dead, the learnable and the solved ones."""
+        summary = self.summary()
+        return {name: summary[name] for name in ("prompts", "dead", "learnable", "solved")}
+
     def is_clear(self, threshold: float) -> bool:
         """Return whether the share of groups with a gradient is certainly below, or certainly above, this threshold.
 
@@ -71,15 +77,19 @@ def blocks(most: int) -> Iterator[tuple[int, int]]:
     yield from zip(starts, [*starts[1:], most], strict=True)
 
 
-def estimate(rewards: Sequence[Sequence[float]], group: int) -> Learnability:
-    """Return the estimate for groups of `group` completions, from the rewards of each prompt's sampled completions."""
+def estimate(rewards: Sequence[Sequence[float]], group: int, answered: Sequence[bool] | None = None) -> Learnability:
+    """Return the estimate for groups of `group` completions, from the rewards of each prompt's sampled completions.
+
+    `answered` says for each prompt whether a completion earned something of a reward that compares with the answer. Without
+    it, the best reward of all completions counts as solved. A model that knows only the form would have solved all then.
+    """
     samples = min(len(each) for each in rewards)  # a run with few rows asks some of them again
     seen = [Counter(round(reward, DIGITS) for reward in each) for each in rewards]
     best = max(value for each in seen for value in each)
     means = [fmean(each) for each in rewards]
     flat = [index for index, each in enumerate(seen) if len(each) == 1]
     # If no completion was rewarded, the best reward does not mean "solved".
-    solved = sum(best > 0 and best in seen[index] for index in flat)
+    solved = sum(best > 0 and best in seen[index] and (answered is None or answered[index]) for index in flat)
     pooled = sum(seen, Counter())
     prior = {value: count / pooled.total() for value, count in pooled.items()}
     alike = Counter(frozenset(each.items()) for each in seen)

@@ -1,7 +1,8 @@
 """Asks the model before the first step, and ends a run in which it has nothing to learn.
 
-    check_learnability(trainer, config, rewards, rows)  →  the record's `learnability` and `dropped`; raises JobError
-    drop_rows(trainer, rows)                            →  a training without the dropped rows
+    asked = ask_model(trainer, config, rewards, rows)  →  the model's answers to some rows
+    check_learnability(trainer, config, rows, asked)   →  the record's `learnability` and `dropped`; raises JobError
+    drop_rows(trainer, rows)                           →  a training without the dropped rows
 
 `trainer.learnability` has the statistics.
 """
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer import learnability
 from trainer.dataset import check_step
@@ -35,35 +36,66 @@ REASON_ROOM = REASON_CHARACTERS - 40
 TO_GO_ON = "To train all the same, set learnability.policy to go_on."
 
 
-def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row]) -> None:
-    """Estimate before the first step how much the model can learn, and act as `learnability.policy` says.
+class Asked(NamedTuple):
+    """What the model answered to each of some rows, by the row's index, and the estimate from it."""
 
-    Writes the estimate and the rows to drop into the trainer's record. Raises JobError where nothing can be learned, except
-    with `go_on`, and with `stop` where too little can be learned.
+    answers: dict[int, list[ScoredCompletion]]
+    estimate: Learnability
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers for training.json."""
+        return self.estimate.summary() | {"seconds": self.seconds}
+
+
+def ask_model(
+    trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row], most: int | None = None
+) -> Asked | None:
+    """Ask the model, until the answer is clear, at most `most` prompts. None if the config's gate asks for no samples.
+
+    Without `most`, the gate may ask as many prompts as `most_gate_prompts` says.
     """
     policy, began = config.learnability, time.monotonic()
     if policy.samples == 0:
-        return
+        return None
     total = generated_answers(config, len(rows), trainer.accelerator.num_processes)
-    most = most_gate_prompts(total, policy.samples)
     # `drop` judges each row that it asks, and therefore asks as many as it may.
     threshold = {"stop": policy.min_nonzero_groups, "drop": None}.get(policy.policy, 0.0)
 
     def sample(chosen: list[int], seed: int) -> list[list[ScoredCompletion]]:
         return sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples, seed=seed)
 
-    answers = ask(sample, trainer.row_order(), most, trainer.num_generations, threshold)
-    scores = scores_of(answers)
-    estimate = learnability.estimate(scores, trainer.num_generations)
+    limit = most_gate_prompts(total, policy.samples)
+    answers = ask(sample, trainer.row_order(), min(limit, most or limit), trainer.num_generations, threshold)
+    comparing = [reward.__name__ for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
+    answered = [
+        not comparing or any((each.rewards[name] or 0.0) > 0 for each in found for name in comparing)
+        for found in answers.values()
+    ]
+    estimate = learnability.estimate(scores_of(answers), trainer.num_generations, answered)
+    return Asked(answers, estimate, round(time.monotonic() - began, 1))
+
+
+def check_learnability(trainer: "RunTrainer", config: RunConfig, rows: list[Row], asked: Asked | None) -> None:
+    """Act on the model's answers before the first step as `learnability.policy` says; None: on no answers.
+
+    Writes the estimate and the rows to drop into the trainer's record. Raises JobError where nothing can be learned, except
+    with `go_on` or if a warm start solved every prompt, and with `stop` where too little can be learned.
+    """
+    if asked is None:
+        return
+    policy, (answers, estimate, _) = config.learnability, asked
     if trainer.curriculum:
-        for index, group in zip(answers, scores, strict=True):
+        for index, group in zip(answers, scores_of(answers), strict=True):
             trainer.curriculum.observe(index, group)
-    numbers = estimate.summary() | {"seconds": round(time.monotonic() - began, 1)}
-    trainer.record.learnability = numbers
+    numbers = trainer.record.learnability = asked.summary()
     log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
     limit = trainer.args.max_completion_length
-    if policy.policy != "go_on" and estimate.learnable == 0:
-        raise JobError(explain(nothing_to_learn(estimate), estimate, list(answers.values()), limit))
+    solved_by_warm_start = trainer.record.warm_start is not None and estimate.dead == 0
+    if policy.policy != "go_on" and estimate.learnable == 0 and not solved_by_warm_start:
+        warm = trainer.record.warm_start
+        after = f"After a warm start of {warm['steps']} steps: " if warm else ""
+        raise JobError(explain(after + nothing_to_learn(estimate), estimate, list(answers.values()), limit))
     if policy.policy == "stop" and estimate.expected_nonzero_groups < policy.min_nonzero_groups:
         too_few = (
             f"The model would learn from only {estimate.expected_nonzero_groups:.0%} of the groups, fewer than "
@@ -71,8 +103,8 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rewards: list[R
         )
         raise JobError(explain(too_few, estimate, list(answers.values()), limit))
     if policy.policy == "drop":
-        asked = list(answers)
-        trainer.record.dropped = [str(rows[asked[index]]["id"]) for index in estimate.flat]
+        indices = list(answers)
+        trainer.record.dropped = [str(rows[indices[index]]["id"]) for index in estimate.flat]
 
 
 def ask(
@@ -166,7 +198,7 @@ def ways_out(estimate: Learnability, answers: Sequence[ScoredCompletion], limit:
     ways = [
         "another reward, if such answers are right",
         "partial credit (for example the reward similarity)",
-        "a warm start (as `model`, one that already answers some rows)",
+        "a warm start (a column `reasoning` with worked solutions, or as `model` one that already answers some rows)",
         "easier rows",
     ]
     if cut := sum(each.cut for each in answers):

@@ -26,6 +26,7 @@ from trainer.sampling import own_random_numbers
 
 if TYPE_CHECKING:
     from trainer.run_trainer import RunTrainer
+    from trainer.sft_trainer import RunSftTrainer
 
 log = logging.getLogger("trainer")
 
@@ -57,6 +58,8 @@ class MemoryProbe(TrainerCallback):  # type: ignore[misc] # transformers is unty
     `chooses_checkpointing`: switch activation checkpointing off where memory allows it. Raises JobError if the memory does
     not suffice; the message says which limits to lower.
     """
+
+    _trainer: Any
 
     def __init__(self, trainer: "RunTrainer", lengths: Sequence[int], *, chooses_checkpointing: bool):
         self._trainer, self._lengths = trainer, sorted(lengths, reverse=True)
@@ -184,6 +187,23 @@ class MemoryProbe(TrainerCallback):  # type: ignore[misc] # transformers is unty
             f"{worst.completion} to {fitting.completion} and grpo.per_device_train_batch_size from {worst.sequences} to 1, "
             "or use lora.load_in_4bit or a larger instance."
         )
+
+
+class SequenceProbe(MemoryProbe):
+    """Probes supervised fine-tuning, which takes one sequence of at most `longest` tokens at a time."""
+
+    def __init__(self, trainer: "RunSftTrainer", longest: int):
+        self._trainer, self._longest = trainer, longest
+
+    def on_train_begin(self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+        """Run the longest sequence. Each rank runs it by itself. Raises JobError if the memory does not suffice."""
+        tokens = self._longest
+        if not self._succeeds(lambda: self._trainer.probe(tokens), f"one sequence of {tokens} tokens"):
+            raise JobError(
+                f"Not enough memory{_of_gpu()} for supervised fine-tuning: one sequence of {tokens} tokens, forward and "
+                "backward. Lower max_prompt_length or grpo.max_completion_length, or use a smaller model, "
+                "lora.load_in_4bit, or a larger instance."
+            )
 
 
 def smaller(batch: Batch) -> Iterator[Batch]:

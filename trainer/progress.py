@@ -35,6 +35,8 @@ METRICS = {
     "probe_score": "probe_score",
     "probe_lost": "probe_lost",
     "probe_gained": "probe_gained",
+    "heldout_loss": "heldout_loss",
+    "mean_token_accuracy": "token_accuracy",
     "frac_reward_zero_std": "frac_reward_zero_std",
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -57,19 +59,24 @@ LARGEST_WEIGHT = 1e4
 
 
 def metrics(entry: dict[str, Any], max_steps: int) -> dict[str, Any]:
-    """Return a line of metrics.jsonl for an entry of the trainer's log."""
+    """Return a line of metrics.jsonl for an entry of the trainer's log. A line without rewards is of phase `sft`."""
     rewards = {
         name.removeprefix("rewards/").removesuffix("/mean"): value
         for name, value in entry.items()
         if name.startswith("rewards/") and name.endswith("/mean")
     }
     named = {ours: entry[theirs] for theirs, ours in METRICS.items() if theirs in entry}
-    return {"step": entry["step"], "max_steps": max_steps, "epoch": entry["epoch"], **named, "rewards": rewards}
+    phase = {} if "reward" in entry else {"phase": "sft"}
+    return {**phase, "step": entry["step"], "max_steps": max_steps, "epoch": entry["epoch"], **named, "rewards": rewards}
 
 
-def history(state: TrainerState) -> list[dict[str, Any]]:
-    """Return the logged points of steps with a new rollout; only such steps have rewards."""
-    return [metrics(entry, state.max_steps) for entry in state.log_history if "reward" in entry]
+# The metric that marks a point of the log, by method. Only steps of GRPO with a new rollout have rewards.
+POINTS = {"grpo": "reward", "sft": "loss"}
+
+
+def history(state: TrainerState, method: str = "grpo") -> list[dict[str, Any]]:
+    """Return the logged points of a training by this method."""
+    return [metrics(entry, state.max_steps) for entry in state.log_history if POINTS[method] in entry]
 
 
 def line(values: dict[str, Any], eta_seconds: float) -> str:
@@ -114,9 +121,13 @@ def ordered_samples(
 
 
 class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
-    """Writes `metrics.jsonl` and `tensorboard/` into a folder and logs each logging step, or shows a bar on a terminal."""
+    """Writes `metrics.jsonl` and `tensorboard/` into a folder and logs each logging step, or shows a bar on a terminal.
 
-    def __init__(self, folder: Path):
+    `earlier` are the points of a phase before this training.
+    """
+
+    def __init__(self, folder: Path, method: str = "grpo", earlier: Sequence[dict[str, Any]] = ()):
+        self._method, self._earlier = method, earlier
         self._path, self._tensorboard = folder / "metrics.jsonl", folder / "tensorboard"
         self._writer: SummaryWriter | None = None
         self._began = 0.0
@@ -133,7 +144,7 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
             self._path.write_text("")
             shutil.rmtree(self._tensorboard, ignore_errors=True)  # a resumed run writes its points again
             self._writer = SummaryWriter(str(self._tensorboard))
-            for values in history(state):
+            for values in [*self._earlier, *history(state, self._method)]:
                 self._write(values)
             log.info("training steps=%d from_step=%d", state.max_steps, state.global_step)
             if sys.stdout.isatty():
@@ -148,12 +159,12 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
         **_: Any,
     ) -> None:
         """Write the figures of a step, which are the last entry of the trainer's log history."""
-        if not state.is_world_process_zero or "reward" not in logs:
+        if not state.is_world_process_zero or POINTS[self._method] not in logs:
             return
         values = metrics(state.log_history[-1], state.max_steps)
         self._write(values)
         if self._bar is not None:
-            self._bar.set_postfix(reward=values["reward"], entropy=values.get("entropy"))
+            self._bar.set_postfix({name: values.get(name) for name in (POINTS[self._method], "entropy")})
             self._bar.update(state.global_step - self._bar.n)
         else:
             per_step = (time.monotonic() - self._began) / (state.global_step - self._first)
@@ -171,9 +182,10 @@ class Progress(TrainerCallback):  # type: ignore[misc] # transformers is untyped
             file.write(as_json(values) + "\n")
         assert self._writer is not None  # `on_train_begin` made it
         rewards = {f"rewards/{name}": value for name, value in values["rewards"].items()}
+        folder = f"{values['phase']}/" if "phase" in values else ""
         for name, value in (values | rewards).items():
             if isinstance(value, float):
-                self._writer.add_scalar(name, value, values["step"])
+                self._writer.add_scalar(folder + name, value, values["step"])
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped here

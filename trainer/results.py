@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from trainer.checkpoints import Checkpoint
+    from trainer.checkpoints import Checkpoint, Record
     from trainer.dataset import Dataset
-    from trainer.run_trainer import RunTrainer
+    from trainer.sft_trainer import Learner
     from trainer.start import Start
     from tunedrop.config.model import RunConfig
 
@@ -115,21 +115,24 @@ def prove(
 
 
 def summary(
-    trainer: "RunTrainer",
+    trainer: "Learner",
     config: "RunConfig",
     run_id: str,
     data: "Dataset",
     start: "Start | None",
     chosen: "Checkpoint",
 ) -> dict[str, Any]:
-    """Return the content of `training.json`, without the proofs. `chosen` is the checkpoint whose adapter was saved."""
+    """Return the content of `training.json`, without the proofs.
+
+    `trainer` is that of the run's method, `chosen` the checkpoint whose adapter was saved.
+    """
     from trainer.bounds import LIMITS
     from trainer.learnability import measured
     from trainer.progress import history
 
     record, state, points = trainer.record, trainer.state, history(trainer.state)
     gate, curriculum = record.learnability, trainer.curriculum
-    if gate and not curriculum:  # the gate's forecast is for prompts in a random order
+    if gate and points and not curriculum:  # the gate's forecast is for prompts in a random order
         gate = gate | measured(points, gate, trainer.num_generations)
     return {
         "model": config.model,
@@ -137,15 +140,19 @@ def summary(
         "start": start.summary() if start else None,
         "steps": state.global_step,
         "max_steps": state.max_steps,
-        "stopped": state.global_step < state.max_steps,
+        "stopped": record.ended is None or state.global_step < state.max_steps,
         "ended": record.ended,
         "bounded": record.ended if record.ended in LIMITS else None,
         "checkpoint": {"step": chosen.step, "heldout_reward": chosen.record.heldout_reward},
         "evaluations": record.evaluations,
         "learnability": gate,
+        "shares": shares(record, config.method),
+        "warm_start": {name: each for name, each in (record.warm_start or {}).items() if name != "points"} or None,
+        "targets": trainer.targets if config.method == "sft" else None,
         "sampling": curriculum.summary() if curriculum else None,
         "alerts": [alert["code"] for alert in record.alerts],
-        "rows": len(trainer.train_dataset),
+        "method": config.method,
+        "rows": trainer.rows,
         "rows_dropped": data.dropped + len(record.dropped),
         "rows_truncated": data.truncated,
         "seconds": round(time.time() - started(), 1),
@@ -153,3 +160,15 @@ def summary(
         "reward_last": points[-1]["reward"] if points else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")},
     }
+
+
+def shares(record: "Record", method: str) -> dict[str, dict[str, Any]]:
+    """Return the shares of dead, learnable and solved prompts before the training and after each phase, by its name.
+
+    A run of GRPO alone asks only before.
+    """
+    warm = record.warm_start
+    before = warm["before"] if warm else record.learnability
+    after = {"after the warm start": warm.get("after") if warm else None, f"after {method}": record.learnability_after}
+    names = ("prompts", "dead", "learnable", "solved")
+    return {phase: {name: each[name] for name in names} for phase, each in ({"before": before} | after).items() if each}

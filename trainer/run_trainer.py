@@ -3,8 +3,9 @@
     trainer = SharedPrefixRunTrainer(model=…, args=…, …, run=identity(config, rows), record=record)
     trainer = StockRunTrainer(…)  # the same for models that `trainer.shared_prefix_models` does not support
 
-One module because it alone uses private names of TRL and of Transformers' `Trainer`: it overrides their hooks, and offers
-public methods to the other modules. tests/trainer/test_run_trainer.py has a contract test for each private name.
+Only this module, `trainer.whole_checkpoints` and `trainer.sft_trainer` use private names of TRL and of Transformers'
+`Trainer`: they override their hooks, and offer public methods to the other modules. tests/trainer/test_run_trainer.py has
+a contract test for each private name.
 
 `SharedPrefixGRPOTrainer` computes the prompt of a group once, where TRL computes it for each completion, in the rollout and
 in the loss. TRL's own code still makes the loss, the advantages and the metrics. docs/training.md has the picture.
@@ -12,27 +13,23 @@ in the loss. TRL's own code still makes the loss, the advantages and the metrics
 
 import copy
 import functools
-import gc
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, TrainerState
+from transformers import PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import split_tensor_dict
 
-from trainer import checkpoints
-from trainer.checkpoints import SAVING, Checkpoint, Record
 from trainer.curriculum import ByEpoch, Curriculum
 from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
@@ -44,11 +41,7 @@ from trainer.shared_prefix import ATTENTION, Packed, backbone
 from trainer.shared_prefix_models import unsupported
 from trainer.shared_prefix_sampling import Decoder, sample
 from trainer.token_log_probs import TokenLogProbs
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Base
-else:
-    _Base = object
+from trainer.whole_checkpoints import WholeCheckpoints
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
@@ -207,39 +200,35 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyp
         return loss
 
 
-class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
+class _RunMethods(WholeCheckpoints):
     """Adds to a `GRPOTrainer` what a run needs: whole checkpoints, resumption, metrics for alerts, public methods.
 
-    `run` and `record` go into the checkpoints' manifests. `prompt_limit` is the most tokens of a prompt. `curriculum`
-    chooses the prompts of each rollout, None: a random order.
+    `prompt_limit` is the most tokens of a prompt. `curriculum` chooses the prompts of each rollout, None: a random order.
+    All other arguments are `WholeCheckpoints`' and `GRPOTrainer`'s.
     """
 
     train_dataset: Any
-    _saving = False
+    OWN: tuple[str, ...] = (*WholeCheckpoints.OWN, "_base", "_fused", "_buffered_inputs", "ref_model")
     _known: tuple[list[list[int]], Tensor, list[list[float]] | None] | None = None
     _ended: list[tuple[int, int, bool]]
     _places: Tensor | None = None
     sampler_log_probs: list[list[float]] | None = None  # of the latest completions, by token
     rollout: Rollout | None = None  # the latest one
 
-    def __init__(
-        self,
-        *args: Any,
-        run: dict[str, Any],
-        record: Record,
-        prompt_limit: int,
-        curriculum: Curriculum | None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, prompt_limit: int, curriculum: Curriculum | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run, self.record, self.prompt_limit, self.curriculum = run, record, prompt_limit, curriculum
+        self.prompt_limit, self.curriculum = prompt_limit, curriculum
         # TRL makes an adapter on 4-bit weights bf16, in which small steps get lost. PEFT makes a resumed adapter fp32.
         for weights in self.model.parameters():
             if weights.requires_grad:
                 weights.data = weights.data.float()
-        self.remove_callback(PrinterCallback)
 
     # ---- public methods ----------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that it trains on."""
+        return len(self.train_dataset)
 
     def row_order(self) -> list[int]:
         """Return the indices of the training rows in the order in which the first epoch takes them."""
@@ -280,24 +269,6 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
     def save_now(self) -> None:
         """Write a checkpoint of the weights as they are."""
         self._save_checkpoint(self.model, None)
-
-    def finish_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the state of a run that ended with this checkpoint, and let the callbacks write their files again."""
-        self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-        self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        self.callback_handler.on_train_end(self.args, self.state, self.control)
-
-    def free_memory(self) -> None:
-        """Free the model, the optimizer and the rollout. The trainer can no longer train."""
-        own = ("_base", "_fused", "_buffered_inputs")
-        for name in (*own, "model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler"):
-            self.__dict__.pop(name, None)
-        handler = self.callback_handler
-        handler.model = handler.optimizer = handler.lr_scheduler = None
-        self.accelerator.free_memory()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     # ---- the rollout, and the curriculum's groups --------------------------------------------------------------------
 
@@ -370,38 +341,12 @@ class _RunMethods(_Base):  # type: ignore[misc] # TRL is untyped here
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Do nothing: TRL writes a model card beside the checkpoints at every save."""
-
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return ByEpoch(super()._get_train_sampler(dataset), lambda: self.args.seed + int(self.state.epoch or 0))
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return str(Path(folder, SAVING)) if self._saving else folder
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As TRL's, with the rollout in use, into `saving/`; sealed and renamed when every rank has written its files."""
-        accelerator, parent, name = self.accelerator, Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        folder = parent / SAVING / name
-        if accelerator.is_local_main_process:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        torch.save(self._rollout(), folder / f"rollout_{accelerator.process_index}.pt")
-        accelerator.wait_for_everyone()
-        # Each machine has its own folder. SageMaker copies all of them to one prefix in S3.
-        hashes = gather_object([checkpoints.hashes(folder) if accelerator.is_local_main_process else {}])
-        if accelerator.is_local_main_process:
-            files = {file: digest for each in hashes for file, digest in each.items()}
-            manifest = {"step": self.state.global_step, "run": self.run, "record": asdict(self.record), "files": files}
-            checkpoints.publish(folder, parent / name, manifest)
-            checkpoints.clean(parent, self.args.save_total_limit, verify=False)
-        accelerator.wait_for_everyone()
+    def save_more(self, folder: Path) -> None:
+        """Save the rollout in use."""
+        torch.save(self._rollout(), folder / f"rollout_{self.accelerator.process_index}.pt")
 
     def _rollout(self) -> dict[str, Any]:
         """Return the position in the rollout: several steps use one rollout, with `num_iterations` for example."""

@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
@@ -48,11 +47,10 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
     from trainer.bounds import Limit
-    from trainer.checkpoints import Record
-    from trainer.dataset import Dataset
-    from trainer.general_probe import Probe
-    from trainer.rollouts import Rollouts
+    from trainer.checkpoints import Checkpoint, Record
     from trainer.run_trainer import RunTrainer
+    from trainer.sft import Run
+    from trainer.sft_trainer import Learner
     from trainer.start import Start
 
 log = logging.getLogger("trainer")
@@ -211,27 +209,6 @@ def build_trainer(
     return trainer
 
 
-def heldout_reward(
-    trainer: "RunTrainer", rewards: list[Reward], rows: list[Row], probe: "Probe", rollouts: "Rollouts"
-) -> float | None:
-    """Return the mean reward of greedy completions to held-out rows. None without rows.
-
-    The metrics get it, with the figures of the probe. `rollouts` keeps the completions.
-    """
-    from trainer.sampling import sample_completions
-
-    if not rows:
-        return None
-    began = time.monotonic()
-    completions = [completion for (completion,) in sample_completions(trainer, rewards, rows, 1, greedy=True)]
-    rollouts.keep_panel(rows, completions)
-    reward = fmean(completion.score for completion in completions)
-    for name, value in ({"heldout_reward": reward} | probe.ask()).items():
-        trainer.add_metric(name, value)
-    log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
-    return reward
-
-
 def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
     """Return the limit of the run: `--max-runtime`, which `max_cost_usd` allows, if it is below `compute.max_runtime`."""
     from trainer.bounds import Limit
@@ -260,96 +237,110 @@ def train(flags: argparse.Namespace) -> str | None:
     heldout = heldout_rows(tokenizer, config)
     rewards = build_rewards(config.rewards, job_permissions())
 
-    from trainer import checkpoints
+    from trainer import checkpoints, sft, warm_start
     from trainer.announce import announcer
-    from trainer.bounds import Bounds
-    from trainer.general_probe import Probe
-    from trainer.learnability_gate import check_learnability, drop_rows
-    from trainer.memory_probe import MemoryProbe
-    from trainer.progress import Progress, Watch
-    from trainer.rollouts import Rollouts
+    from trainer.learnability_gate import drop_rows
     from trainer.start import read as read_start
-    from trainer.watchdog import train_watched
 
-    folder, target = folders.checkpoint_dir(), folders.model_dir()
+    folder = folders.checkpoint_dir()
     start = read_start(config)
-    run = checkpoints.identity(config, data.rows, start.digest if start else None)
-    checkpoint = checkpoints.newest(folder, run)
+    identity = checkpoints.identity(config, data.rows, start.digest if start else None)
+    checkpoint = checkpoints.newest(folder, identity)
     record = checkpoint.record if checkpoint else checkpoints.Record()
     began = time.monotonic()
-    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, run, record, start)
+    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, identity, record, start)
     # After the training, the job loads the model once to merge it, and a second process loads two for the proofs.
     finish_seconds = import_seconds + 4 * (time.monotonic() - began)
     if trainer.accelerator.is_local_main_process:
         checkpoints.clean(folder)
-    if checkpoint is None:
-        check_learnability(trainer, config, rewards, data.rows)
-    drop_rows(trainer, data.rows)
+        checkpoints.clean(warm_start.folder())
+    run = sft.Run(config, trainer, rewards, data, heldout, runtime_limit(config, flags), finish_seconds, announcer())
+    learner = sft.whole_run(run, trackers()) if config.method == "sft" else trainer
+    if checkpoint or warm_start.prepare(run):
+        drop_rows(trainer, data.rows)
+        learn(run, learner, checkpoint)
+    if trainer.is_world_process_zero():
+        save(run, learner, location, start, flags.run_id)
 
-    rollouts = Rollouts(folder / FOLDER, config.rollouts.max_mb, trainer, data.rows)
+    return record.ended
+
+
+def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> None:
+    """Train from a checkpoint, or from the beginning, to the end of the run, to a limit, an alert or SIGTERM."""
+    from trainer import warm_start
+    from trainer.bounds import Bounds
+    from trainer.evaluation import evaluate
+    from trainer.general_probe import Probe
+    from trainer.memory_probe import MemoryProbe
+    from trainer.progress import Progress, Watch
+    from trainer.rollouts import Rollouts
+    from trainer.sft import evaluation_steps
+    from trainer.watchdog import train_watched
+
+    trainer, config, record, target = run.trainer, run.config, run.trainer.record, folders.model_dir()
+    rows, held = run.data.rows, run.heldout
+    rollouts = Rollouts(folders.checkpoint_dir() / FOLDER, config.rollouts.max_mb, learner, rows)
     watch = Watch(
         target / "alerts.jsonl",
         record,
         formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
         stop_on=config.alerts.stop_on,
         samples=trainer.latest_samples,
-        announce=announcer(),
+        announce=run.announce,
         mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )
     bounds = Bounds(
         record,
-        runtime_limit(config, flags),
+        run.limit,
         watch,
-        functools.partial(heldout_reward, trainer, rewards, heldout, Probe(trainer, config, heldout), rollouts),
-        evaluation_interval(config, len(trainer.train_dataset), len(heldout), trainer.accelerator.num_processes),
+        functools.partial(evaluate, trainer, learner, run.rewards, held, Probe(trainer, config, held), rollouts),
+        evaluation_interval(config, len(trainer.train_dataset), len(held), trainer.accelerator.num_processes)
+        if learner is trainer
+        else evaluation_steps(learner),
         began=started(),
-        finish_seconds=finish_seconds,
+        finish_seconds=run.finish_seconds + warm_start.look_again_seconds(run),
+        at_end=functools.partial(warm_start.look_again, run),
     )
-    for callback in (Progress(target), watch, bounds, rollouts):
-        trainer.add_callback(callback)
+    earlier = record.warm_start["points"] if record.warm_start else []
+    for callback in (Progress(target, config.method, earlier), watch, bounds, rollouts):
+        learner.add_callback(callback)
     if bounds.go_on(checkpoint):
-        trainer.add_callback(
-            MemoryProbe(trainer, data.lengths, chooses_checkpointing="activation_checkpointing" not in config.grpo)
-        )
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
-        go = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        train_watched(trainer, watch, len(heldout) / trainer.args.generation_batch_size, go)
+        go = functools.partial(learner.train, resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if learner is trainer:
+            chooses = "activation_checkpointing" not in config.grpo
+            trainer.add_callback(MemoryProbe(trainer, run.data.lengths, chooses_checkpointing=chooses))
+            train_watched(trainer, watch, len(held) / trainer.args.generation_batch_size, go)
+        else:
+            go()
     else:  # the run was killed after its last step, or no time is left
         assert checkpoint is not None  # `go_on` raises without one
-        trainer.finish_from(checkpoint)
-    if trainer.is_world_process_zero():
-        save(
-            trainer, config, location, tokenizer, data, start, flags.run_id, [row["prompt"] for row in heldout or data.rows]
-        )
-    return record.ended
+        learner.finish_from(checkpoint)
 
 
-def save(
-    trainer: "RunTrainer",
-    config: RunConfig,
-    location: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    data: "Dataset",
-    start: "Start | None",
-    run_id: str,
-    prompts: list[list[dict[str, str]]],
-) -> None:
-    """Write the model of the best checkpoint and the summary, with proofs on some of the prompts. Uses the trainer up."""
-    from trainer import checkpoints, results
+def save(run: "Run", learner: "Learner", location: str, start: "Start | None", run_id: str) -> None:
+    """Write the model of the best checkpoint and the summary, with proofs on some prompts. Uses the trainers up."""
+    from trainer import checkpoints, results, warm_start
     from trainer.progress import history
 
+    config, record = run.config, learner.record
     # This process wrote these checkpoints or verified them. The files of other machines are not in this folder.
     saved = checkpoints.whole(folders.checkpoint_dir(), verify=False)
+    saved = saved or checkpoints.whole(warm_start.folder(), verify=False)  # SIGTERM ended the warm start
     if not saved:
-        raise JobError(f"There is nothing to save: {trainer.record.alerts[-1]['message']}.")
+        raise JobError(f"There is nothing to save: {record.alerts[-1]['message']}.")
     chosen = checkpoints.best(saved)
-    result = results.summary(trainer, config, run_id, data, start, chosen)
-    points = [point for point in history(trainer.state) if point["step"] <= chosen.step]
+    result = results.summary(learner, config, run_id, run.data, start, chosen)
+    points = [point for point in history(learner.state, config.method) if point["step"] <= chosen.step]
     shutil.rmtree(folders.model_dir() / FOLDER, ignore_errors=True)
-    shutil.copytree(folders.checkpoint_dir() / FOLDER, folders.model_dir() / FOLDER)
-    trainer.free_memory()  # for the models that are merged and compared
+    if (folders.checkpoint_dir() / FOLDER).is_dir():  # not if SIGTERM ended the warm start
+        shutil.copytree(folders.checkpoint_dir() / FOLDER, folders.model_dir() / FOLDER)
+    tokenizer = run.trainer.processing_class
+    for each in dict.fromkeys((learner, run.trainer)):  # for the models that are merged and compared
+        each.free_memory()
     results.save(chosen, tokenizer, location, config)
-    if trainer.record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
+    if record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
+        prompts = [row["prompt"] for row in run.heldout or run.data.rows]
         result["proofs"] = results.prove(config, location, prompts, points)
     (folders.model_dir() / "training.json").write_text(json.dumps(result, indent=1))
     log.info("saved %s with the adapter of step %d", folders.model_dir(), chosen.step)

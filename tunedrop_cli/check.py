@@ -109,6 +109,11 @@ def receipt_text(receipt: Receipt, data: Path, config: Path | None, tests: Path 
     return [*lines, f"{valid}: {', '.join(counts)}"]
 
 
+def _fine_tuning(warm_start: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if warm_start.get("usable"):
+        yield "fine-tuning", warm_start["plan"]
+
+
 def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
     if receipt.columns:
         yield "columns", ", ".join(f"{part} from '{column}'" for part, column in receipt.columns.items())
@@ -124,6 +129,7 @@ def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
             yield f"{name}s", f"{length['min']:.0f} to {length['max']:.0f} characters, median {length['p50']:.0f}"
     if receipt.rewards:
         yield from _reward_facts(receipt.rewards)
+    yield from _fine_tuning(receipt.warm_start)
     yield from _cost_facts(receipt.cost)
 
 

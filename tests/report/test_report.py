@@ -27,12 +27,15 @@ def test_size_and_what_it_says():
         "ENTROPY_COLLAPSE",
         "Estimate before the start",
         "Could it be learnt?",
+        "Prompts before and after each phase",
+        "Warm start",
+        "Loss of supervised fine-tuning",
         "Groups that teach",
         "0.0071 nats on average",
         "aws s3api get-object",
     ):
         assert words in LARGE
-    assert LARGE.count("<svg") == 6
+    assert LARGE.count("<svg") == 7
 
 
 def test_answers_that_a_limit_cut_and_tests_that_do_not_judge_are_marked():

@@ -28,6 +28,11 @@ TRAINING: dict[str, Any] = {
     "ended": "complete",
     "evaluations": [{"step": step, "heldout_reward": step / 400} for step in range(30, 301, 30)],
     "checkpoint": {"step": 270, "heldout_reward": 0.675},
+    "shares": {
+        "before": {"prompts": 16, "dead": 0.875, "learnable": 0.125, "solved": 0.0},
+        "after the warm start": {"prompts": 16, "dead": 0.25, "learnable": 0.75, "solved": 0.0},
+    },
+    "warm_start": {"reason": HOSTILE, "steps": 12, "ended": "learnable"},
     "rows": 900,
     "rows_dropped": 12,
     "rows_truncated": 0,
@@ -195,6 +200,8 @@ def made_report(tests: list[Outcome], steps: int = 300, suite: Sequence[Outcome]
         | {"completion_length": 60.0, "loss": 0.1, "frac_reward_zero_std": 0.08, "answers": 64.0}
         for n in range(1, steps + 1)
     ]
+    learned = {"phase": "sft", "rewards": {}, "heldout_loss": 2.0}
+    metrics = [{"step": n, "loss": 3.0 / n} | learned for n in range(1, 13)] + metrics
     evidence = [{"step": 90, "prompt_id": "row-85"}, {"step": 90, "prompt_id": "row-87"}]
     alerts = [
         {"code": "ENTROPY_COLLAPSE", "step": 88, "message": HOSTILE},

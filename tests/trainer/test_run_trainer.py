@@ -40,6 +40,13 @@ HOOKS = {
 }  # fmt: skip
 METHODS = {"_log_metric"}  # that we call
 ATTRIBUTES = {"_tokenizer", "_step", "_buffered_inputs", "_metrics", "_logs", "_entropy_bonus_enabled"}
+# The modules that make a run's trainers, and what each uses.
+CHECKPOINTS = {"_get_output_dir", "_save_checkpoint"}
+MODULES = {
+    "run_trainer": set(HOOKS) | METHODS | ATTRIBUTES,
+    "whole_checkpoints": CHECKPOINTS,
+    "sft_trainer": {"_metrics"},
+}
 OF_MODELS = {"_is_stateful", "_supports_attention_backend", "_attn_implementation"}  # trainer/shared_prefix_models.py
 
 
@@ -225,22 +232,21 @@ def of_trl(trainer: GRPOTrainer) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_no_other_module_uses_a_private_name(path):
-    allowed = {
-        "run_trainer": set(HOOKS) | METHODS | ATTRIBUTES,
+    allowed = MODULES | {
         "shared_prefix_models": OF_MODELS,
         "fused_lora": {"_foreach_copy_", "_foreach_mul"},  # torch's optimizers use them as well
     }
     assert private(path) <= allowed.get(path.stem, set())
     defined = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
-    assert path.stem == "run_trainer" or not defined & (set(HOOKS) | METHODS)  # nor overrides a hook
+    assert path.stem in MODULES or not defined & (set(HOOKS) | METHODS)  # nor overrides a hook
 
 
 def test_the_contract_is_complete_and_our_own_names_are_none_of_trls(tiny, tmp_path):
-    """Every private name of TRL in run_trainer is in a table above; the others are ours, and TRL does not have them."""
+    """Every private name of TRL in these modules is in a table above; the others are ours, and TRL does not have them."""
     trainer, _ = build(GRPOTrainer, tiny, tmp_path)
-    tree = ast.parse(Path(run_trainer.__file__).read_text())
-    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
-    used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("_")}
+    nodes = [node for path in SOURCES if path.stem in MODULES for node in ast.walk(ast.parse(path.read_text()))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
+    used |= {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("_")}
     used = {name for name in used if not name.startswith("__")}
     contract = {name for name in HOOKS if name.startswith("_")} | METHODS | ATTRIBUTES
     assert contract <= used

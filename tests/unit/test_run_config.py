@@ -275,6 +275,18 @@ RULES = [
         "weights that GPUs share",
         "{reference: start, grpo: {fsdp: full_shard}}",
     ),
+    (
+        "{method: sft, grpo: {fsdp: full_shard}}",
+        "grpo.fsdp",
+        "does not shard the weights",
+        "{method: grpo, grpo: {fsdp: full_shard}}",
+    ),
+    (
+        "{warm_start: {policy: always}, grpo: {fsdp: full_shard}}",
+        "grpo.fsdp",
+        "without a warm start",
+        "{warm_start: {policy: auto}, grpo: {fsdp: full_shard}}",
+    ),
 ]
 
 

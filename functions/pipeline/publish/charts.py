@@ -47,13 +47,20 @@ def charts(metrics: Sequence[dict[str, Any]], training: dict[str, Any], alerts: 
     if saved := training.get("checkpoint"):
         marks.append(Mark(saved["step"], "saved", "the saved model"))
     marks += [Mark(each["step"], "alert", f"alert {each['code']}") for each in alerts if each.get("step") is not None]
+    learned = [point for point in metrics if point.get("phase") == "sft"]  # whose steps are others
+    metrics = [point for point in metrics if "phase" not in point]
     names = sorted({name for point in metrics for name in point["rewards"]})
     rewards = [Curve("training", _points(metrics, lambda point: point.get("reward")))]
     if evaluations:
         rewards.append(Curve("held-out rows", [(each["step"], each["heldout_reward"]) for each in evaluations], dots=True))
     if len(names) > 1:
         rewards += [Curve(name, _points(metrics, lambda point, name=name: point["rewards"].get(name))) for name in names]
-    found = [chart("Reward", rewards, marks)]
+    losses = [
+        Curve(name, _points(learned, lambda point, key=key: point.get(key)))
+        for name, key in (("training rows", "loss"), ("held-out rows", "heldout_loss"))
+    ]
+    found = [chart("Loss of supervised fine-tuning", losses, [])] if learned else []
+    found.append(chart("Reward", rewards, marks))
     for key, title in CURVES.items():
         points = _points(metrics, lambda point, key=key: point.get(key))
         if any(value for _, value in points):

@@ -77,7 +77,7 @@ def indexed_run(result: dict[str, Any], metrics: list[dict[str, Any]], published
         usd=result["cost"]["usd"],
         learning_rate=result["config"]["grpo"].get("learning_rate"),
         rewards=[reward["name"] or reward["type"] for reward in result["config"]["rewards"]],
-        reward=[round(point["reward"], 4) for point in spread(metrics, SPARKLINE_POINTS)],
+        reward=spread([round(point["reward"], 4) for point in metrics if "reward" in point], SPARKLINE_POINTS),
         line=result["line"],
         start=start["run_id"] if start else None,
         champion=champion["run_id"] if champion else None,

@@ -132,6 +132,24 @@ def used_groups(metrics: Sequence[dict[str, Any]]) -> float | None:
     return 1 - fmean(flat) if flat else None
 
 
+# Why a warm start ended, by its `ended` in training.json.
+WARM_START_ENDED = {
+    "learnable": "enough prompts were learnable",
+    "heldout_loss": "the loss on held-out rows rose",
+    "warm_start.max_share": "its share of the time was over",
+    "complete": "its passes over the rows were complete",
+}
+
+
+def about_warm_start(warm: dict[str, Any]) -> str:
+    """Return why the training began with supervised fine-tuning, and why that ended."""
+    ended = WARM_START_ENDED.get(warm["ended"], "the job was stopped")
+    return (
+        f"The training began with supervised fine-tuning on the rows' own solutions: {warm['reason']}. It ended after "
+        f"{count(warm['steps'], 'step')}, because {ended}."
+    )
+
+
 def about_sampling(sampling: dict[str, Any]) -> str:
     """Return how many of the sampled groups taught."""
     taught = share(sampling["taught"] / sampling["groups"]) if sampling["groups"] else "none"

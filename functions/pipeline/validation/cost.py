@@ -21,6 +21,7 @@ from tunedrop.config.schedule import (
     limit_of_tests,
     optimizer_steps,
     prompt_limit,
+    sft_steps,
 )
 from tunedrop.problems import Problem
 from tunedrop.rewards import RewardSpec
@@ -71,9 +72,10 @@ def estimate(config: ResolvedConfig, work: Work, terms: Terms) -> Section:
     compute = config.compute
     instances = [_on_instance(config, work, name, terms.prices) for name in compute.instance_type]
     processes = compute.instance_count * (gpus(compute.instance_type[0]) or 1)
-    answers = generated_answers(config, work.rows, processes)
+    sft = config.method == "sft"
+    answers = 0 if sft else generated_answers(config, work.rows, processes)
     receipt = {
-        "steps": optimizer_steps(config, work.rows, processes),
+        "steps": (sft_steps if sft else optimizer_steps)(config, work.rows, processes),
         "answers": answers,
         "parameters": work.parameters,
         "prompt_tokens": round(answers * _prompt(config, work)),
@@ -224,14 +226,16 @@ def _worst_utilisation(parameters: float) -> float:
 
 def _training_hours(config: ResolvedConfig, work: Work, card: Gpu, processes: int) -> Range:
     assert work.parameters is not None
-    answers = generated_answers(config, work.rows, processes)
+    sft = config.method == "sft"
+    answers = 0 if sft else generated_answers(config, work.rows, processes)
+    learned = work.rows * config.sft.num_train_epochs if sft else answers * config.grpo_value("num_iterations")
     batch = generation_batch(config, processes)
     batches = ceil(answers / batch)
     step = _token_seconds(work.parameters, card, batch / processes)
     ends = []
     for end, utilisation in ((0, BEST_UTILISATION), (1, _worst_utilisation(work.parameters))):
         completion = _completion(config, work)[end]
-        tokens = answers * config.grpo_value("num_iterations") * (_prompt(config, work) + completion) / processes
+        tokens = learned * (_prompt(config, work) + completion) / processes
         generating = batches * completion * step[end]
         training = tokens * work.parameters * FLOPS_PER_TOKEN[end] / (card.tflops * 1e12 * utilisation)
         ends.append((generating + training) / 3600 + OVERHEAD_MINUTES[end] / 60)
@@ -272,7 +276,12 @@ def _assumptions(config: ResolvedConfig, work: Work, prices: Prices | None) -> l
         f"software adds {TOKEN_SECONDS[0] * 1000:.0f} to {TOKEN_SECONDS[1] * 1000:.0f} ms to each token",
         f"each of the two jobs takes {OVERHEAD_MINUTES[0]:.0f} to {OVERHEAD_MINUTES[1]:.0f} minutes to start and end",
         f"training ends after max_runtime ({config.compute.max_runtime / 3600:.1f} h) at the latest",
+        *([_without_warm_start(config)] if config.method == "grpo" and config.warm_start.policy != "never" else []),
         *(["spot costs between a tenth of the on-demand price and the whole of it"] if config.compute.spot else []),
         f"prices of {prices.dated} in {prices.region}" if prices else "no price known",
         "without storage, requests, and the price of services that rewards call (cost.services counts these requests)",
     ]
+
+
+def _without_warm_start(config: ResolvedConfig) -> str:
+    return f"without a warm start, which takes at most {config.warm_start.max_share:.0%} of max_runtime"

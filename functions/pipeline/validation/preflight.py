@@ -11,12 +11,13 @@ from math import ceil, inf, isclose
 from statistics import fmean, median
 from typing import Any, TypeVar
 
-from pipeline.validation.candidates import GOLD, PARAPHRASES, WRONG, Candidate, asked_form, in_form
+from pipeline.validation.candidates import GOLD, PARAPHRASES, WRONG, Candidate, filled
 from pipeline.validation.section import Section
 from pipeline.validation.trial import Trial, call, consistency, score_again, score_candidates
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import generated_answers, generation_batch
 from tunedrop.dataset.rows import Row
+from tunedrop.forms import asked_form
 from tunedrop.inference_tests import InferenceTest
 from tunedrop.problems import Problem
 from tunedrop.rewards import Reward, RewardError
@@ -106,7 +107,7 @@ def _score_tests(rewards: Sequence[Reward], tests: Sequence[InferenceTest], conf
     for test in tests:
         columns = test.columns | {"id": test.id, "answer": test.reference}
         row = columns | {"prompt": test.prompt}
-        text = in_form(asked_form(config, row), test.reference, row)
+        text = filled(asked_form(config, row), test.reference, row)
         for reward in rewards:
             try:
                 call(reward, test.prompt, [text], columns)

@@ -40,6 +40,7 @@ class Receipt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tokens: dict[str, Any] = {}
     examples: list[dict[str, str]] = []
     rewards: dict[str, Any] = {}
+    warm_start: dict[str, Any] = {}
     cost: dict[str, Any] = {}
     left_out: int = 0
     heldout: int = 0

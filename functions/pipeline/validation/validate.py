@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.validation.bedrock import unchecked
 from pipeline.validation.cost import Work, estimate
+from pipeline.validation.fine_tuning import check_fine_tuning
 from pipeline.validation.internal import internal
 from pipeline.validation.judges import judges_from_file, judges_from_rows
 from pipeline.validation.model_files import ModelFiles, check_model, parameters_of
@@ -123,6 +124,7 @@ def _validate(submission: Submission, terms: Terms) -> Receipt:
     if rewards:
         tried = check_rewards(rewards, rows.sample, config, tests, trained_rows=rows.trained)
         sections.append(Section({"rewards": chosen | tried.receipt}, tried.problems, tried.warnings))
+        sections.append(check_fine_tuning(config, rewards, rows.sample))
     if rows.trained > 0:
         parameters = parameters_of(config.model, submission.model)
         work = Work(rows.trained, rows.choosing, len(tests) or len(rows.judging), *rows.mean_tokens, parameters)

@@ -10,32 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from tunedrop.config.fields import GRPO_DEFAULTS, MANAGED_GRPO, MANAGED_LORA, check_fields, config_fields
+from tunedrop.config.fine_tuning import Sft, WarmStart
+from tunedrop.config.section import NoBoolNumbers as _NoBoolNumbers
+from tunedrop.config.section import Section as _Section
 from tunedrop.rewards import RewardSpec
-
-
-class _NoBoolNumbers(BaseModel):
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for a number: pydantic reads them as 1 and 0."""
-        kinds = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kinds in (int, float, int | None, float | None):
-            raise ValueError("must be a number")
-        return value
-
-
-class _Section(_NoBoolNumbers):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _seconds(value: Any) -> Any:
@@ -308,19 +294,20 @@ class RunConfig(_Section):
             "published run.",
         ),
     ] = "base"
+    method: Literal["grpo", "sft"] = Field(
+        default="grpo",
+        description="grpo, or supervised fine-tuning alone, on the rows' own answers or worked solutions.",
+    )
     reference: Literal["base", "start"] = Field(
         default="base", description="The model that `grpo.beta` keeps the tuned model close to: base, or the start."
     )
     system_prompt: str | None = Field(default=None, description="Added to every prompt without a system message.")
     columns: Columns = Columns()
-    rewards: Annotated[
-        list[RewardSpec],
-        BeforeValidator(_listed),
-        Field(
-            description="Training raises the weighted sum of these rewards, and the inference tests score by it. Without "
-            "rewards, Tunedrop chooses one that fits the dataset's answers.",
-        ),
-    ] = []
+    rewards: Annotated[list[RewardSpec], BeforeValidator(_listed)] = Field(
+        default=[],
+        description="Training raises the weighted sum of these rewards, and the inference tests score by it. Without "
+        "rewards, Tunedrop chooses one that fits the dataset's answers.",
+    )
     lora: Lora = Lora()
     grpo: dict[str, Any] = Field(default={}, validate_default=True, description="TRL's `GRPOConfig` fields.")
     compute: Compute = Compute()
@@ -330,6 +317,8 @@ class RunConfig(_Section):
     preflight: Preflight = Preflight()
     learnability: Learnability = Learnability()
     sampling: Sampling = Sampling()
+    warm_start: WarmStart = WarmStart()
+    sft: Sft = Sft()
     alerts: Alerts = Alerts()
     rollouts: Rollouts = Rollouts()
     notify: Notify = Notify()

@@ -154,6 +154,11 @@ RULES: list[tuple[str, Callable[[RunConfig], Any], str]] = [
         "GPUs that share a model's weights must sample the same number of groups, and teach refills any number: use uniform",
     ),
     (
+        "grpo.fsdp",
+        lambda config: config.grpo_value("fsdp") and (config.method == "sft" or config.warm_start.policy == "always"),
+        "supervised fine-tuning does not shard the weights: leave grpo.fsdp out, or use method: grpo without a warm start",
+    ),
+    (
         "reference",
         lambda config: config.reference == "start" and config.grpo_value("beta") and config.grpo_value("fsdp"),
         "the start's copy of the weights does not fit weights that GPUs share: use base, or leave grpo.fsdp out",

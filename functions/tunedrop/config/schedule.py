@@ -61,6 +61,12 @@ def optimizer_steps(config: RunConfig, rows: int, processes: int = 1) -> int:
     return math.ceil(config.grpo_value("num_train_epochs") * max(per_epoch, 1)) if batches else 0
 
 
+def sft_steps(config: RunConfig, rows: int, processes: int = 1) -> int:
+    """Return about how many optimizer steps supervised fine-tuning over `rows` rows takes."""
+    per_process = -(-config.sft.rows_per_step // processes) * processes
+    return max(1, math.ceil(config.sft.num_train_epochs * rows / per_process))
+
+
 def generated_answers(config: RunConfig, rows: int, processes: int = 1) -> int:
     """Return how many completions a run over `rows` rows samples. Training uses each `num_iterations` times."""
     completions = optimizer_steps(config, rows, processes) * _per_step(config, processes)

@@ -51,6 +51,8 @@ MARK_NAMES = "label iscorrect correct correctness isgood accepted".split()
 RIGHT, WRONG = {"true", "1", "1.0"}, {"false", "0", "0.0"}
 # Columns with the reasoning behind an answer.
 REASONING_NAMES = "reasoning rationale thinking thought thoughts explanation chainofthought cot".split()
+# Columns with a worked solution, where another column has the answer.
+SOLUTION_NAMES = "solution workedsolution fullsolution solutiontext".split()
 # Names of an option's own column, before its letter or number: option_a, choice1, opa, ending0.
 _OPTION_COLUMN = re.compile(r"(?:option|choice|candidate|ending|alternative|answer|opt|op|sol)?([a-j]|\d)")
 OWN = frozenset({"id", "prompt", "answer"})

@@ -54,6 +54,7 @@ class RewardType:
     batch_dependent: bool
     ranks: bool
     repeatable: bool
+    penalty: bool
     form: Callable[[Parameters], Form] | None
     file: str | None
     reads: Callable[[Parameters], Iterable[str]]
@@ -101,6 +102,7 @@ def reward(
     batch_dependent: bool = False,
     ranks: bool = False,
     repeatable: bool = True,
+    penalty: bool = False,
     form: Callable[[Parameters], Form] | None = None,
     file: str | None = None,
     reads: Callable[[Parameters], Iterable[str]] = _named_column,
@@ -118,6 +120,7 @@ def reward(
     - `ranks`: the reward compares the completions of a row with each other. One call must have all of a group, and the mean
       of the scores says little about how good the completions are.
     - `repeatable`: False where a second call costs money and may return another score.
+    - `penalty`: the best score is 0.0, and not 1.0.
     - `form`: the form that the reward asks for; the preflight puts answers into it.
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.
     - `reads`: the columns that the reward reads beside `answer`, ALL_COLUMNS where its code may read any column.
@@ -136,6 +139,7 @@ def reward(
             batch_dependent=batch_dependent,
             ranks=ranks,
             repeatable=repeatable,
+            penalty=penalty,
             form=form,
             file=file,
             reads=reads,

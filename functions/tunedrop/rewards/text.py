@@ -222,14 +222,14 @@ def length(sample: Sample, *, minimum: Annotated[int, Field(ge=0)] = 0, maximum:
     return max(0.0, min(1.0, 2.0 - size / maximum)) if size > maximum else 1.0
 
 
-@reward(measures="form")
+@reward(measures="form", penalty=True)
 def overlong_penalty(sample: Sample, *, maximum: Count = 200, buffer: Count = 50, unit: Unit = "words") -> float:
     """DAPO's soft overlong penalty: 0.0 up to `maximum` - `buffer`, then falls linearly to -1.0 at `maximum`."""
     over = _size(sample.completion, unit) - (maximum - buffer)
     return -min(1.0, max(0.0, over / buffer))
 
 
-@reward(measures="form")
+@reward(measures="form", penalty=True)
 def repetition_penalty(
     sample: Sample, *, ngram: Annotated[int, Field(ge=1, le=100)] = 3, max_penalty: Annotated[float, Field(le=0)] = -1.0
 ) -> float:

@@ -1,0 +1,162 @@
+"""Compares GRPO, supervised fine-tuning (SFT), and both, a warm start and then GRPO, where the base model is lost.
+
+    .venv/bin/python -m benchmarks.warm_start
+    .venv/bin/python -m benchmarks.warm_start --minutes 10 --seeds 3
+    .venv/bin/python -m benchmarks.warm_start --minutes 4 --seeds 1 --tests 16     # a quick look
+
+The task: additions of two two-digit numbers. The model writes each column's sum and the carry between `<reasoning>` tags,
+and the result between `<answer>` tags; the rewards pay for the right number and for the form. The rows have such reasoning.
+
+Each run is a training job of its own, `python -m trainer.train`, that ends within the same minutes: start, learnability
+gate, evaluations, merge and proofs included. Then the merged model answers additions that are in no row, greedily, and the
+run's rewards score the answers. The table has the mean share of right answers in the right form, its standard deviation over
+the seeds, and the shares of dead, learnable and solved prompts before and after each phase.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer import models
+from trainer.dataset import chat_ids
+from trainer.engines import Decoding, Engine
+from tunedrop.config.parse import parse_run_config
+from tunedrop.rewards import build_rewards, score
+
+ROOT = Path(__file__).parents[1]
+MODEL = "SmolLM2-135M-Instruct"
+ROWS, HELDOUT = 600, 32
+METHODS: dict[str, dict[str, Any]] = {
+    "GRPO alone": {"warm_start": {"policy": "never"}, "learnability": {"policy": "go_on"}},
+    "SFT alone": {"method": "sft"},
+    "warm start + GRPO": {},
+}
+CONFIG: dict[str, Any] = {
+    "model": MODEL,
+    "system_prompt": "Reply with <reasoning>the steps</reasoning> and <answer>the sum</answer>.",
+    "rewards": [{"type": "xml_format", "weight": 0.2}, {"type": "numeric", "only_if": "xml_format"}],
+    "lora": {"r": 16, "lora_alpha": 32},
+    "max_prompt_length": 64,
+    "alerts": {"stop_on": ["NON_FINITE"]},
+    "sft": {"learning_rate": 5e-4, "num_train_epochs": 10, "rows_per_step": 16},
+    "grpo": {
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 100,
+        "num_generations": 8,
+        "per_device_train_batch_size": 48,
+        "max_completion_length": 64,
+        "activation_checkpointing": False,
+    },
+}
+
+
+def row(first: int, second: int) -> dict[str, Any]:
+    """Return the row of an addition, with its carried steps as reasoning."""
+    ones = first % 10 + second % 10
+    carry = ones // 10
+    tens = first // 10 + second // 10 + carry
+    ones_text = f"{first % 10} + {second % 10} = {ones}, carry {carry}"
+    tens_text = f"{first // 10} + {second // 10} + {carry} = {tens}"
+    prompt = [
+        {"role": "system", "content": CONFIG["system_prompt"]},
+        {"role": "user", "content": f"What is {first} + {second}?"},
+    ]
+    identity = {"id": f"{first}+{second}", "prompt": prompt, "answer": str(first + second)}
+    return identity | {"reasoning": f"{ones_text}\n{tens_text}"}
+
+
+def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return different additions: rows to train on, held-out rows and tests."""
+    pairs = [(first, second) for first in range(10, 100) for second in range(10, 100)]
+    random.Random(seed).shuffle(pairs)
+    rows = [row(*pair) for pair in pairs[: ROWS + HELDOUT + tests]]
+    return rows[:ROWS], rows[ROWS : ROWS + HELDOUT], rows[ROWS + HELDOUT :]
+
+
+def train(method: str, seed: int, minutes: float, folder: Path, tests: int) -> tuple[float, dict[str, Any]]:
+    """Train by a method in a folder of its own; return the share of right answers to the tests, and training.json."""
+    values = CONFIG | METHODS[method] | {"columns": {"prompt": "{prompt}", "answer": "answer"}}
+    values = values | {"grpo": values["grpo"] | {"seed": seed}}
+    learn, heldout, asked = additions(seed, tests)
+    files = {
+        "run/config.json": json.dumps(values),
+        "training/train.jsonl": "".join(json.dumps(each) + "\n" for each in learn),
+        "training/heldout.jsonl": "".join(json.dumps(each) + "\n" for each in heldout),
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    environment = os.environ | {
+        "SM_CHANNEL_RUN": str(folder / "run"),
+        "SM_CHANNEL_TRAINING": str(folder / "training"),
+        "SM_CHANNEL_MODELS": str(ROOT / ".tunedrop/models"),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'functions'}",
+    }
+    command = [sys.executable, "-m", "trainer.train", "--max-runtime", str(round(60 * minutes))]
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=False)
+    if done.returncode:
+        sys.exit((folder / "log").read_text()[-4000:])
+    training: dict[str, Any] = json.loads((folder / "output/model/training.json").read_text())
+    return right(values, folder / "output/model/merged", asked), training
+
+
+def right(values: dict[str, Any], merged: Path, rows: list[dict[str, Any]]) -> float:
+    """Return the share of rows that a model answers rightly and in the right form, greedily."""
+    config = parse_run_config(values)
+    tokenizer = models.load_tokenizer(str(merged))
+    engine = Engine(str(merged), tokenizer, Decoding.of(config), models.test_dtype(str(merged)))
+    prompts = [chat_ids(each["prompt"], tokenizer, {}) for each in rows]
+    texts = [""] * len(rows)
+    for batch in engine.batches(prompts, [1] * len(rows), [False] * len(rows)):
+        for index, (completion,) in zip(batch, engine.write([prompts[index] for index in batch], 1), strict=True):
+            texts[index] = completion.text
+    engine.close()
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {name: [each[name] for each in rows] for name in ("id", "answer", "reasoning")}
+    scored = score(build_rewards(config.rewards), [each["prompt"] for each in rows], completions, columns)
+    return statistics.fmean(each["rewards"]["numeric"] or 0.0 for each in scored)
+
+
+def shares(training: dict[str, Any]) -> str:
+    """Return the shares of dead, learnable and solved prompts by phase, in words."""
+    return "; ".join(
+        f"{phase}: {each['dead']:.0%} dead, {each['learnable']:.0%} learnable, {each['solved']:.0%} solved"
+        for phase, each in training["shares"].items()
+    )
+
+
+def main() -> None:
+    """Print each run, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10.0, help="of each run, from its start to its saved model")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tests", type=int, default=128)
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    arguments = parser.parse_args()
+    results: dict[str, list[float]] = {}
+    for method in arguments.methods.split(","):
+        for seed in range(arguments.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                found, training = train(method, seed, arguments.minutes, Path(folder), arguments.tests)
+            results.setdefault(method, []).append(found)
+            warm = training["warm_start"]
+            steps = f"{warm['steps']} steps of warm start ({warm['ended']}), " if warm else ""
+            print(f"{method}  seed {seed}  right {found:.3f}  {steps}{training['steps']} steps ({training['ended']})")
+            print(f"    {shares(training)}", flush=True)
+    print(f"\nmethod             right  standard deviation   ({arguments.minutes:g} minutes, {arguments.tests} tests)")
+    for method, values in results.items():
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{method:17}  {statistics.fmean(values):5.3f}  {deviation:18.3f}")
+
+
+if __name__ == "__main__":
+    main()
