@@ -219,10 +219,7 @@ def runtime_limit(config: RunConfig, flags: argparse.Namespace) -> "Limit":
 
 
 def train(flags: argparse.Namespace) -> str | None:
-    """Do the run, and return why it ended (`Record.ended`).
-
-    SIGTERM ends it after the current step, and the run still saves its model.
-    """
+    """Do the run, and return why it ended (`Record.ended`). After SIGTERM it ends with the step, and saves its model."""
     import_seconds = container.check("train")
     config = read_config(flags)
     path = dataset_file(flags.dataset_filename)
