@@ -98,7 +98,13 @@ def test_a_dropped_file_becomes_a_published_model(app, published):
     printed, run = published
     assert run.state == RunState.PUBLISHED
     (path,) = re.findall(r"^report +(.+)$", printed, re.MULTILINE)
-    assert "<svg" in Path(path).read_text()
+    page = Path(path).read_text()
+    assert "<svg" in page
+    assert 'id="all-rollouts"' in page
+    assert len(page.encode()) <= 2_000_000
+    groups = [json.loads(line) for line in app.tunedrop("rollouts", "faq", "--step", "2", "--json").splitlines()]
+    assert {group["step"] for group in groups} == {2}
+    assert all({"score", "rewards", "tokens", "cut"} <= answer.keys() for group in groups for answer in group["answers"])
     assert re.search(r"step 2/2  reward=", printed)
     assert re.search(r"tuned 4/4", printed)
     result = app.deployment.read_json(run, "result.json")

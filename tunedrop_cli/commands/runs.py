@@ -167,7 +167,10 @@ def rollouts(
     index = folder.index()
     newest = newest_step(index) if index else None
     if index is None or newest is None:
-        raise StackError(f"{match.run_id} has no rollouts: it is {in_words(match.state)}, and rollouts.max_mb limits them.")
+        raise StackError(
+            f"{match.run_id} has no rollouts: it is {in_words(match.state)}. A training writes them from its first logging "
+            "step on, unless rollouts.max_mb is 0."
+        )
     if step is None and prompt is None and not worst:
         step = newest
     groups = [
