@@ -30,9 +30,9 @@ from trainer import container, folders, models
 from trainer.answers import AskedModel
 from trainer.dataset import with_rewards
 from trainer.engines import Decoding
-from trainer.probe_part import probe_part
 from trainer.job import JobError, failure_reported, read_hyperparameters, set_up_logging
 from trainer.permissions import job_permissions
+from trainer.probe_part import probe_part
 from trainer.scoring import Part, evaluation_lines, outcomes, scored
 from trainer.suite_tests import suite_parts
 from tunedrop.config.model import RunConfig
