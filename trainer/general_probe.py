@@ -4,6 +4,7 @@ The test job asks base and tuned model. A training with held-out rows asks its m
 evaluation. The questions have no system prompt of the run, and the answers are greedy.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from trainer.permissions import job_permissions
 from trainer.sampling import sample_completions
 from trainer.scoring import Part, scored
 from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import EVALUATION_SHARE, EVALUATIONS
 from tunedrop.dataset.rows import Row
 from tunedrop.inference_tests import parse_tests
 from tunedrop.rewards import RewardSpec, build_rewards
@@ -42,17 +44,29 @@ def probe_part(config: RunConfig, decoding: Decoding) -> Part:
 class Probe:
     """The questions for the model in training. `record.probe` keeps which ones it answers right before the first step.
 
-    Without held-out rows the training has no evaluations, and no question is asked.
+    `interval`: steps between two evaluations. The answers take at most EVALUATION_SHARE of the tokens that the training
+    samples: a training with small steps asks at every second or later evaluation. One that could not ask twice does not ask,
+    nor does one without held-out rows, which has no evaluations.
     """
 
-    def __init__(self, trainer: "RunTrainer", config: RunConfig, heldout: Sequence[Row]):
-        self._trainer = trainer
+    def __init__(self, trainer: "RunTrainer", config: RunConfig, heldout: Sequence[Row], interval: int):
+        self._trainer, arguments = trainer, trainer.args
         self._part = probe_part(config, Decoding.of(config, 0))
-        if heldout and trainer.record.probe is None:
+        completions = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        sampled = interval * completions * arguments.max_completion_length
+        evaluations = math.ceil(len(self._part.tests) * PROBE_TOKENS / (EVALUATION_SHARE * sampled))
+        self._every = evaluations * interval
+        self._asks = bool(heldout) and evaluations <= EVALUATIONS // 2
+        if self._asks and trainer.record.probe is None:
             trainer.record.probe = self._right()
 
-    def ask(self) -> dict[str, float]:
-        """Ask the questions. Return the share of right ones, and how many are lost and gained since the first time."""
+    def ask(self, step: int) -> dict[str, float]:
+        """Ask at this step. Return the share of right answers, and how many are lost and gained since the first time.
+
+        Return nothing at a step between two times.
+        """
+        if not self._asks or step % self._every:
+            return {}
         before, right = self._trainer.record.probe or [], self._right()
         pairs = list(zip(before, right, strict=True))
         return {

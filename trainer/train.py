@@ -230,7 +230,7 @@ def evaluate(run: "Run", learner: "Learner", probe: "Probe", rollouts: "Rollouts
     reward = fmean(completion.score for completion in completions)
     loss = None if learner is run.trainer else learner.heldout_loss()
     measures = {"heldout_reward": reward} | ({} if loss is None else {"heldout_loss": loss})
-    for name, value in (measures | probe.ask()).items():
+    for name, value in (measures | probe.ask(learner.state.global_step)).items():
         learner.add_metric(name, value)
     log.info("evaluated rows=%d heldout_reward=%.4f in %.1f s", len(rows), reward, time.monotonic() - began)
     return measures
@@ -318,12 +318,13 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         announce=run.announce,
         mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )
+    interval = steps_between_evaluations(run, learner)
     bounds = Bounds(
         record,
         run.limit,
         watch,
-        functools.partial(evaluate, run, learner, Probe(trainer, config, run.heldout), rollouts),
-        steps_between_evaluations(run, learner),
+        functools.partial(evaluate, run, learner, Probe(trainer, config, run.heldout, interval), rollouts),
+        interval,
         began=started(),
         finish_seconds=run.finish_seconds + warm_start.look_again_seconds(run),
         at_end=functools.partial(warm_start.look_again, run),
