@@ -3,15 +3,17 @@
 A training with held-out rows asks its model before the first step and at each evaluation.
 """
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from trainer.engines import Completion, Decoding
-from trainer.probe_part import probe_part
+from trainer.probe_part import PROBE_TOKENS, probe_part
 from trainer.sampling import sample_completions
 from trainer.scoring import scored
 from tunedrop.config.model import RunConfig
+from tunedrop.config.schedule import EVALUATION_SHARE, EVALUATIONS
 from tunedrop.dataset.rows import Row
 
 if TYPE_CHECKING:
@@ -21,17 +23,29 @@ if TYPE_CHECKING:
 class Probe:
     """The questions for the model in training. `record.probe` keeps which ones it answers right before the first step.
 
-    Without held-out rows the training has no evaluations, and no question is asked.
+    `interval`: steps between two evaluations. The answers take at most EVALUATION_SHARE of the tokens that the training
+    samples: a training with small steps asks at every second or later evaluation. One that could not ask twice does not ask,
+    nor does one without held-out rows, which has no evaluations.
     """
 
-    def __init__(self, trainer: "RunTrainer", config: RunConfig, heldout: Sequence[Row]):
-        self._trainer = trainer
+    def __init__(self, trainer: "RunTrainer", config: RunConfig, heldout: Sequence[Row], interval: int):
+        self._trainer, arguments = trainer, trainer.args
         self._part = probe_part(config, Decoding.of(config, 0))
-        if heldout and trainer.record.probe is None:
+        completions = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        sampled = interval * completions * arguments.max_completion_length
+        evaluations = math.ceil(len(self._part.tests) * PROBE_TOKENS / (EVALUATION_SHARE * sampled))
+        self._every = evaluations * interval
+        self._asks = bool(heldout) and evaluations <= EVALUATIONS // 2
+        if self._asks and trainer.record.probe is None:
             trainer.record.probe = self._right()
 
-    def ask(self) -> dict[str, float]:
-        """Ask the questions. Return the share of right ones, and how many are lost and gained since the first time."""
+    def ask(self, step: int) -> dict[str, float]:
+        """Ask at this step. Return the share of right answers, and how many are lost and gained since the first time.
+
+        Return nothing at a step between two times.
+        """
+        if not self._asks or step % self._every:
+            return {}
         before, right = self._trainer.record.probe or [], self._right()
         pairs = list(zip(before, right, strict=True))
         return {

@@ -37,7 +37,7 @@ from trainer.job import JobError, failure_reported, set_up_logging, started
 from trainer.permissions import job_permissions
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
-from tunedrop.config.schedule import evaluation_interval, fit_batches
+from tunedrop.config.schedule import fit_batches
 from tunedrop.dataset.rows import Row
 from tunedrop.rewards import Reward, build_rewards
 from tunedrop.rollouts import FOLDER
@@ -266,17 +266,15 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
     """Train from a checkpoint, or from the beginning, to the end of the run, to a limit, an alert or SIGTERM."""
     from trainer import warm_start
     from trainer.bounds import Bounds
-    from trainer.evaluation import evaluate
+    from trainer.evaluation import evaluate, interval
     from trainer.general_probe import Probe
     from trainer.memory_probe import MemoryProbe
     from trainer.progress import Progress, Watch
     from trainer.rollouts import Rollouts
-    from trainer.sft import evaluation_steps
     from trainer.watchdog import train_watched
 
     trainer, config, record, target = run.trainer, run.config, run.trainer.record, folders.model_dir()
-    rows, held = run.data.rows, run.heldout
-    rollouts = Rollouts(folders.checkpoint_dir() / FOLDER, config.rollouts.max_mb, learner, rows)
+    rollouts = Rollouts(folders.checkpoint_dir() / FOLDER, config.rollouts.max_mb, learner, run.data.rows)
     watch = Watch(
         target / "alerts.jsonl",
         record,
@@ -286,14 +284,13 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         announce=run.announce,
         mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )
+    every = interval(run, learner)
     bounds = Bounds(
         record,
         run.limit,
         watch,
-        functools.partial(evaluate, trainer, learner, run.rewards, held, Probe(trainer, config, held), rollouts),
-        evaluation_interval(config, len(trainer.train_dataset), len(held), trainer.accelerator.num_processes)
-        if learner is trainer
-        else evaluation_steps(learner),
+        functools.partial(evaluate, run, learner, Probe(trainer, config, run.heldout, every), rollouts),
+        every,
         began=started(),
         finish_seconds=run.finish_seconds + warm_start.look_again_seconds(run),
         at_end=functools.partial(warm_start.look_again, run),
@@ -307,7 +304,7 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         if learner is trainer:
             chooses = "activation_checkpointing" not in config.grpo
             trainer.add_callback(MemoryProbe(trainer, run.data.lengths, chooses_checkpointing=chooses))
-            train_watched(trainer, watch, len(held) / trainer.args.generation_batch_size, go)
+            train_watched(trainer, watch, len(run.heldout) / trainer.args.generation_batch_size, go)
         else:
             go()
     else:  # the run was killed after its last step, or no time is left

@@ -22,6 +22,7 @@ from transformers import TrainerState
 from trainer import checkpoints, folders
 from trainer.bounds import Bounds, Limit
 from trainer.checkpoints import Checkpoint, Record
+from trainer.evaluation import interval
 from trainer.general_probe import Probe
 from trainer.job import JobError, started
 from trainer.learnability_gate import Asked, ask_model, check_learnability
@@ -64,7 +65,7 @@ def prepare(run: Run) -> bool:
         if learned is None or not _enough_rows(run, learned):
             check_learnability(trainer, run.config, run.data.rows, asked)
             return True
-        Probe(trainer, run.config, run.heldout)  # it keeps what the model knows before any step
+        Probe(trainer, run.config, run.heldout, interval(run, trainer))  # it keeps what the model knows before any step
         told = {"reason": reason, "targets": learned.summary, "before": shares(asked)}
         phase = Record(warm_start=told, probe=record.probe)
         log.info("warm start: %s; %s", reason, learned.summary)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from trainer import alerts, probe_part, train, watchdog
+from trainer import alerts, general_probe, probe_part, train, watchdog
 from trainer.job import JobError
 from trainer.run_trainer import SharedPrefixGRPOTrainer
 from tunedrop.config.model import AlertCode
@@ -311,6 +311,7 @@ def prepare(code, job, monkeypatch):
         questions = [{"id": f"p{n}", "prompt": f"ask {n}", "description": "x", "checks": [check]} for n in range(24)]
         probe = job.channel("probe", "probe.json", json.dumps({"evaluations": questions}))
         monkeypatch.setattr(probe_part, "PROBE", probe)
+        monkeypatch.setattr(general_probe, "EVALUATION_SHARE", 100.0)  # its steps are small
 
 
 @pytest.mark.parametrize("code", RUNS)
@@ -334,7 +335,8 @@ def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, c
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_training_that_learns_raises_no_alert(job, seed):
+def test_a_training_that_learns_raises_no_alert(job, monkeypatch, seed):
+    monkeypatch.setattr(general_probe, "EVALUATION_SHARE", 100.0)
     job.config(grpo={"max_steps": 12, "learning_rate": 3e-3, "seed": seed}, lora={"r": 4})
     job.rows()
     job.heldout()
