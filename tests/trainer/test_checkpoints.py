@@ -141,7 +141,7 @@ MOMENTS = {
     "before the files are hashed": ("trainer.checkpoints.hashes", 4),
     "between manifest and rename": ("pathlib.Path.rename", 4),
     "before the old ones are removed": ("trainer.checkpoints.clean", 4),
-    "in an evaluation": ("trainer.sampling.sample_completions", 2),
+    "in an evaluation": ("trainer.evaluation.sample_completions", 2),
     "when the model is saved": ("trainer.results.save", 1),
 }
 
