@@ -54,7 +54,7 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
             say(text)
 
         def say(text: str) -> None:
-            bar.console.print(printable(text), markup=False)
+            bar.console.print(printable(text), markup=False, highlight=False)
 
         def progress(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, text=text)

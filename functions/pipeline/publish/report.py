@@ -104,7 +104,8 @@ def _rollouts(
     index, read = found
     groups = fitted(read, room)
     size = result["config"]["grpo"]["num_generations"]
-    sampled = sum(int(point.get("answers") or 0) for point in metrics) // size
+    steps = [point for point in metrics if "phase" not in point]  # supervised fine-tuning has no rollouts
+    sampled = sum(int(point.get("answers") or 0) for point in steps) // size
     shown = sum(not group.panel for group in msgspec.json.decode(groups, type=list[Group]))
     about = {
         "alerts": [
@@ -117,7 +118,7 @@ def _rollouts(
     described = msgspec.json.encode(about).decode().replace("<", "\\u003c")
     stored = sum(part.bytes for part in index.parts) / 1e6
     return {
-        "sentence": words.about_rollouts(max(sampled, shown), len(metrics), shown, stored),
+        "sentence": words.about_rollouts(max(sampled, shown), len(steps), shown, stored),
         "about": Markup(described),  # noqa: S704 - JSON without "<"
         "groups": Markup(groups.decode()),  # noqa: S704 - JSON without "<"
     }
