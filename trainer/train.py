@@ -357,8 +357,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with failure_reported():
         ended = train(parse_flags(sys.argv[1:] if arguments is None else arguments))
         leave_process_group()
-    if ended == "STALLED":
-        # A thread that hangs would keep the process from ending.
+    if ended == "STALLED" or os.environ.get("RANK", "0") != "0":
+        # A thread that hangs would keep the process from ending, and native threads of the group have aborted a rank that
+        # shut down while others still worked.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
