@@ -146,7 +146,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+OFTEN = {"between manifest and rename", "in an evaluation", "when the model is saved"}  # `make soak` has them all
+
+
+@pytest.mark.parametrize(
+    "moment", [each if each in OFTEN else pytest.param(each, marks=pytest.mark.soak) for each in MOMENTS]
+)
 def test_killed_at_the_worst_moments_a_run_ends_as_if_nothing_had_happened(durable, uninterrupted, moment, monkeypatch):
     name, call = MOMENTS[moment]
     module, _, function = name.rpartition(".")
