@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import boto3
-import psutil
 import pytest
 from botocore.exceptions import ClientError
-from components import CONTAINER, Serving
+from components import CONTAINER, Serving, is_alive
 
 ROLLING = {"MaximumBatchSize": {"Type": "COPY_COUNT", "Value": 1}, "WaitIntervalInSeconds": 0}
 
@@ -41,10 +40,6 @@ def load(serving: Serving, name: str) -> Iterator[list[str]]:
             end.set()
     for asker in askers:
         asker.result()
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------------

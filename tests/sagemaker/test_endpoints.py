@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from botocore.exceptions import ClientError
-from components import COMPUTE, IMAGE, ROLE, VARIANT, Serving
+from components import COMPUTE, IMAGE, ROLE, VARIANT, Serving, is_alive
 
 ARN = "arn:aws:sagemaker:us-east-1:000000000000"
 ADAPTER = {"BaseInferenceComponentName": "base"}
@@ -278,7 +278,7 @@ def test_components_outlive_their_endpoint_and_block_their_names(hosted: Callabl
     serving.client.delete_endpoint(EndpointName="ep")
     serving.local.until(lambda: serving.client.list_endpoints()["Endpoints"] == [])
     assert serving.describe("base")["InferenceComponentStatus"] == "InService"
-    serving.local.until(lambda: not _is_alive(pid))
+    serving.local.until(lambda: not is_alive(pid))
     with pytest.raises(ClientError, match="Endpoint ep of account 000000000000 not found"):
         serving.ask("base")
     serving.client.delete_endpoint_config(EndpointConfigName="ep-config")
@@ -325,7 +325,3 @@ def test_a_model_of_the_hub_is_the_containers_to_fetch(hosted: Callable[..., Ser
     serving.base(model="hub")
     commands = [" ".join(process.cmdline()) for process in psutil.Process().children()]
     assert any("--model team/model --port" in command for command in commands)
-
-
-def _is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 from botocore.config import Config
 
 Json = dict[str, Any]
@@ -25,6 +26,14 @@ VARIANT = {
     "InferenceAmiVersion": "al2023-ami-sagemaker-inference-gpu-4-1",
 }
 COMPUTE = {"MinMemoryRequiredInMb": 1024, "NumberOfAcceleratorDevicesRequired": 1}
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether there is a process with this id that has not ended."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Serving:
