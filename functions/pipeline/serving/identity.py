@@ -1,12 +1,14 @@
 """Whether a component answers with the model that was tested.
 
 The test job recorded the answers of the base model, of the tuned model and, in a line with a champion, of the champion. The
-questions to which these answers differ are asked again. With other kernels and batches, and with the adapter beside the
-weights instead of in them, a model rounds differently: a greedy answer may leave the recorded one at some token. So an
-answer counts for the model whose recorded answer it follows longest, and for none if two are as long.
+questions to which these answers differ are asked again.
 
-Rounding parts the answers of a model that was tuned a little as often as its tuning does. Then the log-probabilities of the
-answers' first tokens decide: the tuned model's change of them is measured in the component's. Bedrock does not return them.
+The log-probabilities of the answers' first tokens decide: the tuned model's change of them is looked for in the component's.
+They show a small change, too, whose greedy answers rounding changes as often as the tuning does: with other kernels and
+batches, and with the adapter beside the weights instead of in them, a model rounds differently.
+
+Where the first tokens hardly change, and on Bedrock, which returns no log-probabilities, the texts decide. An answer counts
+for the model whose recorded answer it follows longest, and for none if two are as long.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
