@@ -5,34 +5,15 @@ Clients are real ones (botocore, the SageMaker SDK's verifier) that talk to a se
 
 import json
 import time
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from answering_server import Server, answering_server, aws_clients, converse_reply
+from answering_server import converse_reply
 
 from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec, build_rewards, endpoint, score
 from tunedrop.rewards.serve import LambdaReward, from_openai_grader, lambda_handler_for, verl_compute_score
 
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:MySageMakerReward"
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Server]:
-    with answering_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(_server: Server) -> Server:
-    _server.asked = []
-    return _server
-
-
-@pytest.fixture(scope="module")
-def clients(_server: Server) -> Callable[[str], Any]:
-    return aws_clients(_server)
 
 
 @pytest.fixture(params=["lambda", "http"])

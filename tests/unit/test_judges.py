@@ -3,11 +3,11 @@
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from answering_server import Server, answering_server, answers_in, aws_clients, chat, converse_reply, ranking, request_text
+from answering_server import Server, answers_in, chat, converse_reply, ranking, request_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,23 +15,6 @@ from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec,
 from tunedrop.rewards.judges import letters, rank_scores, read_ranking
 
 MODEL = "amazon.nova-lite-v1:0"
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Server]:
-    with answering_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(_server: Server) -> Server:
-    _server.asked = []
-    return _server
-
-
-@pytest.fixture(scope="module")
-def clients(_server: Server) -> Callable[[str], Any]:
-    return aws_clients(_server)
 
 
 def ask(reward, count=2, **columns):
