@@ -47,7 +47,7 @@ RESPONSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Outputs:
-    """The outputs of a deployed stack that the command and the local app use."""
+    """The outputs of a deployed stack that the command and the local app use, and its parameters."""
 
     data_bucket: str
     artifact_bucket: str
@@ -59,6 +59,7 @@ class Outputs:
     model_package_group: str
     training_image_uri: str
     job_prefix: str
+    parameters: Mapping[str, str]
 
 
 def read_outputs(cloudformation: Any, stack_name: str) -> Outputs | None:
@@ -68,7 +69,8 @@ def read_outputs(cloudformation: Any, stack_name: str) -> Outputs | None:
     stack = next((s for s in stacks if s["StackName"] == stack_name and s["StackStatus"] in complete), None)
     if stack is None:
         return None
-    values = {output["OutputKey"].lower(): output.get("OutputValue", "") for output in stack["Outputs"]}
+    values: dict[str, Any] = {each["OutputKey"].lower(): each.get("OutputValue", "") for each in stack["Outputs"]}
+    values["parameters"] = {each["ParameterKey"]: each.get("ParameterValue", "") for each in stack.get("Parameters", [])}
     return Outputs(**{field.name: values[field.name.replace("_", "")] for field in dataclasses.fields(Outputs)})
 
 

@@ -87,10 +87,10 @@ def receipt_json(receipt: Receipt) -> str:
 
 def receipt_text(receipt: Receipt, data: Path, config: Path | None, tests: Path | None) -> list[str]:
     """Return the receipt's lines for people: facts in columns, errors, warnings, corrections, and whether it is valid."""
-    facts = [(name, one_line(value)) for name, value in _facts(receipt)]
+    facts = [(name, one_line(value)) for name, value in facts_of_receipt(receipt)]
     width = max(len(name) for name, _ in facts) + 2
     lines = [f"{name + ':':{width}}{value}" for name, value in facts]
-    lines += [_colour(one_line(_error(problem, data, config, tests)), "red") for problem in receipt.errors[:SHOWN]]
+    lines += [_colour(one_line(problem_text(problem, data, config, tests)), "red") for problem in receipt.errors[:SHOWN]]
     total = sum(receipt.error_counts.values())
     if (rest := total - sum(problem.count for problem in receipt.errors[:SHOWN])) > 0:
         by_code = ", ".join(f"{code} {count}" for code, count in receipt.error_counts.items())
@@ -114,7 +114,8 @@ def _fine_tuning(warm_start: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "fine-tuning", warm_start["plan"]
 
 
-def _facts(receipt: Receipt) -> Iterator[tuple[str, str]]:
+def facts_of_receipt(receipt: Receipt) -> Iterator[tuple[str, str]]:
+    """Yield the facts of a receipt for people: columns, rows, lengths, rewards, and cost."""
     if receipt.columns:
         yield "columns", ", ".join(f"{part} from '{column}'" for part, column in receipt.columns.items())
     if receipt.reward_columns:
@@ -182,7 +183,7 @@ def _colour(text: str, colour: str) -> str:
     return click.style(text, fg=colour) if sys.stdout.isatty() else text
 
 
-def _error(problem: Problem, data: Path, config: Path | None, tests: Path | None) -> str:
+def problem_text(problem: Problem, data: Path, config: Path | None, tests: Path | None) -> str:
     """Return a problem as compilers print it: file, line, code, message."""
     if problem.code.startswith("CONFIG_"):
         file = config or Path("config")

@@ -16,7 +16,7 @@ import yaml
 from boto3.dynamodb.conditions import Attr
 
 from local_app.stack import STACK_NAME, Outputs, Stack, StackError, read_outputs
-from pipeline.aws import read_object
+from pipeline.aws import Aws, read_object
 from pipeline.jobs.price import job_price, on_demand_prices
 from pipeline.notify import events
 from pipeline.runs.deployments import DeploymentTable
@@ -36,6 +36,19 @@ SAVED_REPORTS = 20  # reports that `save_index` downloads
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 
 
+class _Session:
+    """Makes a stack's clients for the functions' own code, which asks for them as of a boto3.Session."""
+
+    def __init__(self, connect: Callable[[str, str], Any]):
+        self._connect = connect
+
+    def client(self, service: str, **_config: Any) -> Any:
+        return self._connect("client", service)
+
+    def resource(self, service: str, **_config: Any) -> Any:
+        return self._connect("resource", service)
+
+
 class Deployment:
     """A stack's clients and outputs. Reports are saved under `folder` on this machine."""
 
@@ -45,6 +58,7 @@ class Deployment:
         self.folder = folder
         self.s3 = connect("client", "s3")
         self.logs = connect("client", "logs")
+        self.aws = Aws(outputs.run_table, _Session(connect))
         self._table = connect("resource", "dynamodb").Table(outputs.run_table)
         self.runs, self.lines, self.deployments = RunTable(self._table), LineTable(self._table), DeploymentTable(self._table)
 
@@ -210,6 +224,13 @@ class Deployment:
         """Send the events in the dead-letter queue to their functions again; yield each function's name."""
         sqs, functions = self.connect("client", "sqs"), self.connect("client", "lambda")
         yield from redrive(sqs, functions, self.outputs.dead_letter_queue_url)
+
+    def undelivered(self) -> int:
+        """Return about how many events are in the dead-letter queue."""
+        attributes = self.connect("client", "sqs").get_queue_attributes(
+            QueueUrl=self.outputs.dead_letter_queue_url, AttributeNames=["ApproximateNumberOfMessages"]
+        )
+        return int(attributes["Attributes"]["ApproximateNumberOfMessages"])
 
     def log_lines(self, job: str, positions: dict[str, str]) -> Iterator[str]:
         """Yield a job's log lines since the last call with the same `positions` (next token by stream)."""

@@ -1,7 +1,8 @@
 """The `tunedrop` command: run the whole application on this machine, and use it, here or on AWS.
 
 `tunedrop_cli.commands` has the commands: `local` (the application on this machine), `inputs` (config and dataset, without a
-stack), `runs`, `lines`, `serving` (ask and list the models that answer), and `operations` (events, dead letters, doctor).
+stack), `runs`, `lines`, `serving` (ask and list the models that answer), `console` (a page for all of this), and
+`operations` (events, dead letters, doctor).
 """
 
 import sys
@@ -12,6 +13,7 @@ from click.shell_completion import get_completion_class
 
 from local_app.stack import StackError
 from tunedrop.plain import printable
+from tunedrop_cli.commands import console as page
 from tunedrop_cli.commands import inputs, lines, local, operations, runs, serving
 from tunedrop_cli.options import DEFAULT_FOLDER
 from tunedrop_cli.output import console, print_raw
@@ -46,7 +48,7 @@ for command in (
     *(runs.drop, runs.runs, runs.show, runs.watch, runs.rollouts, runs.compare, runs.open_, runs.logs, runs.stop),
     *(lines.lines, lines.approve, lines.reject, lines.rollback),
     *(serving.ask, serving.chat, serving.endpoints, serving.undeploy),
-    *(operations.event, operations.redrive, operations.doctor, completion),
+    *(page.console_, operations.event, operations.redrive, operations.doctor, completion),
 ):
     cli.add_command(command)
 

@@ -72,15 +72,19 @@ def stack_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def deployment_of(state: Path, profile: str | None, region: str | None, stack: str | None) -> Deployment:
+    """Return the local deployment, or one on AWS with a profile, region or stack."""
+    if profile or region or stack:
+        return Deployment.on_aws(state, profile, region, stack or STACK_NAME)
+    return Deployment.local(Stack(state))
+
+
 def with_deployment(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Pass a deployment as the first argument: the local one, or one on AWS with a profile, region or stack."""
+    """Pass a deployment as the first argument: that of `deployment_of`."""
 
     @stack_options
     @click.pass_obj
     def wrapped(state: Path, /, profile: str | None, region: str | None, stack: str | None, **options: Any) -> Any:
-        on_aws = profile or region or stack
-        name = stack or STACK_NAME
-        deployment = Deployment.on_aws(state, profile, region, name) if on_aws else Deployment.local(Stack(state))
-        return command(deployment, **options)
+        return command(deployment_of(state, profile, region, stack), **options)
 
     return update_wrapper(wrapped, command)

@@ -68,16 +68,27 @@ def _numbers(answer: Answer) -> Iterator[str]:
         yield f"mean log-probability {', '.join(known)}"
 
 
-def sample_lines(groups: Iterable[Group]) -> Iterator[str]:
-    """Yield lines about two answers, the best and the worst of the group whose rewards differ most."""
+def scatter(group: Group) -> float:
+    """Return the difference between a group's highest and lowest reward, 0 without rewards."""
+    scores = [answer.score for answer in group.answers if answer.score is not None]
+    return max(scores) - min(scores) if scores else 0.0
 
-    def difference(group: Group) -> float:
-        scores = [answer.score for answer in group.answers if answer.score is not None]
-        return max(scores) - min(scores) if scores else 0.0
 
-    group = max(groups, key=difference, default=None)
-    if group is None:
-        return
+def newest_groups(folder: Folder, after: int = 0) -> list[Group]:
+    """Return the groups of the newest step if it is later than the step `after`, the largest scatter first.
+
+    Groups of the evaluations are left out.
+    """
+    index = folder.index()
+    newest = newest_step(index) if index else None
+    if index is None or newest is None or newest <= after:
+        return []
+    groups = [group for group in folder.groups(index, lambda step: step == newest) if not group.panel]
+    return sorted(groups, key=scatter, reverse=True)
+
+
+def sample_lines(group: Group) -> Iterator[str]:
+    """Yield lines about two answers of a group, the best and the worst."""
     answers = by_reward(group.answers)
     prompt = one_line(str(group.prompt[-1].get("content") or "") if group.prompt else "")
     yield f"  two answers of step {group.step} to: {_shortened(prompt, SAMPLE_LENGTH)}"

@@ -1,28 +1,22 @@
 """Follows a run: a progress bar in a terminal, plain lines in a pipe."""
 
-import re
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
-from tunedrop_cli.rollouts import Folder, newest_step, sample_lines
+from tunedrop_cli.progress import Alert, Progress, read_line
+from tunedrop_cli.rollouts import Folder, newest_groups, sample_lines
 
-# The jobs print their figures as `name=value` pairs, one line a step.
-_STEP = re.compile(r"\bstep=(\d+) max_steps=(\d+)\b")
-_TESTED = re.compile(r"\btested=(\d+) total=(\d+) model=(\w+)")
-_FIGURE = re.compile(r"\b(reward|loss|completion_length)=(\S+)")
-_ETA = re.compile(r"\beta_seconds=(\d+)")
-_ALERT = re.compile(r"\balert=(\w+) step=(\d+) (.*)")
 COST_EVERY = 30.0  # seconds between two requests for a job's cost
 SAMPLES_EVERY = 20.0  # seconds between two requests for sample answers
 FIGURE_WIDTH = 8  # characters of a figure's value
-_STAGES = {
+STAGES = {
     RunState.VALIDATED: "validated, waiting to start",
     RunState.WAITING: "waiting for a slot or for capacity",
     RunState.TRAINING: "training",
@@ -44,9 +38,12 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
 
         show = Show(write, write, lambda _done, _total, text: write(f"  {text}"))
         return _follow(deployment, run, show, every, samples)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    text_column = TextColumn("{task.fields[text]}", markup=False)
-    with Progress(*columns, text_column, console=console, transient=True) as bar:
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        *(progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()),
+        progress.TextColumn("{task.fields[text]}", markup=False),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, text="")
 
         def stage(text: str) -> None:
@@ -56,10 +53,10 @@ def follow(deployment: Deployment, run: Run, console: Console, every: float = 1.
         def say(text: str) -> None:
             bar.console.print(printable(text), markup=False, highlight=False)
 
-        def progress(done: int, total: int, text: str) -> None:
+        def advance(done: int, total: int, text: str) -> None:
             bar.update(task, completed=done, total=total, text=text)
 
-        return _follow(deployment, run, Show(stage, say, progress), every, samples)
+        return _follow(deployment, run, Show(stage, say, advance), every, samples)
 
 
 class Show(NamedTuple):
@@ -78,15 +75,16 @@ def _follow(deployment: Deployment, run: Run, show: Show, every: float, samples:
         if printed != (run.state, run.attempt):
             printed = (run.state, run.attempt)
             attempt = f" (attempt {run.attempt})" if run.attempt > 1 else ""
-            show.stage(f"{run.run_id}: {_STAGES.get(run.state, in_words(run.state))}{attempt}")
-        job = {RunState.TRAINING: run.train_job, RunState.TESTING: run.test_job}.get(run.state)
+            show.stage(f"{run.run_id}: {STAGES.get(run.state, in_words(run.state))}{attempt}")
+        job = job_of(run)
         if job and time.monotonic() >= next_request:
             spent, next_request = deployment.spent(run, job), time.monotonic() + COST_EVERY
         for line in deployment.log_lines(job, positions) if job else []:
-            if match := _STEP.search(line) or _TESTED.search(line):
-                show.progress(int(match[1]), int(match[2]), _progress_text(match, line, spent))
-            elif alert := _ALERT.search(line):
-                show.say(f"  {alert[1]} at step {alert[2]}: {alert[3]}")
+            match read_line(line):
+                case Progress() as step:
+                    show.progress(step.done, step.total, _progress_text(step, spent))
+                case Alert() as alert:
+                    show.say(f"  {alert.code} at step {alert.step}: {alert.message}")
         if samples and run.state == RunState.TRAINING and time.monotonic() >= next_sample:
             sampled, next_sample = _show_samples(deployment, run, sampled, show.say), time.monotonic() + SAMPLES_EVERY
         if run.state in FINAL and run.open is None:
@@ -95,26 +93,27 @@ def _follow(deployment: Deployment, run: Run, show: Show, every: float, samples:
         run = deployment.find(run.run_id)
 
 
+def job_of(run: Run) -> str | None:
+    """Return the job that works for a run now, None without one."""
+    return {RunState.TRAINING: run.train_job, RunState.TESTING: run.test_job}.get(run.state)
+
+
 def _show_samples(deployment: Deployment, run: Run, after: int, say: Callable[[str], object]) -> int:
     """Show two answers of the newest step, if it is later than the step `after`; return the newest shown step."""
-    folder = Folder(deployment, run)
-    index = folder.index()
-    newest = newest_step(index) if index else None
-    if index is None or newest is None or newest <= after:
+    groups = newest_groups(Folder(deployment, run), after)
+    if not groups:
         return after
-    groups = [group for group in folder.groups(index, lambda step: step == newest) if not group.panel]
-    for line in sample_lines(groups):
+    for line in sample_lines(groups[0]):
         say(line)
-    return newest if groups else after
+    return groups[0].step
 
 
-def _progress_text(match: re.Match[str], line: str, spent: float | None) -> str:
+def _progress_text(step: Progress, spent: float | None) -> str:
     """Return a step's figures in aligned columns, for example `step  3/10  reward=0.5       1:12 left  $0.40`."""
-    done = f"{match[1]:>{len(match[2])}}/{match[2]}"
-    columns = [f"step {done}" if match.re is _STEP else f"{match[3]} {done}"]
-    columns += [f"{name}={value:<{FIGURE_WIDTH}}" for name, value in _FIGURE.findall(line)]
-    if eta := _ETA.search(line):
-        columns.append(f"{int(eta[1]) // 60}:{int(eta[1]) % 60:02d} left")
+    done = f"{step.done:>{len(str(step.total))}}/{step.total}"
+    columns = [f"{step.model or 'step'} {done}"]
+    columns += [f"{name}={value:<{FIGURE_WIDTH}}" for name, value in step.figures.items()]
+    columns += [step.left] if step.left else []
     if spent is not None:
         columns.append(f"${spent:.2f}")
     return "  ".join(columns)

@@ -27,9 +27,10 @@ def read_object(s3: Any, bucket: str, key: str, at_most: int | None = None) -> b
 class Aws:
     """AWS clients, each made on first use: a cold start loads only the service models that the function calls."""
 
-    def __init__(self, run_table: str):
+    def __init__(self, run_table: str, session: Any = None):
+        """`session` makes the clients as a boto3.Session does; without one, that of the environment."""
         self._run_table = run_table
-        self._session = boto3.Session()
+        self._session = session or boto3.Session()
         # For rewards, which call other services.
         self.client = cache(partial(self._session.client, config=_CONFIG))
 

@@ -76,11 +76,16 @@ def test_a_line_of_three_drops(line, say):
     assert len(job["suite"]) == len(asked)
     assert second["champion"]["suite"]["lift_low"] > -0.2
 
-    # The third learns to count down, and forgets to count on.
+    # The third learns to count down. Half of its rows have wrong answers: they teach that the number before is the next one.
+    # Supervised fine-tuning learns mistakes faithfully.
     numbers = [n * 37 % 89 + 11 for n in range(89)]
-    rows = [{"question": f"What is one less than {n}?", "answer": str(n - 1)} for n in numbers[:59]]
+    right = [{"question": f"What is one less than {n}?", "answer": str(n - 1)} for n in numbers[:59]]
+    wrong = [json.loads(row) for row in (SAMPLE / "counting.jsonl").read_text().splitlines()]
+    wrong = [row | {"answer": str(int(row["answer"]) - 2)} for row in wrong]
+    rows = right + wrong
     tests = [{"prompt": f"What is one less than {n}?", "description": str(n - 1)} for n in numbers[59:]]
-    third, job = line.drop("less", "".join(json.dumps(row) + "\n" for row in rows), tests, counting + START)
+    taught = "method: sft\nsft: {learning_rate: 5.0e-4, num_train_epochs: 6, rows_per_step: 16}\n"
+    third, job = line.drop("less", "".join(json.dumps(row) + "\n" for row in rows), tests, counting + START + taught)
     say(f"the third drop: {third['verdict']}, {third['reasons']}; asked {job['asked']}")
     assert third["champion"]["run_id"] == second["run_id"]
     assert third["verdict"] == "REJECTED"

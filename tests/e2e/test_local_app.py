@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,64 @@ def test_the_same_bytes_again_join_the_run(app, published):
     _, run = published
     assert run.run_id in app.tunedrop("drop", app.folder / "faq.json")
     assert app.deployment.find("faq") == run
+
+
+def drag(page, files):
+    """Drop files on a page, as from the desktop."""
+    script = (
+        """files => files.reduce((all, [name, text]) => (all.items.add(new File([text], name)), all), new DataTransfer())"""
+    )
+    dragged = page.evaluate_handle(script, [[file.name, file.read_text()] for file in files])
+    page.dispatch_event("#zone", "drop", {"dataTransfer": dragged})
+
+
+@contextmanager
+def console(app, *options, **environment):
+    """Serve the console by its command; yield the address that it prints."""
+    command = [str(Path(sys.executable).with_name("tunedrop")), "--state", str(app.stack.folder), "console", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("place", ["AWS", pytest.param("here", marks=pytest.mark.soak)])
+def test_the_console_from_a_file_to_its_report(app, published, browser, place, tmp_path):
+    """By the public API of AWS alone, as for a stack in another account, and as for this machine."""
+    rows = [row | {"Index": 100 * len(place) + number} for number, row in enumerate(FAQ)]
+    files = {
+        f"{place.lower()}.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        f"{place.lower()}.yaml": CONFIG.replace("max_steps: 2", "max_steps: 40"),
+        f"{place.lower()}.tests.json": json.dumps(TESTS),
+    }
+    options = ["--region", app.stack.region, "--stack", STACK_NAME] if place == "AWS" else []
+    with console(app, *options, **(app.stack.variables if place == "AWS" else {})) as address:
+        page, complaints = browser.new_page(), []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        for name, content in files.items():
+            (tmp_path / name).write_text(content)
+        drag(page, sorted(tmp_path.iterdir()))
+        page.get_by_text("The first rows as the model reads them").wait_for(timeout=60_000)
+        assert "Say “a” again" in page.locator("figure.example").first.inner_text()
+        assert app.deployment.runs.upload(f"training_data/{place.lower()}.jsonl") is None  # nothing starts by itself
+        page.get_by_role("button", name="Start the run").click()
+        page.wait_for_url("**/runs/*", timeout=60_000)
+        page.get_by_text(re.compile(r"step \d+ of 40")).wait_for(timeout=90_000)
+        page.locator(".answer").first.wait_for(timeout=90_000)
+        assert page.get_by_role("button", name="Stop the run").count() == 1  # it is still training or being tested
+        page.get_by_role("link", name="Open the report").click(timeout=120_000)
+        page.locator("#rollouts").wait_for()
+        run = app.deployment.find(place.lower())
+        assert run.state == RunState.PUBLISHED
+        page.go_back()
+        page.goto(address)
+        page.get_by_role("link", name=run.run_id, exact=True).first.wait_for()
+        assert complaints == []
+        page.close()
 
 
 def test_a_broken_dataset_is_rejected_with_its_line(app):

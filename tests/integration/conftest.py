@@ -9,26 +9,13 @@ from typing import Any
 import boto3
 import pytest
 from click.testing import CliRunner
-from fake_stack import ARTIFACTS, BUS, DATA, MODELS, PREFIX, TABLE
+from fake_stack import OUTPUTS
 from world import World, deployed
 
 from local_app.stack import StackError
 from tunedrop_cli.main import cli
 
 REGION = ["--region", "us-east-1"]
-# What the command reads of the stack.
-OUTPUTS = {
-    "DataBucket": DATA,
-    "ArtifactBucket": ARTIFACTS,
-    "EventBusName": BUS,
-    "RunTable": TABLE,
-    "TopicArn": "arn:aws:sns:us-east-1:123456789012:topic",
-    "DeadLetterQueueUrl": "queue",
-    "SageMakerRoleArn": "role",
-    "ModelPackageGroup": MODELS,
-    "TrainingImageUri": "",
-    "JobPrefix": PREFIX,
-}
 
 
 @pytest.fixture

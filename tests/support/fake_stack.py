@@ -19,6 +19,19 @@ OWN_RULES = {
     "validate_dataset": {"Validation Requested"},
     "deploy_model": {"Champion Changed", "Undeploy Requested"},
 }
+# What the command reads of the stack.
+OUTPUTS = {
+    "DataBucket": DATA,
+    "ArtifactBucket": ARTIFACTS,
+    "EventBusName": BUS,
+    "RunTable": TABLE,
+    "TopicArn": "arn:aws:sns:us-east-1:123456789012:topic",
+    "DeadLetterQueueUrl": "queue",
+    "SageMakerRoleArn": "role",
+    "ModelPackageGroup": MODELS,
+    "TrainingImageUri": "",
+    "JobPrefix": PREFIX,
+}
 PLAN = "f00d"
 SETTINGS = Settings(
     data_bucket=DATA, artifact_bucket=ARTIFACTS, run_table=TABLE, event_bus=BUS, job_prefix=PREFIX, topic_arn="topic"

@@ -1,5 +1,6 @@
 """Commands for the application on this machine."""
 
+import functools
 import json
 import shlex
 import shutil
@@ -90,10 +91,22 @@ def up(state: Path, detach: bool, host: str, serve: bool, parameters: dict[str, 
         ]
     )
     if detach:
+        say("A page for all of this: `tunedrop console`.")
         return
-    console.print("Start a run with `tunedrop drop FILE`. Ctrl-C stops following; `tunedrop down` ends the application.")
+    from tunedrop_cli.console.server import serving  # its packages are slow to import
+
+    with serving(functools.partial(Deployment.local, stack), f"this machine: {state}") as server:
+        print_facts([("console", server.address)])
+        console.print(
+            "Start a run on that page, or with `tunedrop drop FILE`. Ctrl-C stops following; `tunedrop down` ends the "
+            "application."
+        )
+        _follow_all(Deployment.local(stack), state)
+
+
+def _follow_all(deployment: Deployment, state: Path) -> None:
+    """Print every change of a run's state, and whether the disk is almost full, until Ctrl-C."""
     printed: dict[str, tuple[RunState, int]] = {}
-    deployment = Deployment.local(stack)
     full = False
     while True:
         if full != (full := shutil.disk_usage(state).free < ALMOST_FULL):

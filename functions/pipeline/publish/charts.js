@@ -1,5 +1,5 @@
 // A chart shows the values of a step where the pointer is, and with the arrow keys.
-for (const figure of document.querySelectorAll("figure[data-hover]")) {
+const readable = (figure) => {
   const steps = JSON.parse(figure.dataset.hover), svg = figure.querySelector("svg");
   const line = svg.querySelector(".at"), text = figure.querySelector("output");
   let at = steps.length - 1;
@@ -17,4 +17,5 @@ for (const figure of document.querySelectorAll("figure[data-hover]")) {
     const places = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length - 1 };
     if (event.key in places) { show(places[event.key]); event.preventDefault(); }
   });
-}
+};
+for (const figure of document.querySelectorAll("figure[data-hover]")) readable(figure);

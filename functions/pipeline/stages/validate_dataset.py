@@ -1,8 +1,9 @@
 """A dataset was uploaded: fetch it and its companion files, validate them, and record the run."""
 
 import hashlib
+import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from pipeline.validation.model_files import READ_FILES, ModelFiles
 from pipeline.validation.modules import ALL_LINEAR, HEADER_BYTES, header_bytes
 from pipeline.validation.receipt import Receipt
 from pipeline.validation.s3_stream import Download
+from pipeline.validation.section import Section
 from pipeline.validation.start import ADAPTER_FILES, Start, adapter_prefix, nothing_new, resolve_start
 from pipeline.validation.terms import Prices, Terms
 from pipeline.validation.validate import (
@@ -49,21 +51,50 @@ class InternalError(Exception):
     """
 
 
-class Fetched(NamedTuple):
-    """A submission from S3: with the stack's terms, the dataset's download, and the launch plan's digest.
+class Prepared(NamedTuple):
+    """What a dataset is validated with: config, tests, base model, start, and the stack's terms.
 
-    `base` is the digest of the base model's files, `champion` the line's, if it has one. `identity` are the parts of the run
-    id that are not the dataset: config, tests, model, launch plan, start, files of rewards.
+    `rewards` is the folder with the files of `python` rewards, which lie beside the dataset, at the location `beside`.
+    `plan` is the launch plan's digest, `base` that of the base model's files, `champion` the line's, if it has one.
+    `identity` are the parts of the run id that are not the dataset: config, tests, model, launch plan, start, files of
+    rewards.
     """
 
-    submission: Submission
+    config: RunConfig
+    about_config: Section
+    tests: bytes | None
+    model: ModelFiles | None
+    rewards: Path
+    beside: str
     terms: Terms
-    download: Download
     plan: str
     base: str
     start: Start
     champion: Run | None
     identity: Sequence[str | bytes]
+
+    def submission(self, name: str, size: int, open_data: Callable[[], io.BufferedReader], folder: Path) -> Submission:
+        """Return the submission of a dataset of `size` bytes. `folder` is the folder for the run's input files."""
+        return Submission(
+            name=name,
+            size=size,
+            open=open_data,
+            config=self.config,
+            about_config=self.about_config,
+            tests=self.tests,
+            model=self.model,
+            rewards=self.rewards,
+            beside=self.beside,
+            folder=folder,
+        )
+
+
+class Fetched(NamedTuple):
+    """A submission from S3, with what it was prepared with, and the dataset's download."""
+
+    submission: Submission
+    prepared: Prepared
+    download: Download
 
 
 def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run | None:
@@ -86,9 +117,9 @@ def validate_upload(upload: Upload, settings: ValidateSettings, aws: Aws) -> Run
             aws.runs.finish_upload(upload.key, upload.sequencer, RunState.CANCELLED, run_id="")
             return None
         with fetched.download:
-            receipt = validate(fetched.submission, fetched.terms)
+            receipt = validate(fetched.submission, fetched.prepared.terms)
             tests = Path(folder) / "inference_tests.json"
-            receipt.warnings += nothing_new(receipt, tests, fetched.champion, settings.artifact_bucket, aws)
+            receipt.warnings += nothing_new(receipt, tests, fetched.prepared.champion, settings.artifact_bucket, aws)
             run = record(receipt, fetched, upload, settings, aws)
     if INTERNAL in receipt.error_counts:
         raise InternalError(
@@ -108,27 +139,8 @@ def validate_again(key: str, settings: ValidateSettings, aws: Aws) -> Run | None
 
 def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) -> Fetched | None:
     """Fetch a dataset's companion files into a folder, and begin to fetch the dataset; None if the dataset is gone."""
-    plan_digest = current_digest(aws, settings.artifact_bucket)
-    plan = load_plan(aws, settings.artifact_bucket, plan_digest)
-    dataset = object_keys.dataset_of(upload.key)
-    # `read` cuts a file one byte above its parser's limit, and the parser rejects it.
-    raw = aws.read(settings.data_bucket, object_keys.config_key(dataset), MAX_CONFIG_BYTES) or b""
-    candidates = (aws.read(settings.data_bucket, key, MAX_TESTS_BYTES) for key in object_keys.tests_keys(dataset))
-    tests = next((content for content in candidates if content is not None), None)
-    config, about_config = read_config(raw, settings.default_model)
-    environment = plan["train"].get("Environment", {})
-    pinned, problems = pin_model(config.model, environment)
-    config = config.model_copy(update={"model": pinned, "line": config.line or object_keys.line_of(dataset)})
-    about_config.problems.extend(problems)
-    model, model_identity = _fetch_model(config, folder / "model", settings, aws)
-    base = hashlib.sha256(model_identity.encode()).hexdigest()
-    champion = aws.lines.get(str(config.line)).champion
-    start, problems, warnings = resolve_start(config, base, champion, settings.artifact_bucket, aws)
-    config = config.model_copy(update={"start_from": start.run.run_id if start.run else "base"})
-    about_config.problems.extend(problems)
-    about_config.warnings.extend(warnings)
-    rewards, beside = folder / "rewards", f"{upload.key.rpartition('/')[0]}/"
-    reward_contents = _fetch_rewards(config, beside, rewards, settings, aws)
+    config, tests = companions(upload.key, settings, aws)
+    prepared = prepare(upload.key, config, tests, folder, settings, aws)
     version = {} if upload.version_id == "null" else {"VersionId": upload.version_id}
     try:
         answer = aws.s3.get_object(Bucket=settings.data_bucket, Key=upload.key, **version)
@@ -137,18 +149,37 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
             raise
         return None
     download = Download(upload.key, answer, folder)
-    submission = Submission(
-        name=upload.key,
-        size=download.size,
-        open=download.open,
-        config=config,
-        about_config=about_config,
-        tests=tests,
-        model=model,
-        rewards=rewards,
-        beside=f"s3://{settings.data_bucket}/{beside}",
-        folder=folder,
-    )
+    return Fetched(prepared.submission(upload.key, download.size, download.open, folder), prepared, download)
+
+
+def companions(key: str, settings: Settings, aws: Aws) -> tuple[bytes, bytes | None]:
+    """Return the config file and the test file of the dataset at a key; an empty config without one."""
+    dataset = object_keys.dataset_of(key)
+    # `read` cuts a file one byte above its parser's limit, and the parser rejects it.
+    config = aws.read(settings.data_bucket, object_keys.config_key(dataset), MAX_CONFIG_BYTES) or b""
+    candidates = (aws.read(settings.data_bucket, name, MAX_TESTS_BYTES) for name in object_keys.tests_keys(dataset))
+    return config, next((content for content in candidates if content is not None), None)
+
+
+def prepare(key: str, raw: bytes, tests: bytes | None, folder: Path, settings: ValidateSettings, aws: Aws) -> Prepared:
+    """Fetch what a dataset at a key is validated with into a folder. `raw` is its config file, empty without one."""
+    plan_digest = current_digest(aws, settings.artifact_bucket)
+    plan = load_plan(aws, settings.artifact_bucket, plan_digest)
+    config, about_config = read_config(raw, settings.default_model)
+    environment = plan["train"].get("Environment", {})
+    pinned, problems = pin_model(config.model, environment)
+    line = config.line or object_keys.line_of(object_keys.dataset_of(key))
+    config = config.model_copy(update={"model": pinned, "line": line})
+    about_config.problems.extend(problems)
+    model, model_identity = _fetch_model(config, folder / "model", settings, aws)
+    base = hashlib.sha256(model_identity.encode()).hexdigest()
+    champion = aws.lines.get(line).champion
+    start, problems, warnings = resolve_start(config, base, champion, settings.artifact_bucket, aws)
+    config = config.model_copy(update={"start_from": start.run.run_id if start.run else "base"})
+    about_config.problems.extend(problems)
+    about_config.warnings.extend(warnings)
+    rewards, beside = folder / "rewards", f"{key.rpartition('/')[0]}/"
+    reward_contents = _fetch_rewards(config, beside, rewards, settings, aws)
     terms = Terms(
         instance_types=settings.instance_types,
         spot=settings.use_spot,
@@ -159,15 +190,19 @@ def fetch(upload: Upload, folder: Path, settings: ValidateSettings, aws: Aws) ->
         prices=Prices(**plan["prices"]) if plan.get("prices") else None,
         endpoint_instance_type=settings.endpoint_instance_type,
     )
-    return Fetched(
-        submission,
-        terms,
-        download,
-        plan_digest,
-        base,
-        start,
-        aws.runs.get(champion) if champion else None,
-        [raw, tests or b"", model_identity, plan_digest, start.identity, *reward_contents],
+    return Prepared(
+        config=config,
+        about_config=about_config,
+        tests=tests,
+        model=model,
+        rewards=rewards,
+        beside=f"s3://{settings.data_bucket}/{beside}",
+        terms=terms,
+        plan=plan_digest,
+        base=base,
+        start=start,
+        champion=aws.runs.get(champion) if champion else None,
+        identity=[raw, tests or b"", model_identity, plan_digest, start.identity, *reward_contents],
     )
 
 
@@ -221,8 +256,8 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
     last attempt has not ended. An upload has one run, although its config may mean another champion by now: what a late
     delivery stored for another run stays unused.
     """
-    dataset = object_keys.dataset_of(upload.key)
-    digest = inputs_digest(dataset, [suffix_of(upload.key), fetched.download.identity, *fetched.identity])
+    dataset, prepared = object_keys.dataset_of(upload.key), fetched.prepared
+    digest = inputs_digest(dataset, [suffix_of(upload.key), fetched.download.identity, *prepared.identity])
     known = ((name, aws.runs.get(name)) for name in run_ids(dataset, digest))
     name, existing = next((name, run) for name, run in known if run is None or run.digest == digest)
     run = Run(
@@ -236,11 +271,11 @@ def record(receipt: Receipt, fetched: Fetched, upload: Upload, settings: Validat
         version_id=upload.version_id,
         arrived=clock.now(),
         updated=clock.now(),
-        line=str(fetched.submission.config.line),
-        start=fetched.start.run.run_id if fetched.start.run else None,
-        base=fetched.base,
-        model=fetched.submission.config.model,
-        plan=fetched.plan,
+        line=str(prepared.config.line),
+        start=prepared.start.run.run_id if prepared.start.run else None,
+        base=prepared.base,
+        model=prepared.config.model,
+        plan=prepared.plan,
         rows=receipt.rows,
         reason=None if receipt.ok else _reason(receipt),
     )
@@ -279,8 +314,8 @@ def _store(run: Run, receipt: Receipt, fetched: Fetched, settings: ValidateSetti
         aws.s3.put_object(Bucket=bucket, Key=object_keys.run_key(run.run_id, "input/run.json"), Body=names)
         for file in fetched.submission.rewards.iterdir():
             aws.s3.upload_file(str(file), bucket, object_keys.run_key(run.run_id, f"input/rewards/{file.name}"))
-        if fetched.start.run:
-            prefix = adapter_prefix(fetched.start.run, bucket)
+        if start := fetched.prepared.start.run:
+            prefix = adapter_prefix(start, bucket)
             for name in ADAPTER_FILES:  # a copy: the start's own files may be deleted
                 target = object_keys.run_key(run.run_id, f"start/{name}")
                 aws.s3.copy_object(Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": f"{prefix}{name}"})
