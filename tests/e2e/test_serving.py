@@ -123,8 +123,9 @@ def test_an_approved_model_answers_until_a_better_one_does(application, say):
     assert application.tunedrop("ask", LINE, question).strip().splitlines()[-1] == recorded[question].strip()
     assert application.tunedrop("ask", LINE, question, "--base", "--json")
 
-    # Another model under constant requests: none fails, and the answers change over.
+    # Another model under constant requests: none fails, and the answers change over. The first model slept meanwhile.
     second = application.drop("again", steps=5)
+    assert application.tunedrop("ask", LINE, question)
     system = {"role": "system", "content": "Reply with one number."}
     answers = application.recorded(second)
     changed = next((each for each in answers if answers[each] != recorded[each]), question)
