@@ -147,16 +147,6 @@ class History(NamedTuple):
     entries: list[Entry]
     packages: list[Package]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the history as JSON's types."""
-        found = champion_of(self.packages)
-        return {
-            **{name: getattr(self.line, name) for name in ("line", "champion", "champion_package", "tries")},
-            "changed": self.line.arrived,
-            "newest_approved": found and found.run_id,
-            "runs": msgspec.to_builtins(self.entries),
-        }
-
 
 def history(deployment: Deployment, line: Line) -> History:
     """Return the history of a line. One object is read for each published run."""

@@ -58,6 +58,7 @@ class RunOrLineName(RunName):
 
 RUN_NAME, LINE_NAME, RUN_OR_LINE_NAME = RunName(), LineName(), RunOrLineName()
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/json.md).")
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 

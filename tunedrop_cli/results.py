@@ -105,17 +105,24 @@ def _rejection(receipt: dict[str, Any]) -> Iterator[Fact]:
         yield "problems", f"{more} more; all by code: {', '.join(f'{code} {count}' for code, count in counts.items())}"
 
 
-def differences(*results: dict[str, Any]) -> Iterator[list[str]]:
-    """Yield the name and the values of each figure that a result has, then of every key in which the configs differ."""
-    for name, path in FIGURES.items():
-        values = [_text(_at(result, path)) for result in results]
-        if any(values):
-            yield [name, *values]
+Values = dict[str, list[Any]]  # one value for each run, by the name of a figure or the key of a config
+
+
+def differences(*results: dict[str, Any]) -> tuple[Values, Values]:
+    """Return the figures that a result has, and the config keys in which the results differ."""
+    figures = {name: [_at(result, path) for result in results] for name, path in FIGURES.items()}
     configs = [dict(_flat(result["config"])) for result in results]
-    for key in sorted(set().union(*configs)):
-        set_to = [config.get(key) for config in configs]
-        if any(value != set_to[0] for value in set_to):
-            yield [f"config: {key}", *map(_text, set_to)]
+    keys = {key: [config.get(key) for config in configs] for key in sorted(set().union(*configs))}
+    return (
+        {name: values for name, values in figures.items() if any(value not in (None, "") for value in values)},
+        {key: values for key, values in keys.items() if any(value != values[0] for value in values)},
+    )
+
+
+def table_of(figures: Values, config: Values) -> list[list[str]]:
+    """Return the differences as rows of a table: a name, and the values as text."""
+    named = {**figures, **{f"config: {key}": values for key, values in config.items()}}
+    return [[name, *map(_text, values)] for name, values in named.items()]
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:

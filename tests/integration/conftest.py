@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import msgspec
 import pytest
 from click.testing import CliRunner
 from fake_stack import OUTPUTS
 from world import World, deployed
 
 from local_app.stack import StackError
+from tunedrop_cli.documents import DOCUMENTS
 from tunedrop_cli.main import cli
 
 REGION = ["--region", "us-east-1"]
@@ -31,6 +33,13 @@ def world(load_event: Callable[[str], dict[str, Any]]) -> Iterator[World]:
         yield world
 
 
+def fits(command: str, printed: str) -> None:
+    """Assert that the output of a command with `--json` has the form that docs/json.md says."""
+    (form,) = [form for names, form in DOCUMENTS.items() if command in names.split(", ")]
+    for document in printed.splitlines() if command == "rollouts" else [printed]:
+        msgspec.json.decode(document, type=form)
+
+
 @pytest.fixture
 def tunedrop(world: World, tmp_path: Path) -> Callable[..., str]:
     """Run the command against the stack."""
@@ -45,6 +54,8 @@ def tunedrop(world: World, tmp_path: Path) -> Callable[..., str]:
         if isinstance(done.exception, StackError):
             return f"error: {done.exception}"
         assert done.exit_code == code, (done.output, done.exception)
+        if "--json" in arguments:
+            fits(arguments[0], done.output)
         return done.output
 
     return run

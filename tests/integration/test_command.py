@@ -57,8 +57,10 @@ def test_open_saves_reports_that_the_index_links_to(world, tunedrop, tmp_path):
 def test_show_as_json_is_one_document_with_receipt_and_result(world, tunedrop):
     run = published(world)
     shown = json.loads(tunedrop("show", "cars", "--json"))
-    assert (shown["run_id"], shown["state"], shown["result"]["verdict"]) == (run.run_id, "PUBLISHED", "APPROVED")
-    assert shown["receipt"]["rows"] == 30
+    assert (shown["run"]["run_id"], shown["run"]["state"]) == (run.run_id, "PUBLISHED")
+    assert (shown["result"]["verdict"], shown["receipt"]["rows"], shown["line"]["champion"]) == ("APPROVED", 30, run.run_id)
+    assert json.loads(tunedrop("watch", "cars", "--json")) | {"line": shown["line"]} == shown
+    assert [each["run_id"] for each in json.loads(tunedrop("runs", "--json"))["runs"]] == [run.run_id]
 
 
 def test_watch_shows_steps_time_left_cost_and_what_the_trainer_noticed(world, tunedrop, monkeypatch):

@@ -601,7 +601,7 @@ def doctor(*arguments: str) -> tuple[int, str]:
 def test_the_command_says_nothing_is_wrong(stack: Healthy) -> None:
     assert doctor("--region", REGION) == (0, "tunedrop: nothing is wrong.\n")
     code, output = doctor("--region", REGION, "--json")
-    assert (code, json.loads(output)) == (0, {"ok": True, "findings": []})
+    assert (code, json.loads(output)) == (0, {"version": 1, "ok": True, "findings": []})
 
 
 def test_the_command_in_json(stack: Healthy) -> None:

@@ -158,7 +158,7 @@ def test_lines_lists_champions_scores_and_trends(made: Made, math: dict[str, str
         ["newer", "none", "0", "0"],
         ["math", math["d"], "0.875", "+0.625", "6", "2", "▁▆█"],
     ]
-    empty, full = json.loads(tunedrop("lines", "--json"))
+    empty, full = json.loads(tunedrop("lines", "--json"))["lines"]
     assert (empty["line"], empty["champion"], empty["score"], empty["trend"]) == ("newer", None, None, [])
     assert full["champion"] == math["d"]
     assert full["champion_package"].endswith(f"{MODELS}/4")
@@ -168,13 +168,13 @@ def test_lines_lists_champions_scores_and_trends(made: Made, math: dict[str, str
 
 def test_without_lines_the_list_says_how_to_begin(tunedrop: Command) -> None:
     assert tunedrop("lines") == "No lines. The first run of a line makes it: start one with `tunedrop drop FILE`.\n"
-    assert json.loads(tunedrop("lines", "--json")) == []
+    assert json.loads(tunedrop("lines", "--json")) == {"version": 1, "lines": []}
 
 
 def test_a_champion_that_a_person_approved_is_in_the_trend(made: Made, tunedrop: Command) -> None:
     """Its verdict is PENDING, and no run was compared with it yet."""
     made.line("cars", {1: made.published("cars", 1, "PENDING", 0.5)}, champion=1)
-    assert json.loads(tunedrop("lines", "--json"))[0]["trend"] == [0.5]
+    assert json.loads(tunedrop("lines", "--json"))["lines"][0]["trend"] == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,9 @@ def test_show_of_a_line_is_a_tree_of_what_started_from_what(math: dict[str, str]
 
 
 def test_show_as_json_has_every_run_of_the_line(math: dict[str, str], tunedrop: Command) -> None:
-    shown = json.loads(tunedrop("show", "math", "--json"))
+    document = json.loads(tunedrop("show", "math", "--json"))
+    assert document["run"] is document["result"] is None
+    shown = document["line"]
     assert (shown["line"], shown["champion"], shown["newest_approved"]) == ("math", math["d"], math["d"])
     runs = {run["run_id"]: run for run in shown["runs"]}
     assert list(runs) == [math[name] for name in "abcdefg"]
@@ -250,8 +252,9 @@ def test_a_name_of_a_dataset_and_a_line_shows_both(made: Made, tunedrop: Command
     assert f"\n\nline           cars\nchampion       {first}\n" in shown
     assert f"└ {second}" in shown
     document = json.loads(tunedrop("show", "cars", "--json"))
-    assert (document["run_id"], document["result"]["verdict"], document["history"]["line"]) == (second, "PENDING", "cars")
-    assert "history" not in json.loads(tunedrop("show", first, "--json"))
+    shown = (document["run"]["run_id"], document["result"]["verdict"], document["line"]["line"])
+    assert shown == (second, "PENDING", "cars")
+    assert json.loads(tunedrop("show", first, "--json"))["line"] is None
     assert "← champion" not in tunedrop("show", first)
 
 
@@ -286,6 +289,8 @@ def test_approve_and_reject_say_who_is_champion_and_how_to_undo(made: Made, math
     assert dict(cells(tunedrop("reject", math["e"])))["undo"] == "nothing has changed"
     # An older model that is approved does not replace a newer champion.
     assert dict(cells(tunedrop("approve", "math/a")))["champion of math"] == math["d"]
+    document = json.loads(tunedrop("approve", "math/a", "--json"))
+    assert (document["run_id"], document["before"], document["champion"]) == (math["a"], "Approved", math["d"])
 
 
 def test_rollback_goes_back_through_the_champions(made: Made, math: dict[str, str], tunedrop: Command) -> None:
@@ -381,6 +386,9 @@ def test_compare_of_a_line_has_a_column_for_each_champion(math: dict[str, str], 
     assert ["started from", b, c] in rows
     assert ["config: seed", "2", "3", "4"] in rows
     assert not any(row[0] == "cost in USD" for row in rows)
+    document = json.loads(tunedrop("compare", "math", "--json"))
+    assert (document["runs"], document["figures"]["tuned score"]) == ([b, c, d], [0.5, 0.75, 0.875])
+    assert document["config"]["seed"] == [2, 3, 4]
 
 
 def test_compare_of_a_line_has_the_newest_five(made: Made, tunedrop: Command) -> None:
@@ -423,7 +431,7 @@ def test_the_stack_does_what_the_commands_say(world: World, tunedrop: Command) -
     tree = [row for row in cells(tunedrop("show", "cars")) if "└" in row[0]]
     assert [row[0] for row in tree] == [f"└ {one}", f"└ {two}", f"└ {three}"]
     assert [row[-1] for row in tree][-1] == "← champion"
-    assert json.loads(tunedrop("lines", "--json"))[0]["trend"] == [0.5, 0.75, 1.0]
+    assert json.loads(tunedrop("lines", "--json"))["lines"][0]["trend"] == [0.5, 0.75, 1.0]
     assert cells(tunedrop("compare", "cars"))[0] == [one, two, three]
 
     decisions = [("rollback", "cars", two), ("reject", two, one), ("approve", three, three), ("approve", two, three)]

@@ -359,7 +359,7 @@ def test_endpoints_shows_the_arn_of_a_line_on_bedrock(world: World, endpoint: En
     invocations("AWS/Bedrock", "ModelId", MODEL_ARN)
     _, row = (re.split(r"  +", line) for line in tunedrop("endpoints").splitlines())
     assert row == ["cars", "deployed", run, "7", MODEL_ARN, "12"]
-    (found,) = json.loads(tunedrop("endpoints", "--json"))
+    (found,) = json.loads(tunedrop("endpoints", "--json"))["endpoints"]
     assert (found["endpoint"], found["component"], found["idle_usd_per_hour"]) == (None, MODEL_ARN, None)
 
 
@@ -389,7 +389,7 @@ def test_endpoints_lists_what_is_served(world: World, endpoint: Endpoint, cars: 
         "at most",
     ]
     assert row == ["cars", "answers", cars, "7", ENDPOINT, "1 x ml.g5.xlarge", "12", "$1.75", "$0.00", "$35.00"]
-    (found,) = json.loads(tunedrop("endpoints", "--json"))
+    (found,) = json.loads(tunedrop("endpoints", "--json"))["endpoints"]
     assert found["component"] == CARS
     assert (found["copies"], found["requests_24h"], found["at_most_usd"], found["price"]) == (1, 12, 35.0, "hosting")
 
@@ -416,19 +416,22 @@ def test_endpoints_says_what_is_unknown_and_what_was_refused(
     assert notes[0].startswith("cars\nrefused  cars-000000000000: 3 of 20 answers\n")
     assert notes[1:4] == ["gone\nreason  undeployed", "lost\nreason  no capacity", "new\nnext  new-000000000001"]
     assert "prices of endpoints: those of training are shown" in notes[4]
-    found = {each["line"]: each for each in json.loads(tunedrop("endpoints", "--json"))}
+    found = {each["line"]: each for each in json.loads(tunedrop("endpoints", "--json"))["endpoints"]}
     assert (found["cars"]["requests_24h"], found["gone"]["endpoint"], found["new"]["copies"]) == (None, None, None)
 
 
 def test_without_deployments_the_list_says_how_to_begin(endpoint: Endpoint, tunedrop: Command) -> None:
     assert "Serve the champion of each line with `tunedrop up --serve`" in tunedrop("endpoints")
-    assert json.loads(tunedrop("endpoints", "--json")) == []
+    assert json.loads(tunedrop("endpoints", "--json")) == {"version": 1, "endpoints": []}
 
 
 def test_undeploy_asks_the_stack(world: World, endpoint: Endpoint, cars: str, tunedrop: Command, monkeypatch) -> None:
     assert "The line 'trucks' is not served: there is nothing to take down" in tunedrop("undeploy", "trucks")
     monkeypatch.setattr("tunedrop_cli.endpoints.time.sleep", lambda _: deploy(world, "cars", cars, stage=Stage.REMOVING))
     assert tunedrop("undeploy", "cars") == "cars: is being taken down\n"
+    world.sent_events.clear()
+    deploy(world, "cars", cars)
+    assert json.loads(tunedrop("undeploy", "cars", "--json")) == {"version": 1, "line": "cars", "ended": False}
     (event,) = [event for event in world.sent_events if event["DetailType"] == "Undeploy Requested"]
     assert (json.loads(event["Detail"]), event["Source"]) == ({"line": "cars"}, "tunedrop")
 

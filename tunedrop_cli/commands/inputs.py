@@ -13,7 +13,7 @@ from tunedrop.dataset.readers import refuse
 from tunedrop.problems import RejectedError
 from tunedrop_cli.check import check_file, receipt_json, receipt_text
 from tunedrop_cli.init import config_text, propose
-from tunedrop_cli.options import FILE, FOLDER
+from tunedrop_cli.options import FILE, FOLDER, JSON
 from tunedrop_cli.output import print_raw
 from tunedrop_cli.translate import translate, written
 
@@ -59,7 +59,7 @@ def _translate(source: Path) -> None:
 @click.option("--config", type=FILE, help="Run config (YAML) for this dataset.")
 @click.option("--tests", type=FILE, help="Inference tests for this dataset.")
 @click.option("--model", type=FOLDER, help="Base model folder: also checked, and its tokenizer counts tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print the receipt in the format of docs/receipt.md.")
+@JSON
 def check(file: Path, config: Path | None, tests: Path | None, model: Path | None, as_json: bool) -> None:
     """Validate a dataset locally; no running stack needed.
 

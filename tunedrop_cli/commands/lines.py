@@ -1,22 +1,22 @@
 """Commands for lines: list them, and approve or reject the models of their runs."""
 
-import json
-
 import click
+import msgspec
 
 from local_app.stack import StackError
 from pipeline.runs.lines import Line
 from tunedrop_cli.deployment import Deployment, in_words
+from tunedrop_cli.documents import Approval, Lines, LineSummary, print_document
 from tunedrop_cli.lines import NO_CHAMPION, all_lines, find_line, score, signed, sparkline, summaries, without_champion
-from tunedrop_cli.options import LINE_NAME, RUN_NAME, with_deployment
-from tunedrop_cli.output import console, print_facts, print_raw, print_table
+from tunedrop_cli.options import JSON, LINE_NAME, RUN_NAME, with_deployment
+from tunedrop_cli.output import console, print_facts, print_table
 from tunedrop_cli.registry import APPROVED, PENDING, REJECTED, champion_of, packages_of, set_approval
 
 REASON = click.option("--reason", help="Why, for the registry (ApprovalDescription).")
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
+@JSON
 @with_deployment
 def lines(deployment: Deployment, as_json: bool) -> None:
     """List the lines with their champions, scores and trends.
@@ -29,7 +29,7 @@ def lines(deployment: Deployment, as_json: bool) -> None:
     """
     found = summaries(deployment)
     if as_json:
-        print_raw(json.dumps(found, indent=1))
+        print_document(Lines(lines=msgspec.convert(found, list[LineSummary])))
         return
     rows = [
         [
@@ -47,8 +47,9 @@ def lines(deployment: Deployment, as_json: bool) -> None:
 @click.command()
 @click.argument("run", type=RUN_NAME)
 @REASON
+@JSON
 @with_deployment
-def approve(deployment: Deployment, run: str, reason: str | None) -> None:
+def approve(deployment: Deployment, run: str, reason: str | None, as_json: bool) -> None:
     """Approve the model of a run in SageMaker's registry.
 
     The newest approved model of a line becomes its champion.
@@ -56,14 +57,15 @@ def approve(deployment: Deployment, run: str, reason: str | None) -> None:
     \b
     Example: tunedrop approve cars-1f0c --reason "passed the review"
     """
-    _decide(deployment, run, APPROVED, reason or "Approved with `tunedrop approve`.")
+    _decide(deployment, run, APPROVED, reason or "Approved with `tunedrop approve`.", as_json)
 
 
 @click.command()
 @click.argument("run", type=RUN_NAME)
 @REASON
+@JSON
 @with_deployment
-def reject(deployment: Deployment, run: str, reason: str | None) -> None:
+def reject(deployment: Deployment, run: str, reason: str | None, as_json: bool) -> None:
     """Reject the model of a run in SageMaker's registry.
 
     If it was its line's champion, the approved model before it becomes champion.
@@ -71,24 +73,25 @@ def reject(deployment: Deployment, run: str, reason: str | None) -> None:
     \b
     Example: tunedrop reject cars-1f0c --reason "too slow"
     """
-    _decide(deployment, run, REJECTED, reason or "Rejected with `tunedrop reject`.")
+    _decide(deployment, run, REJECTED, reason or "Rejected with `tunedrop reject`.", as_json)
 
 
-def _decide(deployment: Deployment, name: str, status: str, reason: str) -> None:
+def _decide(deployment: Deployment, name: str, status: str, reason: str, as_json: bool) -> None:
     run = deployment.find(name)
     if run.model_package is None:
         raise StackError(
             f"{run.run_id} has no model package: it is {in_words(run.state)}. A run has one from its publication on."
         )
     line = next((line for line in all_lines(deployment).values() if run.run_id in line.packages.values()), None)
-    _set(deployment, line, run.run_id, run.model_package, status, reason)
+    _report(_set(deployment, line, run.run_id, run.model_package, status, reason), as_json)
 
 
 @click.command()
 @click.argument("line", type=LINE_NAME)
 @REASON
+@JSON
 @with_deployment
-def rollback(deployment: Deployment, line: str, reason: str | None) -> None:
+def rollback(deployment: Deployment, line: str, reason: str | None, as_json: bool) -> None:
     """Reject a line's champion: the approved model before it becomes champion again.
 
     \b
@@ -103,23 +106,44 @@ def rollback(deployment: Deployment, line: str, reason: str | None) -> None:
     now = champion_of(packages_of(deployment, match.packages))
     if now is None:
         raise without_champion(line)
-    _set(deployment, match, now.run_id, now.arn, REJECTED, reason or "Rolled back with `tunedrop rollback`.")
+    reason = reason or "Rolled back with `tunedrop rollback`."
+    _report(_set(deployment, match, now.run_id, now.arn, REJECTED, reason), as_json)
 
 
-def _set(deployment: Deployment, line: Line | None, run_id: str, arn: str, status: str, reason: str) -> None:
-    """Set the approval status of a run's model package, and print what that changes and how to undo it."""
-    before = set_approval(deployment, arn, status, reason)
-    undo = {
-        APPROVED: f"`tunedrop approve {run_id}`",
-        REJECTED: f"`tunedrop reject {run_id}`",
-        PENDING: f"`aws sagemaker update-model-package --model-package-arn {arn} --model-approval-status {PENDING}`",
-    }
-    facts = [("run", run_id), ("model package", arn), ("approval", f"{status} (before: {before})")]
+def _set(deployment: Deployment, line: Line | None, run_id: str, arn: str, status: str, reason: str) -> Approval:
+    """Set the approval status of a run's model package; return what that changes."""
+    before, champion = set_approval(deployment, arn, status, reason), None
     if line:
         # The registry's list may not have the change yet.
         packages = [
             each._replace(status=status) if each.arn == arn else each for each in packages_of(deployment, line.packages)
         ]
         champion = champion_of(packages)
-        facts.append((f"champion of {line.line}", champion.run_id if champion else NO_CHAMPION))
-    print_facts([*facts, ("undo", undo[before] if before != status else "nothing has changed")])
+    return Approval(
+        run_id=run_id,
+        model_package=arn,
+        status=status,
+        before=before,
+        line=line.line if line else None,
+        champion=champion.run_id if champion else None,
+    )
+
+
+def _report(done: Approval, as_json: bool) -> None:
+    """Print a change of an approval status, and how to undo it."""
+    if as_json:
+        return print_document(done)
+    by_hand = f"--model-package-arn {done.model_package} --model-approval-status {PENDING}"
+    undo = {
+        APPROVED: f"`tunedrop approve {done.run_id}`",
+        REJECTED: f"`tunedrop reject {done.run_id}`",
+        PENDING: f"`aws sagemaker update-model-package {by_hand}`",
+    }
+    facts = [
+        ("run", done.run_id),
+        ("model package", done.model_package),
+        ("approval", f"{done.status} (before: {done.before})"),
+    ]
+    if done.line:
+        facts.append((f"champion of {done.line}", done.champion or NO_CHAMPION))
+    return print_facts([*facts, ("undo", undo[done.before] if done.before != done.status else "nothing has changed")])

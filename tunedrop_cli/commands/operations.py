@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import click
-import msgspec
 
 from local_app.stack import STACK_NAME, Stack, StackError
 from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.documents import Findings, Redriven, print_document
 from tunedrop_cli.location import StackLocation
-from tunedrop_cli.options import stack_options, with_deployment
+from tunedrop_cli.options import JSON, stack_options, with_deployment
 from tunedrop_cli.output import console, print_raw
 
 
@@ -34,8 +34,9 @@ def event(deployment: Deployment, name: str, stage: str | None) -> None:
 
 
 @click.command()
+@JSON
 @with_deployment
-def redrive(deployment: Deployment) -> None:
+def redrive(deployment: Deployment, as_json: bool) -> None:
     """Send undelivered events to their functions again.
 
     The events are in the stack's dead-letter queue.
@@ -43,15 +44,18 @@ def redrive(deployment: Deployment) -> None:
     \b
     Example: tunedrop redrive --region eu-central-1
     """
-    count = 0
+    functions = []
     for function in deployment.redrive():
-        console.print(function, markup=False)
-        count += 1
-    console.print(f"{count} events sent again")
+        functions.append(function)
+        if not as_json:
+            console.print(function, markup=False)
+    if as_json:
+        return print_document(Redriven(functions=functions))
+    return console.print(f"{len(functions)} events sent again")
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@JSON
 @stack_options
 @click.pass_obj
 def doctor(state: Path, profile: str | None, region: str | None, stack: str | None, as_json: bool) -> None:
@@ -75,7 +79,7 @@ def doctor(state: Path, profile: str | None, region: str | None, stack: str | No
         findings = [Finding("NOT_REACHED", str(error), "")]
     ok = not any(finding.trouble for finding in findings)
     if as_json:
-        print_raw(json.dumps({"ok": ok, "findings": msgspec.to_builtins(findings)}, indent=1))
+        print_document(Findings(ok=ok, findings=findings))
     else:
         print_report(name, findings)
     if not ok:

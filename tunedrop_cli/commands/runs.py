@@ -1,23 +1,23 @@
 """Commands for runs: start, list, follow, compare and stop them, and read their results."""
 
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
+from rich.console import Console
 
 from local_app.stack import StackError
 from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words, line_beside
+from tunedrop_cli.documents import Compared, Runs, ShownRun, history_document, print_document
 from tunedrop_cli.job_log import JobLog
 from tunedrop_cli.lines import HEADER, all_lines, champion, facts_of_line, former_champions, history, tree
-from tunedrop_cli.options import FILE, FOLDER, RUN_NAME, RUN_OR_LINE_NAME, with_deployment
+from tunedrop_cli.options import FILE, FOLDER, JSON, RUN_NAME, RUN_OR_LINE_NAME, with_deployment
 from tunedrop_cli.output import console, print_facts, print_raw, print_table, say
-from tunedrop_cli.results import differences, facts_of_end, facts_of_run
+from tunedrop_cli.results import differences, facts_of_end, facts_of_run, table_of
 from tunedrop_cli.rollouts import Folder, facts_of_group, newest_step
 from tunedrop_cli.watch import follow
 
@@ -30,9 +30,16 @@ MOST_COMPARED = 5  # columns that fit a terminal
 @click.option("--tests", type=FILE, help="Inference tests (JSON) for this dataset.")
 @click.option("--model", type=FOLDER, help="Base model folder to upload and tune.")
 @click.option("--wait", is_flag=True, help="Follow the run to its end.")
+@JSON
 @with_deployment
 def drop(
-    deployment: Deployment, file: Path, config: Path | None, tests: Path | None, model: Path | None, wait: bool
+    deployment: Deployment,
+    file: Path,
+    config: Path | None,
+    tests: Path | None,
+    model: Path | None,
+    wait: bool,
+    as_json: bool,
 ) -> None:
     """Upload a dataset, which starts a run.
 
@@ -41,7 +48,9 @@ def drop(
     """
     run = deployment.drop(file, config, tests, model)
     if wait or run.state == RunState.REJECTED:
-        _follow_to_end(deployment, run)
+        _follow_to_end(deployment, run, as_json=as_json)
+    elif as_json:
+        print_document(_shown(deployment, run))
     else:
         print_facts(
             [
@@ -53,23 +62,30 @@ def drop(
         )
 
 
-def _follow_to_end(deployment: Deployment, run: Run, *, samples: bool = True) -> None:
-    """Follow a run to its end and print its results; exit 1 if it ended without a model."""
-    ended = follow(deployment, run, console, samples=samples)
-    print_facts(facts_of_end(deployment, ended))
+def _follow_to_end(deployment: Deployment, run: Run, *, as_json: bool, samples: bool = True) -> None:
+    """Follow a run to its end and print its results, as JSON without its progress; exit 1 if it ended without a model."""
+    if as_json:
+        ended = follow(deployment, run, Console(quiet=True))
+        print_document(_shown(deployment, ended))
+    else:
+        ended = follow(deployment, run, console, samples=samples)
+        print_facts(facts_of_end(deployment, ended))
     if ended.state != RunState.PUBLISHED:
         sys.exit(1)
 
 
 @click.command()
+@JSON
 @with_deployment
-def runs(deployment: Deployment) -> None:
+def runs(deployment: Deployment, as_json: bool) -> None:
     """List the runs, newest first, with their lines where a line has another name than the dataset.
 
     \b
     Example: tunedrop runs
     """
     found = deployment.all_runs()
+    if as_json:
+        return print_document(Runs(runs=found))
     columns: dict[str, list[str]] = {
         "run": [run.run_id for run in found],
         "line": [line_beside(run) for run in found],
@@ -81,15 +97,14 @@ def runs(deployment: Deployment) -> None:
     }
     if not any(columns["line"]):
         del columns["line"]
-    if found:
-        print_table(list(zip(*columns.values(), strict=True)), header=list(columns))
-    else:
-        console.print("No runs. Start one with `tunedrop drop FILE`.")
+    if not found:
+        return console.print("No runs. Start one with `tunedrop drop FILE`.")
+    return print_table(list(zip(*columns.values(), strict=True)), header=list(columns))
 
 
 @click.command()
 @click.argument("name", metavar="RUN|LINE", type=RUN_OR_LINE_NAME)
-@click.option("--json", "as_json", is_flag=True, help="Print the run, its receipt and its result, or the line, as JSON.")
+@JSON
 @with_deployment
 def show(deployment: Deployment, name: str, as_json: bool) -> None:
     """Show a run and its results, and the history of a line.
@@ -107,11 +122,9 @@ def show(deployment: Deployment, name: str, as_json: bool) -> None:
         match = deployment.find(name, lines)
     past = history(deployment, line) if line else None
     if as_json:
-        document = past.as_json() if past else {}
-        if match:
-            document = _run_as_json(deployment, match) | ({"history": document} if past else {})
-        print_raw(json.dumps(document, indent=1))
-        return
+        document = _shown(deployment, match) if match else ShownRun()
+        document.line = history_document(past) if past else None
+        return print_document(document)
     if match:
         results = facts_of_end(deployment, match) if match.state in FINAL else []
         print_facts(dict.fromkeys([*facts_of_run(match), *results]))
@@ -120,27 +133,29 @@ def show(deployment: Deployment, name: str, as_json: bool) -> None:
     if past:
         print_facts(facts_of_line(past))
         print_table(list(tree(past)), header=HEADER)
+    return None
 
 
-def _run_as_json(deployment: Deployment, run: Run) -> dict[str, Any]:
-    documents = {"receipt": deployment.read_json(run, "validation.json"), "result": deployment.read_json(run, "result.json")}
-    return {**msgspec.to_builtins(run), **documents}
+def _shown(deployment: Deployment, run: Run) -> ShownRun:
+    receipt, result = (deployment.read_json(run, name) for name in ("validation.json", "result.json"))
+    return ShownRun(run=run, receipt=receipt, result=result)
 
 
 @click.command()
 @click.argument("run", type=RUN_NAME)
 @click.option("--quiet", is_flag=True, help="Print no sample answers.")
+@JSON
 @with_deployment
-def watch(deployment: Deployment, run: str, quiet: bool) -> None:
+def watch(deployment: Deployment, run: str, quiet: bool, as_json: bool) -> None:
     """Follow a run to its end.
 
     Prints the run's stages, steps, reward, time left, cost, and the alerts of its training; every few steps also two answers
-    of the model with their rewards, the best and the worst to one prompt.
+    of the model with their rewards, the best and the worst to one prompt. With --json, prints the run when it has ended.
 
     \b
     Example: tunedrop watch cars
     """
-    _follow_to_end(deployment, deployment.find(run), samples=not quiet)
+    _follow_to_end(deployment, deployment.find(run), as_json=as_json, samples=not quiet)
 
 
 @click.command()
@@ -149,7 +164,7 @@ def watch(deployment: Deployment, run: str, quiet: bool) -> None:
 @click.option("--prompt", metavar="ID", help="Only the answers to this prompt (its row's id), in all steps.")
 @click.option("--worst", is_flag=True, help="The groups with the lowest mean reward first, of all steps.")
 @click.option("--most", type=click.IntRange(min=1), default=5, show_default=True, help="Groups to print.")
-@click.option("--json", "as_json", is_flag=True, help="Print all matching groups as JSON Lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print all matching groups as JSON Lines (docs/json.md).")
 @with_deployment
 def rollouts(
     deployment: Deployment, run: str, step: int | None, prompt: str | None, worst: bool, most: int, as_json: bool
@@ -202,8 +217,9 @@ def rollouts(
 @click.argument("name", metavar="RUN|LINE", type=RUN_OR_LINE_NAME)
 @click.argument("other", metavar="[RUN|LINE]", type=RUN_OR_LINE_NAME, required=False)
 @click.option("--champions", is_flag=True, help="Compare the champions of two lines.")
+@JSON
 @with_deployment
-def compare(deployment: Deployment, name: str, other: str | None, champions: bool) -> None:
+def compare(deployment: Deployment, name: str, other: str | None, champions: bool, as_json: bool) -> None:
     """Compare two published runs, the champions of a line, or the champions of two lines.
 
     Prints the figures of the runs, and the differences of their configs. A single LINE stands for its champions over time,
@@ -226,9 +242,12 @@ def compare(deployment: Deployment, name: str, other: str | None, champions: boo
             raise StackError(
                 f"{each.run_id} has no results: it is {in_words(each.state)}. Follow it with `tunedrop watch {each.run_id}`."
             )
-    rows = list(differences(*results))
+    figures, config = differences(*results)
+    if as_json:
+        return print_document(Compared(runs=[each.run_id for each in compared], figures=figures, config=config))
+    rows = table_of(figures, config)
     header = ["", *(each.run_id for each in compared)]
-    print_table(rows, header, ["" if len(set(values)) == 1 else "bold" for _, *values in rows])
+    return print_table(rows, header, ["" if len(set(values)) == 1 else "bold" for _, *values in rows])
 
 
 @click.command(name="open")
@@ -284,14 +303,18 @@ def logs(deployment: Deployment, run: str, to_the_end: bool) -> None:
 
 @click.command()
 @click.argument("run", type=RUN_NAME)
+@JSON
 @with_deployment
-def stop(deployment: Deployment, run: str) -> None:
+def stop(deployment: Deployment, run: str, as_json: bool) -> None:
     """Stop a run: it is cancelled, and its job is stopped.
 
     \b
     Example: tunedrop stop cars
     """
     ended = deployment.stop(deployment.find(run))
-    console.print(f"{ended.run_id}: {in_words(ended.state)}", markup=False)
+    if as_json:
+        print_document(_shown(deployment, ended))
+    else:
+        console.print(f"{ended.run_id}: {in_words(ended.state)}", markup=False)
     if ended.state != RunState.CANCELLED:
         sys.exit(1)

@@ -1,21 +1,22 @@
 """Commands for models that are served: ask them, list them, and take them down."""
 
-import json
 import sys
 from io import TextIOWrapper
 from typing import Any
 
 import click
+import msgspec
 
 from local_app.stack import StackError
 from tunedrop.plain import printable
 from tunedrop_cli.asking import Manner, Message, Served, Waking, answering, base_of, manner_of, served_run
 from tunedrop_cli.asking import ask as parts_of
 from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.documents import Answers, Endpoints, ModelAnswer, ServedLine, Undeployed, print_document
 from tunedrop_cli.endpoints import summaries
 from tunedrop_cli.endpoints import undeploy as take_down
-from tunedrop_cli.options import LINE_NAME, RUN_NAME, with_deployment
-from tunedrop_cli.output import console, print_facts, print_raw, print_table
+from tunedrop_cli.options import JSON, LINE_NAME, RUN_NAME, with_deployment
+from tunedrop_cli.output import console, print_facts, print_table
 
 TEMPERATURE = click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 gives the most likely answer."
@@ -43,7 +44,7 @@ class Conversation:
         self._runtime = deployment.connect("client", served.service)
         self._manner, self._temperature, self._wait = manner, temperature, wait
 
-    def ask(self, question: str, show: bool = True) -> dict[str, Any]:
+    def ask(self, question: str, show: bool = True) -> ModelAnswer:
         """Ask the next question, and print the answer as it comes; return the answer and how it ended.
 
         Raises StackError if the question has bytes that are not UTF-8, which Python keeps as surrogates.
@@ -66,7 +67,8 @@ class Conversation:
             )
         answer = "".join(texts)
         self.messages.append({"role": "assistant", "content": answer})
-        return {"model": self.served.name, "component": self.served.component, "answer": answer, "finish_reason": ended}
+        served = self.served
+        return ModelAnswer(model=served.name, component=served.component, answer=answer, finish_reason=ended)
 
 
 @click.command()
@@ -76,7 +78,7 @@ class Conversation:
 @click.option("--run", type=RUN_NAME, help="Ask the model of another run too: one that is deployed.")
 @TEMPERATURE
 @NO_WAIT
-@click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON.")
+@JSON
 @with_deployment
 def ask(
     deployment: Deployment,
@@ -112,9 +114,7 @@ def ask(
             Conversation(deployment, served, own_manner, temperature, not no_wait).ask(question, show=not as_json)
         )
     if as_json:
-        print_raw(
-            json.dumps({"line": line, "endpoint": now.served.endpoint, "question": question, "answers": answers}, indent=1)
-        )
+        print_document(Answers(line=line, endpoint=now.served.endpoint, question=question, answers=answers))
 
 
 @click.command()
@@ -148,7 +148,7 @@ def chat(deployment: Deployment, line: str, temperature: float, no_wait: bool) -
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the lines as JSON.")
+@JSON
 @with_deployment
 def endpoints(deployment: Deployment, as_json: bool) -> None:
     """List what the stack serves: state, model, instances, requests and cost of each line.
@@ -162,7 +162,7 @@ def endpoints(deployment: Deployment, as_json: bool) -> None:
     """
     found = summaries(deployment)
     if as_json:
-        print_raw(json.dumps(found, indent=1))
+        print_document(Endpoints(endpoints=msgspec.convert(found, list[ServedLine])))
         return
     if not found:
         console.print(
@@ -204,8 +204,9 @@ def _row(each: dict[str, Any]) -> list[str]:
 
 @click.command()
 @click.argument("line", type=LINE_NAME)
+@JSON
 @with_deployment
-def undeploy(deployment: Deployment, line: str) -> None:
+def undeploy(deployment: Deployment, line: str, as_json: bool) -> None:
     """Take down the model that answers under a line's name.
 
     Nothing answers there until the line has another champion. An endpoint without lines is deleted.
@@ -214,4 +215,6 @@ def undeploy(deployment: Deployment, line: str) -> None:
     Example: tunedrop undeploy cars
     """
     item = take_down(deployment, line)
-    console.print(f"{printable(item.line)}: {'is being taken down' if item.run else 'taken down'}", markup=False)
+    if as_json:
+        return print_document(Undeployed(line=item.line, ended=item.run is None))
+    return console.print(f"{printable(item.line)}: {'is being taken down' if item.run else 'taken down'}", markup=False)

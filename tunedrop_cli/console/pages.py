@@ -20,7 +20,7 @@ from tunedrop_cli.deployment import Deployment, in_words, line_of_run
 from tunedrop_cli.endpoints import summaries as endpoints
 from tunedrop_cli.lines import HEADER, facts_of_line, find_line, history, score, signed, tree
 from tunedrop_cli.lines import summaries as lines
-from tunedrop_cli.results import differences, facts_of_end, facts_of_run
+from tunedrop_cli.results import differences, facts_of_end, facts_of_run, table_of
 from tunedrop_cli.rollouts import in_digits
 
 FOLDER = Path(__file__).parent
@@ -129,4 +129,4 @@ class Pages:
         for run, result in zip(runs, results, strict=True):
             if result is None:
                 raise StackError(f"{run.run_id} has no results: it is {in_words(run.state)}.")
-        return self._render("compare", runs=runs, rows=[(name, values) for name, *values in differences(*results)])
+        return self._render("compare", runs=runs, rows=table_of(*differences(*results)))
