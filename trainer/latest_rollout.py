@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tunedrop.dataset.rows import Row
 from tunedrop.rollouts import Answer, Group
+
+NAMED = 3  # groups that an alert names
 
 
 @dataclass
@@ -40,6 +42,12 @@ class Rollout:
         means = (log_probs.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
         known = self.trainer_log_probs[places]
         self.trainer_log_probs[places] = torch.where(known.isnan(), means.float(), known)
+
+    def telling(self, code: str, rows: Sequence[Row], size: int) -> list[str]:
+        """Return the prompt ids of the groups of `size` answers that show an alert best (docs/alerts.md), at most NAMED."""
+        order = _TELLING.get(code, _lowest_reward)
+        starts = sorted(range(0, len(self.rows), size), key=lambda start: order(self, slice(start, start + size)))
+        return [str(rows[self.rows[start]]["id"]) for start in starts[:NAMED]]
 
     def groups(self, step: int, rows: Sequence[Row], weights: Sequence[float], size: int) -> list[Group]:
         """Return the rollout as groups of `size` answers. Every rank must call it.
@@ -80,3 +88,42 @@ def asked(row: Row) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """Return a number with the digits that matter, None for one that is not finite."""
     return round(value, 6) if math.isfinite(value) else None
+
+
+# --- what shows an alert: groups with the smallest value first ---
+
+
+def _scores(rollout: Rollout, group: slice) -> list[float]:
+    """Return the sums of the answers' rewards; a reward without a score is 0."""
+    by_reward = [values[group] for values in rollout.rewards.values()]
+    return [sum(value for value in values if math.isfinite(value)) for values in zip(*by_reward, strict=True)]
+
+
+def _lowest_reward(rollout: Rollout, group: slice) -> float:
+    return sum(_scores(rollout, group))
+
+
+def _highest_reward(rollout: Rollout, group: slice) -> float:
+    return -sum(_scores(rollout, group))
+
+
+def _equal_rewards(rollout: Rollout, group: slice) -> float:
+    scores = _scores(rollout, group)
+    return max(scores) - min(scores)
+
+
+def _equal_answers(rollout: Rollout, group: slice) -> float:
+    return len(set(rollout.texts[group]))
+
+
+def _most_cut(rollout: Rollout, group: slice) -> float:
+    return -sum(rollout.cut[group])
+
+
+# By the alert's code; other alerts are shown by the lowest rewards.
+_TELLING: dict[str, Callable[[Rollout, slice], float]] = {
+    "DEAD_REWARD": _equal_rewards,
+    "ENTROPY_COLLAPSE": _equal_answers,
+    "HACKING_SUSPECT": _highest_reward,
+    "TRUNCATION": _most_cut,
+}

@@ -192,8 +192,9 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
     """Raises each alert once: writes it to `alerts.jsonl` and to the log, and passes it to `announce`.
 
     `formats` and `mean_rises` are parameters of `trainer.alerts.find`.
-    `samples` returns the latest completions, the lowest reward first. `stop_for` is the alert that should end the training,
-    None as long as there is none. `broken`: the adapter's weights are not finite, so the training must end.
+    `samples` returns the latest completions, the lowest reward first, and `telling` the prompt ids of the latest groups that
+    show an alert best, by its code. `stop_for` is the alert that should end the training, None as long as there is none.
+    `broken`: the adapter's weights are not finite, so the training must end.
     """
 
     def __init__(
@@ -204,12 +205,13 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         formats: Collection[str],
         stop_on: Collection[str],
         samples: Callable[[], Sequence[dict[str, Any]]],
+        telling: Callable[[str], Sequence[str]],
         announce: Callable[[dict[str, Any]], None],
         mean_rises: bool,
     ):
         self._path, self._record, self._formats, self._stop_on = path, record, formats, stop_on
         self._mean_rises = mean_rises
-        self._samples, self._announce = samples, announce
+        self._samples, self._telling, self._announce = samples, telling, announce
         self.stop_for: str | None = None
         self.broken = False
 
@@ -242,15 +244,16 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers is untyped he
         if "reward" not in logs:
             return
         for alert in find(history(state), self._formats, mean_rises=self._mean_rises):
-            self.raise_alert(alert, state)
+            self.raise_alert(alert, state, self._telling(alert.code))
             if alert.code in self._stop_on and self.stop_for is None:
                 self.stop_for = alert.code
 
-    def raise_alert(self, alert: Alert, state: TrainerState) -> None:
-        """Write and announce an alert, unless the run has raised it before."""
+    def raise_alert(self, alert: Alert, state: TrainerState, prompts: Sequence[str] = ()) -> None:
+        """Write and announce an alert, unless the run has raised it before. `prompts` are the ids of groups of its step."""
         if alert.code in {earlier["code"] for earlier in self._record.alerts}:
             return
-        raised = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES))}
+        links = [{"step": alert.step, "prompt_id": prompt} for prompt in prompts]
+        raised = alert._asdict() | {"samples": list(islice(self._samples(), SAMPLES)), "rollouts": links}
         self._record.alerts.append(raised)
         if state.is_world_process_zero:
             with self._path.open("a") as file:

@@ -42,6 +42,7 @@ from trainer.shared_prefix_models import unsupported
 from trainer.shared_prefix_sampling import Decoder, sample
 from trainer.token_log_probs import TokenLogProbs
 from trainer.whole_checkpoints import WholeCheckpoints
+from tunedrop.dataset.rows import Row
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is untyped here
@@ -265,6 +266,10 @@ class _RunMethods(WholeCheckpoints):
         """Return the completions of the latest rollout as `ordered_samples` does."""
         logs = self._logs
         return ordered_samples(logs["prompt"], logs["completion"], logs["rewards"])
+
+    def telling(self, rows: Sequence[Row], code: str) -> list[str]:
+        """Return the prompt ids of the latest groups that show an alert best. `rows` are those of the training."""
+        return [] if self.rollout is None else self.rollout.telling(code, rows, self.num_generations)
 
     def save_now(self) -> None:
         """Write a checkpoint of the weights as they are."""

@@ -281,6 +281,7 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         formats=[spec.label for spec in config.rewards if spec.reward_type.measures == "form"],
         stop_on=config.alerts.stop_on,
         samples=trainer.latest_samples,
+        telling=functools.partial(trainer.telling, run.data.rows),
         announce=run.announce,
         mean_rises=trainer.curriculum is None and not any(spec.reward_type.ranks for spec in config.rewards),
     )

@@ -174,6 +174,7 @@ def watch_of(run: Run, record: Record) -> Watch:
         formats=[],
         stop_on=run.config.alerts.stop_on,
         samples=list,
+        telling=lambda _code: [],
         announce=run.announce,
         mean_rises=True,
     )

@@ -12,9 +12,11 @@ import pytest
 
 from trainer import alerts, general_probe, probe_part, train, watchdog
 from trainer.job import JobError
+from trainer.latest_rollout import NAMED
 from trainer.run_trainer import SharedPrefixGRPOTrainer
 from tunedrop.config.model import AlertCode
 from tunedrop.rewards import RewardSpec
+from tunedrop.rollouts import decode, part_name
 
 NAN = math.nan
 
@@ -332,6 +334,10 @@ def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, c
     best = 5 if code == "OVERFIT" else result["steps"]  # the first evaluation, before it learned anything by heart
     assert result["checkpoint"]["step"] == best
     assert set(named[0]["samples"][0]) == {"prompt", "completion", "rewards"}
+    step = result["steps"]
+    kept = {group.prompt_id for group in decode((job.model / "rollouts" / part_name("step", step)).read_bytes())}
+    assert 0 < len(named[0]["rollouts"]) <= NAMED
+    assert all(link["step"] == step and link["prompt_id"] in kept for link in named[0]["rollouts"])
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -159,6 +159,32 @@ def test_the_parts_obey_their_limit_and_are_spread_over_the_run(tmp_path, max_mb
     assert all(ids == [f"r{n}" for n in range(len(ids))] for ids in first)
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("TRUNCATION", ["r2", "r0", "r1"]),
+        ("HACKING_SUSPECT", ["r1", "r3", "r2"]),
+        ("ENTROPY_COLLAPSE", ["r3", "r0", "r1"]),
+        ("DEAD_REWARD", ["r1", "r3", "r2"]),
+        ("PLATEAU", ["r0", "r2", "r3"]),
+    ],
+)
+def test_an_alert_names_the_groups_that_show_it_best(code, expected):
+    """Two answers in each of four groups. A score that is NaN counts as none."""
+    rollout = Rollout(
+        rows=[0, 0, 1, 1, 2, 2, 3, 3],
+        texts=["a", "b", "c", "d", "e", "f", "g", "g"],
+        tokens=[1] * 8,
+        cut=[False, False, False, False, True, False, False, False],
+        rewards={"one": [0.0, 0.9, 1.0, 1.0, 0.8, 0.3, 0.7, 0.8], "two": [float("nan")] * 8},
+        advantages=[0.0] * 8,
+        sampler_log_probs=None,
+        trainer_log_probs=torch.zeros(8),
+    )
+    rows = [{"id": f"r{n}", "prompt": []} for n in range(4)]
+    assert rollout.telling(code, rows, 2) == expected
+
+
 def test_an_alert_keeps_its_evidence_where_an_ordinary_step_has_no_room(tmp_path):
     run = Written(tmp_path, 0.05)
     for step in (1, 2):
