@@ -12,6 +12,7 @@ import yaml
 from xxhash import xxh3_64_intdigest
 
 from pipeline.publish.comparison import FEW_TESTS
+from pipeline.runs.states import Run
 from pipeline.validation.receipt import Receipt
 from tunedrop.config.model import RunConfig
 from tunedrop.config.parse import parse_run_config
@@ -106,6 +107,20 @@ def propose(
     size = f" of a model with {parameters / 1e9:.2g} billion parameters" if parameters else ""
     reasons["grpo"] += f". The learning rate is for {steps} steps{size}; halve it if the reward falls"
     return Proposal(config, reasons, receipt, written, rubric)
+
+
+def from_champion(proposal: Proposal, champion: Run, champions_config: Mapping[str, Any]) -> Proposal:
+    """Return a proposal that goes on from a line's champion: the same base model, and an adapter of the same shape."""
+    usual, own = parse_run_config({"model": "none"}).lora, champions_config["lora"]
+    shape = {key: own[key] for key in ("r", "lora_alpha", "target_modules") if own[key] != getattr(usual, key)}
+    begin = {"model": champions_config["model"], "start_from": "champion"} | ({"lora": shape} if shape else {})
+    reasons = {
+        "model": "The base model of the line's champion",
+        "start_from": f"The line has a champion, {champion.run_id}: the training goes on from its adapter, and the model is "
+        "approved only if it is better. `base` begins anew",
+        "lora": "The shape of the champion's adapter",
+    }
+    return proposal._replace(config=begin | proposal.config, reasons=reasons | proposal.reasons)
 
 
 def _checked(file: Path, model: Path | None, folder: Path, config: Mapping[str, Any], tests: Path | None = None) -> Receipt:

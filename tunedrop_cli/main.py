@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+from botocore.exceptions import HTTPClientError
 from click.shell_completion import get_completion_class
 
 from local_app.stack import StackError
@@ -20,7 +21,13 @@ from tunedrop_cli.output import console, print_raw
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--state", type=click.Path(path_type=Path), default=DEFAULT_FOLDER, help="Folder of the local app.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_FOLDER,
+    envvar="TUNEDROP_STATE",
+    help="Folder of the local app. The variable TUNEDROP_STATE sets it, too.",
+)
 @click.pass_context
 def cli(context: click.Context, state: Path) -> None:
     """Drop a dataset, get back a model tuned with GRPO + LoRA, tested against its base, and a report."""
@@ -57,6 +64,10 @@ def main() -> None:
     """Run the command. An error that a person can fix is a message and exit code 1."""
     try:
         cli()
+    except HTTPClientError as error:
+        console.print(f"error: AWS does not answer: {printable(str(error))}", style="red", markup=False)
+        console.print("If the application on this machine has ended, start it with `tunedrop up`.")
+        sys.exit(1)
     except StackError as error:
         console.print(f"error: {printable(str(error))}", style="red", markup=False)  # it may quote a model's answer
         sys.exit(1)

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -443,3 +444,21 @@ def test_the_stack_does_what_the_commands_say(world: World, tunedrop: Command) -
         line = world.aws.lines.get("cars")
         assert line.champion == expected
         assert line.champion_package == world.run(expected).model_package
+
+
+def test_init_goes_on_from_the_champion(world: World, tunedrop: Command, tmp_path: Path) -> None:
+    """The proposed config passes validation, and the run starts from the champion's adapter."""
+    file = tmp_path / "cars.jsonl"
+    file.write_bytes(GOOD_DATA)
+    tunedrop("init", str(file), "--yes", "--output", str(tmp_path / "first.yaml"))
+    assert "start_from" not in (tmp_path / "first.yaml").read_text()
+    world.put("training_data/cars.yaml", b"lora: {r: 8}\n")
+    champion = world.tested(world.trained(world.drop()))
+    tunedrop("init", str(file), "--yes")
+    config = (tmp_path / "cars.yaml").read_text()
+    assert "start_from: champion" in config
+    assert champion.run_id in config
+    assert "r: 8" in config
+    world.put("training_data/cars.yaml", config.encode())
+    run = world.drop(body=GOOD_DATA + GOOD_DATA)
+    assert (run.state, run.start) == ("VALIDATED", champion.run_id)

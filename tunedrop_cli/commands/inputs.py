@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from local_app.stack import StackError
+from local_app.stack import Stack, StackError
+from tunedrop import object_keys
 from tunedrop.config.reference import config_defaults, config_schema
 from tunedrop.dataset.readers import refuse
 from tunedrop.problems import RejectedError
 from tunedrop_cli.check import check_file, receipt_json, receipt_text
-from tunedrop_cli.init import config_text, propose
-from tunedrop_cli.options import FILE, FOLDER, JSON
+from tunedrop_cli.init import config_text, from_champion, propose
+from tunedrop_cli.options import FILE, FOLDER, JSON, deployment_of, stack_options
 from tunedrop_cli.output import print_raw
 from tunedrop_cli.translate import translate, written
 
@@ -86,13 +87,16 @@ def check(file: Path, config: Path | None, tests: Path | None, model: Path | Non
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write.  [default: FILE's name, .yaml]"
 )
 @click.option("--yes", is_flag=True, help="Take every proposal, without questions.")
-def init(file: Path, model: Path | None, output: Path | None, yes: bool) -> None:
+@stack_options
+@click.pass_obj
+def init(state: Path, /, file: Path, model: Path | None, output: Path | None, yes: bool, **named: str | None) -> None:
     """Look at a dataset, and write a commented run config and first tests for it.
 
     The config says which columns the model sees, the reward and the reason for it, the form of an answer, limits from token
     counts, and the learning rate. The tests are rows of the dataset, in FILE's name with .tests.json; the run does not train
     on these rows. Where such a file exists, it stays, and its tests count. Where the dataset leaves something open, the
-    command asks. Exit codes: 0 written, 1 rejected, 2 wrong usage.
+    command asks. If the line of FILE has a champion in the application on this machine, or in a stack that the options name,
+    the config goes on from it. Exit codes: 0 written, 1 rejected, 2 wrong usage.
 
     \b
     Example: tunedrop init cars.jsonl && tunedrop drop cars.jsonl --config cars.yaml --tests cars.tests.json
@@ -111,6 +115,12 @@ def init(file: Path, model: Path | None, output: Path | None, yes: bool) -> None
     print_raw("\n".join(receipt_text(proposal.receipt, file, target, tests)))
     if not proposal.receipt.ok:
         sys.exit(1)
+    line = object_keys.line_of(object_keys.dataset_of(file.name))
+    if any(named.values()) or Stack(state).running:
+        deployment = deployment_of(state, **named)
+        if found := deployment.lines.get(line).champion:
+            champion = deployment.find(found)
+            proposal = from_champion(proposal, champion, deployment.read_json(champion, "input/config.json"))
     target.write_text(config_text(proposal, file.name))
     if own_tests is None:
         tests.write_text(proposal.tests)

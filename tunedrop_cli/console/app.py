@@ -81,7 +81,10 @@ class Guard:
 
 
 class _OfThread(threading.local):
-    """The deployment of each thread: boto3's resources are not for several threads."""
+    """The deployment of each thread: boto3's resources are not for several threads.
+
+    https://docs.aws.amazon.com/boto3/latest/guide/resources.html#multithreading-or-multiprocessing-with-resources
+    """
 
     def __init__(self, make: Callable[[], Deployment]):
         self.deployment = make()
@@ -127,8 +130,8 @@ class Console:
 
     def run(self, request: Request) -> Response:
         """Answer with the page of a run."""
-        live = Live(self._deployment, request.path_params["run_id"])
-        live.look()
+        live = Live(self._deployment.find(request.path_params["run_id"]))
+        live.look(self._deployment)
         return HTMLResponse(self.pages.run(live, self._deployment))
 
     def line(self, request: Request) -> Response:
@@ -237,10 +240,10 @@ class Console:
 
     def live_run(self, request: Request) -> Response:
         """Send the parts of a run's page that have changed, until the run has ended."""
-        live = Live(self._deployment, request.path_params["run_id"])
+        live = Live(self._deployment.find(request.path_params["run_id"]))
 
         def look() -> tuple[dict[str, str], bool]:
-            live.look()
+            live.look(self._deployment)
             return self.pages.parts(live, self._deployment), live.ended
 
         return _events(request, look, EVERY)

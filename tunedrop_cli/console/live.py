@@ -51,8 +51,8 @@ def stages(run: Run) -> list[Stage]:
 class Live:
     """Follows one run: each `look` reads what is new. Figures of a job that began anew replace those before."""
 
-    def __init__(self, deployment: Deployment, run_id: str):
-        self._deployment, self._run_id = deployment, run_id
+    def __init__(self, run: Run):
+        self.run = run
         self._positions: dict[str, str] = {}
         self._job: str | None = None
         self._spent_at = self._sampled_at = 0.0
@@ -63,19 +63,18 @@ class Live:
         self.spent: float | None = None
         self.lines: list[str] = []
         self.groups: list[Group] = []
-        self.run = deployment.find(run_id)
 
-    def look(self) -> None:
+    def look(self, deployment: Deployment) -> None:
         """Read the run's state, the new lines of its jobs' logs, and now and then its cost and newest answers."""
-        self.run = self._deployment.find(self._run_id)
+        self.run = deployment.find(self.run.run_id)
         for job in filter(None, (self.run.train_job, self.run.test_job)):
-            for stream, line in self._deployment.log_events(job, self._positions):
+            for stream, line in deployment.log_events(job, self._positions):
                 self._read(job, stream, line)
         now, running = time.monotonic(), job_of(self.run)
         if running and now >= self._spent_at:
-            self.spent, self._spent_at = self._deployment.spent(self.run, running), now + COST_EVERY
+            self.spent, self._spent_at = deployment.spent(self.run, running), now + COST_EVERY
         if self.run.train_job and now >= self._sampled_at:
-            folder = Folder(self._deployment, self.run)
+            folder = Folder(deployment, self.run)
             self.groups, self._sampled_at = newest_groups(folder)[:SHOWN_GROUPS], now + SAMPLES_EVERY
 
     def _read(self, job: str, stream: str, line: str) -> None:
