@@ -107,9 +107,12 @@ COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli --cov-fail-under=61
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
 	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) $(COVERAGE) tests/unit tests/contract tests/template
 
-# The long tests: random search, crashes at every point, large files.
+# The long tests: random search, crashes at every point, large files. The searches fork for each case: without torch, their
+# processes are a tenth as large.
+SOAK = -m pytest -m soak -n 2 --dist worksteal --durations=25
 soak: install $(LINT)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m soak -n 2 --dist worksteal --durations=25
+	OMP_NUM_THREADS=1 .venv/bin/python $(SOAK) tests/trainer
+	OMP_NUM_THREADS=1 .venv/bin/python $(SOAK) --ignore=tests/trainer
 	test "$$(uname)" != Linux || $(MAKE) fuzz
 
 # Searches for files that a parser cannot bear, guided by coverage (atheris, on Linux): SECONDS for each of six parsers, two at a time.
