@@ -4,9 +4,9 @@
     PYTHONPATH=functions:tests/support .venv-fuzz/bin/python tests/hostile/fuzz.py csv 600
 
 A parser must end within 5 seconds for each input of at most 1 MB, in 1 GB of memory, and raise only its own errors.
-An input that breaks this is written to build/fuzz/<parser>/ and named, and the command fails. For each parser, the command
-prints a line with the number of inputs, the longest time of one input (for rewards: in one reward), and the peak of the
-process's memory.
+An input that breaks this is written to build/fuzz/<parser>/ and named, and the command fails. The slowest input is the file
+`slowest` there. For each parser, the command prints a line with the number of inputs, the longest time of one input (for
+rewards: in one reward), and the peak of the process's memory.
 """
 
 import re
@@ -58,11 +58,12 @@ def target_of(parser: str) -> Callable[[bytes], None]:
 
     slowest = 0.0
 
-    def measure(call: Callable[[], object], what: str) -> None:
+    def measure(call: Callable[[], object], what: str, raw: bytes) -> None:
         """Make a call. One that seems slow is made again: libraries import parts of themselves for a first answer."""
         nonlocal slowest
         if _seconds(call) > slowest and (seconds := _seconds(call)) > slowest:
             slowest = seconds
+            (FOLDER / parser / "slowest").write_bytes(raw)
             # libFuzzer counts whole seconds.
             print(f"stat::slowest_ms: {1000 * seconds:.0f} {what}", file=sys.stderr)
 
@@ -70,7 +71,7 @@ def target_of(parser: str) -> Callable[[bytes], None]:
         completion, _, answer = raw.decode(errors="surrogateescape").partition("\n")
         samples = [Sample(completion, answer, "What is it?")]
         for name, reward in zip(own, rewards, strict=True):
-            measure(partial(reward.score_samples, samples), name)
+            measure(partial(reward.score_samples, samples), name, raw)
 
     if parser == "rewards":
         scores(b"")  # rewards import large libraries for their first answer
@@ -84,7 +85,7 @@ def target_of(parser: str) -> Callable[[bytes], None]:
         if parser == "rewards":
             scores(raw)
         else:
-            measure(partial(parse.get(parser, dataset), raw), parser)
+            measure(partial(parse.get(parser, dataset), raw), parser, raw)
 
     return target
 
