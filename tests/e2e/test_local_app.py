@@ -384,6 +384,7 @@ def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     assert (ended.state, ended.train_job) == (RunState.TRAINING_FAILED, f"tunedrop-train-{run.run_id}-2")
 
 
+@pytest.mark.soak
 def test_one_job_without_the_pipeline(app, published):
     """`release --submit` with hyperparameters by their well-known names, which the job prints in its resolved config."""
     given = {

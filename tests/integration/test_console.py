@@ -128,15 +128,18 @@ def untimed(value: Any) -> Any:
     return [untimed(each) for each in value] if isinstance(value, list) else value
 
 
-CONFIGS = {
-    "no config": None,
-    "a config": b"grpo: {max_steps: 3}\nrewards: [{type: exact_match}]\n",
-    "a wrong config": b"grpo: {max_stepz: 3}\n",
-}
+TESTS = b'{"evaluations": [{"prompt": "1+1?", "description": "2"}]}'
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("tests", [None, b'{"evaluations": [{"prompt": "1+1?", "description": "2"}]}'], ids=["", "tests"])
+@pytest.mark.parametrize(
+    ("config", "tests"),
+    [
+        (None, None),
+        (b"grpo: {max_steps: 3}\nrewards: [{type: exact_match}]\n", TESTS),
+        (b"grpo: {max_stepz: 3}\n", None),
+    ],
+    ids=["the dataset alone", "with config and tests", "with a wrong config"],
+)
 def test_the_receipt_before_a_drop_is_the_receipt_of_the_drop(
     page: Page, world: World, tmp_path: Path, config: bytes | None, tests: bytes | None
 ) -> None:
