@@ -1,7 +1,6 @@
 """Logs a training where a team looks: in the tracker that the job's environment names.
 
     MLFLOW_TRACKING_URI    →  MLflow, `trainer.mlflow_run`
-    WANDB_SECRET_ARN       →  Weights & Biases, `trainer.wandb_run`
 
 A thread makes all calls, so that a slow tracker does not slow the training. A tracker that is down or refuses costs one log
 line and an `error` in training.json, and never the training. It gets what it missed at the next logging step.

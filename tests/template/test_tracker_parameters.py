@@ -10,7 +10,7 @@ from release.target import ENVIRONMENT, target_of_outputs
 
 TEMPLATE = load_template()
 APP = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:mlflow-app/app-ABC"
-SERVER = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:mlflow-tracking-server/ours"
+SERVER = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:mlflow-tracking-server/my-mlflow-server"
 OUTPUTS = {"ArtifactBucket": "a", "SageMakerRoleArn": "r", "TrainingImageUri": "i", "JobPrefix": "p"}
 
 
@@ -18,17 +18,18 @@ def granted(name: str, uri: str) -> list[Json]:
     """The statements of a role or policy that are about MLflow, in a stack with this parameter."""
     properties = TEMPLATE["Resources"][name]["Properties"]
     policy = properties.get("PolicyDocument") or properties["Policies"][0]["PolicyDocument"]
-    condition = TEMPLATE["Conditions"]["HasManagedMlflow"]["Fn::Equals"]
-    known = {"MlflowTrackingUri": uri}
-    holds = resolve(condition[0], known) == condition[1]
+    known = {"MlflowTrackingUri": uri, "AWS::Partition": "aws"}
     found = [each["Fn::If"] for each in policy["Statement"] if "Fn::If" in each]
-    return [resolve(each[1], known) for each in found if each[0] == "HasManagedMlflow" and holds]
+    return [resolve(each[1], known) for each in found if each[0] == "HasMlflow" and uri]
 
 
 @pytest.mark.parametrize("name", ["SageMakerRole", "PublishPolicy"])
 @pytest.mark.parametrize("uri", ["", "https://mlflow.example.com"])
 def test_a_server_with_a_url_needs_no_permission(name, uri):
-    assert granted(name, uri) == []
+    assert TEMPLATE["Conditions"]["HasMlflow"] == {"Fn::Not": [{"Fn::Equals": [{"Ref": "MlflowTrackingUri"}, ""]}]}
+    assert [statement["Resource"] for statement in granted(name, uri)] == (
+        ["arn:aws:sagemaker:::mlflow-none"] if uri else []
+    )
 
 
 @pytest.mark.parametrize("arn", [APP, SERVER])

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.aws import Aws
+from pipeline.publish.trackers import log_verdict
 from trainer import job as jobs
 from trainer import trackers, train
 from trainer.bounds import Bounds
@@ -219,6 +221,11 @@ def test_mlflow_gets_a_run_that_is_resumed_as_one_run(short, server, monkeypatch
     for path in ("run_config.json", "metrics.jsonl", "rollouts/index.json"):
         assert server.file(info["run_id"], path) == (short.model / path).read_bytes()
     assert json.loads(server.file(info["run_id"], "training.json"))["steps"] == 3
+    result = {"verdict": "APPROVED", "training": short.training(), "artifacts": {"report": "s3://a/report.html"}}
+    log_verdict(result, "<p>the report", {"MLFLOW_TRACKING_URI": server.url}, Aws("unused"))
+    tags = {tag["key"]: tag["value"] for tag in server.runs()[0]["data"]["tags"]}
+    assert (tags["tunedrop.verdict"], tags["tunedrop.report"]) == ("APPROVED", "s3://a/report.html")
+    assert server.file(info["run_id"], "report.html") == b"<p>the report"
 
 
 def test_a_run_that_fails_is_failed_in_mlflow(server):

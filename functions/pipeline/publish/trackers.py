@@ -12,7 +12,7 @@ from botocore.exceptions import BotoCoreError
 from pipeline.aws import Aws
 from pipeline.observability import logger
 
-NAMES = ("MLflow", "Weights & Biases")
+NAMES = ("MLflow",)
 TIMEOUT = 5  # seconds of each call
 # Links that e-mails, chat cards and pages may show.
 _LINK = re.compile(r"https?://[^\s<>|\"'`\\]+")
