@@ -79,13 +79,15 @@ def started(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(started, monkeypatch) -> Server:
-    for _ in range(600):
+    for _ in range(1800):
         try:
             urllib.request.urlopen(started.url + "/health", timeout=5).close()
         except OSError:
             time.sleep(0.1)
         else:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", started.url)
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+            monkeypatch.setattr(trackers, "STOP_SECONDS", 60.0)  # a busy machine
             return started
     pytest.fail("mlflow server did not start")
 
@@ -122,6 +124,7 @@ def test_without_a_tracker_nothing_is_opened_or_sent(monkeypatch):
 
 def test_a_server_that_never_answers_neither_ends_nor_delays_a_training(short, monkeypatch, caplog):
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")  # no request ends before the training
     with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.WARNING, "trainer"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         run()
