@@ -131,7 +131,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an environment variable of all jobs, such as CA_REPOSITORY_ARN or MLFLOW_TRACKING_URI; can be repeated",
+        help="an environment variable of all jobs, such as CA_REPOSITORY_ARN or MLFLOW_EXPERIMENT_NAME; can be repeated",
     )
     direct = parser.add_argument_group("start one job directly")
     direct.add_argument("--submit", action="store_true")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tunedrop.rewards import REWARD_ENVIRONMENT
 
 # The jobs' environment variables, and the stack's output that sets each of them.
-ENVIRONMENT = {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName"}
+ENVIRONMENT = {**REWARD_ENVIRONMENT, "EVENT_BUS": "EventBusName", "MLFLOW_TRACKING_URI": "MlflowTrackingUri"}
 
 
 # An image of ECR in any partition: registry/repository[:tag] or registry/repository[@digest]
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     security_groups: Sequence[str] = ()
     network_isolation: bool = False
     encrypt_traffic: bool = False
-    environment: Mapping[str, str] = {}  # the reward permissions (REWARD_ENVIRONMENT) and the bus for alerts
+    environment: Mapping[str, str] = {}  # the reward permissions, the bus for alerts, the tracker
 
 
 def target_of_outputs(outputs: Mapping[str, str]) -> Target:

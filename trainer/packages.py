@@ -7,6 +7,7 @@ the working process imports its packages early instead of later.
 """
 
 import importlib
+import os
 import platform
 import sys
 import time
@@ -49,6 +50,7 @@ class PackageError(Exception):
 def import_all(names: Iterable[str]) -> float:
     """Import these modules and return the seconds that it took. Raises PackageError for the first that fails."""
     began = time.monotonic()
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # accelerate imports mlflow, which would report its use
     sys.modules.setdefault(UNUSED, None)  # type: ignore[arg-type] # importlib's mark of a missing module
     for name in names:
         try:

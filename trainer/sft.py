@@ -1,6 +1,6 @@
 """Supervised fine-tuning as a part of a run: the rows that it learns, and its trainer.
 
-    whole_run(run, trackers)                 →  the trainer of a run with `method: sft`
+    whole_run(run)                           →  the trainer of a run with `method: sft`
     make(run, learned, record, folder, …)    →  the same for a warm start, with checkpoints of its own
 
 The model is that of the run's GRPO trainer, which samples for the evaluations and for the learnability gate.
@@ -20,6 +20,7 @@ from trainer.memory_probe import SequenceProbe
 from trainer.run_trainer import RunTrainer
 from trainer.sft_sequences import Sequences, sequences
 from trainer.sft_trainer import RunSftTrainer, build_sft_trainer
+from trainer.trackers import Trackers
 from tunedrop.config.model import RunConfig
 from tunedrop.config.schedule import EVALUATIONS
 from tunedrop.dataset.rows import Row
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     limit: Limit
     finish_seconds: float
     announce: Callable[[dict[str, Any]], None]
+    trackers: Trackers
 
 
 def learned_sequences(run: Run, rows: list[Row]) -> Sequences:
@@ -48,23 +50,21 @@ def learned_sequences(run: Run, rows: list[Row]) -> Sequences:
     )
 
 
-def make(run: Run, learned: Sequences, record: Record, folder: Path, *, decays: bool, report_to: list[str]) -> RunSftTrainer:
+def make(run: Run, learned: Sequences, record: Record, folder: Path, *, decays: bool) -> RunSftTrainer:
     """Make the trainer of these sequences, which probes the memory before its first step. See `build_sft_trainer`."""
     trainer, config = run.trainer, run.config
     heldout = learned_sequences(run, run.heldout)
-    sft = build_sft_trainer(
-        trainer, config, learned, heldout, run=trainer.run, record=record, folder=folder, decays=decays, report_to=report_to
-    )
+    sft = build_sft_trainer(trainer, config, learned, heldout, run=trainer.run, record=record, folder=folder, decays=decays)
     sft.add_callback(SequenceProbe(sft, sft.args.max_length))
     return sft
 
 
-def whole_run(run: Run, report_to: list[str]) -> RunSftTrainer:
+def whole_run(run: Run) -> RunSftTrainer:
     """Make the trainer of a run with `method: sft`. Raises JobError if no row has a target."""
     learned = learned_sequences(run, run.data.rows)
     if not learned.items:
         raise JobError(f"method is sft, but no row has a text to learn. Rows by reason: {learned.summary['left_out']}.")
-    return make(run, learned, run.trainer.record, folders.checkpoint_dir(), decays=True, report_to=report_to)
+    return make(run, learned, run.trainer.record, folders.checkpoint_dir(), decays=True)
 
 
 def evaluation_steps(sft: RunSftTrainer) -> int:

@@ -115,7 +115,6 @@ def build_sft_trainer(
     record: Record,
     folder: Path,
     decays: bool,
-    report_to: list[str],
 ) -> RunSftTrainer:
     """Make the trainer of sequences on the model of a run's GRPO trainer, which still samples from it.
 
@@ -145,7 +144,7 @@ def build_sft_trainer(
             logging_steps=1,
             save_strategy="no",  # trainer/bounds.py saves
             save_total_limit=arguments.save_total_limit,
-            report_to=report_to,
+            report_to=[],
             disable_tqdm=True,
             use_cpu=arguments.use_cpu,
             seed=arguments.seed,

@@ -28,7 +28,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer import container, folders, models
@@ -121,18 +120,6 @@ def read_config(flags: argparse.Namespace) -> RunConfig:
     return fit_batches(parse_run_config(values))[0]
 
 
-def trackers() -> list[str]:
-    """Return the trackers for Transformers: MLflow if MLFLOW_TRACKING_URI is set. Raises JobError if it is not installed."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        return []
-    if find_spec("mlflow") is None:
-        raise JobError(
-            "MLFLOW_TRACKING_URI is set, but the image has no mlflow. Use an AWS PyTorch image, which has mlflow, or unset "
-            "the variable."
-        )
-    return ["mlflow"]
-
-
 def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
     """Return TRL's config: our defaults, overridden by the run's `grpo` section. Raises JobError for contradictions."""
     import torch
@@ -151,7 +138,7 @@ def grpo_config(config: RunConfig, rewards: list[Reward]) -> "GRPOConfig":
             | {
                 "output_dir": str(folders.checkpoint_dir()),
                 "reward_weights": [reward.weight for reward in rewards],
-                "report_to": trackers(),
+                "report_to": [],  # see trainer/trackers.py
                 "use_cpu": not torch.cuda.is_available(),
             }
         )
@@ -234,7 +221,7 @@ def train(flags: argparse.Namespace) -> str | None:
     heldout = heldout_rows(tokenizer, config)
     rewards = build_rewards(config.rewards, job_permissions())
 
-    from trainer import checkpoints, sft, warm_start
+    from trainer import checkpoints, sft, trackers, warm_start
     from trainer.announce import announcer
     from trainer.learnability_gate import drop_rows
     from trainer.start import read as read_start
@@ -244,21 +231,22 @@ def train(flags: argparse.Namespace) -> str | None:
     identity = checkpoints.identity(config, data.rows, start.digest if start else None)
     checkpoint = checkpoints.newest(folder, identity)
     record = checkpoint.record if checkpoint else checkpoints.Record()
-    began = time.monotonic()
-    trainer = build_trainer(config, location, tokenizer, data.rows, rewards, identity, record, start)
-    # After the training, the job loads the model once to merge it, and a second process loads two for the proofs.
-    finish_seconds = import_seconds + 4 * (time.monotonic() - began)
-    if trainer.accelerator.is_local_main_process:
-        checkpoints.clean(folder)
-        checkpoints.clean(warm_start.folder())
-    run = sft.Run(config, trainer, rewards, data, heldout, runtime_limit(config, flags), finish_seconds, announcer())
-    learner = sft.whole_run(run, trackers()) if config.method == "sft" else trainer
-    if checkpoint or warm_start.prepare(run):
-        drop_rows(trainer, data.rows)
-        learn(run, learner, checkpoint)
-    if trainer.is_world_process_zero():
-        save(run, learner, location, start, flags.run_id)
-
+    with trackers.tracked(config, flags.run_id) as pages:
+        began = time.monotonic()
+        trainer = build_trainer(config, location, tokenizer, data.rows, rewards, identity, record, start)
+        # After the training, the job loads the model once to merge it, and a second process loads two for the proofs.
+        finish_seconds = import_seconds + 4 * (time.monotonic() - began) + trackers.FINISH_SECONDS * len(pages)
+        if trainer.accelerator.is_local_main_process:
+            checkpoints.clean(folder)
+            checkpoints.clean(warm_start.folder())
+        limit = runtime_limit(config, flags)
+        run = sft.Run(config, trainer, rewards, data, heldout, limit, finish_seconds, announcer(), pages)
+        learner = sft.whole_run(run) if config.method == "sft" else trainer
+        if checkpoint or warm_start.prepare(run):
+            drop_rows(trainer, data.rows)
+            learn(run, learner, checkpoint)
+        if trainer.is_world_process_zero():
+            save(run, learner, location, start, flags.run_id)
     return record.ended
 
 
@@ -297,7 +285,9 @@ def learn(run: "Run", learner: "Learner", checkpoint: "Checkpoint | None") -> No
         at_end=functools.partial(warm_start.look_again, run),
     )
     earlier = record.warm_start["points"] if record.warm_start else []
-    for callback in (Progress(target, config.method, earlier), watch, bounds, rollouts):
+    for tracker in run.trackers:
+        tracker.earlier = earlier
+    for callback in (Progress(target, config.method, earlier), watch, bounds, rollouts, *run.trackers):
         learner.add_callback(callback)
     if bounds.go_on(checkpoint):
         log.info("resuming from %s", checkpoint.path if checkpoint else "nothing")
@@ -337,7 +327,10 @@ def save(run: "Run", learner: "Learner", location: str, start: "Start | None", r
     if record.ended:  # a run that SIGTERM stopped has only seconds left, and may resume
         prompts = [row["prompt"] for row in run.heldout or run.data.rows]
         result["proofs"] = results.prove(config, location, prompts, points)
-    (folders.model_dir() / "training.json").write_text(json.dumps(result, indent=1))
+    written = folders.model_dir() / "training.json"
+    written.write_text(json.dumps(result, indent=1))
+    if run.trackers:
+        written.write_text(json.dumps(result | {"trackers": run.trackers.finish(record.ended)}, indent=1))
     log.info("saved %s with the adapter of step %d", folders.model_dir(), chosen.step)
 
 

@@ -139,7 +139,7 @@ def warm_up(run: Run, phase: Record, saved: Checkpoint | None, learned: Sequence
     """
     trainer, config = run.trainer, run.config
     with own_random_numbers():
-        sft = make(run, learned, phase, folder(), decays=False, report_to=[])
+        sft = make(run, learned, phase, folder(), decays=False)
         watch = watch_of(run, phase)
         limit = Limit(config.warm_start.max_share * run.limit.seconds, "warm_start.max_share")
         bounds = Bounds(

@@ -99,6 +99,20 @@ class Aws:
     def _table(self) -> Any:
         return self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table)
 
+    def signed(
+        self, method: str, url: str, body: bytes, headers: dict[str, str], service: str, region: str
+    ) -> dict[str, str]:
+        """Return the headers of an HTTP request to a service that has no client, with those of signature version 4."""
+        from hashlib import sha256
+
+        from botocore.auth import SigV4Auth
+        from botocore.awsrequest import AWSRequest
+
+        digest = sha256(body).hexdigest()
+        request = AWSRequest(method, url, headers | {"X-Amz-Content-SHA256": digest}, body)
+        SigV4Auth(self._session.get_credentials(), service, region).add_auth(request)
+        return dict(request.headers.items())
+
     def read(self, bucket: str, key: str, at_most: int | None = None) -> bytes | None:
         """Return an object's bytes, see `read_object`."""
         return read_object(self.s3, bucket, key, at_most)

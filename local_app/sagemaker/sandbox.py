@@ -25,6 +25,8 @@ HOST_VARIABLES = (
 )
 # The docker client finds its engine by these variables.
 DOCKER_VARIABLES = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
+# Variables of a job whose URLs may be on this machine.
+HOST_URLS = {"AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"}
 # Path of the local app's CA certificate in a container.
 AUTHORITY = "/etc/ssl/tunedrop-ca.pem"
 
@@ -116,10 +118,10 @@ class Docker:
                 "ClientError: Docker runs jobs of one instance only; several instances need Linux namespaces (unshare)"
             )
         volumes = ["--volume", f"{ml}:/opt/ml"]
-        host = urlsplit(environment.get("AWS_ENDPOINT_URL", "")).hostname or ""
-        if host == "localhost" or host.startswith("127."):  # in the container, this is the container itself
-            url = environment["AWS_ENDPOINT_URL"].replace(host, "host.docker.internal", 1)
-            environment = environment | {"AWS_ENDPOINT_URL": url}
+        for name in HOST_URLS & environment.keys():
+            host = urlsplit(environment[name]).hostname or ""
+            if host == "localhost" or host.startswith("127."):  # in the container, this is the container itself
+                environment = environment | {name: environment[name].replace(host, "host.docker.internal", 1)}
         if authority := os.environ.get("AWS_CA_BUNDLE"):
             volumes += ["--volume", f"{authority}:{AUTHORITY}:ro"]
             environment = environment | {"AWS_CA_BUNDLE": AUTHORITY}

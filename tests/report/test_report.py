@@ -1,5 +1,6 @@
 """`report.html` in a browser, with 200 tests."""
 
+import made_up
 import pytest
 from made_up import HOSTILE, made_index, made_report, made_suite, made_tests, with_champion
 from msgspec import structs
@@ -246,3 +247,17 @@ def test_even_markup_that_got_in_would_do_nothing(browser, tmp_path, html, marku
         assert page.evaluate("document.baseURI") == (tmp_path / "page.html").as_uri()
         page.evaluate("for (const form of document.forms) form.submit()")
     page.close()
+
+
+def test_pages_in_trackers_are_linked_and_escaped(monkeypatch):
+    page = "https://mlflow.example.com/#/experiments/1/runs/2?a=1&b=2"
+    managed = {"run_id": "0" * 32, "run": "cars-0123456789ab", "experiment": f"e {HOSTILE}", "server": "arn:aws:sagemaker"}
+    pages = [
+        {"name": "MLflow", "url": page, "run_id": "0" * 32, "error": None},
+        {"name": "MLflow", "url": None, "error": HOSTILE} | managed,
+        {"name": "MLflow", "url": "javascript:alert(1)", "error": HOSTILE},
+    ]
+    monkeypatch.setitem(made_up.TRAINING, "trackers", pages)
+    report = made_report(made_tests(3))
+    assert f'<a href="{page.replace("&", "&amp;")}" rel="noreferrer">The run in MLflow</a>' in report
+    assert report.count("<script") == LARGE.count("<script")

@@ -388,7 +388,7 @@ def test_the_docker_command_keeps_values_off_the_command_line(monkeypatch: pytes
             "ContainerArguments": ["-c", "it's"],
         },
     }
-    given = {"SECRET": "x y", "AWS_ENDPOINT_URL": "http://127.0.0.1:4566"}
+    given = {"SECRET": "x y", "AWS_ENDPOINT_URL": "http://127.0.0.1:4566", "MLFLOW_TRACKING_URI": "http://localhost:5000"}
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("AWS_CA_BUNDLE", "/state/ca.pem")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: removed.append(command[1:]))
@@ -399,8 +399,9 @@ def test_the_docker_command_keeps_values_off_the_command_line(monkeypatch: pytes
     authority = "/etc/ssl/tunedrop-ca.pem"
     volumes = f"--volume /state/a/ml:/opt/ml --volume /state/ca.pem:{authority}:ro"
     assert line.startswith(f"run --rm --name a {volumes} --network bridge")
-    variables = "--env SECRET --env AWS_ENDPOINT_URL --env AWS_CA_BUNDLE"
+    variables = "--env SECRET --env AWS_ENDPOINT_URL --env MLFLOW_TRACKING_URI --env AWS_CA_BUNDLE"
     assert line.endswith(f"{variables} --entrypoint /bin/bash image:1 -e -c it's")
     assert environment["AWS_CA_BUNDLE"] == authority
     assert environment["SECRET"] == "x y"
     assert environment["AWS_ENDPOINT_URL"] == "http://host.docker.internal:4566"
+    assert environment["MLFLOW_TRACKING_URI"] == "http://host.docker.internal:5000"

@@ -112,6 +112,7 @@ def policies(has_image: bool = False) -> dict[str, list[Json]]:
     template = load_template()
     conditions = {"HasKmsKey": True, "HasVpc": True, "HasTrainingImage": has_image, "ServesModels": True}
     conditions |= {"HasRewardFunctions": False, "HasRewardJudge": False}  # tests/template/test_reward_parameters.py
+    conditions["HasMlflow"] = False  # tests/template/test_tracker_parameters.py
     shared = {
         name: resolve(policy["PolicyDocument"]["Statement"], known_names(), conditions)
         for name, policy in of_type(template, "AWS::IAM::ManagedPolicy").items()

@@ -214,7 +214,7 @@ def test_parameters_and_outputs(transformed: Json) -> None:
         *("JobPrefix", "InstanceTypes", "UseSpot", "MaxConcurrentJobs", "MaxRunCostUsd", "BaseModel", "TrainingImageUri"),
         *("NotificationEmail", "ReportLinkHours", "ReconcileInterval", "RunAgeLimitHours", "LogRetentionDays"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds", "SageMakerEndpointUrl"),
-        *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
+        *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption", "MlflowTrackingUri"),
         *("EndpointInstanceType", "EndpointMaxInstances", "EndpointIdleMinutes", "EndpointBakeMinutes"),
         *REWARD_ENVIRONMENT.values(),
     }
@@ -222,7 +222,7 @@ def test_parameters_and_outputs(transformed: Json) -> None:
         *("DataBucket", "ArtifactBucket", "EventBusName", "RunTable", "TopicArn", "AlarmTopicArn", "DeadLetterQueueUrl"),
         *("StopRunsPolicyArn", "SageMakerRoleArn", "ModelPackageGroup", "TrainingImageUri", "JobPrefix"),
         *("KmsKeyArn", "VpcSubnetIds", "VpcSecurityGroupIds"),
-        *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption"),
+        *("EnableNetworkIsolation", "EnableInterContainerTrafficEncryption", "MlflowTrackingUri"),
         *("EndpointInstanceType", "ServingRoleArn", "InvokeModelsPolicyArn", "UndeployPolicyArn"),
         *REWARD_ENVIRONMENT.values(),
     }

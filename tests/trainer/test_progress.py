@@ -1,4 +1,4 @@
-"""The outputs of a run's numbers: TensorBoard files, MLflow, a progress bar, and valid JSON."""
+"""The outputs of a run's numbers: TensorBoard files, a progress bar, and valid JSON."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import pytest
 
 from release.plan import METRIC_NAMES
 from trainer import progress, train
-from trainer.job import JobError
 
 
 @pytest.fixture
@@ -59,25 +58,6 @@ def test_a_terminal_gets_a_bar_instead_of_lines(short, monkeypatch, capsys):
     assert "2/2" in said
     assert "reward=" in said
     assert "step=1 " not in said
-
-
-def test_mlflow_gets_the_metrics_where_a_server_is_named(short, monkeypatch):
-    import mlflow
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{short.root}/mlflow.db")
-    try:
-        train.train(train.parse_flags([]))
-        (run,) = mlflow.search_runs(output_format="list")
-    finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type] # back to the default
-    assert run.data.metrics["reward"] == pytest.approx(short.metrics()[-1]["reward"])
-
-
-def test_a_server_without_the_library_is_said_before_training(short, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr(train, "find_spec", lambda _: None)
-    with pytest.raises(JobError, match=r"the image has no mlflow\. Use an AWS PyTorch image"):
-        train.train(train.parse_flags([]))
 
 
 def test_numbers_that_are_none_are_null_in_json():

@@ -117,7 +117,7 @@ def made_trainers(job, tiny):
         trainer = build_trainer(run, str(tiny), tokenizer, rows, rewards, {}, Record())
         learned = sequences(run, rewards, rows, tokenizer, trainer.eos_token_ids, reasoned_only=False)
         sft = build_sft_trainer(
-            trainer, run, learned, learned, run={}, record=Record(), folder=job.root / "sft", decays=True, report_to=[]
+            trainer, run, learned, learned, run={}, record=Record(), folder=job.root / "sft", decays=True
         )
         return trainer, sft, learned
 

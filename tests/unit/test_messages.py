@@ -151,3 +151,10 @@ def test_nothing_is_too_long_for_sns():
     assert len(forms(arguments)["https"]) < 8_000
     long = structs.replace(published(champion={"comparison": COMPARISON, "suite": None}), run=run(line="l" * 100))
     assert len(message(long)["Subject"]) < 100
+
+
+def test_pages_in_trackers_are_links():
+    page = "https://mlflow.example.com/#/experiments/1/runs/2"
+    arguments = message(published(), LINK, {"run in MLflow": page})
+    assert f"run in MLflow: {page}" in forms(arguments)["default"].splitlines()
+    assert f"<{page}|Open the run in MLflow>" in json.loads(forms(arguments)["https"])["content"]["nextSteps"]

@@ -12,9 +12,9 @@ from pipeline.settings import Settings
 from tunedrop import event_bus
 
 
-def notify(aws: Aws, topic_arn: str, event: RunEvent, link: str | None = None) -> None:
+def notify(aws: Aws, topic_arn: str, event: RunEvent, link: str | None = None, pages: dict[str, str] | None = None) -> None:
     """Publish an event to the topic, in a form for each kind of subscriber (`pipeline.notify.messages`)."""
-    aws.sns.publish(TopicArn=topic_arn, **message(event, link))
+    aws.sns.publish(TopicArn=topic_arn, **message(event, link, pages))
 
 
 def announce_waiting(run: Run, settings: Settings, aws: Aws) -> None:

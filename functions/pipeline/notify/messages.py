@@ -72,7 +72,7 @@ class Message(NamedTuple):
                 "title": without_markup(self.headline),
                 "description": "\n".join(lines)[: 2 * MOST_CHARACTERS],
                 "nextSteps": [
-                    f"<{uri}|Open the {name}>" if uri.startswith("https:") else f"{name}: {uri}"
+                    f"<{uri}|Open the {name}>" if uri.startswith(("https:", "http:")) else f"{name}: {uri}"
                     for name, uri in self.links.items()
                 ],
                 "keywords": [without_markup(self.attributes["dataset"]), self.attributes["verdict"]],
@@ -99,8 +99,11 @@ def outcome_of(event: RunEvent) -> str:
     return "CANCELLED" if event.run.state == "CANCELLED" else "FAILED"
 
 
-def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
-    """Return the arguments of SNS's Publish about an event; `link` opens the report in a browser."""
+def message(event: RunEvent, link: str | None = None, pages: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return the arguments of SNS's Publish about an event.
+
+    `link` opens the report in a browser, and `pages` are links to the run in trackers, by their names.
+    """
     outcome, run, detail = outcome_of(event), event.run, event.detail
     given = event.extra.get("reasons", [run.reason] if run.reason else [])
     attributes = {
@@ -120,7 +123,8 @@ def message(event: RunEvent, link: str | None = None) -> dict[str, Any]:
         reasons=[one_line(reason)[:MOST_CHARACTERS] for reason in given],
         figures=_figures(event),
         links=({"report": link} if link else {})
-        | {name: uri for name, uri in event.links.items() if not (link and name == "report")},
+        | {name: uri for name, uri in event.links.items() if not (link and name == "report")}
+        | (pages or {}),
         attributes=attributes,
         detail={**detail, "verdict": outcome} | ({"report_link": link} if link else {}),
     ).publication()

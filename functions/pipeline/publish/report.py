@@ -14,6 +14,7 @@ from pipeline.publish.comparison import FEW_TESTS
 from pipeline.publish.page import render_page
 from pipeline.publish.shown_rollouts import fitted
 from pipeline.publish.statistics import Other, failed_must_pass, is_cut, outcome, totals
+from pipeline.publish.trackers import links
 from tunedrop.inference_tests import Outcome
 from tunedrop.rollouts import Group, Index
 
@@ -76,6 +77,7 @@ def render_report(
         else None,
         alerts=alerts,
         training=result["training"],
+        pages=links(result["training"]),
         metrics=metrics,
         words=words,
         charts=charts(metrics, result["training"], alerts),

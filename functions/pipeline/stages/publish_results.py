@@ -14,6 +14,8 @@ from pipeline.publish.index import add_to_index, indexed_run
 from pipeline.publish.registry import register
 from pipeline.publish.report import render_report
 from pipeline.publish.result import model_quality, run_result, summary
+from pipeline.publish.trackers import links as tracker_links
+from pipeline.publish.trackers import log_verdict
 from pipeline.runs.states import Run, RunState
 from pipeline.settings import PublishSettings
 from pipeline.stages.champions import announce_champion, settle
@@ -66,7 +68,7 @@ def decide_and_publish(run: Run, settings: PublishSettings, aws: Aws) -> Run:
 
 
 def publish(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) -> Run:
-    """Write the report, register the model package, write `result.json`, and add the run to the index, in this order.
+    """Write the report, register the model package, write `result.json`, index the run and tell the tracker: in order.
 
     `result.json` is the commit mark: the index lists only runs with one. The jobs' files and the run's tries determine every
     byte: publishing twice writes the same bytes.
@@ -90,6 +92,7 @@ def publish(run: Run, evidence: Evidence, settings: PublishSettings, aws: Aws) -
     body = msgspec.json.format(msgspec.json.encode(result))
     _write(aws, bucket, object_keys.run_key(run.run_id, "result.json"), body, "application/json")
     add_to_index(aws, bucket, indexed_run(result, evidence.metrics, run.updated, run.rows))
+    log_verdict(result, html, evidence.plan["train"].get("Environment", {}), aws)
     return aws.runs.move(run, RunState.PUBLISHED, model_package=result["model_package"])
 
 
@@ -124,6 +127,6 @@ def announce(run: Run, settings: PublishSettings, aws: Aws) -> None:
                 Params={"Bucket": settings.artifact_bucket, "Key": report},
                 ExpiresIn=settings.report_link_hours * 3600,
             )
-        notify(aws, settings.topic_arn, event, link)
+        notify(aws, settings.topic_arn, event, link, tracker_links(result["training"]))
     announce_champion(aws.lines.get(run.line), settings, aws)
     aws.runs.close(run)
