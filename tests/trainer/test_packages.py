@@ -57,6 +57,7 @@ def foreign(start: str) -> set[str]:
 )
 def test_every_package_that_a_stage_imports_is_tried_first(stage, module):
     tried = {name.partition(".")[0] for name in (*packages.HEADS, *packages.STAGES[stage])}
+    tried |= {"mlflow"}  # `trainer.trackers` tries it first in a job whose environment names a server
     wanted = {"pydantic" if name == "pydantic_core" else name for name in foreign(module)}
     assert len(wanted) >= 5
     assert wanted <= tried
