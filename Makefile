@@ -66,11 +66,11 @@ $(LIGHT)/.installed: requirements/light.lock pyproject.toml
 	@$(LIGHT)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# The tests in tests/report and one of the local app open pages in a browser. On Debian and Ubuntu, `make test` installs one if it runs as root. Otherwise it
+# The tests in tests/report and one of the console open pages in a browser. On Debian and Ubuntu, `make test` installs one if it runs as root. Otherwise it
 # skips these tests and prints how to install a browser.
 BROWSER = $(shell command -v chromium || command -v google-chrome)
 WITHOUT_BROWSER = $(if $(BROWSER),,--ignore=tests/report --deselect=$(CONSOLE))
-CONSOLE = tests/e2e/test_local_app.py::test_the_console_from_a_file_to_its_report
+CONSOLE = tests/integration/test_console.py::test_a_file_is_dragged_into_a_browser
 NO_BROWSER = $(if $(BROWSER),,@echo "tests/report and the console's test skipped, because no browser was found. Install Chromium (on Debian \
   and Ubuntu: apt-get install chromium) or Google Chrome.")
 browser:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import boto3
 import msgspec
 import pytest
+from browser import drag
 from fake_stack import OUTPUTS
 from world import GOOD_DATA, World
 
@@ -261,3 +262,23 @@ def test_a_run_is_followed_to_its_end(page: Page, world: World) -> None:
     names = re.findall(r"^event: (\w+)$", stream.text, re.MULTILINE)
     assert sorted(names) == ["alerts", "answers", "chart", "end", "log", "over", "state"]
     assert names[-1] == "over"
+
+
+def test_a_file_is_dragged_into_a_browser(page: Page, world: World, browser: Any, tmp_path: Path) -> None:
+    """Scripts, styles and the stream work under the pages' own policy. The whole way is tests/e2e's."""
+    (tmp_path / "cars.jsonl").write_bytes(GOOD_DATA)
+    (tmp_path / "cars.yaml").write_bytes(b"grpo: {max_steps: 3}\n")
+    run = world.start(world.drop("training_data/trucks.jsonl"))
+    shown, complaints = browser.new_page(), []
+    shown.on("console", lambda message: complaints.append(message.text))
+    shown.on("pageerror", lambda error: complaints.append(str(error)))
+    shown.goto(f"http://{page.host}/{page.secret}/")
+    drag(shown, [tmp_path / "cars.jsonl", tmp_path / "cars.yaml"])
+    shown.get_by_role("button", name="Start the run").wait_for(timeout=60_000)
+    assert "0+1?" in shown.locator("figure.example").first.inner_text()
+    late = world.drop("training_data/late.jsonl", GOOD_DATA)
+    shown.get_by_role("link", name=late.run_id).wait_for(timeout=60_000)  # by the stream
+    shown.get_by_role("link", name=run.run_id).first.click()
+    shown.get_by_role("button", name="Stop the run").wait_for(timeout=60_000)
+    assert complaints == []
+    shown.close()

@@ -135,7 +135,7 @@ def test_make_leaves_the_browser_tests_out_where_there_is_no_browser_and_says_so
     assert "-m pytest -n 2" in done.stdout
     left_out = (
         "--ignore=tests/report",
-        "--deselect=tests/e2e/test_local_app.py::test_the_console_from_a_file_to_its_report",
+        "--deselect=tests/integration/test_console.py::test_a_file_is_dragged_into_a_browser",
     )
     assert [option in done.stdout for option in left_out] == [browser is None] * 2
     assert (

@@ -59,6 +59,7 @@ class RewardType:
     file: str | None
     reads: Callable[[Parameters], Iterable[str]]
     when: Callable[[Parameters], bool] | None
+    imports: str | None
     variant: "RewardType | None" = None
 
     def for_parameters(self, given: Parameters) -> "RewardType":
@@ -107,6 +108,7 @@ def reward(
     file: str | None = None,
     reads: Callable[[Parameters], Iterable[str]] = _named_column,
     when: Callable[[Parameters], bool] | None = None,
+    imports: str | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function as a reward type. All other code reads a reward's traits; no other code lists reward names.
 
@@ -125,6 +127,7 @@ def reward(
     - `file`: the parameter that names a file beside the dataset; the run's jobs get the file.
     - `reads`: the columns that the reward reads beside `answer`, ALL_COLUMNS where its code may read any column.
     - `when`: the function is a variant of the type `name`, which is registered before, for the parameters that it accepts.
+    - `imports`: a package that takes seconds to import. It is imported before the first score, whose time is limited.
     """
 
     def register(function: Function) -> Function:
@@ -144,6 +147,7 @@ def reward(
             file=file,
             reads=reads,
             when=when,
+            imports=imports,
         )
         REWARDS[type_] = replace(REWARDS[type_], variant=registered) if when else registered
         return function

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from numbers import Real
 from typing import Any
 
@@ -90,6 +91,8 @@ class Reward:
         """Return the sample's score; None, and a warning in the log, if the score takes too long."""
         if self.spec.reward_file:  # a user's code may take its time
             return self._best(sample)
+        if package := self.spec.reward_type.imports:
+            import_module(package)
         try:
             with deadline(SECONDS):
                 return self._best(sample)

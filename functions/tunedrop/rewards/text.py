@@ -93,7 +93,7 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-@reward(measures="answer")
+@reward(measures="answer", imports="math_verify")
 def math(sample: Sample) -> float | None:
     r"""1.0 when the final answer and the row's answer are mathematically equal: 0.5, 1/2 and \frac{1}{2}; {1,2} and {2,1}.
 
