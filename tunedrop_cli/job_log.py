@@ -1,10 +1,12 @@
 """The log of a job as `tunedrop logs` prints it: from the first line of the job itself."""
 
+import re
 from collections.abc import Iterator
 
 # The first line of ModelTrainer's start-up script (sagemaker.train.templates), and the line by which its last command, the
 # launch plan's, becomes the job. The lines between are the container's: its environment, and pip's output.
-SCRIPT, ENTRY = "Starting training script", "+ exec python -m trainer.job "
+# bash writes a "+" for each level of its evals before a command (`set -x`).
+SCRIPT, ENTRY = "Starting training script", re.compile(r"\++ exec python -m trainer\.job ")
 
 
 class JobLog:
@@ -19,7 +21,7 @@ class JobLog:
             self._withheld[stream] = [line]
         elif stream not in self._withheld:
             yield line
-        elif line.startswith(ENTRY):
+        elif ENTRY.match(line):
             del self._withheld[stream]
         else:
             self._withheld[stream].append(line)

@@ -257,7 +257,9 @@ def test_the_commands_that_look_at_runs(app, published):
     assert run.run_id in app.tunedrop("runs")
     assert re.search(rf"^verdict +{run.verdict}$", app.tunedrop("show", "faq"), re.MULTILINE)
     assert json.loads(app.tunedrop("show", run.run_id, "--json"))["result"]["run_id"] == run.run_id
-    assert "max_steps=2" in app.tunedrop("logs", "faq")
+    logs = app.tunedrop("logs", "faq")
+    assert "max_steps=2" in logs
+    assert "Starting training script" not in logs
     assert "There is no run 'nothing'" in app.tunedrop("show", "nothing", code=1)
 
 

@@ -99,7 +99,8 @@ def test_logs_begin_with_the_job(world, tunedrop):
     for line in ("Starting training script", "Requirement already satisfied: peft"):
         log(logs, run.train_job, line)
     assert "already satisfied: peft" in tunedrop("logs", "cars")  # all that there is, of a start that may hang
-    for line in ("+ exec python -m trainer.job train", "step=1"):
+    quoted = "++ echo 'Executing command: exec python -m trainer.job train'"
+    for line in (quoted, "+++ exec python -m trainer.job train", "step=1"):
         log(logs, run.train_job, line)
     assert tunedrop("logs", "cars") == "step=1\n"
 

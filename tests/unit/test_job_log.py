@@ -5,7 +5,7 @@ import pytest
 from tunedrop_cli.job_log import JobLog
 
 START = ["Starting training script", "+ pip install", "Requirement already satisfied: peft", "ERROR: no such version"]
-ENTRY = "+ exec python -m trainer.job train"
+ENTRY = "+++ exec python -m trainer.job train"
 
 
 def printed(*lines: tuple[str, str]) -> tuple[list[str], list[str]]:
@@ -47,4 +47,4 @@ def test_the_words_are_model_trainers_and_the_launch_plans() -> None:
 
     assert f'echo "{job_log.SCRIPT}"' in templates.TRAIN_SCRIPT_TEMPLATE
     assert "set -x" in templates.TRAIN_SCRIPT_TEMPLATE
-    assert entry("train").endswith(f"; {job_log.ENTRY.removeprefix('+ ')}train")
+    assert job_log.ENTRY.fullmatch("+ " + entry("train").rpartition("; ")[2].removesuffix("train"))
