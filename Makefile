@@ -66,8 +66,8 @@ $(LIGHT)/.installed: requirements/light.lock pyproject.toml
 	@$(LIGHT)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# The tests in tests/report and one of the console open pages in a browser. On Debian and Ubuntu, `make test` installs one if it runs as root. Otherwise it
-# skips these tests and prints how to install a browser.
+# The tests in tests/report and one of the console open pages in a browser. On Debian and Ubuntu, `make test` installs one if it
+# runs as root. Otherwise it skips these tests and prints how to install a browser.
 BROWSER = $(shell command -v chromium || command -v google-chrome)
 WITHOUT_BROWSER = $(if $(BROWSER),,--ignore=tests/report --deselect=$(CONSOLE))
 CONSOLE = tests/integration/test_console.py::test_a_file_is_dragged_into_a_browser
@@ -110,7 +110,7 @@ test-python: $(LIGHT)/.installed $(SAM) $(LINT)
 # The long tests: random search, crashes at every point, large files. The searches fork for each case: without torch, their
 # processes are a tenth as large.
 SOAK = -m pytest -m soak -n 2 --dist worksteal --durations=25
-soak: install $(LINT)
+soak: install browser $(LINT)
 	OMP_NUM_THREADS=1 .venv/bin/python $(SOAK) tests/trainer
 	OMP_NUM_THREADS=1 .venv/bin/python $(SOAK) --ignore=tests/trainer
 	test "$$(uname)" != Linux || $(MAKE) fuzz

@@ -19,10 +19,8 @@ from local_app.stack import STACK_NAME, Outputs, Stack, StackError, read_outputs
 from pipeline.aws import Aws, read_object
 from pipeline.jobs.price import job_price, on_demand_prices
 from pipeline.notify import events
-from pipeline.runs.deployments import DeploymentTable
-from pipeline.runs.lines import LineTable
 from pipeline.runs.states import FINAL, Run, RunState
-from pipeline.runs.table import RUN, RunTable, run_of_item
+from pipeline.runs.table import RUN, run_of_item
 from tunedrop import event_bus, object_keys
 from tunedrop.dataset.readers import refuse
 from tunedrop_cli.location import StackLocation
@@ -56,11 +54,10 @@ class Deployment:
         self.connect = connect
         self.outputs = outputs
         self.folder = folder
-        self.s3 = connect("client", "s3")
-        self.logs = connect("client", "logs")
         self.aws = Aws(outputs.run_table, _Session(connect))
-        self._table = connect("resource", "dynamodb").Table(outputs.run_table)
-        self.runs, self.lines, self.deployments = RunTable(self._table), LineTable(self._table), DeploymentTable(self._table)
+        self.s3 = self.aws.s3
+        self.logs = connect("client", "logs")
+        self.runs, self.lines, self.deployments = self.aws.runs, self.aws.lines, self.aws.deployments
 
     @classmethod
     def local(cls, stack: Stack) -> "Deployment":
@@ -144,8 +141,9 @@ class Deployment:
 
     def all_runs(self) -> list[Run]:
         """Return every run, the newest first."""
-        pages = self._table.meta.client.get_paginator("scan").paginate(
-            TableName=self._table.name, FilterExpression=Attr("id").begins_with(RUN)
+        table = self.aws.table
+        pages = table.meta.client.get_paginator("scan").paginate(
+            TableName=table.name, FilterExpression=Attr("id").begins_with(RUN)
         )
         runs = [run_of_item(item) for page in pages for item in page["Items"]]
         return sorted(runs, key=lambda run: run.arrived, reverse=True)

@@ -3,12 +3,12 @@
 python -m tunedrop_cli.documents > docs/json.md
 """
 
-import json
 import sys
 from typing import Any, Literal
 
 import msgspec
 
+from pipeline.notify.schemas import described
 from pipeline.runs.states import Run
 from pipeline.validation.receipt import Receipt
 from tunedrop.rollouts import Group
@@ -215,12 +215,8 @@ def page() -> str:
 
 
 def _section(names: str, document: Any) -> str:
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(document)
-    for definition in schema["$defs"].values():  # the types refuse unknown keys, a reader should not
-        definition.pop("additionalProperties", None)
     commands = ", ".join(f"`tunedrop {name}`" for name in names.split(", "))
-    text = " ".join(document.__doc__.split())
-    return f"## {names}\n\n{commands}. {text}\n\n```json\n{json.dumps(schema, indent=1)}\n```\n"
+    return f"## {names}\n\n{commands}. {described(document)}"
 
 
 if __name__ == "__main__":

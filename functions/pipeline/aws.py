@@ -83,20 +83,21 @@ class Aws:
     @cached_property
     def runs(self) -> RunTable:
         """The run table."""
-        return RunTable(self._table)
+        return RunTable(self.table)
 
     @cached_property
     def lines(self) -> LineTable:
         """The line items of the run table."""
-        return LineTable(self._table)
+        return LineTable(self.table)
 
     @cached_property
     def deployments(self) -> DeploymentTable:
         """The deployment items of the run table."""
-        return DeploymentTable(self._table)
+        return DeploymentTable(self.table)
 
     @cached_property
-    def _table(self) -> Any:
+    def table(self) -> Any:
+        """The DynamoDB table of runs, lines and deployments."""
         return self._session.resource("dynamodb", config=_CONFIG).Table(self._run_table)
 
     def signed(

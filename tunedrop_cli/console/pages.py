@@ -96,7 +96,7 @@ class Pages:
     def run(self, live: Live, deployment: Deployment) -> str:
         """The page of a run."""
         parts = {name: Markup(part) for name, part in self.parts(live, deployment).items()}  # noqa: S704 - our own HTML
-        return self._render("run", run=live.run, **parts)
+        return self._render("run", run=live.run, ended=live.ended, **parts)
 
     def parts(self, live: Live, deployment: Deployment) -> dict[str, str]:
         """The parts of a run's page that change while the run goes on, by name."""

@@ -195,12 +195,17 @@ def document() -> str:
 
 
 def _section(name: str, detail: Any) -> str:
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(detail)
-    for definition in schema["$defs"].values():  # the types refuse unknown fields, a reader should not
+    return f"### {name}\n\n{described(detail)}"
+
+
+def described(type_: Any) -> str:
+    """Return a type's docstring and JSON Schema in Markdown. The types refuse unknown fields, a reader should not."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(type_)
+    for definition in schema["$defs"].values():
         if "properties" in definition:
             definition.pop("additionalProperties", None)
-    text = " ".join(detail.__doc__.split())
-    return f"### {name}\n\n{text}\n\n```json\n{json.dumps(schema, indent=1)}\n```\n"
+    text = " ".join(type_.__doc__.split())
+    return f"{text}\n\n```json\n{json.dumps(schema, indent=1)}\n```\n"
 
 
 if __name__ == "__main__":
