@@ -5,9 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import boto3
-from botocore.exceptions import ProfileNotFound
+from botocore.exceptions import ConnectionError as AwsConnectionError
+from botocore.exceptions import HTTPClientError, ProfileNotFound
 
 from local_app.stack import STACK_NAME, Stack, StackError
+
+# What botocore raises where nothing answers: refused connections, and those that end or take too long.
+UNREACHABLE = (AwsConnectionError, HTTPClientError)
 
 
 class StackLocation(NamedTuple):

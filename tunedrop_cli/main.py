@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import click
-from botocore.exceptions import HTTPClientError
 from click.shell_completion import get_completion_class
 
 from local_app.stack import StackError
 from tunedrop.plain import printable
 from tunedrop_cli.commands import console as page
 from tunedrop_cli.commands import inputs, lines, local, operations, runs, serving
+from tunedrop_cli.location import UNREACHABLE
 from tunedrop_cli.options import DEFAULT_FOLDER
 from tunedrop_cli.output import console, print_raw
 
@@ -64,7 +64,7 @@ def main() -> None:
     """Run the command. An error that a person can fix is a message and exit code 1."""
     try:
         cli()
-    except HTTPClientError as error:
+    except UNREACHABLE as error:
         console.print(f"error: AWS does not answer: {printable(str(error))}", style="red", markup=False)
         console.print("If the application on this machine has ended, start it with `tunedrop up`.")
         sys.exit(1)

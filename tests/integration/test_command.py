@@ -5,6 +5,7 @@ import re
 
 import boto3
 import pytest
+from botocore.exceptions import ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
 from click.testing import CliRunner
 from fake_stack import ARTIFACTS
 from rich.console import Console
@@ -196,6 +197,25 @@ def test_a_mistake_is_a_message(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "error: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EndpointConnectionError(endpoint_url="https://127.0.0.1:1"),
+        ConnectionClosedError(endpoint_url="https://127.0.0.1:1"),
+        ReadTimeoutError(endpoint_url="https://127.0.0.1:1"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_aws_that_does_not_answer_is_a_message(monkeypatch, capsys, error):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("tunedrop_cli.main.cli", fail)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert f"error: AWS does not answer: {error}" in capsys.readouterr().out
 
 
 def test_the_text_of_an_error_does_not_control_the_terminal(monkeypatch, capsys):

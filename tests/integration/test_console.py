@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import boto3
 import msgspec
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from browser import drag
 from fake_stack import OUTPUTS
 from world import GOOD_DATA, World
@@ -216,6 +217,16 @@ def test_a_published_run_its_files_and_its_line(page: Page, world: World) -> Non
         "compare?run=x",
     ):
         assert page.get(missing).status == 404, missing
+
+
+def test_a_stack_that_is_gone_is_said(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_self: Deployment) -> None:
+        raise EndpointConnectionError(endpoint_url="https://127.0.0.1:1")
+
+    monkeypatch.setattr(Deployment, "all_runs", gone)
+    answer = page.get("")
+    assert answer.status == 503
+    assert "AWS does not answer: Could not connect to the endpoint URL" in answer.text
 
 
 def test_runs_are_compared(page: Page, world: World) -> None:

@@ -33,6 +33,7 @@ from tunedrop_cli.console.pages import STATIC, Pages
 from tunedrop_cli.console.preview import preview
 from tunedrop_cli.deployment import Deployment, in_words
 from tunedrop_cli.job_log import JobLog
+from tunedrop_cli.location import UNREACHABLE
 
 EVERY = 1.0  # seconds between two looks at a run
 RUNS_EVERY = 2.0  # the same at all runs
@@ -286,8 +287,11 @@ def application(make: Callable[[], Deployment], secret: str, place: str) -> Star
     def not_found(_request: Request, error: Any) -> Response:
         return HTMLResponse(console.pages.error(str(error)), 404)
 
+    def unreachable(_request: Request, error: Any) -> Response:
+        return HTMLResponse(console.pages.error(f"AWS does not answer: {error}"), 503)
+
     return Starlette(
         routes=[Mount(f"/{secret}", routes=console.routes)],
         middleware=[Middleware(Guard, secret=secret)],
-        exception_handlers={StackError: not_found},
+        exception_handlers={StackError: not_found, **dict.fromkeys(UNREACHABLE, unreachable)},
     )
