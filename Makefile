@@ -89,23 +89,25 @@ lint: install
 # Two test files at a time. OMP_NUM_THREADS=1 keeps torch's threads from competing for the cores.
 PYTEST = -m pytest -n 2 --dist loadfile
 
-# Runs every test, then the tests without torch with another Python, if one is installed. The trainer's tests come first, in
-# processes of their own: the others need less memory without torch. These run in the order of their folders, because xdist's order,
-# files with the most tests first, ends with the longest files.
+# Runs every test once. Tests without torch run with another Python, if one is installed. The trainer's tests come first, in processes
+# of their own: the others need less memory without torch. These run in the order of their folders, because xdist's order, files with
+# the most tests first, ends with the longest files.
+WITHOUT_TORCH = tests/unit tests/contract tests/template
 OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
 test: lint browser $(LINT)
 	$(NO_BROWSER)
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) tests/trainer
-	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --no-loadscope-reorder --ignore=tests/trainer $(WITHOUT_BROWSER)
-	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER),@echo "tests with another Python skipped, because no other of 3.12 and 3.13 was found")
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --no-loadscope-reorder --ignore=tests/trainer $(WITHOUT_BROWSER) \
+	  $(if $(OTHER),$(addprefix --ignore=,$(WITHOUT_TORCH)))
+	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER))
 	$(NO_BROWSER)
 
 # Python 3.12 and later measure coverage cheaply (sys.monitoring).
 COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli --cov-fail-under=61
 
-# `make test-python PYTHON=python3.12` runs the tests that need no torch: the command, the functions, the template.
+# `make test-python PYTHON=python3.12` runs the tests without torch: the command, the functions, the template.
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
-	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) $(COVERAGE) tests/unit tests/contract tests/template
+	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) $(COVERAGE) $(WITHOUT_TORCH)
 
 # The long tests: random search, crashes at every point, large files. The searches fork for each case: without torch, their
 # processes are a tenth as large.

@@ -13,7 +13,7 @@ import pytest
 from tunedrop.config.parse import parse_run_config
 from tunedrop.dataset.rows import read_rows
 from tunedrop.problems import Problem
-from tunedrop.rewards import RewardPermissions
+from tunedrop.rewards import RewardPermissions, build_rewards
 from tunedrop.rewards.default import choose_rewards
 from tunedrop_cli.check import check_file
 
@@ -30,8 +30,12 @@ def test_a_public_shape_is_read_rightly_or_asks(tmp_path, case):
         return
     read = {"prompt": "\n---\n".join(message["content"] for message in first["prompt"]), "answer": first["answer"]}
     assert read == {part: case[part] for part in read}
-    (spec,) = choose_rewards([first], RewardPermissions(allow_code=True)).rewards
+    permissions = RewardPermissions(allow_code=True)
+    (spec,) = choose_rewards([first], permissions).rewards
     assert spec.type == case["reward"]
+    (reward,) = build_rewards([spec], permissions)
+    row = {name: [value] for name, value in first.items()}
+    assert reward(row.pop("prompt"), [first["answer"]], **row) == [1.0]
 
 
 def checked(folder, rows):

@@ -75,6 +75,7 @@ FORMS = [
     ("['assert add(1, 2) == 3', 'assert add(2, 2) == 4']", {}, ADD, "def add(a, b):\n    return 0"),
     (["import math", "x = 1", "assert add(x, math.ceil(1.5)) == 3"], {}, ADD, "def add(a, b):\n    return 0"),
     ("def test_one():\n    assert add(1, 2) == 3\n\ndef test_two():\n    assert add(0, 0) == 0", {}, ADD, "add = max"),
+    ("from solution import add\n\ndef test_one():\n    assert add(1, 2) == 3", {}, ADD, "def add(a, b):\n    return 0"),
     ("def verify(value):\n    if value != 3:\n        raise ValueError\nverify(add(1, 2))", {}, ADD, "def add(a, b): pass"),
     (CHECK, {"entry_point": "add"}, ADD, "def add(a, b):\n    return 0"),
     (f"{CHECK}\ncheck(add)", {}, ADD, "def add(a, b):\n    return 0"),
@@ -98,6 +99,14 @@ def test_every_form_of_tests_tells_a_right_program_from_a_wrong_one(tests, colum
     programs = [right, f"Here:\n```python\n{right}\n```", wrong, ""]
     scores = reward(partial=False)([""] * 4, programs, **{name: [value] * 4 for name, value in row.items()})
     assert scores == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_an_answer_that_begins_with_an_indented_line_continues_the_questions_program():
+    question = 'def add(a, b):\n    """Add."""\n'
+    prompts = [[{"role": "user", "content": question}]] * 3
+    completions = ["    c = a + b\n    return c\n", ADD, "    return a\n"]
+    row = {"answer": [completions[0]] * 3, "tests": [CHECK] * 3, "entry_point": ["add"] * 3}
+    assert reward()(prompts, completions, **row) == [1.0, 1.0, 0.0]
 
 
 def test_a_rows_list_of_solutions_is_its_first_program():

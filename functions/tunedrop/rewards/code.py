@@ -56,34 +56,37 @@ def code_tests(
 ) -> list[float]:
     """Share of the unit tests that the completion's Python program passes. Without `partial`, 1.0 only if all tests pass.
 
-    The program is the last code block of the final answer, or the whole final answer. `tests` are Python statements,
-    usually asserts; each runs after the program. Without `tests`, the row's `column` holds the tests, and without that
+    The program is the last code block of the final answer, or the whole final answer. An answer that begins with an indented
+    line continues the program in the question (HumanEval). `tests` are Python statements, usually asserts; each runs after
+    the program. Without `tests`, the row's `column` holds the tests, and without that
     column the row's answer. There, `check(candidate)` with the row's `entry_point`, functions `test_…`, a `TestCase`, and
     inputs with outputs are tests, too. A program can import the standard library only, has `timeout` seconds and `memory_mb`
     MiB.
     """
 
-    jobs = [_job(sample, column, tests) for sample in samples]
+    jobs = [read_job(sample, column, tests) for sample in samples]
     failures = run_tests(jobs, timeout=timeout, memory_mb=memory_mb)
     shares = [reasons.count("") / len(reasons) for reasons in failures]
     return shares if partial else [float(share == 1.0) for share in shares]
 
 
-def _program(completion: str) -> str:
-    answer = final_answer(completion)
+def _program(text: str, question: str) -> str:
+    if text[:1].isspace() and function_of(question + text):
+        return question + text
+    answer = final_answer(text)
     if answer.startswith('["'):  # APPS and TACO have a row's solutions in a JSON list
         with suppress(ValueError):
             answer = str(json.loads(answer)[0])
     return fenced(answer, "python|py|python3") or answer
 
 
-def _job(sample: Sample, column: str, tests: list[str] | None) -> Job:
+def read_job(sample: Sample, column: str, tests: list[str] | None = None) -> Job:
     """Return a sample's program and its row's tests. Raises RewardError if the row has none."""
     value = sample.columns.get(column, sample.answer) if tests is None else tests
     if not value:
         raise RewardError(f"code_tests needs unit tests: set 'tests', or put them into the column '{column}' or the answer")
-    function = sample.columns.get("entry_point") or function_of(_program(sample.answer))
-    return Job(_program(sample.completion), read_tests(value, function), function)
+    function = sample.columns.get("entry_point") or function_of(_program(sample.answer, sample.question))
+    return Job(_program(sample.completion, sample.question), read_tests(value, function), function)
 
 
 def run_tests(jobs: Sequence[Job], *, timeout: float, memory_mb: int) -> list[list[str]]:

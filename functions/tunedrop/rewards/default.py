@@ -2,13 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
+from tunedrop.rewards.code import read_job
 from tunedrop.rewards.permissions import RewardPermissions
-from tunedrop.rewards.sample import ACCEPTED, final_answer
+from tunedrop.rewards.sample import ACCEPTED, RewardError, Sample, final_answer
 from tunedrop.rewards.spec import RewardSpec
 from tunedrop.rewards.text import last_number
 
@@ -19,7 +21,7 @@ SHORT_WORDS = 8
 _NUMBER = re.compile(r"[^\w]*+[\d.,]*\d\s*(?:%|[^\W\d]{1,12})?\W*")
 _LATEX = re.compile(r"\\(?:d?frac|sqrt|boxed|pi|text|left|cdot|infty|begin)|\$[^$]+\$|\^\{?\w|\bx\s*=")
 _OPTION_LINE = re.compile(r"(?m)^\(?([A-Z])[).:]\s*\S")
-TESTS_COLUMNS = ("tests", "test_list", "test_cases", "unit_tests", "public_tests", "input_output")
+_TESTS = re.compile(r"test|input_?output", re.IGNORECASE)
 
 
 class Choice(NamedTuple):
@@ -35,9 +37,10 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
     finals = [final_answer(row["answer"]) for row in rows]
     if _share(finals, _is_calls) and any("tools" in row["prompt"][0] for row in rows):
         return _choice("tool_call", "the answers are calls of the rows' tools")
-    column = next((name for name in TESTS_COLUMNS if all(row.get(name) for row in rows)), None)
-    if column and permissions.allow_code:
-        return _choice("code_tests", f"the column '{column}' has tests for programs", column=column)
+    if column := next((name for name in rows[0] if _TESTS.search(name) and _share(rows, partial(_is_tested, name))), None):
+        if permissions.allow_code:
+            return _choice("code_tests", f"the column '{column}' has tests for programs", column=column)
+        return _free_text("the answers are programs, which can be right in many ways", permissions, column)
     if letters := _letters(rows, finals):
         return _choice("multiple_choice", "the answers are letters of options in the prompts", choices=letters)
     if _share(finals, _NUMBER.fullmatch) and not _echoed(rows, finals):
@@ -50,16 +53,25 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
         return _choice("exact_match", "the rows accept several short answers, and one of them is enough")
     if _share(finals, _is_short):
         return _choice("exact_match", "the answers are short")
-    return _free_text(finals, permissions, column)
+    lengths = sorted(len(final.split()) for final in finals)
+    reason = f"the answers are texts of {lengths[len(lengths) // 2]} words in the middle, too long to be given word for word"
+    return _free_text(reason, permissions)
 
 
 def _choice(type_: str, reason: str, **parameters: Any) -> Choice:
     return Choice([RewardSpec.model_validate({"type": type_} | parameters)], reason)
 
 
-def _free_text(finals: Sequence[str], permissions: RewardPermissions, tests: str | None) -> Choice:
-    lengths = sorted(len(final.split()) for final in finals)
-    reason = f"the answers are texts of {lengths[len(lengths) // 2]} words in the middle, too long to be given word for word"
+def _is_tested(column: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row's column has tests for programs."""
+    try:
+        read_job(Sample(row["answer"], row["answer"], row["prompt"][-1]["content"], dict(row)), column)
+    except RewardError:
+        return False
+    return True
+
+
+def _free_text(reason: str, permissions: RewardPermissions, tests: str = "") -> Choice:
     if permissions.judge_model:
         return _choice("judge", reason, model=permissions.judge_model)
     if tests:
@@ -70,8 +82,8 @@ def _free_text(finals: Sequence[str], permissions: RewardPermissions, tests: str
     return _choice("similarity", reason)._replace(warnings=[warning])
 
 
-def _share(finals: Sequence[str], kind: Any) -> bool:
-    return sum(bool(kind(final)) for final in finals) >= MOST * len(finals)
+def _share(values: Sequence[Any], kind: Callable[[Any], object]) -> bool:
+    return sum(bool(kind(value)) for value in values) >= MOST * len(values)
 
 
 def _echoed(rows: Sequence[Mapping[str, Any]], finals: Sequence[str]) -> bool:
