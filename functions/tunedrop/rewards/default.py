@@ -18,7 +18,8 @@ from tunedrop.rewards.text import last_number
 MOST = 0.95
 # Up to so many words, a model can give an answer word for word.
 SHORT_WORDS = 8
-_NUMBER = re.compile(r"[^\w]*+[\d.,]*\d\s*(?:%|[^\W\d]{1,12})?\W*")
+# A number, and its unit ("7 pens", "7 (pens)").
+_NUMBER = re.compile(r"[^\w]*+[\d.,]*\d[\s(]*+(?:%|[^\W\d]{1,12})?+\W*+")
 _LATEX = re.compile(r"\\(?:d?frac|sqrt|boxed|pi|text|left|cdot|infty|begin)|\$[^$]+\$|\^\{?\w|\bx\s*=")
 _OPTION_LINE = re.compile(r"(?m)^\(?([A-Z])[).:]\s*\S")
 _TESTS = re.compile(r"test|input_?output", re.IGNORECASE)
