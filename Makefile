@@ -14,8 +14,10 @@ FUZZ := .venv-fuzz/.installed
 SBOM := .venv-sbom/.installed
 LIGHT = .venv-$(notdir $(PYTHON))
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
+# Two environments at a time.
+MAKEFLAGS += --jobs=2
 
-.PHONY: install demo test test-python lint browser deploy soak fuzz containers locks sbom clean
+.PHONY: install demo test test-python light lint browser deploy soak fuzz containers locks sbom clean
 
 install: $(APP) $(SAM)
 	@ln -sf ../../.venv-sam/bin/sam .venv/bin/sam
@@ -94,13 +96,16 @@ PYTEST = -m pytest -n 2 --dist loadfile
 # the most tests first, ends with the longest files.
 WITHOUT_TORCH = tests/unit tests/contract tests/template
 OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
-test: lint browser $(LINT)
+test: lint light browser $(LINT)
 	$(NO_BROWSER)
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) tests/trainer
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --no-loadscope-reorder --ignore=tests/trainer $(WITHOUT_BROWSER) \
 	  $(if $(OTHER),$(addprefix --ignore=,$(WITHOUT_TORCH)))
 	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER))
 	$(NO_BROWSER)
+
+light:
+	@$(if $(OTHER),$(MAKE) PYTHON=$(OTHER) .venv-$(OTHER)/.installed)
 
 # Python 3.12 and later measure coverage cheaply (sys.monitoring).
 COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli --cov-fail-under=61

@@ -82,23 +82,34 @@ def deliver(world, forged) -> None:
             assert not world.calls or set(world.calls) == {"GetItem"}
 
 
-@given(scenario=st.sampled_from(SCENARIOS), forged=forged_events)
-@example(
-    overwritten,
-    [("Validation Requested", {"key": KEY, "version_id": OLDEST, "sequencer": "F" * 64}, "1970-01-01T00:00:00Z")],
-)
-@example(rejected, [("Dataset Validated", {"run_id": RUN}, "2099-01-01T00:00:00Z")])
-@example(no_capacity, [("Results Published", {"run_id": RUN, "verdict": "APPROVED"}, "2099-01-01T00:00:00Z")])
-@settings(
-    max_examples=12,
-    phases=[Phase.explicit, Phase.generate],  # a scenario takes seconds: no shrinking
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-def test_no_forged_event_changes_the_end_of_a_run(deploy, scenario, forged):
-    assert end_of(deploy, scenario, forged) == expected_end(deploy, scenario)
+def search(deploy, **how) -> None:
+    @given(scenario=st.sampled_from(SCENARIOS), forged=forged_events)
+    @example(
+        overwritten,
+        [("Validation Requested", {"key": KEY, "version_id": OLDEST, "sequencer": "F" * 64}, "1970-01-01T00:00:00Z")],
+    )
+    @example(rejected, [("Dataset Validated", {"run_id": RUN}, "2099-01-01T00:00:00Z")])
+    @example(no_capacity, [("Results Published", {"run_id": RUN, "verdict": "APPROVED"}, "2099-01-01T00:00:00Z")])
+    @settings(
+        phases=[Phase.explicit, Phase.generate],  # a scenario takes seconds: no shrinking
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        **how,
+    )
+    def changes_nothing(scenario, forged):
+        assert end_of(deploy, scenario, forged) == expected_end(deploy, scenario)
+
+    changes_nothing()
+
+
+def test_no_forged_event_changes_the_end_of_a_run(deploy):
+    search(deploy, max_examples=6, derandomize=True)
+
+
+@pytest.mark.soak
+def test_no_forged_event_does_so_in_a_long_search(deploy):
+    search(deploy, max_examples=100)
 
 
 @cache
