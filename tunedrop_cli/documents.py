@@ -180,8 +180,8 @@ INTRODUCTION = """# JSON for scripts and agents
 
 With `--json` a command prints one JSON document and nothing else on standard output; `rollouts` prints one group on each
 line. Exit codes are the same with and without it: 0 success; 1 the run was rejected, failed or was stopped, the dataset is
-not valid, or the stack has errors; 2 wrong usage. After an error that has no document, standard output has no JSON, and the
-message is printed as text.
+not valid, or the stack has errors; 2 wrong usage. After an error that has no document, standard output
+is empty, and standard error has the message as text.
 
 This page has the JSON Schema (2020-12) of each document. `version` changes if a key gets another meaning or goes; later
 versions of Tunedrop may add keys. The page is written by `.venv/bin/python -m tunedrop_cli.documents > docs/json.md`;

@@ -12,12 +12,11 @@ import click
 from click.shell_completion import get_completion_class
 
 from local_app.stack import StackError
-from tunedrop.plain import printable
 from tunedrop_cli.commands import console as page
 from tunedrop_cli.commands import inputs, lines, local, operations, runs, serving
 from tunedrop_cli.location import UNREACHABLE
 from tunedrop_cli.options import DEFAULT_FOLDER
-from tunedrop_cli.output import console, print_raw
+from tunedrop_cli.output import print_error, print_raw
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,11 +64,12 @@ def main() -> None:
     try:
         cli()
     except UNREACHABLE as error:
-        console.print(f"error: AWS does not answer: {printable(str(error))}", style="red", markup=False)
-        console.print("If the application on this machine has ended, start it with `tunedrop up`.")
+        print_error(
+            f"AWS does not answer: {error}. If the application on this machine has ended, start it with `tunedrop up`."
+        )
         sys.exit(1)
     except StackError as error:
-        console.print(f"error: {printable(str(error))}", style="red", markup=False)  # it may quote a model's answer
+        print_error(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,6 +10,7 @@ from rich.text import Text
 from tunedrop.plain import printable
 
 console = Console(highlight=False, soft_wrap=True)
+_errors = Console(highlight=False, soft_wrap=True, stderr=True)
 GAP = "  "
 # Colours of cells, by their text.
 STYLES = {
@@ -47,6 +48,11 @@ def print_facts(facts: Iterable[Fact]) -> None:
 def say(line: str) -> None:
     """Print a step of a longer command."""
     console.print(printable(line), style="dim", markup=False)
+
+
+def print_error(line: str) -> None:
+    """Print an error where no document goes: to stderr."""
+    _errors.print(f"error: {printable(line)}", style="red", markup=False)
 
 
 def print_raw(text: object) -> None:

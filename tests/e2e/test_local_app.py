@@ -57,7 +57,7 @@ class App:
         command = [str(Path(sys.executable).with_name("tunedrop")), "--state", str(self.stack.folder), *map(str, arguments)]
         done = subprocess.run(command, check=False, cwd=self.folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout + (done.stderr if code else "")
 
     def write(self, name: str, content: str) -> Path:
         """Write a file for the command to upload."""

@@ -42,7 +42,7 @@ class Application:
         command = [str(Path(sys.executable).with_name("tunedrop")), "--state", str(self.stack.folder), *map(str, arguments)]
         done = subprocess.run(command, check=False, cwd=self.folder, capture_output=True, text=True, timeout=1800)
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout + (done.stderr if code else "")
 
     def drop(self, name: str, steps: int) -> Run:
         """Drop the counting sample, trained for so many steps, wait for the run's end, and return the run."""

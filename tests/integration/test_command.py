@@ -196,7 +196,9 @@ def test_a_mistake_is_a_message(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["tunedrop", "--state", str(tmp_path), "runs"])
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert "error: " in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert not printed.out  # a program may read a document there
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_aws_that_does_not_answer_is_a_message(monkeypatch, capsys, error):
     monkeypatch.setattr("tunedrop_cli.main.cli", fail)
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert f"error: AWS does not answer: {error}" in capsys.readouterr().out
+    assert f"error: AWS does not answer: {error}" in capsys.readouterr().err
 
 
 def test_the_text_of_an_error_does_not_control_the_terminal(monkeypatch, capsys):
@@ -227,4 +229,4 @@ def test_the_text_of_an_error_does_not_control_the_terminal(monkeypatch, capsys)
     monkeypatch.setattr("tunedrop_cli.main.cli", fail)
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert capsys.readouterr().out == "error: ']0;titleno' instead of '7'\n"
+    assert capsys.readouterr().err == "error: ']0;titleno' instead of '7'\n"

@@ -182,6 +182,12 @@ def test_a_file_name_leads_nowhere_else(page: Page, tmp_path: Path) -> None:
     assert not Path("/tmp/evil.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["..", ".", "a\0b.jsonl", f"{'x' * 300}.jsonl"], ids=repr)
+def test_a_name_that_no_file_can_have_is_a_message(page: Page, name: str) -> None:
+    for path in ("check", "drop"):
+        assert page.send(path, {"data": (name, GOOD_DATA)}).status == 400
+
+
 def test_hostile_text_is_text(page: Page, world: World) -> None:
     row = json.dumps({"question": HOSTILE, "answer": HOSTILE}).encode() + b"\n"
     checked = page.send("check", {"data": (f"x{HOSTILE.replace('/', '')}.jsonl", row * 3 + GOOD_DATA)})

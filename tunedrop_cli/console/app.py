@@ -196,12 +196,12 @@ class Console:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             form = await stack.enter_async_context(request.form())
             files = {}
-            for field in FILES:
-                sent = form.get(field)
-                if isinstance(sent, UploadFile) and sent.filename:
-                    files[field] = Path(folder, field, Path(sent.filename).name)
-                    await run_in_threadpool(_save, sent, files[field])
             try:
+                for field in FILES:
+                    sent = form.get(field)
+                    if isinstance(sent, UploadFile) and sent.filename:
+                        files[field] = Path(folder, field, Path(sent.filename).name)
+                        await run_in_threadpool(_save, sent, files[field])
                 if "data" not in files:
                     raise StackError("Choose a dataset first.")
                 return await run_in_threadpool(use, files)
@@ -274,10 +274,14 @@ def _events(request: Request, look: Callable[[], tuple[dict[str, str], bool]], e
 
 
 def _save(sent: UploadFile, path: Path) -> None:
-    path.parent.mkdir()
-    with path.open("wb") as file:
-        while part := sent.file.read(2**20):
-            file.write(part)
+    """Store a sent file. Raises StackError for a name that no file can have, and for a full disk."""
+    try:
+        path.parent.mkdir()
+        with path.open("wb") as file:
+            while part := sent.file.read(2**20):
+                file.write(part)
+    except (OSError, ValueError) as error:
+        raise StackError(f"{sent.filename} could not be stored: {error}") from None
 
 
 def application(make: Callable[[], Deployment], secret: str, place: str) -> Starlette:
