@@ -55,7 +55,7 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
     if _share(finals, _is_short):
         return _choice("exact_match", "the answers are short")
     lengths = sorted(len(final.split()) for final in finals)
-    reason = f"the answers are texts of {lengths[len(lengths) // 2]} words in the middle, too long to be given word for word"
+    reason = f"the answers are texts (median {lengths[len(lengths) // 2]} words), too long to be given word for word"
     return _free_text(reason, permissions)
 
 
