@@ -12,6 +12,8 @@ REGION = "us-east-1"
 # An environment variable of every process that the local app starts; its value is the app's folder. `Stack.processes` finds
 # the processes by this variable.
 MARKER = "TUNEDROP_FOLDER"
+# What the name of Bedrock's session with an import job's role begins with; the job's id follows.
+IMPORT_SESSION = "model-import-job-"
 
 
 class StackError(Exception):

@@ -39,8 +39,14 @@ __all__ = ["PROJECT", "STACK_NAME", "Outputs", "Stack", "StackError", "read_outp
 SERVERS = ("aws", "sagemaker")
 # A laptop trains one job at a time. `reconcile` recovers from a lost event within a minute instead of 15.
 PARAMETERS = {"MaxConcurrentJobs": "1", "ReconcileInterval": "rate(1 minute)"}
-# The services that the SageMaker emulator answers for.
-OF_SAGEMAKER = {"sagemaker", "sagemaker-runtime", "application-autoscaling"}
+# The services that the SageMaker emulator answers for, with the ends of the variables of their URLs.
+OF_SAGEMAKER = {
+    "sagemaker": "SAGEMAKER",
+    "sagemaker-runtime": "SAGEMAKER_RUNTIME",
+    "application-autoscaling": "APPLICATION_AUTO_SCALING",
+    "bedrock": "BEDROCK",
+    "bedrock-runtime": "BEDROCK_RUNTIME",
+}
 STARTUP_SECONDS = 60.0
 RESPONSE_SECONDS = 30.0
 
@@ -107,12 +113,12 @@ class Stack:
 
     @property
     def endpoint(self) -> str:
-        """URL of every AWS service except SageMaker."""
+        """URL of every AWS service except those of `sagemaker_endpoint`."""
         return f"https://{self._address['host']}:{self._address['aws']}"
 
     @property
     def sagemaker_endpoint(self) -> str:
-        """URL of SageMaker."""
+        """URL of SageMaker, Application Auto Scaling and Bedrock."""
         return f"http://{self._address['host']}:{self._address['sagemaker']}"
 
     @property
@@ -126,7 +132,7 @@ class Stack:
         """The variables by which AWS's tools reach this stack."""
         return self.credentials.environment | {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint,
+            **{f"AWS_ENDPOINT_URL_{name}": self.sagemaker_endpoint for name in OF_SAGEMAKER.values()},
             "AWS_CA_BUNDLE": str(self.tls.authority),
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,

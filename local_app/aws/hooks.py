@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from local_app.aws.event_patterns import MOST_COMPLEX, TOO_COMPLEX, complexity
-from local_app.common import Json
+from local_app.common import IMPORT_SESSION, Json
 from local_app.credentials import Credentials
 
 logger = logging.getLogger("pipeline.aws")
@@ -204,14 +204,21 @@ def _event_condition_keys(request: Any) -> Json:
 
 
 def hook_trust_policies() -> None:
-    """Add `aws:SourceAccount` when a service assumes a role. MiniStack's services call as root and leave the key out."""
+    """Add `aws:SourceAccount` when a service assumes a role, and `aws:SourceArn` when an import job of Bedrock does.
+
+    MiniStack's services call as root and leave the keys out.
+    """
     from ministack.core import iam_evaluator
 
     evaluate = iam_evaluator.evaluate_trust_policy
 
     def evaluate_trust_policy(document: Any, caller: str, context: Any = None) -> bool:
         if context is not None and caller.endswith(":root"):
-            context.service_context["aws:sourceaccount"] = context.principal_account
+            account = context.service_context["aws:sourceaccount"] = context.principal_account
+            session = context.service_context.get("sts:rolesessionname") or ""
+            if session.startswith(IMPORT_SESSION):
+                job = f"model-import-job/{session.removeprefix(IMPORT_SESSION)}"
+                context.service_context["aws:sourcearn"] = f"arn:aws:bedrock:{context.region}:{account}:{job}"
         return bool(evaluate(document, caller, context))
 
     iam_evaluator.evaluate_trust_policy = evaluate_trust_policy
@@ -334,32 +341,6 @@ def hook_alarm_arns() -> None:
         return str(arn_of(service, method, path, headers, body, query, region, account))
 
     iam_actions.extract_resource_arn = extract_resource_arn
-
-
-# ---- Bedrock ---------------------------------------------------------------------------------------------------------
-
-
-def hook_imports() -> None:
-    """Refuse to import models. MiniStack has import jobs that never end, and makes up what an imported model answers.
-
-    A look at a job is held against the job: MiniStack names no resource.
-    """
-    from ministack.core import iam_actions
-    from ministack.services import bedrock
-
-    arn_of = iam_actions.extract_resource_arn
-
-    def extract_resource_arn(service: str, method: str, path: str, *rest: Any) -> str:
-        if service == "bedrock" and path.startswith("/model-import-jobs/"):
-            *_, region, account = rest
-            return f"arn:aws:bedrock:{region}:{account}:model-import-job/{path.rpartition('/')[2]}"
-        return str(arn_of(service, method, path, *rest))
-
-    def refuse(_body: bytes) -> Any:
-        return bedrock._error("ValidationException", "The local application cannot import models.", 400)
-
-    iam_actions.extract_resource_arn = extract_resource_arn
-    bedrock._create_model_import_job = refuse
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------

@@ -8,17 +8,19 @@ from local_app.credentials import Credentials
 
 
 def authorize(request: Json, root: Credentials) -> Json:
-    """Return `{}` if IAM allows a signed request to SageMaker, else the `code` and `message` of AWS's refusal.
+    """Return `{}` if IAM allows a signed request to the SageMaker emulator, else the `code` and `message` of AWS's refusal.
 
-    `request["signed"]` is the request (`path`, `headers`, `body` in base64). `request["checks"]` are the permissions that it
-    needs (`action`, `resource`, and condition keys as `context`). `root` are the account's own credentials.
+    `request["signed"]` is the request (`method`, `path`, `query`, `headers`, `body` in base64). `request["checks"]` are the
+    permissions that it needs (`action`, `resource`, and condition keys as `context`). `root` are the account's own
+    credentials.
     """
     from ministack.core import iam_actions, iam_evaluator, responses
 
     signed = request["signed"]
     try:
         access_key = check_signature(
-            Signed("POST", signed["path"], {}, signed["headers"], base64.b64decode(signed["body"])), root
+            Signed(signed["method"], signed["path"], signed["query"], signed["headers"], base64.b64decode(signed["body"])),
+            root,
         )
     except Refused as refused:
         return {"code": refused.code, "message": refused.message}
@@ -26,7 +28,7 @@ def authorize(request: Json, root: Credentials) -> Json:
     responses.set_request_region(REGION)
     for check in request["checks"]:
         action, resource = check["action"], check["resource"]
-        denied = iam_evaluator.enforce(access_key, action, "sagemaker", REGION, resource, check["context"])
+        denied = iam_evaluator.enforce(access_key, action, action.partition(":")[0], REGION, resource, check["context"])
         if denied is not None:
             explicit = denied.decision == "Deny"
             message = iam_actions.identity_denial_message(action, denied.principal_arn, resource, explicit)

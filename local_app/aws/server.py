@@ -194,7 +194,6 @@ def main(argv: list[str] | None = None) -> None:
     hooks.hook_requests_without_action(root)
     hooks.hook_alarms()
     hooks.hook_alarm_arns()
-    hooks.hook_imports()
     asyncio.run(serve(options.host, options.port, tls, invocations, state, root))
 
 

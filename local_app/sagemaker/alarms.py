@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from local_app.common import Json
-from local_app.sagemaker.metrics import NAMESPACE, Evaluation, Metrics, Query, evaluate, query_of
+from local_app.sagemaker.metrics import Evaluation, Metrics, Query, evaluate, query_of
 from local_app.sagemaker.services import AWS_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -26,16 +26,23 @@ Scale = Callable[[str, float], None]
 
 
 class Alarms:
-    """Looks at the alarms every `interval` seconds, from `start` to `close`. `measure` is called before each look.
+    """Looks at the alarms every `interval` seconds, from `start` to `close`. `measure` is called before each look. The
+    metrics `others` have no alarms here, and get to CloudWatch as well.
 
     "For Auto Scaling actions, the alarm continues to invoke the action once per minute that the alarm remains in the new
     state" (https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarm-actions.html).
     """
 
     def __init__(
-        self, cloudwatch: Callable[[], Any], metrics: Metrics, measure: Callable[[], None], scale: Scale, interval: float
+        self,
+        cloudwatch: Callable[[], Any],
+        metrics: Metrics,
+        others: Sequence[Metrics],
+        measure: Callable[[], None],
+        scale: Scale,
+        interval: float,
     ) -> None:
-        self._cloudwatch, self._metrics, self._measure = cloudwatch, metrics, measure
+        self._cloudwatch, self._metrics, self._others, self._measure = cloudwatch, metrics, others, measure
         self._scale, self._interval = scale, interval
         self._scaled: dict[str, float] = {}  # when an alarm's policies were carried out last, by its ARN
         self._closing = threading.Event()
@@ -64,9 +71,11 @@ class Alarms:
                 logger.exception("alarms")
 
     def _publish(self) -> None:
-        data = self._metrics.new_minutes()
-        for first in range(0, len(data), MOST_DATA):
-            self._cloudwatch().put_metric_data(Namespace=NAMESPACE, MetricData=data[first : first + MOST_DATA])
+        for metrics in (self._metrics, *self._others):
+            data = metrics.new_minutes()
+            for first in range(0, len(data), MOST_DATA):
+                batch = data[first : first + MOST_DATA]
+                self._cloudwatch().put_metric_data(Namespace=metrics.namespace, MetricData=batch)
 
     def _described(self) -> Iterator[Json]:
         for page in self._cloudwatch().get_paginator("describe_alarms").paginate(AlarmTypes=["MetricAlarm"]):

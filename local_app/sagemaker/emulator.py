@@ -1,4 +1,4 @@
-"""One account's SageMaker in one region: dispatches API operations, and delivers the events of what changes."""
+"""One account's SageMaker and Bedrock in one region: dispatches API operations, and delivers the events of what changes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from typing import Any, Self
 from botocore import xform_name
 
 from local_app.common import ACCOUNT, REGION, Json
-from local_app.sagemaker import scaling
+from local_app.sagemaker import bedrock_runtime, imports, rest, scaling
 from local_app.sagemaker.alarms import Alarms
 from local_app.sagemaker.api import ServiceError, validate_request
 from local_app.sagemaker.components import InferenceComponents
 from local_app.sagemaker.deployments import Deployments
 from local_app.sagemaker.endpoints import Endpoints
+from local_app.sagemaker.imported_models import ImportedModels
 from local_app.sagemaker.jobs import TrainingJobs
 from local_app.sagemaker.metrics import Metrics
 from local_app.sagemaker.models import Models
+from local_app.sagemaker.passing import Containers
 from local_app.sagemaker.registry import ModelRegistry
 from local_app.sagemaker.runtime import Runtime
 from local_app.sagemaker.sandbox import StartupError
@@ -50,19 +52,28 @@ OPERATIONS = (
     *(*TRAINING_OPERATIONS, *REGISTRY_OPERATIONS, *MODEL_OPERATIONS, *ENDPOINT_OPERATIONS, *COMPONENT_OPERATIONS),
     *TAG_OPERATIONS,
 )
+# Bedrock's operations here, by botocore's names of the services.
+BEDROCK_OPERATIONS = {
+    "bedrock": (*imports.JOB_OPERATIONS, *imports.MODEL_OPERATIONS),
+    "bedrock-runtime": bedrock_runtime.OPERATIONS,
+}
 MOST_TAGS = 50  # of one resource
 SERVER = (sys.executable, "-m", "local_app.serving")
 
 
 class SageMakerEmulator:
-    """SageMaker, with its state in `state_dir`, which one emulator at a time may use. Raises StartupError.
+    """SageMaker, and Bedrock's Custom Model Import, with their state in `state_dir`, which one emulator at a time may use.
+
+    Raises StartupError.
 
     `endpoint_url` serves S3, CloudWatch and its Logs of the same account (credentials from boto3's usual places).
     `on_state_change` gets every event "SageMaker Training Job State Change", "SageMaker Model Package State Change" and
     "SageMaker Endpoint State Change" in order. While it raises, the event is kept and delivered again, also after a
     restart: at least once, as on AWS. Jobs do not see the folder `private`. `server_command` starts the server of an
-    inference component's copy, and `startup_limit` is the longest, in seconds, to wait until it is healthy. The alarms are
-    looked at every `alarm_interval` seconds.
+    inference component's copy, and `startup_limit` is the longest, in seconds, to wait until it is healthy. It also starts
+    the server of an imported model, which ends `idle_seconds` after the last request: "5 minutes"
+    (https://docs.aws.amazon.com/bedrock/latest/userguide/import-model-calculate-cost.html). The alarms are looked at every
+    `alarm_interval` seconds.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class SageMakerEmulator:
         server_command: Sequence[str] = SERVER,
         startup_limit: float = math.inf,
         alarm_interval: float = 2,
+        idle_seconds: float = 300,
         region: str = REGION,
         account: str = ACCOUNT,
     ) -> None:
@@ -119,15 +131,21 @@ class SageMakerEmulator:
             startup_limit=startup_limit,
         )
         self._endpoints.on_delete = self._deployments.end_processes
-        self.metrics = Metrics()
+        self.metrics, self.bedrock_metrics = Metrics(), Metrics("AWS/Bedrock")
         self._components = InferenceComponents(
             self._store, self._endpoints, self._models, self._deployments, self.metrics, arn_prefix
         )
-        self.runtime = Runtime(self._components, self.metrics)
+        containers = Containers()
+        self.runtime = Runtime(self._components, containers, self.metrics)
+        self.bedrock_prefix = f"arn:aws:bedrock:{region}:{account}"
+        self.imported_models = ImportedModels(self._store, state_dir / "imported", server_command, idle_seconds)
+        self._imports = imports.ModelImports(self._store, self.imported_models, services, self.bedrock_prefix)
+        self.bedrock_runtime = bedrock_runtime.BedrockRuntime(self.imported_models, containers, self.bedrock_metrics)
         self._scaling = scaling.Scaling(self._store, services, self._components, arn_prefix)
         self._alarms = Alarms(
             lambda: services.cloudwatch,
             self.metrics,
+            [self.bedrock_metrics],
             lambda: self._deployments.measure(self.metrics),
             self._scaling.carry_out,
             alarm_interval,
@@ -139,6 +157,7 @@ class SageMakerEmulator:
         self._training.resume()
         self._endpoints.resume()
         self._deployments.resume()
+        self._imports.resume()
         self._alarms.start()
 
     def __enter__(self) -> Self:
@@ -150,8 +169,10 @@ class SageMakerEmulator:
         self.close()
 
     def close(self) -> None:
-        """End all processes and release the state. Open jobs and components continue in the next emulator of the folder."""
+        """End all processes and release the state. What is open continues in the next emulator of the folder."""
         self._alarms.close()
+        self._imports.close()
+        self.imported_models.close()
         self._deployments.close()
         self._training.close()
         self._closed.set()
@@ -184,6 +205,12 @@ class SageMakerEmulator:
         }
         owner = next(owner for owner, theirs in owners.items() if operation in theirs)
         result: Json = getattr(owner, xform_name(operation))(request)
+        return result
+
+    def call_bedrock(self, call: rest.Call) -> Json:
+        """Perform one API operation of Bedrock. Raises ServiceError."""
+        owner: Any = self._imports if call.operation.name in imports.JOB_OPERATIONS else self.imported_models
+        result: Json = getattr(owner, xform_name(call.operation.name))(call.parameters)
         return result
 
     def interrupt(self, job_name: str) -> None:

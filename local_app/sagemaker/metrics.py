@@ -1,4 +1,4 @@
-"""The metrics of inference components, in memory, and CloudWatch's alarms about them.
+"""The metrics of inference components and of imported models, in memory, and CloudWatch's alarms about the former.
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/monitoring-cloudwatch.html
 """
@@ -60,9 +60,13 @@ class Statistics:
 
 
 class Metrics:
-    """The metrics of the last day by seconds: a period of an alarm ends now, not at the last full minute, as on AWS."""
+    """A service's metrics of the last day by seconds: a period of an alarm ends now, not at the last full minute, as on AWS.
 
-    def __init__(self) -> None:
+    `namespace` is theirs in CloudWatch.
+    """
+
+    def __init__(self, namespace: str = NAMESPACE) -> None:
+        self.namespace = namespace
         self._lock = threading.Lock()
         self._series: dict[tuple[str, frozenset[tuple[str, str]]], dict[int, Statistics]] = defaultdict(dict)
         self.begin = time.time()

@@ -104,6 +104,8 @@ def bedrock_permissions(operation: str, request: Json, arn_prefix: str, tags: Ma
     """
     job, model = f"{arn_prefix}:model-import-job/0123456789ab", f"{arn_prefix}:imported-model/0123456789ab"
     context = {f"aws:ResourceTag/{key}": value for key, value in tags.items()}
+    if operation in ("ListModelImportJobs", "ListImportedModels"):
+        return [RequiredPermission(f"bedrock:{operation}", "*")]
     if operation == "GetModelImportJob":
         return [RequiredPermission("bedrock:GetModelImportJob", job)]
     if operation != "CreateModelImportJob":

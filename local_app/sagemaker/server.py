@@ -1,15 +1,16 @@
-"""SageMaker, SageMaker Runtime and Application Auto Scaling on this machine: an HTTP server.
+"""SageMaker, Application Auto Scaling and Bedrock's Custom Model Import on this machine: an HTTP server.
 
-boto3 reaches it through AWS_ENDPOINT_URL_SAGEMAKER, …_SAGEMAKER_RUNTIME and …_APPLICATION_AUTO_SCALING.
+boto3 reaches it through AWS_ENDPOINT_URL_SAGEMAKER, …_SAGEMAKER_RUNTIME, …_APPLICATION_AUTO_SCALING, …_BEDROCK and
+…_BEDROCK_RUNTIME.
 
     python -m local_app.sagemaker.server --port 4570 --state-dir .tunedrop/sagemaker --s3-endpoint https://127.0.0.1:4566 \\
       --event-sink https://127.0.0.1:4566/_tunedrop/events --authorizer https://127.0.0.1:4566/_tunedrop/authorize
 
-Training jobs are real processes on this machine (`job_process`), and so are the copies of inference components (`copies`).
-Their state survives a kill (`store`), and each change of a job's or an endpoint's state is an EventBridge event. Every
-request is signed, and IAM decides about the request. The root credentials are the environment's. Besides the AWS API, the
-server has `GET /_tunedrop/health`, which answers everybody, and, for root, `POST /_tunedrop/interrupt/<job>` (a spot
-interruption).
+Training jobs are real processes on this machine (`job_process`), and so are the copies of inference components and of
+imported models (`copies`). Their state survives a kill (`store`), and each change of a job's or an endpoint's state is an
+EventBridge event. Every request is signed, and IAM decides about the request. The root credentials are the environment's.
+Besides the AWS API, the server has `GET /_tunedrop/health`, which answers everybody, and, for root,
+`POST /_tunedrop/interrupt/<job>` (a spot interruption).
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import parse_qs
 
 from local_app.asgi import Application, Receive, Scope, Send, ThreadedServer, answer_json, headers_of, read_body
 from local_app.common import ACCOUNT, REGION, Json
 from local_app.credentials import Credentials, post_signed
+from local_app.sagemaker import rest
 from local_app.sagemaker.api import ServiceError
-from local_app.sagemaker.emulator import SageMakerEmulator
-from local_app.sagemaker.permissions import RequiredPermission, required_permissions
+from local_app.sagemaker.emulator import BEDROCK_OPERATIONS, SageMakerEmulator
+from local_app.sagemaker.permissions import RequiredPermission, bedrock_permissions, required_permissions
 from local_app.sagemaker.runtime import parse
 from local_app.sagemaker.sandbox import StartupError
 
@@ -59,7 +62,7 @@ def remote_authorizer(url: str, root: Credentials) -> Authorizer:
 
 
 def application(emulator: SageMakerEmulator, authorize: Authorizer | None) -> Application:
-    """Return the ASGI application: AWS JSON 1.1 (POST / with `X-Amz-Target`), `/endpoints/` and `/_tunedrop/`."""
+    """Return the ASGI application: AWS JSON 1.1 (POST / with `X-Amz-Target`), `/_tunedrop/`, and REST-JSON elsewhere."""
 
     async def serve_request(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,12 +70,15 @@ def application(emulator: SageMakerEmulator, authorize: Authorizer | None) -> Ap
         body = await read_body(receive)
         headers = {"x-amzn-requestid": str(uuid.uuid4())}
         require = _authorization(authorize, scope, body)
-        if scope["path"].startswith("/endpoints/"):
+        if scope["path"] != "/" and not scope["path"].startswith("/_tunedrop/"):
+            serve_rest = _invoke if scope["path"].startswith("/endpoints/") else _serve_bedrock
             try:
-                await _invoke(emulator, require, scope, body, receive, send)
+                _refuse_browsers(scope)
+                await serve_rest(emulator, require, scope, body, receive, send)
             except Exception as error:  # noqa: BLE001 - the client gets a response
                 status, content = _failure(error, scope)
-                headers["x-amzn-errortype"] = content.pop("__type")  # as REST-JSON has it
+                code = headers["x-amzn-errortype"] = content.pop("__type")  # as REST-JSON has it
+                status = rest.error_statuses("sagemaker-runtime", *BEDROCK_OPERATIONS).get(code, status)
                 await answer_json(send, status, content | {"Message": content["message"]}, headers)
             return
         # SQLite, the authorizer and STS block, so each request has a thread.
@@ -84,14 +90,19 @@ def application(emulator: SageMakerEmulator, authorize: Authorizer | None) -> Ap
 
 def _authorization(authorize: Authorizer | None, scope: Scope, body: bytes) -> Require:
     """Return the function that raises ServiceError unless IAM grants a request the permissions that it needs."""
-    content = base64.b64encode(body).decode()
-    signed = {"path": scope["raw_path"].decode("latin-1"), "headers": headers_of(scope), "body": content}
+    request = _request(scope, body)
+    signed = request._asdict() | {"body": base64.b64encode(body).decode()}
 
     def require(*permissions: RequiredPermission) -> None:
         if authorize:
             authorize(signed, list(permissions))
 
     return require
+
+
+def _request(scope: Scope, body: bytes) -> rest.Request:
+    query = parse_qs(scope["query_string"].decode(), keep_blank_values=True)
+    return rest.Request(scope["method"], scope["raw_path"].decode("latin-1"), query, headers_of(scope), body)
 
 
 def _refuse_browsers(scope: Scope) -> None:
@@ -113,11 +124,37 @@ async def _invoke(
     emulator: SageMakerEmulator, require: Require, scope: Scope, body: bytes, receive: Receive, send: Send
 ) -> None:
     """Answer a request of SageMaker Runtime."""
-    _refuse_browsers(scope)
     invocation = parse(scope["method"], scope["path"], headers_of(scope), body)
     permissions = required_permissions(invocation.operation, invocation.parameters, emulator.arn_prefix)
     await asyncio.to_thread(require, *permissions)
     await emulator.runtime.serve(invocation, receive, send)
+
+
+async def _serve_bedrock(
+    emulator: SageMakerEmulator, require: Require, scope: Scope, body: bytes, receive: Receive, send: Send
+) -> None:
+    """Answer a request of Bedrock or of Bedrock Runtime."""
+    call = rest.parse(_request(scope, body), BEDROCK_OPERATIONS)
+    if call is None:
+        there = ", ".join(name for names in BEDROCK_OPERATIONS.values() for name in names)
+        message = f"There is no {scope['method']} {scope['path']} here. Of Bedrock, the local application has {there}."
+        raise ServiceError("UnknownOperationException", f"{message} It has no foundation models.", 404)
+    await asyncio.to_thread(_authorize_bedrock, emulator, require, call)
+    if call.operation.name in BEDROCK_OPERATIONS["bedrock-runtime"]:
+        await emulator.bedrock_runtime.serve(call, receive, send)
+        return
+    result = await asyncio.to_thread(emulator.call_bedrock, call)
+    await answer_json(send, *rest.answer(call, result), {"x-amzn-requestid": str(uuid.uuid4())})
+
+
+def _authorize_bedrock(emulator: SageMakerEmulator, require: Require, call: rest.Call) -> None:
+    """Raise ServiceError unless IAM grants a call to Bedrock its permissions, by the ARN and the tags of the model."""
+    request = call.parameters
+    named = {name: request[name] for name in ("modelId", "modelIdentifier") if name in request}
+    model = next(filter(None, map(emulator.imported_models.find, named.values())), None)
+    tags = model["tags"] if model else {}
+    request = request | (dict.fromkeys(named, model["modelArn"]) if model else {})
+    require(*bedrock_permissions(call.operation.name, request, emulator.bedrock_prefix, tags))
 
 
 def _respond(emulator: SageMakerEmulator, require: Require, scope: Scope, body: bytes) -> tuple[int, Json]:

@@ -30,18 +30,16 @@ class Services:
             raise StartupError("No AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the local account.")
         config = Config(retries={"mode": "standard", "max_attempts": 8}, s3={"addressing_style": "path"})
         self.s3 = self._session.client("s3", endpoint_url=endpoint_url, config=config)
-        # LogStream sends its lines again, so the client does not.
-        self.logs = self._session.client("logs", endpoint_url=endpoint_url, config=Config(retries={"total_max_attempts": 1}))
         self.region, self.endpoint_url = region, endpoint_url
 
-    def assume(self, role_arn: str) -> Services:
+    def assume(self, role_arn: str, session_name: str = "SageMaker") -> Services:
         """Return the same services with a role's credentials, which are fetched at the first request and renewed in time."""
         fetcher = AssumeRoleCredentialFetcher(
             partial(self._session.client, endpoint_url=self.endpoint_url, region_name=self.region),
             self._session.get_credentials(),
             role_arn,
             # 12 hours, STS's maximum: a job's process keeps the credentials of its start.
-            extra_args={"RoleSessionName": "SageMaker", "DurationSeconds": 12 * 3600},
+            extra_args={"RoleSessionName": session_name, "DurationSeconds": 12 * 3600},
         )
         session = botocore.session.Session()
         session._credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
@@ -57,6 +55,12 @@ class Services:
                 f"Could not assume role {role_arn}. Please ensure that the role exists and allows principal "
                 "'sagemaker.amazonaws.com' to assume the role.",
             ) from error
+
+    @cached_property
+    def logs(self) -> Any:
+        """CloudWatch Logs' client, which sends once: LogStream sends its lines again."""
+        config = Config(retries={"total_max_attempts": 1})
+        return self._session.client("logs", endpoint_url=self.endpoint_url, config=config)
 
     @cached_property
     def cloudwatch(self) -> Any:

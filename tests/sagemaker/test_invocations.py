@@ -14,7 +14,7 @@ import pytest
 from botocore.exceptions import ClientError, EventStreamError
 from components import CONTAINER, Serving
 
-from local_app.sagemaker import runtime
+from local_app.sagemaker import passing
 from local_app.sagemaker.permissions import RequiredPermission, required_permissions
 from local_app.sagemaker.server import serve as serve_http
 
@@ -171,8 +171,8 @@ def test_an_invocation_times_out_as_on_aws(shared: Serving, monkeypatch: pytest.
     """ "A customer's model containers must respond to requests within 60 seconds."
     https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html
     """
-    assert runtime.RESPONSE_SECONDS == 60
-    monkeypatch.setattr(runtime, "RESPONSE_SECONDS", 0.3)
+    assert passing.RESPONSE_SECONDS == 60
+    monkeypatch.setattr(passing, "RESPONSE_SECONDS", 0.3)
     with pytest.raises(ClientError, match=r"Received server error \(0\) from primary.*Your invocation timed out"):
         shared.ask("base", sleep=1)
 

@@ -5,7 +5,8 @@
 The model's folder has a file `version`. Its environment can make it unhealthy (`UNHEALTHY=1`) or end it at once (`CRASH=1`).
 An adapter is a folder with a file `version`; one that says `broken` is refused, and one that says `deadly` ends the
 process. The body of an invocation can have `sleep` (seconds), `status` (the answer's), `die`, and `stream` with `parts` and
-`pause` (seconds).
+`pause` (seconds), as server-sent events with `documents`. With a file `answers.json`, the answers by question, the model
+answers with chat completions.
 """
 
 import argparse
@@ -55,6 +56,10 @@ class Handler(BaseHTTPRequestHandler):
         if adapter and adapter not in self.adapters:
             self._answer(404, {"error": f"no adapter {adapter}"})
             return
+        if (answers := self.model / "answers.json").exists():
+            text = json.loads(answers.read_text())[body["messages"][-1]["content"]]
+            self._answer(200, {"choices": [{"message": {"content": text}}]})
+            return
         version = self.adapters[adapter] if adapter else (self.model / "version").read_text()
         time.sleep(body.get("sleep", 0))
         if body.get("die"):
@@ -72,8 +77,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for number in range(body["parts"]):
             part = f"{version} {number}\n"
+            if body.get("documents"):
+                part = f"data: {json.dumps({'part': part})}\n\n"
             self.wfile.write(f"{len(part):x}\r\n{part}\r\n".encode())
             time.sleep(body["pause"])
+        if body.get("documents"):
+            self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n")
         self.wfile.write(b"0\r\n\r\n")
 
     def _answer(self, status: int, content: dict[str, Any]) -> None:

@@ -31,21 +31,22 @@ def check_architecture(config: RunConfig, model: Mapping[str, Any]) -> list[Prob
     """Return why Bedrock would refuse the model whose `config.json` this is, if Bedrock is to serve it."""
     if not imports(config):
         return []
-    problems = []
+    hint = f"leave serve.target out, or tune a model of {', '.join(dict.fromkeys(ARCHITECTURES.values()))}"
+    messages = [f"Bedrock cannot import '{config.model}': {reason}" for reason in refusals(model)]
+    return [Problem("SERVE_TARGET", message, hint, key="serve.target") for message in messages]
+
+
+def refusals(model: Mapping[str, Any]) -> list[str]:
+    """Return why Bedrock does not import the model whose `config.json` this is; an empty list if it does."""
+    reasons = []
     names = model.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else "none"
     if architecture not in ARCHITECTURES:
-        message = f"Bedrock cannot import '{config.model}': its architecture is {architecture}, which is not in {SOURCE}"
-        hint = f"leave serve.target out, or tune a model of {', '.join(dict.fromkeys(ARCHITECTURES.values()))}"
-        problems.append(Problem("SERVE_TARGET", message, hint, key="serve.target"))
+        reasons.append(f"its architecture is {architecture}, which is not in {SOURCE}")
     positions = model.get("max_position_embeddings")
     if isinstance(positions, int) and positions > MOST_POSITIONS:
-        message = (
-            f"Bedrock cannot import '{config.model}': its config.json has max_position_embeddings {positions}, more than "
-            f"{MOST_POSITIONS} ({SOURCE})"
-        )
-        problems.append(Problem("SERVE_TARGET", message, "leave serve.target out", key="serve.target"))
-    return problems
+        reasons.append(f"its config.json has max_position_embeddings {positions}, more than {MOST_POSITIONS} ({SOURCE})")
+    return reasons
 
 
 def unchecked(config: RunConfig) -> list[str]:
