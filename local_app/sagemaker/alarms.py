@@ -37,10 +37,10 @@ class Alarms:
         self,
         cloudwatch: Callable[[], Any],
         metrics: Metrics,
-        others: Sequence[Metrics],
         measure: Callable[[], None],
         scale: Scale,
         interval: float,
+        others: Sequence[Metrics] = (),
     ) -> None:
         self._cloudwatch, self._metrics, self._others, self._measure = cloudwatch, metrics, others, measure
         self._scale, self._interval = scale, interval

@@ -145,10 +145,10 @@ class SageMakerEmulator:
         self._alarms = Alarms(
             lambda: services.cloudwatch,
             self.metrics,
-            [self.bedrock_metrics],
             lambda: self._deployments.measure(self.metrics),
             self._scaling.carry_out,
             alarm_interval,
+            [self.bedrock_metrics],
         )
         self._on_state_change = on_state_change
         self._closed = threading.Event()

@@ -21,6 +21,7 @@ import pytest
 from local_app.certificates import make_certificates
 from local_app.common import MARKER
 from local_app.credentials import post_signed, root_credentials
+from local_app.stack import OF_SAGEMAKER
 
 Json = dict[str, Any]
 
@@ -107,8 +108,7 @@ class Emulators:
 
     def client(self, service: str, **credentials: str) -> Any:
         """A client with the account's own credentials, or with `credentials`."""
-        of_sagemaker = service in ("sagemaker", "sagemaker-runtime", "application-autoscaling")
-        url = self.url_of("sagemaker" if of_sagemaker else "aws")
+        url = self.url_of("sagemaker" if service in OF_SAGEMAKER else "aws")
         root = {"aws_access_key_id": self.root.access_key_id, "aws_secret_access_key": self.root.secret_access_key}
         key = credentials or root
         return boto3.client(service, endpoint_url=url, region_name="us-east-1", verify=str(self.authority), **key)

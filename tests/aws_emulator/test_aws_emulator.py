@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import urllib.error
+import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -453,19 +455,71 @@ def test_a_service_takes_on_a_role_that_trusts_it_for_this_account_only(emulator
         Role(emulators, allow("s3:GetObject", "*"), trusted_for="999999999999").credentials()
 
 
-def test_models_are_not_imported_here_and_a_look_at_a_job_is_held_against_the_job(emulators: Emulators) -> None:
-    jobs = "arn:aws:bedrock:us-east-1:000000000000:model-import-job/*"
-    role = Role(emulators, allow("bedrock:GetModelImportJob", jobs))
-    bedrock = emulators.client("bedrock", **role.credentials())
-    with pytest.raises(ClientError, match="ResourceNotFoundException"):
-        bedrock.get_model_import_job(jobIdentifier="tunedrop-cars-1")
-    with pytest.raises(ClientError, match="AccessDenied"):
-        bedrock.get_imported_model(modelIdentifier="tunedrop-cars-1")
-    request = {"jobName": "j", "importedModelName": "m", "roleArn": "arn:aws:iam::000000000000:role/r"}
-    with pytest.raises(ClientError, match=r"ValidationException.*The local application cannot import models"):
-        emulators.client("bedrock").create_model_import_job(
-            **request, modelDataSource={"s3DataSource": {"s3Uri": "s3://bucket/merged/"}}
+def test_bedrock_imports_what_its_role_reads_and_does_what_iam_lets_the_caller_do(emulators: Emulators) -> None:
+    """https://docs.aws.amazon.com/bedrock/latest/userguide/model-import-iam-role.html"""
+    bedrock, s3, iam = (emulators.client(name) for name in ("bedrock", "s3", "iam"))
+    jobs, models = (f"arn:aws:bedrock:us-east-1:000000000000:{kind}/*" for kind in ("model-import-job", "imported-model"))
+    s3.create_bucket(Bucket="imports")
+    files = {"config.json": '{"architectures": ["LlamaForCausalLM"]}', "tokenizer.json": "{}", "tokenizer_config.json": "{}"}
+    for folder in ("merged", "secret"):
+        for name, body in (files | {"model.safetensors": "-"}).items():
+            s3.put_object(Bucket="imports", Key=f"{folder}/{name}", Body=body)
+    importer = Role(
+        emulators, allow("s3:ListBucket", "arn:aws:s3:::imports"), allow("s3:GetObject", "arn:aws:s3:::imports/merged/*")
+    )
+    mine = {"StringEquals": {"aws:ResourceTag/tunedrop:prefix": "mine"}}
+    caller = Role(
+        emulators,
+        allow("bedrock:CreateModelImportJob", "*"),
+        allow("bedrock:TagResource", models),
+        allow("bedrock:GetModelImportJob", jobs),
+        allow("bedrock:DeleteImportedModel", models, **mine),
+        allow("bedrock:InvokeModel", models, **mine),
+        allow("iam:PassRole", importer.arn, StringEquals={"iam:PassedToService": "bedrock.amazonaws.com"}),
+    )
+    credentials = caller.credentials()
+    theirs, runtime = (emulators.client(name, **credentials) for name in ("bedrock", "bedrock-runtime"))
+
+    def create(client: Any, name: str, folder: str = "merged", prefix: str = "mine") -> Any:
+        client.create_model_import_job(
+            jobName=name,
+            importedModelName=name,
+            roleArn=importer.arn,
+            modelDataSource={"s3DataSource": {"s3Uri": f"s3://imports/{folder}/"}},
+            importedModelTags=[{"key": "tunedrop:prefix", "value": prefix}],
         )
+        wait_for(lambda: theirs.get_model_import_job(jobIdentifier=name)["status"] != "InProgress")
+        return theirs.get_model_import_job(jobIdentifier=name)
+
+    trust = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": {"Service": "bedrock.amazonaws.com"}}
+
+    def trusts(source: str) -> None:
+        statement = trust | {"Condition": {"ArnLike": {"aws:SourceArn": source}}}
+        document = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        iam.update_assume_role_policy(RoleName=importer.name, PolicyDocument=document)
+
+    trusts(models)
+    with pytest.raises(ClientError, match="Could not assume provided IAM role"):
+        create(theirs, "untrusted")
+    trusts(jobs)
+    assert "Forbidden" in create(theirs, "secret", "secret")["failureMessage"]
+    own, other = create(theirs, "own")["importedModelArn"], create(bedrock, "other", prefix="other")["importedModelArn"]
+    for refused, action in (
+        (lambda: theirs.delete_imported_model(modelIdentifier=other), "bedrock:DeleteImportedModel"),
+        (lambda: runtime.invoke_model(modelId=other, body=b"{}"), "bedrock:InvokeModel"),
+        (theirs.list_imported_models, "bedrock:ListImportedModels"),
+    ):
+        with pytest.raises(ClientError, match=f"not authorized to perform: {action}") as error:
+            refused()
+        assert error.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
+    theirs.delete_imported_model(modelIdentifier=own)
+    assert [model["modelArn"] for model in bedrock.list_imported_models(maxResults=5)["modelSummaries"]] == [other]
+    forged = emulators.client("bedrock", **credentials | {"aws_secret_access_key": "guessed"})
+    with pytest.raises(ClientError, match="signature"):
+        forged.get_model_import_job(jobIdentifier="own")
+    with pytest.raises(urllib.error.HTTPError, match=r"40[03]"):
+        urllib.request.urlopen(f"{emulators.url_of('sagemaker')}/imported-models")
+    bedrock.delete_imported_model(modelIdentifier="other")
 
 
 def test_alarms_are_deleted_by_their_names_and_described_by_who_may_describe_all(

@@ -14,7 +14,7 @@ from fake_stack import plan_request
 from tiny_tokenizer import tokenizer_files
 
 from local_app.common import MARKER
-from local_app.stack import PROJECT, Stack, StackError
+from local_app.stack import OF_SAGEMAKER, PROJECT, Stack, StackError
 from pipeline.runs.states import RunState
 from tunedrop_cli.deployment import Deployment
 
@@ -71,7 +71,8 @@ def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path
     outputs = stack.up()
 
     variables = stack.client("lambda").get_function_configuration(FunctionName="tunedrop-start-training")["Environment"]
-    assert variables["Variables"]["AWS_ENDPOINT_URL_SAGEMAKER"] == stack.sagemaker_endpoint
+    for service in OF_SAGEMAKER.values():
+        assert variables["Variables"][f"AWS_ENDPOINT_URL_{service}"] == stack.sagemaker_endpoint
     assert variables["Variables"]["MAX_CONCURRENT_JOBS"] == "1"
     # `sam local invoke` sets the declared variables: the deployed functions have all of them.
     declared = declared_variables()

@@ -8,6 +8,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from local_app.sagemaker import imports
 from local_app.sagemaker.api import ServiceError
 from local_app.sagemaker.permissions import RequiredPermission
 from local_app.sagemaker.server import serve as serve_http
+from local_app.sagemaker.services import Services
+from local_app.sagemaker.store import Store
 from pipeline.validation.bedrock import ARCHITECTURES
 
 from .conftest import Local, launch, sagemaker_client
@@ -187,17 +190,16 @@ def test_a_role_that_cannot_be_assumed_is_refused(shared: Importing, monkeypatch
     def refuse(*_: object) -> Any:
         raise ClientError({"Error": {"Code": "AccessDenied", "Message": "not you"}}, "AssumeRole")
 
-    monkeypatch.setattr(imports.Services, "credentials", property(refuse))
+    monkeypatch.setattr(Services, "credentials", property(refuse))
     with pytest.raises(ClientError, match=r"ValidationException.*Could not assume provided IAM role"):
         shared.create("role")
 
 
 def test_names_and_tokens_are_used_once(shared: Importing) -> None:
-    token = {"clientRequestToken": "again-1"}
-    arn = shared.create("once", {"config.json": "{}"}, **token)
-    assert shared.create("once", **token) == arn
+    arn = shared.create("once", {"config.json": "{}"}, clientRequestToken="again-1")
+    assert shared.create("once", clientRequestToken="again-1") == arn
     shared.ended("once")
-    assert shared.create("twice", **token) == arn
+    assert shared.create("twice", clientRequestToken="again-1") == arn
     with pytest.raises(shared.client.exceptions.ConflictException, match="job name once is already in use") as error:
         shared.create("once")
     assert error.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
@@ -308,7 +310,7 @@ def test_kill_9_leaves_no_process_and_an_import_goes_on_after_a_restart(
 ) -> None:
     process, local = command()
     importing = Importing(local)
-    model = importing.imported("stays", {**FILES, "config.json": FILES["config.json"]})
+    model = importing.imported("stays")
     with pytest.raises(importing.runtime.exceptions.ModelNotReadyException):
         importing.ask(model)  # the app's own server starts, with files that are no model
 
@@ -320,7 +322,7 @@ def test_kill_9_leaves_no_process_and_an_import_goes_on_after_a_restart(
     process.send_signal(signal.SIGKILL)
     process.wait()
     local.until(lambda: not servers(), 5)
-    with open_store(tmp_path / "state/state.sqlite") as store, store.transaction():
+    with closing(Store(tmp_path / "state/state.sqlite")) as store, store.transaction():
         job = next(each for each in store.all(imports.KIND) if each["jobName"] == "stays")
         unfinished = {key: job[key] for key in job.keys() - {"endTime", "importedModelArn"}}
         identifier = "a" * 12
@@ -333,14 +335,6 @@ def test_kill_9_leaves_no_process_and_an_import_goes_on_after_a_restart(
     names = {each["modelName"] for each in importing.client.list_imported_models()["modelSummaries"]}
     assert names == {"late", "stays-model"}
     assert not servers()  # until somebody asks
-
-
-def open_store(path: Path) -> Any:
-    from contextlib import closing
-
-    from local_app.sagemaker.store import Store
-
-    return closing(Store(path))
 
 
 def test_no_process_outlives_the_emulator(start: Callable[..., Local]) -> None:
