@@ -10,8 +10,8 @@
 - `signatures` lets only signed requests through. The root credentials are the environment's (`local_app.credentials`).
 - IAM is enforced, over TLS. `calls.jsonl` in the state folder records the calls of each role, with IAM's decisions.
 - With root's credentials, `POST /_tunedrop/events` puts an EventBridge event (JSON) of an AWS service, such as a SageMaker
-  job state change, on the default bus, and `POST /_tunedrop/authorize` returns IAM's decision about a request to SageMaker.
-  `GET /_tunedrop/health` answers 200 to everybody.
+  job state change, on the default bus, and `POST /_tunedrop/authorize` returns IAM's decision about a request to the
+  SageMaker emulator. `GET /_tunedrop/health` answers 200 to everybody.
 """
 
 import argparse

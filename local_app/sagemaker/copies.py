@@ -1,7 +1,7 @@
-"""Copies of an inference component: each is a server process on this machine that keeps to the contract of vLLM's container.
+"""Copies of an inference component or of an imported model: each is a server process on this machine.
 
-The container has GET /ping, POST /invocations, POST /adapters {"name", "src"} and DELETE /adapters/{name}
-(https://github.com/aws/model-hosting-container-standards). Every request has the process's token.
+It keeps to the contract of vLLM's container: GET /ping, POST /invocations, POST /adapters {"name", "src"} and
+DELETE /adapters/{name} (https://github.com/aws/model-hosting-container-standards). Every request has the process's token.
 """
 
 from __future__ import annotations

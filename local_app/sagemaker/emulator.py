@@ -71,7 +71,7 @@ class SageMakerEmulator:
     "SageMaker Endpoint State Change" in order. While it raises, the event is kept and delivered again, also after a
     restart: at least once, as on AWS. Jobs do not see the folder `private`. `server_command` starts the server of an
     inference component's copy, and `startup_limit` is the longest, in seconds, to wait until it is healthy. It also starts
-    the server of an imported model, which ends `idle_seconds` after the last request: "5 minutes"
+    the server of an imported model, which ends `idle_seconds` after the last request; on AWS, these are five minutes
     (https://docs.aws.amazon.com/bedrock/latest/userguide/import-model-calculate-cost.html). The alarms are looked at every
     `alarm_interval` seconds.
     """

@@ -107,7 +107,8 @@ def bedrock_permissions(operation: str, request: Json, arn_prefix: str, tags: Ma
     if operation in ("ListModelImportJobs", "ListImportedModels"):
         return [RequiredPermission(f"bedrock:{operation}", "*")]
     if operation == "GetModelImportJob":
-        return [RequiredPermission("bedrock:GetModelImportJob", job)]
+        named = request["jobIdentifier"]
+        return [RequiredPermission("bedrock:GetModelImportJob", named if named.startswith("arn:") else job)]
     if operation != "CreateModelImportJob":
         named = request.get("modelId") or request["modelIdentifier"]
         return [RequiredPermission(f"bedrock:{operation}", named if named.startswith("arn:") else model, context)]
