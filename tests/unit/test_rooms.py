@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +105,9 @@ def test_a_long_module_says_why(room: str) -> None:
     for name, path in modules(room):
         if len(path.read_text().splitlines()) > LONGEST:
             assert "One module because" in (ast.get_docstring(ast.parse(path.read_text())) or ""), name
+
+
+def test_every_package_of_a_room_is_installed():
+    installed = set(tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    packages = {name.rpartition(".")[0] or name for room in ROOMS.keys() - set(FUNCTIONS) for name, _ in modules(room)}
+    assert packages == installed
