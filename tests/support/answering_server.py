@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from typing import Any
@@ -18,11 +19,12 @@ from botocore.config import Config
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every POST by `reply(body) -> (status, headers, body)` and records the bodies."""
+    """Answers every POST by `reply(body) -> (status, headers, body)` and records the bodies and authorizations."""
 
     daemon_threads = True
     reply: Callable[[Any], tuple[int, dict[str, str], Any]]
     asked: list[Any]
+    authorized: list[str | None]
 
     @property
     def url(self) -> str:
@@ -43,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer as the server's `reply` says."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(body)
+        self.server.authorized.append(self.headers["Authorization"])
         status, headers, answer = self.server.reply(body)
         raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
@@ -59,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
 def answering_server() -> Iterator[Server]:
     """Serve until the context ends; a test sets the `reply`."""
     with Server(("127.0.0.1", 0), Handler) as server:
-        server.asked = []
+        server.asked, server.authorized = [], []
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
         server.shutdown()
@@ -70,8 +73,7 @@ def aws_clients(server: Server) -> Callable[[str], Any]:
     config = Config(read_timeout=0.3, retries={"total_max_attempts": 1})
     place = {"region_name": "us-east-1", "endpoint_url": server.url}
     keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
-    made = {name: boto3.client(name, config=config, **place, **keys) for name in ("lambda", "bedrock-runtime")}
-    return made.__getitem__
+    return cache(lambda name: boto3.client(name, config=config, **place, **keys))
 
 
 def converse_reply(text: str) -> tuple[int, dict[str, str], Any]:

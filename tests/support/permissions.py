@@ -111,7 +111,8 @@ def policies(has_image: bool = False) -> dict[str, list[Json]]:
     """Return every role's statements, resolved for a stack with a key and a VPC that serves models."""
     template = load_template()
     conditions = {"HasKmsKey": True, "HasVpc": True, "HasTrainingImage": has_image, "ServesModels": True}
-    conditions |= {"HasRewardFunctions": False, "HasRewardJudge": False}  # tests/template/test_reward_parameters.py
+    rewards = ("HasRewardFunctions", "HasRewardJudge", "HasRewardHttpSecret")
+    conditions |= dict.fromkeys(rewards, False)  # tests/template/test_reward_parameters.py
     conditions["HasMlflow"] = False  # tests/template/test_tracker_parameters.py
     shared = {
         name: resolve(policy["PolicyDocument"]["Statement"], known_names(), conditions)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from permissions import ACCOUNT, REGION, Permission, allows
+from permissions import ACCOUNT, REGION, Permission, allows, needless
 from template import Json, load_template, of_type, resolve
 
 from tunedrop.rewards import REWARD_ENVIRONMENT
@@ -12,6 +12,7 @@ from tunedrop.rewards import REWARD_ENVIRONMENT
 TEMPLATE = load_template()
 FUNCTION = f"arn:aws:lambda:{REGION}:{ACCOUNT}:function:score"
 MODEL = "eu.amazon.nova-lite-v1:0"
+SECRET = f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:judges-AbCdEf"
 PROFILE = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:inference-profile/{MODEL}"
 
 
@@ -55,6 +56,15 @@ def ask(model: str, through: str = "") -> Permission:
     return Permission("jobs", "bedrock:InvokeModel", f"arn:aws:bedrock:{model}", context)
 
 
+def read(secret: str) -> Permission:
+    return Permission("jobs", "secretsmanager:GetSecretValue", secret)
+
+
+def decrypt(secret: str, via: str = f"secretsmanager.{REGION}.amazonaws.com", account: str = ACCOUNT) -> Permission:
+    context = {"kms:ViaService": via, "kms:EncryptionContext:SecretARN": secret}
+    return Permission("jobs", "kms:Decrypt", f"arn:aws:kms:{REGION}:{account}:key/0123", context)
+
+
 def test_by_default_there_is_no_policy() -> None:
     assert statements() == []
     assert statements(AllowCodeRewards="true", AllowPythonRewards="true", RewardHttpHosts="example.com") == []
@@ -64,7 +74,7 @@ def test_the_jobs_and_who_tries_rewards_before_them_get_the_same() -> None:
     policy = of_type(TEMPLATE, "AWS::IAM::ManagedPolicy")["RewardPolicy"]
     assert policy["Roles"] == [{"Ref": "SageMakerRole"}, {"Ref": "ValidateDatasetRole"}]
     elsewhere = {name: r for name, r in TEMPLATE["Resources"].items() if name != "RewardPolicy" and "IAM" in r["Type"]}
-    assert not re.search("lambda:Invoke|foundation-model|inference-profile", str(elsewhere))
+    assert not re.search("lambda:Invoke|foundation-model|inference-profile|secretsmanager", str(elsewhere))
 
 
 def test_only_the_named_functions_may_be_called() -> None:
@@ -88,6 +98,26 @@ def test_only_the_named_model_may_be_asked_and_its_profiles_model_only_through_i
     assert not allows(allowed, invoke(FUNCTION))
 
 
+def test_only_the_named_secret_may_be_read_and_keys_decrypt_only_this_secret() -> None:
+    allowed = statements(RewardHttpSecretArn=SECRET)
+    needed = [read(SECRET), decrypt(SECRET)]
+    assert all(allows(allowed, permission) for permission in needed)
+    assert needless(allowed, needed) == []
+    other = SECRET.replace("judges", "payroll")
+    for forbidden in (
+        read(other),
+        read(f"{SECRET}2"),
+        decrypt(other),
+        decrypt(SECRET, via=f"s3.{REGION}.amazonaws.com"),
+        decrypt(SECRET, account="210987654321"),
+        Permission("jobs", "secretsmanager:PutSecretValue", SECRET),
+        Permission("jobs", "secretsmanager:DescribeSecret", SECRET),
+        Permission("jobs", "kms:Decrypt", f"arn:aws:kms:{REGION}:{ACCOUNT}:key/0123"),
+        invoke(FUNCTION),
+    ):
+        assert not allows(allowed, forbidden), forbidden
+
+
 @pytest.mark.parametrize("parameter", REWARD_ENVIRONMENT.values())
 def test_what_is_allowed_is_an_output_that_the_launch_plan_is_made_of(parameter: str) -> None:
     assert TEMPLATE["Parameters"][parameter]["Default"] in {"", "false"}
@@ -101,6 +131,7 @@ def test_what_is_allowed_is_an_output_that_the_launch_plan_is_made_of(parameter:
         ({"RewardJudgeModel": MODEL}, False),
         ({"RewardFunctionArns": FUNCTION}, False),
         ({"RewardHttpHosts": "a.org"}, False),
+        ({"RewardHttpSecretArn": SECRET}, False),
         ({"AllowCodeRewards": "true", "AllowPythonRewards": "true"}, True),
     ],
 )
@@ -126,6 +157,13 @@ PATTERNS = [
     ("RewardHttpHosts", "rewards.example.com,127.0.0.1:8080", True),
     ("RewardHttpHosts", "https://rewards.example.com", False),
     ("RewardHttpHosts", "*.example.com", False),
+    ("RewardHttpSecretArn", SECRET, True),
+    ("RewardHttpSecretArn", SECRET.replace("judges", "team/judges@eu+1=a.b_c"), True),
+    ("RewardHttpSecretArn", "", True),
+    ("RewardHttpSecretArn", "judges", False),
+    ("RewardHttpSecretArn", SECRET.removesuffix("-AbCdEf"), False),
+    ("RewardHttpSecretArn", SECRET.replace("judges", "*"), False),
+    ("RewardHttpSecretArn", f"{SECRET},{SECRET}", False),
 ]
 
 

@@ -16,7 +16,7 @@ def _server() -> Iterator[Server]:
 @pytest.fixture
 def server(_server: Server) -> Server:
     """A server that notes what it is asked, with nothing noted yet."""
-    _server.asked = []
+    _server.asked, _server.authorized = [], []
     return _server
 
 

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from tunedrop.rewards.aws import aws_client
 from tunedrop.rewards.permissions import RewardPermissions
 from tunedrop.rewards.sample import RewardError
 
@@ -12,18 +13,11 @@ ATTEMPTS = 2
 _TAG = re.compile(r"<(?=\s*/?\s*(?:answer|score|label|rubric|reference|question)\b)", re.IGNORECASE)
 
 
-def aws_client(permissions: RewardPermissions, service: str) -> Any:
-    """Return the client of an AWS service. Raises RewardError where rewards have no AWS client."""
-    if permissions.client is None:
-        raise RewardError(f"the reward calls AWS ({service}), but has no AWS client here")
-    return permissions.client(service)
-
-
 def converse(permissions: RewardPermissions, model: str, text: str, *, system: str = "", max_tokens: int) -> str:
     """Return a model's reply to a message, without randomness. Raises RewardError if the model cannot be called."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = aws_client(permissions, "bedrock-runtime")
+    client = aws_client(permissions.client, "bedrock-runtime")
     request: dict[str, Any] = {
         "modelId": model,
         "messages": [{"role": "user", "content": [{"text": text}]}],

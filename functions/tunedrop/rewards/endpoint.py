@@ -1,6 +1,7 @@
 """HTTP endpoints that rewards call: which URLs are safe, which hosts a stack allows, and the POST of JSON."""
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from tunedrop.rewards.permissions import RewardPermissions
 from tunedrop.rewards.sample import RewardError
 
 ATTEMPTS = 3
+ERROR_BYTES = 64 * 1024  # of a response that is an error; its message has the first 200
 
 
 def _safe(url: str) -> str:
@@ -26,10 +28,15 @@ def _safe(url: str) -> str:
 SafeUrl = Annotated[str, AfterValidator(_safe)]
 
 
+def _names(url: str) -> tuple[str, str]:
+    """Return the names of a URL's host, with its port first."""
+    parts = urlsplit(url)
+    return parts.netloc, parts.hostname or ""
+
+
 def host_allowed(url: str, permissions: RewardPermissions) -> bool:
     """Return whether a stack lets rewards call a URL's host, named with or without its port."""
-    parts = urlsplit(url)
-    return not {parts.netloc, parts.hostname}.isdisjoint(permissions.hosts)
+    return not set(_names(url)).isdisjoint(permissions.hosts)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -42,21 +49,25 @@ def json_bytes(payload: Any) -> bytes:
     return json.dumps(payload, default=str).encode()
 
 
-def post(url: SafeUrl, payload: Any, timeout: float) -> Any:
+def post(url: SafeUrl, payload: Any, timeout: float, permissions: RewardPermissions) -> Any:
     """Return the JSON that an endpoint answers to a POST of a payload, within `timeout` seconds.
 
-    After status 429 or 5xx, or a connection that fails or times out, it tries again, ATTEMPTS times in all. Raises
-    RewardError if the endpoint cannot be called, or does not answer with JSON.
+    The request has the token of the endpoint's host, if there is one. After status 429 or 5xx, or a connection that fails or
+    times out, it tries again, ATTEMPTS times in all. Raises RewardError if the endpoint cannot be called, or does not answer
+    with JSON. Neither the JSON nor the error has the token, even where the endpoint repeats it.
     """
-    opener = urllib.request.build_opener(_NoRedirect)
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    request = urllib.request.Request(url, json_bytes(payload), headers)  # noqa: S310 - a SafeUrl
+    token = permissions.tokens.token(_names(url)) if permissions.tokens else None
+    request = _request(url, payload, token)
+    # A proxy would read what plain HTTP sends to this machine.
+    proxies = urllib.request.ProxyHandler({} if request.type == "http" else None)
+    opener = urllib.request.build_opener(_NoRedirect, proxies)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with opener.open(request, timeout=timeout) as response:
-                return json.loads(response.read())
+                return json.loads(_without(token, response.read()))
         except urllib.error.HTTPError as error:
-            reason, temporary = f"status {error.code}: {error.read(200)!r}", error.code == 429 or error.code >= 500
+            answer = _without(token, error.read(ERROR_BYTES))[:200]
+            reason, temporary = f"status {error.code}: {answer!r}", error.code == 429 or error.code >= 500
         except (OSError, urllib.error.URLError) as error:
             reason, temporary = str(error), True
         except ValueError:
@@ -65,3 +76,19 @@ def post(url: SafeUrl, payload: Any, timeout: float) -> Any:
             break
         time.sleep(0.1 * 4**attempt)
     raise RewardError(f"{url} cannot be called: {reason}")
+
+
+def _request(url: SafeUrl, payload: Any, token: str | None) -> urllib.request.Request:
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    request = urllib.request.Request(url, json_bytes(payload), headers)  # noqa: S310 - a SafeUrl
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    return request
+
+
+def _without(token: str | None, response: bytes) -> bytes:
+    """Return a response without the token, as it is or as JSON and URLs escape it."""
+    if token is None:
+        return response
+    escaped = "".join(rf"(?:\\?{re.escape(each)}|\\u00{ord(each):02x}|%{ord(each):02x})" for each in token)
+    return re.sub(escaped.encode(), b"***", response, flags=re.IGNORECASE)

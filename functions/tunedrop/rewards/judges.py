@@ -44,7 +44,8 @@ class _Judge(NamedTuple):
         if self.url is None:
             return converse(self.permissions, self.model, text, max_tokens=self.max_tokens)
         request = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": self.max_tokens}
-        response = post(f"{self.url.rstrip('/')}/chat/completions", request | {"temperature": 0}, ENDPOINT_SECONDS)
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        response = post(url, request | {"temperature": 0}, ENDPOINT_SECONDS, self.permissions)
         try:
             return content_text(response["choices"][0]["message"].get("content"))
         except (KeyError, IndexError, TypeError, AttributeError):

@@ -1,9 +1,11 @@
 """Reward permissions: a stack says what its rewards may use, and its jobs read the permissions from their environment."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tunedrop.rewards.aws import Clients, HostTokens
 
 
 @dataclass(frozen=True)
@@ -12,15 +14,16 @@ class RewardPermissions:
 
     `client` returns an AWS client for a service name, as `functools.cache(boto3.client)` does. Rewards call `client` for
     every batch, and the client's own timeouts and retries apply. `functions` are the ARNs that `lambda` rewards may call.
-    `judge_model` is the model on Bedrock that may judge. `hosts` are the hosts of `http` rewards and of other judges.
-    `allow_code` lets rewards run programs that a model wrote. `python_folder` holds the files of `python` rewards; None
+    `judge_model` is the model on Bedrock that may judge. `hosts` are the hosts of `http` rewards and of other judges, and
+    `tokens` are the hosts' tokens. `allow_code` lets rewards run programs that a model wrote. `python_folder` holds the files of `python` rewards; None
     forbids them.
     """
 
-    client: Callable[[str], Any] | None = None
+    client: Clients | None = None
     functions: tuple[str, ...] = ()
     judge_model: str = ""
     hosts: tuple[str, ...] = ()
+    tokens: HostTokens | None = None
     allow_code: bool = False
     python_folder: Path | None = None
 
@@ -32,24 +35,27 @@ REWARD_ENVIRONMENT = {
     "REWARD_FUNCTION_ARNS": "RewardFunctionArns",
     "REWARD_JUDGE_MODEL": "RewardJudgeModel",
     "REWARD_HTTP_HOSTS": "RewardHttpHosts",
+    "REWARD_HTTP_SECRET_ARN": "RewardHttpSecretArn",
     "ALLOW_CODE_REWARDS": "AllowCodeRewards",
     "ALLOW_PYTHON_REWARDS": "AllowPythonRewards",
 }
 
 
 def reward_permissions(
-    environment: Mapping[str, str], client: Callable[[str], Any] | None = None, python_folder: Path | None = None
+    environment: Mapping[str, str], client: Clients | None = None, python_folder: Path | None = None
 ) -> RewardPermissions:
     """Read the permissions from a job's environment (`REWARD_ENVIRONMENT`). A missing variable allows nothing."""
 
     def names(variable: str) -> tuple[str, ...]:
         return tuple(name for name in environment.get(variable, "").split(",") if name)
 
+    secret = environment.get("REWARD_HTTP_SECRET_ARN", "")
     return RewardPermissions(
         client,
         functions=names("REWARD_FUNCTION_ARNS"),
         judge_model=environment.get("REWARD_JUDGE_MODEL", ""),
         hosts=names("REWARD_HTTP_HOSTS"),
+        tokens=HostTokens(client, secret) if secret else None,
         allow_code=environment.get("ALLOW_CODE_REWARDS") == "true",
         python_folder=python_folder if environment.get("ALLOW_PYTHON_REWARDS") == "true" else None,
     )

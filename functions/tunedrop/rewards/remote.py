@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunedrop.rewards.bedrock import aws_client
+from tunedrop.rewards.aws import aws_client
 from tunedrop.rewards.endpoint import SafeUrl, host_allowed, json_bytes, post
 from tunedrop.rewards.permissions import RewardPermissions
 from tunedrop.rewards.registry import ALL_COLUMNS, Concurrency, Need, reward
@@ -68,7 +68,7 @@ def reward_lambda(
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = aws_client(permissions, "lambda")
+    client = aws_client(permissions.client, "lambda")
 
     def send(body: Any) -> Any:
         try:
@@ -101,7 +101,7 @@ def reward_lambda(
 )
 def http(
     samples: Sequence[Sample],
-    permissions: RewardPermissions,  # noqa: ARG001 - every batch reward takes permissions
+    permissions: RewardPermissions,
     *,
     url: SafeUrl,
     timeout: Annotated[float, Field(gt=0, le=900)] = 30.0,
@@ -112,7 +112,7 @@ def http(
 
     After status 429 or 5xx, or a connection that fails or times out, the reward tries again, three times in all.
     """
-    return _in_batches(lambda payload: post(url, payload, timeout), samples, "list", batch_size, concurrency)
+    return _in_batches(lambda payload: post(url, payload, timeout, permissions), samples, "list", batch_size, concurrency)
 
 
 @reward(
