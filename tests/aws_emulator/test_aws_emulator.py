@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import urllib.error
 import urllib.request
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import pytest
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from neighbour import send, signed
+from template import load_template
 
+from tunedrop.rewards import RewardError
+from tunedrop.rewards.aws import HostTokens
 from tunedrop_cli.redrive import redrive
 
 from .conftest import Emulators, wait_for
@@ -275,6 +280,25 @@ def test_a_role_may_do_what_its_policy_says_and_every_call_is_noted(emulators: E
     with pytest.raises(ClientError, match="AccessDenied"):
         s3.put_object(Bucket=deployed.outputs["Bucket"], Key="yours/a", Body=b"x")
     assert role.calls() == [("s3:PutObject", f"{bucket}/mine/a", True), ("s3:PutObject", f"{bucket}/yours/a", False)]
+
+
+def test_a_jobs_role_reads_the_secret_of_its_rewards_and_no_other(emulators: Emulators) -> None:
+    owner = emulators.client("secretsmanager")
+    named, other = (
+        owner.create_secret(Name=name, SecretString='{"judge.example.com": "CaNaRy-token"}')["ARN"]
+        for name in ("judges", "payroll")
+    )
+    assert re.fullmatch(load_template()["Parameters"]["RewardHttpSecretArn"]["AllowedPattern"], named)
+    role = Role(emulators, allow("secretsmanager:GetSecretValue", named))
+    credentials = role.credentials()
+    clients = cache(lambda service: emulators.client(service, **credentials))
+    assert HostTokens(clients, named).token(["judge.example.com"]) == "CaNaRy-token"
+    with pytest.raises(RewardError, match=r"the secret of RewardHttpSecretArn cannot be read: .*AccessDenied"):
+        HostTokens(clients, other).token(["judge.example.com"])
+    assert role.calls() == [
+        ("secretsmanager:GetSecretValue", named, True),
+        ("secretsmanager:GetSecretValue", other, False),
+    ]
 
 
 def test_sagemaker_does_what_iam_lets_the_caller_do(emulators: Emulators, deployed: Deployed) -> None:

@@ -56,7 +56,7 @@ TRUST = {
 
 
 class Healthy:
-    """A healthy stack with an e-mail address, a key, and an image of its own."""
+    """A healthy stack with an e-mail address, a key, a secret, and an image of its own."""
 
     def __init__(self) -> None:
         self.parameters = {name: str(about.get("Default", "")) for name, about in TEMPLATE_DATA["Parameters"].items()}
@@ -70,6 +70,8 @@ class Healthy:
         self.calls: set[str] = set()
         self.resources: list[tuple[str, str, str]] = []  # type, logical id, physical id
         self._make_key()
+        made = self.client("secretsmanager").create_secret(Name="judges", SecretString="{}")
+        self.secret = self.parameters["RewardHttpSecretArn"] = made["ARN"]
         self._make_buckets()
         self._make_events()
         self._make_functions()
@@ -149,7 +151,7 @@ class Healthy:
 
     def release(self) -> None:
         """Store the launch plan of the stack's present outputs."""
-        environment = {"EVENT_BUS": NAME}
+        environment = {"EVENT_BUS": NAME, "REWARD_HTTP_SECRET_ARN": self.secret}
         plan: Json = {"digest": "f00d"}
         for kind in ("train", "test"):
             request = plan_request(kind) | {"RoleArn": self.role, "Environment": environment}
@@ -402,6 +404,7 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
     (parameter("EnableInterContainerTrafficEncryption", "true"), "PLAN_OUTDATED", "EnableInterContainerTrafficEncryption"),
     (parameter("KmsKeyArn", ""), "PLAN_OUTDATED", "KmsKeyArn is '' and was 'arn:aws:kms:"),
     (parameter("RewardHttpHosts", "example.com"), "PLAN_OUTDATED", "RewardHttpHosts is 'example.com' and was ''"),
+    (parameter("RewardHttpSecretArn", ""), "PLAN_OUTDATED", "RewardHttpSecretArn is '' and was 'arn:aws:secretsmanager:"),
     (lambda stack: setattr(stack, "role", f"{stack.role}2"), "PLAN_OUTDATED", "SageMakerRoleArn is 'arn:aws:iam:"),
     (lambda stack: stack.delete(DATA, f"models/{MODEL}/tokenizer.json"), "MODEL_INCOMPLETE", "lacks tokenizer.json in"),
     (
@@ -442,6 +445,16 @@ TROUBLES: list[tuple[Callable[[Healthy], Any], str, str]] = [
     (without_statement("Alarms"), "KEY_POLICY", "does not allow alarms: kms:Decrypt, kms:GenerateDataKey."),
     (key_of_another_stack, "KEY_POLICY", "does not allow CloudWatch Logs: kms:"),
     (lambda stack: stack.client("kms").disable_key(KeyId=stack.key.rpartition("/")[2]), "KEY_STATE", "aws kms enable-key"),
+    (
+        lambda stack: stack.client("secretsmanager").delete_secret(SecretId=stack.secret, ForceDeleteWithoutRecovery=True),
+        "SECRET_MISSING",
+        "There is no secret arn:aws:secretsmanager:",
+    ),
+    (
+        lambda stack: stack.client("secretsmanager").delete_secret(SecretId=stack.secret),
+        "SECRET_DELETED",
+        "aws secretsmanager restore-secret --secret-id arn:aws:secretsmanager:",
+    ),
     (lambda stack: on_demand(stack, g6e=0), "QUOTA_ZERO", "'ml.g6e.4xlarge for training job usage' (L-33333333) is 0"),
     (
         lambda stack: on_demand(stack, g5=0),

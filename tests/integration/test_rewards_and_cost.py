@@ -2,7 +2,9 @@
 
 import json
 
+import boto3
 import pytest
+from answering_server import answering_server
 from fake_stack import ARTIFACTS, PLAN
 
 from pipeline.runs.states import RunState
@@ -120,6 +122,43 @@ def test_the_function_accepts_what_its_jobs_may_do_and_nothing_else(world, monke
         build_rewards(rewards, reward_permissions(request["Environment"], python_folder=tmp_path))
     with pytest.raises(RewardError, match="not"):
         build_rewards(rewards, reward_permissions({}, python_folder=tmp_path))
+
+
+def right_answers_win(samples):
+    scores = {each["id"]: float(each["messages"][-1]["content"] == each["reference_answer"]) for each in samples}
+    return 200, {}, [{"id": name, "aggregate_reward_score": score} for name, score in scores.items()]
+
+
+@pytest.mark.parametrize(
+    ("secret", "error"),
+    [
+        ('{"127.0.0.1": "CaNaRy-token"}', ""),
+        ('{"127.0.0.1": "CaNaRy-wrong"}', "cannot be called: status 401: b'no: Bearer ***'"),
+        (None, "the secret of RewardHttpSecretArn cannot be read: "),
+    ],
+)
+def test_the_preflight_calls_a_host_with_its_token(world, caplog, capfd, secret, error):
+    arn = "arn:aws:secretsmanager:us-east-1:123456789012:secret:judges-AbCdEf"
+    if secret is not None:
+        arn = boto3.client("secretsmanager").create_secret(Name="judges", SecretString=secret)["ARN"]
+    release(world, {"REWARD_HTTP_HOSTS": "127.0.0.1", "REWARD_HTTP_SECRET_ARN": arn})
+    with answering_server() as server:
+
+        def reply(samples):
+            given = server.authorized[-1]
+            return right_answers_win(samples) if given == "Bearer CaNaRy-token" else (401, {}, f"no: {given}".encode())
+
+        server.reply = reply
+        run, receipt = drop(world, f"rewards: [{{type: http, url: '{server.url}'}}]".encode())
+    if error:
+        assert (run.state, receipt["error_counts"]) == (RunState.REJECTED, {"REWARD_FAILS": 1})
+        assert error in receipt["errors"][0]["message"]
+    else:
+        assert world.start(run).state == RunState.TRAINING, receipt
+    said = json.dumps([receipt, world.sent_events, world.notifications, world.job_requests], default=str)
+    assert "CaNaRy" not in said + caplog.text + "".join(capfd.readouterr())
+    stored = world.aws.s3.list_objects_v2(Bucket=ARTIFACTS)["Contents"]
+    assert not any(b"CaNaRy" in world.aws.read(ARTIFACTS, each["Key"]) for each in stored)
 
 
 def test_a_dataset_that_is_dropped_again_is_judged_by_the_stack_as_it_is_then(world, monkeypatch):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from local_app.sagemaker.api import JobError
@@ -20,6 +21,7 @@ from local_app.sagemaker.sandbox import Docker, Namespaces, find_sandbox
 from local_app.sagemaker.transfer import channel_objects, download
 from local_app.stack import Stack, StackError
 
+REPOSITORY = Path(__file__).parents[2]
 ODD = """it's "odd" $(touch /tmp/tunedrop-executed) `id` \\n {"a": 1}"""
 # Waits for SIGTERM, then saves, as a trainer does. `wait` lets bash handle the signal at once.
 WAITS = """
@@ -293,6 +295,23 @@ def test_an_isolated_job_reaches_itself_and_nothing_else(local: Any) -> None:
         )
     assert "unreachable: [Errno 111] Connection refused; credentials: False" in local.wait("isolated")["FailureReason"]
     assert "FailureReason" not in local.wait("open"), local.wait("open")["FailureReason"]
+
+
+def test_a_job_reads_the_secret_of_its_rewards(local: Any, endpoint: str) -> None:
+    secrets = boto3.client("secretsmanager", endpoint_url=endpoint)
+    arn = secrets.create_secret(Name="judges", SecretString='{"judge.example.com": "CaNaRy-token"}')["ARN"]
+    script = """
+    import os
+    from trainer.permissions import job_permissions
+    assert job_permissions().tokens.token(["judge.example.com"]) == "CaNaRy-token"
+    assert not [value for value in os.environ.values() if "CaNaRy" in value]
+    """
+    local.create(
+        "judged",
+        f"cd {REPOSITORY}; PYTHONPATH=functions python - 2> /opt/ml/output/failure <<'END'\n{textwrap.dedent(script)}END",
+        Environment={"REWARD_HTTP_SECRET_ARN": arn},
+    )
+    assert local.wait("judged")["TrainingJobStatus"] == "Completed", local.wait("judged")["FailureReason"]
 
 
 def test_missing_capacity_fails_a_job_late(start: Callable[..., Any]) -> None:

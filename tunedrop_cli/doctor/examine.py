@@ -14,7 +14,7 @@ from tunedrop_cli.doctor.capacity import endpoint_quota, image, quotas
 from tunedrop_cli.doctor.events import bucket_events, rules, subscriptions
 from tunedrop_cli.doctor.finding import DeployedStack, Finding
 from tunedrop_cli.doctor.functions import alarms, dead_letters, function_errors, functions
-from tunedrop_cli.doctor.inputs import base_model, launch_plan
+from tunedrop_cli.doctor.inputs import base_model, launch_plan, secret
 from tunedrop_cli.doctor.key import key
 from tunedrop_cli.doctor.stack import find_stack
 from tunedrop_cli.location import StackLocation
@@ -32,6 +32,7 @@ ACTIONS = {
     "DescribeImages": "ecr:DescribeImages",
     "DescribeKey": "kms:DescribeKey",
     "GetKeyPolicy": "kms:GetKeyPolicy",
+    "DescribeSecret": "secretsmanager:DescribeSecret",
     "ListSubscriptionsByTopic": "sns:ListSubscriptionsByTopic",
     "ListRules": "events:ListRules",
     "GetFunctionConfiguration": "lambda:GetFunctionConfiguration",
@@ -42,7 +43,8 @@ ACTIONS = {
 DENIED = ("AccessDenied", "AuthorizationError", "UnauthorizedOperation")
 
 CHECKS: list[Callable[[DeployedStack], Iterator[Finding]]] = [
-    *(launch_plan, base_model, bucket_events, rules, functions, function_errors, dead_letters, alarms, key, subscriptions),
+    *(launch_plan, base_model, bucket_events, rules, functions, function_errors, dead_letters, alarms, key, secret),
+    subscriptions,
 ]
 # The local app pulls no image, and its SageMaker emulator has quotas of its own.
 ON_AWS: list[Callable[[DeployedStack], Iterator[Finding]]] = [quotas, endpoint_quota, image]

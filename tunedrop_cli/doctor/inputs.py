@@ -1,10 +1,11 @@
-"""Checks the objects that every run needs: the launch plan and the base model."""
+"""Checks what runs need from elsewhere: the launch plan, the base model, and the secret with tokens of hosts."""
 
 from collections.abc import Iterator
 
 import msgspec
+from botocore.exceptions import ClientError
 
-from pipeline.aws import read_object
+from pipeline.aws import error_code, read_object
 from pipeline.validation.model_files import missing_files
 from release.target import differences, target_of_outputs
 from tunedrop import object_keys
@@ -48,3 +49,25 @@ def base_model(stack: DeployedStack) -> Iterator[Finding]:
         yield Finding(
             code, message, f"Upload its files with `{upload}`, or name another model in each run's config (`model:`)."
         )
+
+
+def secret(stack: DeployedStack) -> Iterator[Finding]:
+    """The secret of RewardHttpSecretArn exists. Its value, which this check does not read, is checked before each run.
+
+    https://docs.aws.amazon.com/secretsmanager/latest/apireference/API_DescribeSecret.html
+    """
+    arn = stack.outputs.get("RewardHttpSecretArn", "")
+    if not arn:
+        return
+    another = "deploy and release again with another secret (parameter RewardHttpSecretArn)."
+    try:
+        about = stack.client("secretsmanager").describe_secret(SecretId=arn)
+    except ClientError as error:
+        if error_code(error) != "ResourceNotFoundException":
+            raise
+        yield Finding("SECRET_MISSING", f"There is no secret {arn}: rewards that call a host fail.", another.capitalize())
+        return
+    if "DeletedDate" in about:
+        restore = stack.location.aws_command(f"secretsmanager restore-secret --secret-id {arn}")
+        message = f"The secret {arn} was deleted and can be restored for some days: rewards that call a host fail."
+        yield Finding("SECRET_DELETED", message, f"Run `{restore}`, or {another}")
