@@ -71,7 +71,8 @@ class Healthy:
         self.resources: list[tuple[str, str, str]] = []  # type, logical id, physical id
         self._make_key()
         made = self.client("secretsmanager").create_secret(Name="judges", SecretString="{}")
-        self.secret = self.parameters["RewardHttpSecretArn"] = made["ARN"]
+        self.secret: str = made["ARN"]
+        self.parameters["RewardHttpSecretArn"] = self.secret
         self._make_buckets()
         self._make_events()
         self._make_functions()

@@ -29,10 +29,10 @@ def longest(world, monkeypatch):
     monkeypatch.setenv("JOB_PREFIX", PREFIX)
     monkeypatch.setattr(world_module, "PREFIX", PREFIX)
     parameters = load_template()["Parameters"]
-    lists = {variable for variable, name in REWARD_ENVIRONMENT.items() if "," in parameters[name].get("AllowedPattern", "")}
-    assert lists == {"REWARD_FUNCTION_ARNS", "REWARD_HTTP_HOSTS"}
+    long = {variable for variable, name in REWARD_ENVIRONMENT.items() if "MaxLength" in parameters[name]}
+    assert long == {"REWARD_FUNCTION_ARNS", "REWARD_HTTP_HOSTS", "REWARD_HTTP_SECRET_ARN"}
     environment = {"EVENT_BUS": "b" * 256} | dict.fromkeys(REWARD_ENVIRONMENT, "false")
-    environment |= {variable: "x" * parameters[REWARD_ENVIRONMENT[variable]]["MaxLength"] for variable in lists}
+    environment |= {variable: "x" * parameters[REWARD_ENVIRONMENT[variable]]["MaxLength"] for variable in long}
     plan = world.read_json(f"launch_plans/{fake_stack.PLAN}.json")
     for kind in ("train", "test"):
         plan[kind]["Environment"] = environment

@@ -222,6 +222,7 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
         "RewardFunctionArns": "",
         "RewardJudgeModel": "amazon.nova-lite-v1:0",
         "RewardHttpHosts": "a.example.com,b.example.com",
+        "RewardHttpSecretArn": "arn:aws:secretsmanager:us-east-1:123456789012:secret:judges-AbCdEf",
         "AllowCodeRewards": "false",
         "AllowPythonRewards": "true",
     }
@@ -241,6 +242,7 @@ def test_stack_outputs_and_flags(monkeypatch, capsys):
     environment = {
         "REWARD_JUDGE_MODEL": "amazon.nova-lite-v1:0",
         "REWARD_HTTP_HOSTS": "a.example.com,b.example.com",
+        "REWARD_HTTP_SECRET_ARN": "arn:aws:secretsmanager:us-east-1:123456789012:secret:judges-AbCdEf",
         "ALLOW_PYTHON_REWARDS": "true",
         "EVENT_BUS": "mine-bus",
         "CA_REPOSITORY_ARN": "arn:b",

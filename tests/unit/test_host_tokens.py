@@ -13,7 +13,7 @@ from tunedrop.rewards import Reward, RewardError, RewardPermissions, RewardSpec,
 from tunedrop.rewards.endpoint import post
 
 ARN = "arn:aws:secretsmanager:us-east-1:123456789012:secret:judges-AbCdEf"
-TOKEN = "CaNaRy/0123+4567=="  # noqa: S105 - nobody's
+TOKEN = "CaNaRy/0123+4567=="
 OTHER = "oThEr.0123456789"
 ESCAPED = {
     "as it is": TOKEN,
@@ -167,7 +167,7 @@ BROKEN = {
 def test_a_broken_secret_is_said_with_its_parameter_and_without_its_value(server, permissions, secret):
     spec = RewardSpec(type="http", url=server.url, batch_size=1)
     reward = Reward(spec, permissions(secret))
-    with pytest.raises(RewardError, match="the secret of RewardHttpSecretArn (cannot be read: |must be a JSON)") as caught:
+    with pytest.raises(RewardError, match=r"the secret of RewardHttpSecretArn (cannot be read: |must be a JSON)") as caught:
         reward(["a"] * 8, ["x"] * 8, answer=["1"] * 8)
     assert "CaNaRy" not in "".join(traceback.format_exception(caught.value))
     assert sent(server) == []

@@ -13,8 +13,8 @@ _HOST = re.compile(r"[a-zA-Z0-9.-]+(:[0-9]+)?")  # as in the stack parameter Rew
 # A bearer token (https://www.rfc-editor.org/rfc/rfc6750#section-2.1), too long to be a part of a response by chance.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{8,}=*")
 _FORM = (
-    "the secret of RewardHttpSecretArn must be a JSON object: each key HOST or HOST:PORT, each value a token of at least 8 of "
-    "A-Z, a-z, 0-9 and -._~+/, which may end in ="
+    "the secret of RewardHttpSecretArn must be a JSON object: each key HOST or HOST:PORT, each value a token of at least 8 "
+    "of A-Z, a-z, 0-9 and -._~+/, which may end in ="
 )
 
 

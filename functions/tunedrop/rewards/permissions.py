@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunedrop.rewards.aws import Clients, HostTokens
 
@@ -15,8 +14,8 @@ class RewardPermissions:
     `client` returns an AWS client for a service name, as `functools.cache(boto3.client)` does. Rewards call `client` for
     every batch, and the client's own timeouts and retries apply. `functions` are the ARNs that `lambda` rewards may call.
     `judge_model` is the model on Bedrock that may judge. `hosts` are the hosts of `http` rewards and of other judges, and
-    `tokens` are the hosts' tokens. `allow_code` lets rewards run programs that a model wrote. `python_folder` holds the files of `python` rewards; None
-    forbids them.
+    `tokens` are the hosts' tokens. `allow_code` lets rewards run programs that a model wrote. `python_folder` holds the
+    files of `python` rewards; None forbids them.
     """
 
     client: Clients | None = None
