@@ -59,15 +59,19 @@ def secret(stack: DeployedStack) -> Iterator[Finding]:
     arn = stack.outputs.get("RewardHttpSecretArn", "")
     if not arn:
         return
-    another = "deploy and release again with another secret (parameter RewardHttpSecretArn)."
+    create = "create a secret, then deploy and release again with its ARN (parameter RewardHttpSecretArn)."
     try:
         about = stack.client("secretsmanager").describe_secret(SecretId=arn)
     except ClientError as error:
         if error_code(error) != "ResourceNotFoundException":
             raise
-        yield Finding("SECRET_MISSING", f"There is no secret {arn}: rewards that call a host fail.", another.capitalize())
+        yield Finding(
+            "SECRET_MISSING",
+            f"There is no secret {arn}: rewards that call a host fail.",
+            f"Correct the ARN, or {create}",
+        )
         return
     if "DeletedDate" in about:
         restore = stack.location.aws_command(f"secretsmanager restore-secret --secret-id {arn}")
         message = f"The secret {arn} was deleted and can be restored for some days: rewards that call a host fail."
-        yield Finding("SECRET_DELETED", message, f"Run `{restore}`, or {another}")
+        yield Finding("SECRET_DELETED", message, f"Run `{restore}`, or {create}")
