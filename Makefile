@@ -15,7 +15,9 @@ SBOM := .venv-sbom/.installed
 LIGHT = .venv-$(notdir $(PYTHON))
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check
 # Two environments at a time.
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += --jobs=2
+endif
 
 .PHONY: install demo test test-python light lint browser deploy soak fuzz containers locks sbom clean
 
