@@ -63,6 +63,7 @@ def declared_variables() -> dict[str, set[str]]:
     return {name: shared | function["Properties"]["Environment"]["Variables"].keys() for name, function in functions.items()}
 
 
+@pytest.mark.soak  # test_local_app has up and down
 def test_up_crash_up_down_on_an_address_of_ones_own(stack: Stack, tmp_path: Path) -> None:
     """As with `tunedrop up --host`: no server listens on 127.0.0.1, and all servers and functions reach each other."""
     lines: list[str] = []

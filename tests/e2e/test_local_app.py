@@ -363,6 +363,7 @@ def test_a_broken_dataset_is_rejected_with_its_line(app):
     assert app.deployment.find("broken").state == RunState.REJECTED
 
 
+@pytest.mark.soak
 def test_a_job_that_fails_says_why_and_the_next_drop_tries_again(app):
     broken = make_tiny_model(app.folder / "unreadable")
     (broken / "model.safetensors").write_bytes(b"not safetensors")

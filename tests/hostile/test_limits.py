@@ -98,14 +98,14 @@ CASES: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
         {"BAD_PARQUET"},
     ),
     "200,000 columns": (".jsonl", lambda: iter([many_columns()]), set()),
+}
+SLOW: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
     "rows of 50,000 shapes": (
         ".jsonl",
         lambda: (b'{"question": "a%d", "answer": "b", "c%d": 1}\n' % (n, n) for n in range(50_000)),
         set(),
     ),
     "500,000 broken rows": (".jsonl", lambda: repeated(b"", b'{"question": }\n', 7 * MB, b""), {"BAD_JSON"}),
-}
-SLOW: dict[str, tuple[str, Callable[[], Iterator[bytes]], set[str]]] = {
     "100 MB of opening braces": (".jsonl", lambda: repeated(b"", b"{", 100 * MB, b""), {"ROW_TOO_LARGE", "BAD_JSON"}),
     "10 million rows": (
         ".jsonl",

@@ -4,6 +4,6 @@ from benchmarks.burst import DYNAMODB, S3, burst
 
 
 def test_a_burst_loses_nothing_does_nothing_twice_and_costs_the_same_per_run():
-    few, more = burst(4, 1, jobs=1), burst(16, 3, jobs=1)  # each checks that all runs are published once
+    few, more = burst(3, 1, jobs=1), burst(12, 2, jobs=1)  # each checks that all runs are published once
     for operations in (DYNAMODB, S3):
         assert more.per_run(operations) < 1.2 * few.per_run(operations)

@@ -67,6 +67,7 @@ def servers(folder: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.soak  # test_components has the change, with a stand-in for the server
 def test_real_servers_answer_change_over_and_survive_a_kill(
     command: Callable[..., tuple[subprocess.Popen[bytes], Any]], files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -340,7 +340,7 @@ def test_a_model_whose_training_goes_wrong_is_caught_by_name(job, monkeypatch, c
     assert all(link["step"] == step and link["prompt_id"] in kept for link in named[0]["rollouts"])
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (2, 3))])
 def test_a_training_that_learns_raises_no_alert(job, monkeypatch, seed):
     monkeypatch.setattr(general_probe, "EVALUATION_SHARE", 100.0)
     job.config(grpo={"max_steps": 12, "learning_rate": 3e-3, "seed": seed}, lora={"r": 4})

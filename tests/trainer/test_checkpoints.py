@@ -146,7 +146,7 @@ MOMENTS = {
 }
 
 
-OFTEN = {"between manifest and rename", "in an evaluation", "when the model is saved"}  # `make soak` has them all
+OFTEN = {"between manifest and rename", "when the model is saved"}  # `make soak` has them all
 
 
 @pytest.mark.parametrize(

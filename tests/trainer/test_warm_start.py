@@ -102,7 +102,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+OFTEN = "between the phases"  # `make soak` has them all
+
+
+@pytest.mark.parametrize(
+    "moment", [each if each == OFTEN else pytest.param(each, marks=pytest.mark.soak) for each in MOMENTS]
+)
 def test_killed_in_either_phase_a_run_ends_as_if_nothing_had_happened(lost, uninterrupted, moment, monkeypatch):
     module, path, call = MOMENTS[moment]
     with monkeypatch.context() as patch:
@@ -148,7 +153,10 @@ def test_after_sigterm_in_the_warm_start_its_adapter_is_saved_and_the_run_goes_o
 
 @pytest.mark.parametrize(
     ("compute", "flags", "name"),
-    [({"max_runtime": 200}, [], "max_runtime"), ({}, ["--max-runtime", "200"], "max_cost_usd")],
+    [
+        ({"max_runtime": 200}, [], "max_runtime"),
+        pytest.param({}, ["--max-runtime", "200"], "max_cost_usd", marks=pytest.mark.soak),
+    ],
 )
 def test_both_phases_end_in_time(job, monkeypatch, compute, flags, name):
     """Steps take 10 s on this clock. The warm start may take 30 % of 200 s, less 3 %: 5 steps. GRPO has the rest."""
