@@ -292,19 +292,38 @@ CHOICES = [
     ([("Is it?", "true"), ("Is that?", "false")], "exact_match", {}, NO_PERMISSIONS),
     ([("Tell me.", LONG)], "similarity", {}, NO_PERMISSIONS),
     ([("Tell me.", LONG)], "judge", {"model": "m"}, JUDGE),
-    ([("Write it.", "def f(): return 1")], "code_tests", {"column": "tests"}, RewardPermissions(allow_code=True)),
 ]
 
 
 @pytest.mark.parametrize(("pairs", "reward", "parameters", "permissions"), CHOICES)
 def test_the_default_reward_fits_the_answers(pairs, reward, parameters, permissions):
-    rows = [{"prompt": user(question), "answer": answer, "tests": ["assert f() == 1"]} for question, answer in pairs]
+    rows = [{"prompt": user(question), "answer": answer} for question, answer in pairs]
     (spec,) = choose_rewards(rows, permissions).rewards
     assert spec.type == reward
     assert parameters.items() <= spec.parameters.items()
 
 
-PURE = [choice for choice in CHOICES if choice[1] not in {"judge", "code_tests"}]
+@pytest.mark.parametrize(
+    ("answer", "permissions", "reward"),
+    [
+        ("def f(): return 1", RewardPermissions(allow_code=True), "code_tests"),
+        ("def f(): return 1", JUDGE, "judge"),
+        ("def f(): return 1", NO_PERMISSIONS, "similarity"),
+        ("1", NO_PERMISSIONS, "numeric"),
+    ],
+)
+def test_programs_are_tested_or_the_receipt_says_what_that_needs(answer, permissions, reward):
+    row = {"prompt": user("Write it."), "answer": answer, "unit_test": ["assert f() == 1"]}
+    (spec,), _, warnings = choose_rewards([row], permissions)
+    assert spec.type == reward
+    assert (spec.parameters.get("column"), bool(warnings)) == (
+        "unit_test" if reward == "code_tests" else None,
+        reward == "similarity",
+    )
+    assert all("by the column 'unit_test', if the stack allows it (AllowCodeRewards)" in warning for warning in warnings)
+
+
+PURE = [choice for choice in CHOICES if choice[1] != "judge"]
 
 
 @pytest.mark.parametrize(("pairs", "reward", "parameters", "permissions"), PURE)

@@ -38,10 +38,9 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
     finals = [final_answer(row["answer"]) for row in rows]
     if _share(finals, _is_calls) and any("tools" in row["prompt"][0] for row in rows):
         return _choice("tool_call", "the answers are calls of the rows' tools")
-    if column := next((name for name in rows[0] if _TESTS.search(name) and _share(rows, partial(_is_tested, name))), None):
-        if permissions.allow_code:
-            return _choice("code_tests", f"the column '{column}' has tests for programs", column=column)
-        return _free_text("the answers are programs, which can be right in many ways", permissions, column)
+    tests = next((name for name in rows[0] if _TESTS.search(name) and _share(rows, partial(_is_tested, name))), "")
+    if tests and permissions.allow_code:
+        return _choice("code_tests", f"the column '{tests}' has tests for programs", column=tests)
     if letters := _letters(rows, finals):
         return _choice("multiple_choice", "the answers are letters of options in the prompts", choices=letters)
     if _share(finals, _NUMBER.fullmatch) and not _echoed(rows, finals):
@@ -50,6 +49,8 @@ def choose_rewards(rows: Sequence[Mapping[str, Any]], permissions: RewardPermiss
         return _choice("math", "the answers are mathematical expressions")
     if _share(finals, _is_json):
         return _choice("json_match", "the answers are JSON")._replace(warnings=list(_unasked_json(rows)))
+    if tests:
+        return _free_text("the answers are programs, which can be right in many ways", permissions, tests)
     if any(row.get(ACCEPTED) for row in rows) and _share(finals, _is_short):
         return _choice("exact_match", "the rows accept several short answers, and one of them is enough")
     if _share(finals, _is_short):
