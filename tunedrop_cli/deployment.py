@@ -96,8 +96,7 @@ class Deployment:
 
         Raises StackError for a file that is not a dataset.
         """
-        if problem := refuse(data.name, size=0):
-            raise StackError(f"{data.name}: {problem}")
+        check_name(data)
         bucket, dataset = self.outputs.data_bucket, object_keys.dataset_of(data.name)
         name = self.upload_model(model) if model else None
         if config or name:
@@ -252,6 +251,14 @@ class Deployment:
 
 def _of_dataset(name: str, runs: Iterable[Run]) -> Run | None:
     return next((run for run in runs if run.dataset == name), None)
+
+
+def check_name(data: Path) -> None:
+    """Raise StackError for a file whose upload would start no run."""
+    if problem := refuse(data.name, size=0):
+        raise StackError(f"{data.name}: {problem}")
+    if not object_keys.is_dataset(f"{object_keys.TRAINING_DATA}{data.name}"):
+        raise StackError(f"{data.name}: a file whose name begins with . or _ starts no run. Rename it.")
 
 
 def unknown(kind: str, name: str, known: Iterable[str], advice: str) -> StackError:

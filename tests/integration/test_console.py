@@ -13,13 +13,16 @@ from urllib.parse import urlsplit
 import boto3
 import msgspec
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from browser import drag
 from fake_stack import OUTPUTS
 from world import GOOD_DATA, World
 
 from local_app.stack import Outputs
+from pipeline.jobs.plan import NoLaunchPlanError
 from tunedrop import object_keys
+from tunedrop_cli.console.live import Live
+from tunedrop_cli.console.pages import Pages
 from tunedrop_cli.console.server import serving
 from tunedrop_cli.deployment import Deployment
 
@@ -96,6 +99,7 @@ def test_strangers_and_other_pages_get_nothing(page: Page, world: World) -> None
     refused = [
         page.ask("/"),
         page.ask("/static/console.js"),
+        page.ask("*", "OPTIONS"),
         page.ask(f"/{page.secret[:-1]}/"),
         page.ask(f"/{page.secret}x/"),
         page.ask(f"//{page.secret}/"),
@@ -182,8 +186,8 @@ def test_a_file_name_leads_nowhere_else(page: Page, tmp_path: Path) -> None:
     assert not Path("/tmp/evil.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a\0b.jsonl", f"{'x' * 300}.jsonl"], ids=repr)
-def test_a_name_that_no_file_can_have_is_a_message(page: Page, name: str) -> None:
+@pytest.mark.parametrize("name", ["..", ".", "a\0b.jsonl", f"{'x' * 300}.jsonl", ".hidden.csv", "_SUCCESS.csv"], ids=repr)
+def test_a_name_that_starts_no_run_is_a_message(page: Page, name: str) -> None:
     for path in ("check", "drop"):
         assert page.send(path, {"data": (name, GOOD_DATA)}).status == 400
 
@@ -233,6 +237,28 @@ def test_a_stack_that_is_gone_is_said(page: Page, monkeypatch: pytest.MonkeyPatc
     answer = page.get("")
     assert answer.status == 503
     assert "AWS does not answer: Could not connect to the endpoint URL" in answer.text
+
+
+def test_what_aws_refuses_and_a_missing_launch_plan_are_said(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> Any:
+        raise error
+
+    refusal = ClientError({"Error": {"Code": "AccessDenied", "Message": "no Scan"}}, "Scan")
+    monkeypatch.setattr(Deployment, "find", lambda *_: fail(refusal))
+    answer = page.get("runs/cars")
+    assert (answer.status, "AWS refuses the request" in answer.text, "no Scan" in answer.text) == (502, True, True)
+    monkeypatch.setattr("tunedrop_cli.console.preview.prepare", lambda *_: fail(NoLaunchPlanError("run python -m release")))
+    answer = page.send("check", {"data": ("new.jsonl", GOOD_DATA)})
+    assert (answer.status, "run python -m release" in answer.text) == (400, True)
+
+
+def test_an_answer_cannot_end_a_stream(page: Page, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world.drop()
+    monkeypatch.setattr(Live, "ended", True)
+    monkeypatch.setattr(Pages, "parts", lambda *_: {"answers": "a\rb\r\revent: over\rdata:"})
+    stream = page.get(f"runs/{run.run_id}/live").text
+    assert "\r" not in stream
+    assert stream.startswith("event: answers\ndata: a\ndata: b\ndata: \ndata: event: over\ndata: data:\n\n")
 
 
 def test_runs_are_compared(page: Page, world: World) -> None:

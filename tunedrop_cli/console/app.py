@@ -15,6 +15,7 @@ from pathlib import Path
 from secrets import compare_digest
 from typing import Any
 
+from botocore.exceptions import ClientError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
@@ -78,7 +79,8 @@ class Guard:
             return False
         if scope["method"] not in {"GET", "HEAD"} and headers.get("origin") != f"http://{host}":
             return False
-        return compare_digest(scope["path"].split("/")[1].encode(), self._secret.encode())
+        beginning = scope["path"].removeprefix("/").partition("/")[0]  # of `OPTIONS *`, there is no slash
+        return compare_digest(beginning.encode(), self._secret.encode())
 
 
 class _OfThread(threading.local):
@@ -253,17 +255,22 @@ class Console:
 def _events(request: Request, look: Callable[[], tuple[dict[str, str], bool]], every: float) -> Response:
     """Stream the parts that `look` returns, each when it has changed, until `look` says that nothing more will come.
 
+    A carriage return ends a line of the stream, too, and an answer of a model may have one. If AWS does not answer, the
+    stream ends; the browser opens another one.
     https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
 
     async def stream() -> AsyncIterator[str]:
         sent: dict[str, str] = {}
         while not await request.is_disconnected():
-            parts, ended = await run_in_threadpool(look)
+            try:
+                parts, ended = await run_in_threadpool(look)
+            except (StackError, ClientError, *UNREACHABLE):
+                return
             for name, html in parts.items():
                 if sent.get(name) != html:
                     sent[name] = html
-                    lines = "".join(f"data: {line}\n" for line in html.split("\n"))
+                    lines = "".join(f"data: {line}\n" for line in html.replace("\r", "\n").split("\n"))
                     yield f"event: {name}\n{lines}\n"
             if ended:
                 yield "event: over\ndata: \n\n"
@@ -294,8 +301,11 @@ def application(make: Callable[[], Deployment], secret: str, place: str) -> Star
     def unreachable(_request: Request, error: Any) -> Response:
         return HTMLResponse(console.pages.error(f"AWS does not answer: {error}"), 503)
 
+    def refused(_request: Request, error: Any) -> Response:
+        return HTMLResponse(console.pages.error(f"AWS refuses the request: {error}"), 502)
+
     return Starlette(
         routes=[Mount(f"/{secret}", routes=console.routes)],
         middleware=[Middleware(Guard, secret=secret)],
-        exception_handlers={StackError: not_found, **dict.fromkeys(UNREACHABLE, unreachable)},
+        exception_handlers={StackError: not_found, ClientError: refused, **dict.fromkeys(UNREACHABLE, unreachable)},
     )

@@ -7,31 +7,33 @@ import tempfile
 from pathlib import Path
 
 from local_app.stack import StackError
+from pipeline.jobs.plan import NoLaunchPlanError
 from pipeline.settings import ValidateSettings
 from pipeline.stages.validate_dataset import companions, prepare
 from pipeline.validation.receipt import Receipt
 from pipeline.validation.start import nothing_new
 from pipeline.validation.validate import validate
 from tunedrop import object_keys
-from tunedrop.dataset.readers import refuse
-from tunedrop_cli.deployment import Deployment
+from tunedrop_cli.deployment import Deployment, check_name
 
 
 def preview(deployment: Deployment, data: Path, config: bytes | None, tests: bytes | None) -> Receipt:
     """Return the receipt that a dropped dataset would have.
 
     Without a config or tests, those of the last drop in the data bucket count, as for the function. Raises StackError for a
-    file that is not a dataset.
+    file that is not a dataset, and before the stack has a launch plan.
     """
-    if problem := refuse(data.name, size=0):
-        raise StackError(f"{data.name}: {problem}")
+    check_name(data)
     settings, aws = _settings(deployment), deployment.aws
     key = f"{object_keys.TRAINING_DATA}{data.name}"
     dropped_config, dropped_tests = companions(key, settings, aws)
     with tempfile.TemporaryDirectory() as name, data.open("rb") as file:
         folder = Path(name)
         raw = dropped_config if config is None else config
-        prepared = prepare(key, raw, dropped_tests if tests is None else tests, folder, settings, aws)
+        try:
+            prepared = prepare(key, raw, dropped_tests if tests is None else tests, folder, settings, aws)
+        except NoLaunchPlanError as error:
+            raise StackError(str(error)) from None
         submission = prepared.submission(data.name, data.stat().st_size, lambda: file, folder)
         receipt = validate(submission, prepared.terms)
         own_tests = folder / "inference_tests.json"

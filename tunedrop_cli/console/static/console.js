@@ -1,6 +1,6 @@
 // Files that are dropped on the page go to the field of their kind.
 const form = document.querySelector("#drop"), zone = document.querySelector("#zone");
-const field = (name) => (/\.ya?ml$/i.test(name) ? "config" : /tests?\.json$/i.test(name) ? "tests" : "data");
+const field = (name) => (/\.ya?ml$/i.test(name) ? "config" : /(^|[._-])tests?\.json$/i.test(name) ? "tests" : "data");
 const over = (is) => zone?.classList.toggle("over", is);
 addEventListener("dragover", (event) => { if (zone) { event.preventDefault(); over(true); } });
 addEventListener("dragleave", (event) => { if (!event.relatedTarget) over(false); });
@@ -30,6 +30,8 @@ document.body.addEventListener("htmx:afterSettle", () => {
 const trouble = document.querySelector("#trouble");
 const say = (text) => { trouble.textContent = text; trouble.hidden = !text; };
 document.body.addEventListener("htmx:sendError", () => say("The console does not answer. Start it again with `tunedrop console`, and open its new address."));
-document.body.addEventListener("htmx:responseError", (event) => say(`The console failed on ${event.detail.pathInfo.requestPath}: its terminal has the reason.`));
+document.body.addEventListener("htmx:responseError", ({ detail: { xhr, pathInfo } }) => say([502, 503].includes(xhr.status)
+  ? "AWS does not answer, or refuses the request: load the page again for the reason."
+  : `The console failed on ${pathInfo.requestPath}: its terminal has the reason.`));
 document.body.addEventListener("htmx:sseError", () => say("The connection to the console is lost. It is tried again."));
 document.body.addEventListener("htmx:sseOpen", () => say(""));
