@@ -158,7 +158,7 @@ class ModelImports:
             model = self._model(job, arn, services)
         except Closed:
             return
-        except Exception as error:
+        except Exception as error:  # whatever the reason, the job must end, and say it
             if not isinstance(error, JobError):
                 logger.exception("import of %s", job["jobName"])
             shutil.rmtree(self._models.folder(arn), ignore_errors=True)
