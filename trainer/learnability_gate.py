@@ -1,8 +1,8 @@
 """Asks the model before the first step, and ends a run in which it has nothing to learn.
 
-    asked = ask_model(trainer, config, rewards, rows)  →  the model's answers to some rows
-    check_learnability(trainer, config, rows, asked)   →  the record's `learnability` and `dropped`; raises JobError
-    drop_rows(trainer, rows)                           →  a training without the dropped rows
+    asked = ask_model(trainer, config, rewards, rows, …)  →  the model's answers to some rows
+    check_learnability(trainer, config, rows, asked)      →  the record's `learnability` and `dropped`; raises JobError
+    drop_rows(trainer, rows)                              →  a training without the dropped rows
 
 `trainer.learnability` has the statistics.
 """
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from accelerate.utils import gather_object
 
 from trainer import learnability
 from trainer.dataset import check_step
@@ -48,12 +50,23 @@ class Asked(NamedTuple):
         return self.estimate.summary() | {"seconds": self.seconds}
 
 
-def ask_model(
-    trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row], most: int | None = None
-) -> Asked | None:
-    """Ask the model, until the answer is clear, at most `most` prompts. None if the config's gate asks for no samples.
+def ask_first(trainer: "RunTrainer", config: RunConfig, rewards: list[Reward], rows: list[Row]) -> Asked | None:
+    """Ask the model the gate's first block of prompts."""
+    return ask_model(trainer, config, rewards, rows, 0.0)
 
-    Without `most`, the gate may ask as many prompts as `most_gate_prompts` says.
+
+def ask_model(
+    trainer: "RunTrainer",
+    config: RunConfig,
+    rewards: list[Reward],
+    rows: list[Row],
+    seconds: float,
+    enough: Callable[[Learnability], bool] = lambda _estimate: False,
+) -> Asked | None:
+    """Ask the model, until the answer is clear, or `enough` for the caller. None if the config's gate asks for no samples.
+
+    The gate asks at most as many prompts as `most_gate_prompts` says, and ends before a block that would not fit into
+    `seconds`. It asks its first block in any case, and no other one if the training goes on whatever the answer is.
     """
     policy, began = config.learnability, time.monotonic()
     if policy.samples == 0:
@@ -62,11 +75,16 @@ def ask_model(
     # `drop` judges each row that it asks, and therefore asks as many as it may.
     threshold = {"stop": policy.min_nonzero_groups, "drop": None}.get(policy.policy, 0.0)
 
+    def ends(found: Learnability) -> bool:
+        spent: float = gather_object([time.monotonic() - began])[0]  # all ranks ask the same prompts
+        no_time = spent * (1 + learnability.BLOCK / found.prompts) >= seconds
+        return no_time or policy.policy == "go_on" or enough(found)
+
     def sample(chosen: list[int], seed: int) -> list[list[ScoredCompletion]]:
         return sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples, seed=seed)
 
-    limit = most_gate_prompts(total, policy.samples)
-    answers = ask(sample, trainer.row_order(), min(limit, most or limit), trainer.num_generations, threshold)
+    most = most_gate_prompts(total, policy.samples)
+    answers = ask(sample, trainer.row_order(), most, trainer.num_generations, threshold, ends)
     comparing = [reward.__name__ for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
     answered = [
         not comparing or any((each.rewards[name] or 0.0) > 0 for each in found for name in comparing)
@@ -113,8 +131,9 @@ def ask(
     most: int,
     group: int,
     threshold: float | None,
+    ends: Callable[[Learnability], bool] = lambda _estimate: False,
 ) -> dict[int, list[ScoredCompletion]]:
-    """Return the model's answers by row: block by block of prompts, at most `most`, until the answer is clear.
+    """Return the model's answers by row: block by block of prompts, at most `most`, until the answer is clear or it `ends`.
 
     `sample` returns the answers to rows, for a seed. `order` is the training's order of the rows: the first steps will
     measure the same rows. Few rows are asked again. `group` and `threshold` are those of `trainer.learnability`; without a
@@ -123,9 +142,10 @@ def ask(
     answers: dict[int, list[ScoredCompletion]] = {}
     for start, end in learnability.blocks(most):
         chosen = [order[place % len(order)] for place in range(start, end)]
-        for index, found in zip(chosen, sample(chosen, start), strict=True):
-            answers.setdefault(index, []).extend(found)
-        if threshold is not None and learnability.estimate(scores_of(answers), group).is_clear(threshold):
+        for index, completions in zip(chosen, sample(chosen, start), strict=True):
+            answers.setdefault(index, []).extend(completions)
+        found = learnability.estimate(scores_of(answers), group)
+        if ends(found) or (threshold is not None and found.is_clear(threshold)):
             break
     return answers
 

@@ -25,7 +25,8 @@ from trainer.checkpoints import Checkpoint, Record
 from trainer.evaluation import interval
 from trainer.general_probe import Probe
 from trainer.job import JobError, started
-from trainer.learnability_gate import Asked, ask_model, check_learnability
+from trainer.learnability import Learnability
+from trainer.learnability_gate import Asked, ask_first, ask_model, check_learnability
 from trainer.progress import Progress, Watch, history
 from trainer.run_trainer import RunTrainer
 from trainer.sampling import own_random_numbers
@@ -33,7 +34,7 @@ from trainer.sft import Run, evaluation_steps, learned_sequences, make
 from trainer.sft_sequences import Sequences
 from trainer.sft_trainer import RunSftTrainer
 from tunedrop.config.model import RunConfig
-from tunedrop.config.schedule import FIRST_GATE_PROMPTS
+from tunedrop.config.schedule import GATE_SHARE
 
 log = logging.getLogger("trainer")
 
@@ -53,16 +54,17 @@ def prepare(run: Run) -> bool:
     """
     trainer, record = run.trainer, run.trainer.record
     if run.config.method == "sft":
-        asked = ask_model(trainer, run.config, run.rewards, run.data.rows, FIRST_GATE_PROMPTS)
+        asked = ask_first(trainer, run.config, run.rewards, run.data.rows)
         record.learnability = asked.summary() if asked else None
         return True
     saved = checkpoints.newest(folder(), trainer.run)
-    ask = functools.partial(ask_model, trainer, run.config, run.rewards, run.data.rows)
+    gate = functools.partial(ask_model, trainer, run.config, run.rewards, run.data.rows, GATE_SHARE * run.limit.seconds)
     if saved is None:
-        asked = ask()
-        reason = why(run.config, asked)
-        learned = learned_sequences(run, run.data.rows) if reason else None
-        if learned is None or not _enough_rows(run, learned):
+        find = functools.cache(lambda: _enough_rows(run))
+        asked = gate(enough=lambda estimate: why(run.config, estimate) is not None and find() is not None)
+        reason = why(run.config, asked.estimate if asked else None)
+        learned = find() if reason else None
+        if learned is None:
             check_learnability(trainer, run.config, run.data.rows, asked)
             return True
         Probe(trainer, run.config, run.heldout, interval(run, trainer))  # it keeps what the model knows before any step
@@ -81,20 +83,20 @@ def prepare(run: Run) -> bool:
     record.warm_start = summary(phase, saved)
     if not phase.ended:
         return False
-    asked = ask()
+    asked = gate()
     record.warm_start["after"] = shares(asked)
     check_learnability(trainer, run.config, run.data.rows, asked)
     return True
 
 
-def why(config: RunConfig, asked: Asked | None) -> str | None:
-    """Return the reason to begin with a warm start, None if there is none."""
+def why(config: RunConfig, estimate: Learnability | None) -> str | None:
+    """Return the reason to begin with a warm start, None if there is none. `estimate`: what the gate found, if it asked."""
     policy = config.warm_start
     if policy.policy == "always":
         return "warm_start.policy is always"
-    if policy.policy == "never" or asked is None or asked.estimate.dead <= policy.dead_above:
+    if policy.policy == "never" or estimate is None or estimate.dead <= policy.dead_above:
         return None
-    return f"{asked.estimate.dead:.0%} of {asked.estimate.prompts} prompts are dead, more than warm_start.dead_above"
+    return f"{estimate.dead:.0%} of {estimate.prompts} prompts are dead, more than warm_start.dead_above"
 
 
 def _looks_again(run: Run) -> bool:
@@ -111,7 +113,7 @@ def look_again(run: Run) -> None:
     """Ask the model at the end of a run with supervised fine-tuning, for the shares after it."""
     record = run.trainer.record
     if _looks_again(run):
-        asked = ask_model(run.trainer, run.config, run.rewards, run.data.rows, FIRST_GATE_PROMPTS)
+        asked = ask_first(run.trainer, run.config, run.rewards, run.data.rows)
         record.learnability_after = shares(asked)
 
 
@@ -120,16 +122,17 @@ def shares(asked: Asked | None) -> dict[str, Any] | None:
     return asked.estimate.shares() if asked else None
 
 
-def _enough_rows(run: Run, learned: Sequences) -> bool:
-    """Return whether there is a step's worth of rows; raise JobError where the config demands it."""
+def _enough_rows(run: Run) -> Sequences | None:
+    """Return the sequences to learn, None if they are no step's worth; raise JobError where the config demands them."""
+    learned = learned_sequences(run, run.data.rows)
     wanted = min(run.config.sft.rows_per_step, len(run.data.rows))
     if len(learned.items) >= wanted:
-        return True
+        return learned
     found = f"{len(learned.items)} of {len(run.data.rows)} rows have a worked solution in the form that the rewards ask for"
     if run.config.warm_start.policy == "always":
         raise JobError(f"warm_start.policy is always, but only {found}: {learned.summary['left_out']}.")
     log.info("no warm start: only %s: %s", found, learned.summary["left_out"])
-    return False
+    return None
 
 
 def warm_up(run: Run, phase: Record, saved: Checkpoint | None, learned: Sequences) -> None:
@@ -187,7 +190,7 @@ def evaluate(run: Run, sft: RunSftTrainer) -> dict[str, float]:
         sft.add_metric("heldout_loss", loss)
         measures["heldout_loss"] = loss
     if run.config.warm_start.policy == "auto":
-        measures |= shares(ask_model(run.trainer, run.config, run.rewards, run.data.rows, FIRST_GATE_PROMPTS)) or {}
+        measures |= shares(ask_first(run.trainer, run.config, run.rewards, run.data.rows)) or {}
     log.info("warm start: evaluated %s", " ".join(f"{name}={value:.4g}" for name, value in measures.items()))
     return measures
 

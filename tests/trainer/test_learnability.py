@@ -1,17 +1,20 @@
 """The learnability gate: its estimate, its cost, and its effect on a run."""
 
 import json
+import math
 import random
 import re
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
 from trainer import learnability, learnability_gate, train
 from trainer.job import JobError, describe
 from trainer.sampling import ScoredCompletion
+from tunedrop.config.parse import parse_run_config
 from tunedrop.config.schedule import most_gate_prompts
-from tunedrop.rewards import RewardSpec
+from tunedrop.rewards import RewardSpec, build_rewards
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def completion(score, text="an answer", cut=False, **rewards):
     return ScoredCompletion(text, score, rewards or {"exact_match": score}, cut)
 
 
-def asked(rows, chance, most, threshold):
+def asked(rows, chance, most, threshold, ends=lambda _estimate: False):
     """Return the rows that the gate asks of `rows` rows, whose answers are right with this chance, and its estimate."""
     lots, seeds = random.Random(0), []
 
@@ -109,7 +112,7 @@ def asked(rows, chance, most, threshold):
         seeds.append(seed)
         return [[completion(float(lots.random() < chance)) for _ in range(8)] for _ in chosen]
 
-    answers = learnability_gate.ask(sample, range(rows), most, 8, threshold)
+    answers = learnability_gate.ask(sample, range(rows), most, 8, threshold, ends)
     assert len(set(seeds)) == len(seeds)  # a row that is asked again answers anew
     return answers, learnability.estimate(learnability_gate.scores_of(answers), 8)
 
@@ -121,6 +124,12 @@ def test_the_gate_stops_asking_when_its_answer_is_clear():
     assert len(asked(1000, 0.0, 100, 0.0)[0]) == 100  # only more prompts without a difference make it sure
     assert 16 < len(asked(1000, 0.01, 300, 0.0)[0]) < 150  # a hard task: until two groups differ
     assert len(asked(1000, 0.3, 100, None)[0]) == 100  # `drop` judges each row
+
+
+@pytest.mark.parametrize("threshold", [0.0, None])
+def test_the_gate_stops_asking_when_its_caller_knows_enough(threshold):
+    assert len(asked(1000, 0.0, 300, threshold, lambda estimate: estimate.prompts >= 24)[0]) == 24
+    assert len(asked(1000, 0.0, 300, threshold, lambda _: True)[0]) == 16
 
 
 def test_a_run_with_few_rows_asks_them_again():
@@ -271,6 +280,46 @@ def test_who_asks_to_go_on_trains_with_nothing_to_learn_and_hears_at_the_end_why
     with pytest.raises(JobError, match=r"does not change the base model's output: every answer scored 0, so that no group"):
         train.train(train.parse_flags([]))
     assert len(job.metrics()) == 2
+
+
+class Slow:
+    """A clock on which a sampled completion takes a second."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sample(self, _trainer, _rewards, rows, samples, **_):
+        self.now += samples * len(rows)
+        return [[completion(0.0)] * samples for _ in rows]
+
+
+# 16 prompts of 2 samples take 32 s, each block of 8 more 16 s.
+@pytest.mark.parametrize(("policy", "seconds", "prompts"), [
+    ("stop_if_nothing_to_learn", 0.0, 16),
+    ("stop_if_nothing_to_learn", 32.0, 16),
+    ("stop_if_nothing_to_learn", 49.0, 24),
+    ("stop_if_nothing_to_learn", 100.0, 48),
+    ("stop_if_nothing_to_learn", math.inf, 300),
+    ("drop", 49.0, 24),
+    ("go_on", math.inf, 16),  # the training goes on whatever the answer is
+])  # fmt: skip
+def test_the_gate_asks_no_longer_than_its_share_of_the_time(monkeypatch, policy, seconds, prompts):
+    clock = Slow()
+    monkeypatch.setattr(learnability_gate, "time", clock)
+    monkeypatch.setattr(learnability_gate, "sample_completions", clock.sample)
+    grpo = {"num_generations": 8, "per_device_train_batch_size": 8, "num_train_epochs": 100}
+    learnability_section = {"samples": 2, "policy": policy}
+    config = parse_run_config(
+        {"model": "m", "rewards": [{"type": "exact_match"}], "grpo": grpo, "learnability": learnability_section}
+    )
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1), row_order=lambda: list(range(1000)), num_generations=8
+    )
+    rewards = build_rewards(config.rewards)
+    found = learnability_gate.ask_model(trainer, config, rewards, [{"answer": "1"}] * 1000, seconds)
+    assert found.estimate.prompts == prompts
 
 
 def test_a_task_with_too_little_to_learn_is_stopped_on_request(job, monkeypatch):

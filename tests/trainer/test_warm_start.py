@@ -13,8 +13,7 @@ from trainer import checkpoints, train, warm_start
 from trainer.bounds import Bounds
 from trainer.checkpoints import Record
 from trainer.job import JobError
-from trainer.learnability import estimate
-from trainer.learnability_gate import Asked
+from trainer.learnability import Learnability, estimate
 from tunedrop.config.parse import parse_run_config
 
 from .conftest import Job
@@ -183,9 +182,9 @@ def test_a_warm_start_without_time_is_left_out(job, monkeypatch):
         train.train(train.parse_flags([]))
 
 
-def asked(dead: float) -> Asked:
+def found(dead: float) -> Learnability:
     rewards = [[0.0] * 4] * round(16 * dead) + [[0.0, 1.0] * 2] * round(16 * (1 - dead))
-    return Asked({}, estimate(rewards, 4), 0.0)
+    return estimate(rewards, 4)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +203,7 @@ def asked(dead: float) -> Asked:
 )
 def test_a_warm_start_begins_where_too_many_prompts_are_dead(policy, dead, begins):
     config = parse_run_config({"model": "m", "warm_start": policy})
-    assert bool(warm_start.why(config, None if dead is None else asked(dead))) == begins
+    assert bool(warm_start.why(config, None if dead is None else found(dead))) == begins
 
 
 @pytest.mark.parametrize(
