@@ -111,7 +111,7 @@ def simulated(kind: str, share: float, groups: int, lots: random.Random) -> Simu
     fixed = learnability.estimate(
         learnability_gate.scores_of(learnability_gate.ask(sample, range(groups), FIXED, GROUP, None)), GROUP
     )
-    return Simulation(estimate.learnable == 0, prompts, estimate.expected_nonzero_groups, fixed.expected_nonzero_groups)
+    return Simulation(not estimate.has_gradient, prompts, estimate.expected_nonzero_groups, fixed.expected_nonzero_groups)
 
 
 def simulate(runs: int) -> None:

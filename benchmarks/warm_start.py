@@ -4,8 +4,9 @@
     .venv/bin/python -m benchmarks.warm_start --minutes 10 --seeds 3
     .venv/bin/python -m benchmarks.warm_start --minutes 4 --seeds 1 --tests 16     # a quick look
 
-The task: additions of two two-digit numbers. The model writes each column's sum and the carry between `<reasoning>` tags,
-and the result between `<answer>` tags; the rewards pay for the right number and for the form. The rows have such reasoning.
+The task: additions of two two-digit numbers. The model writes each column's sum and the carry between `<think>` tags, and
+then the result. The rewards pay for the right number and for the form. All rows have the answer, and only a few the
+reasoning, which people must write.
 
 Each run is a training job of its own, `python -m trainer.train`, that ends within the same minutes: start, learnability
 gate, evaluations, merge and proofs included. Then the merged model answers additions that are in no row, greedily, and the
@@ -32,27 +33,31 @@ from tunedrop.rewards import build_rewards, score
 
 ROOT = Path(__file__).parents[1]
 MODEL = "SmolLM2-135M-Instruct"
-ROWS, HELDOUT = 600, 32
+ROWS, SOLVED, HELDOUT = 600, 12, 32  # SOLVED of the ROWS have the reasoning
 METHODS: dict[str, dict[str, Any]] = {
-    "GRPO alone": {"warm_start": {"policy": "never"}, "learnability": {"policy": "go_on"}},
+    "GRPO alone": {"warm_start": {"policy": "never"}, "learnability": {"samples": 4, "policy": "go_on"}},
     "SFT alone": {"method": "sft"},
     "warm start + GRPO": {},
 }
 CONFIG: dict[str, Any] = {
     "model": MODEL,
-    "system_prompt": "Reply with <reasoning>the steps</reasoning> and <answer>the sum</answer>.",
-    "rewards": [{"type": "xml_format", "weight": 0.2}, {"type": "numeric", "only_if": "xml_format"}],
+    "system_prompt": "Add.",
+    "rewards": [{"type": "think_format", "weight": 0.2}, {"type": "numeric", "only_if": "think_format"}],
     "lora": {"r": 16, "lora_alpha": 32},
     "max_prompt_length": 64,
+    "learnability": {"samples": 4},
+    "warm_start": {"max_share": 0.5},
     "alerts": {"stop_on": ["NON_FINITE"]},
-    "sft": {"learning_rate": 5e-4, "num_train_epochs": 10, "rows_per_step": 16},
+    "sft": {"learning_rate": 6e-4, "num_train_epochs": 60, "rows_per_step": 8},
     "grpo": {
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "num_train_epochs": 100,
+        "learning_rate": 1.5e-4,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 3,
+        "scale_rewards": "batch",
+        "num_train_epochs": 2,
         "num_generations": 8,
         "per_device_train_batch_size": 48,
-        "max_completion_length": 64,
+        "max_completion_length": 40,
         "activation_checkpointing": False,
     },
 }
@@ -63,14 +68,9 @@ def row(first: int, second: int) -> dict[str, Any]:
     ones = first % 10 + second % 10
     carry = ones // 10
     tens = first // 10 + second // 10 + carry
-    ones_text = f"{first % 10} + {second % 10} = {ones}, carry {carry}"
-    tens_text = f"{first // 10} + {second // 10} + {carry} = {tens}"
-    prompt = [
-        {"role": "system", "content": CONFIG["system_prompt"]},
-        {"role": "user", "content": f"What is {first} + {second}?"},
-    ]
-    identity = {"id": f"{first}+{second}", "prompt": prompt, "answer": str(first + second)}
-    return identity | {"reasoning": f"{ones_text}\n{tens_text}"}
+    prompt = [{"role": "system", "content": CONFIG["system_prompt"]}, {"role": "user", "content": f"{first} + {second}"}]
+    reasoning = f"{first % 10}+{second % 10}={ones} carry {carry}, {first // 10}+{second // 10}+{carry}={tens}"
+    return {"id": f"{first}+{second}", "prompt": prompt, "answer": str(first + second), "reasoning": reasoning}
 
 
 def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -78,6 +78,8 @@ def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[st
     pairs = [(first, second) for first in range(10, 100) for second in range(10, 100)]
     random.Random(seed).shuffle(pairs)
     rows = [row(*pair) for pair in pairs[: ROWS + HELDOUT + tests]]
+    for each in rows[SOLVED:ROWS]:
+        each["reasoning"] = None
     return rows[:ROWS], rows[ROWS : ROWS + HELDOUT], rows[ROWS + HELDOUT :]
 
 

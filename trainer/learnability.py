@@ -35,10 +35,10 @@ Value = TypeVar("Value")
 class Learnability(NamedTuple):
     """The gate's estimate. `dead`, `learnable` and `solved` are shares of the prompts.
 
-    `dead`: all completions of a prompt got the same reward, and not the best one. `solved`: all got the best reward, and not
-    for their form alone.
+    `dead`: all completions of a prompt got the same reward, and not the best one, or differ in their form alone. `solved`:
+    all got the best reward, and not for their form alone.
     `reward` is the mean and `reward_error` its standard error. `expected_nonzero_groups` is the expected share of groups
-    with a gradient. `flat` are the indices of the dead and the solved prompts.
+    with a gradient. `flat` are the indices of the prompts whose completions all got the same reward.
     """
 
     prompts: int
@@ -60,6 +60,11 @@ class Learnability(NamedTuple):
         summary = self.summary()
         return {name: summary[name] for name in ("prompts", "dead", "learnable", "solved")}
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any prompt's completions got different rewards, for their form or for their answers."""
+        return len(self.flat) < self.prompts
+
     def is_clear(self, threshold: float) -> bool:
         """Return whether the share of groups with a gradient is certainly below, or certainly above, this threshold.
 
@@ -80,8 +85,8 @@ def blocks(most: int) -> Iterator[tuple[int, int]]:
 def estimate(rewards: Sequence[Sequence[float]], group: int, answered: Sequence[bool] | None = None) -> Learnability:
     """Return the estimate for groups of `group` completions, from the rewards of each prompt's sampled completions.
 
-    `answered` says for each prompt whether a completion earned something of a reward that compares with the answer. Without
-    it, the best reward of all completions counts as solved. A model that knows only the form would have solved all then.
+    `answered` says for each prompt whether a completion earned something of a reward that compares with the answer. Prompts
+    where none did are dead: a model that knows only the form would have solved them all, or would learn the form alone.
     """
     samples = min(len(each) for each in rewards)  # a run with few rows asks some of them again
     seen = [Counter(round(reward, DIGITS) for reward in each) for each in rewards]
@@ -89,7 +94,9 @@ def estimate(rewards: Sequence[Sequence[float]], group: int, answered: Sequence[
     means = [fmean(each) for each in rewards]
     flat = [index for index, each in enumerate(seen) if len(each) == 1]
     # If no completion was rewarded, the best reward does not mean "solved".
-    solved = sum(best > 0 and best in seen[index] and (answered is None or answered[index]) for index in flat)
+    answered = answered or [True] * len(seen)
+    solved = sum(best > 0 and best in seen[index] and answered[index] for index in flat)
+    learnable = sum(len(each) > 1 and answered[index] for index, each in enumerate(seen))
     pooled = sum(seen, Counter())
     prior = {value: count / pooled.total() for value, count in pooled.items()}
     alike = Counter(frozenset(each.items()) for each in seen)
@@ -102,8 +109,8 @@ def estimate(rewards: Sequence[Sequence[float]], group: int, answered: Sequence[
     return Learnability(
         prompts=len(seen),
         samples=samples,
-        dead=(len(flat) - solved) / len(seen),
-        learnable=1 - len(flat) / len(seen),
+        dead=(len(seen) - solved - learnable) / len(seen),
+        learnable=learnable / len(seen),
         solved=solved / len(seen),
         reward=fmean(means),
         reward_error=math.sqrt(variance(means) / len(means)) if len(means) > 1 else 0.0,

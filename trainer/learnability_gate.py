@@ -110,7 +110,7 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rows: list[Row]
     log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
     limit = trainer.args.max_completion_length
     solved_by_warm_start = trainer.record.warm_start is not None and estimate.dead == 0
-    if policy.policy != "go_on" and estimate.learnable == 0 and not solved_by_warm_start:
+    if policy.policy != "go_on" and not estimate.has_gradient and not solved_by_warm_start:
         warm = trainer.record.warm_start
         after = f"After a warm start of {warm['steps']} steps: " if warm else ""
         raise JobError(explain(after + nothing_to_learn(estimate), estimate, list(answers.values()), limit))

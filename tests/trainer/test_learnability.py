@@ -34,6 +34,17 @@ def test_prompts_are_dead_learnable_or_solved(rewards, dead, learnable, solved):
     assert found.flat == [index for index, each in enumerate(rewards) if abs(each[0] - each[1]) < 1e-6]
 
 
+def test_prompts_whose_answers_differ_in_their_form_alone_are_dead_and_have_a_gradient():
+    rewards = [[0.0, 0.2], [0.2, 0.2], [0.2, 1.2], [1.2, 1.2]]
+    found = learnability.estimate(rewards, 8, [False, False, True, True])
+    assert (found.dead, found.learnable, found.solved) == (0.5, 0.25, 0.25)
+    assert found.has_gradient
+    assert found.flat == [1, 3]
+    form_alone = learnability.estimate(rewards[:2], 8, [False, False])
+    assert (form_alone.dead, form_alone.learnable, form_alone.solved, form_alone.has_gradient) == (1, 0, 0, True)
+    assert not learnability.estimate([[0.2, 0.2]], 8, [False]).has_gradient
+
+
 @pytest.mark.parametrize(("a", "b"), [(1, 3), (3, 3), (0.1, 0.1), (20, 1), (0.05, 5)])
 @pytest.mark.parametrize("group", [4, 8, 16])
 def test_four_answers_to_a_prompt_say_how_many_groups_have_a_gradient(a, b, group):
