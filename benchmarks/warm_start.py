@@ -1,17 +1,17 @@
 """Compares GRPO, supervised fine-tuning (SFT), and both, a warm start and then GRPO, where the base model is lost.
 
     .venv/bin/python -m benchmarks.warm_start
-    .venv/bin/python -m benchmarks.warm_start --minutes 10 --seeds 3
-    .venv/bin/python -m benchmarks.warm_start --minutes 4 --seeds 1 --tests 16     # a quick look
+    .venv/bin/python -m benchmarks.warm_start --seeds 1 --methods "warm start + GRPO"     # a quick look
 
-The task: additions of two two-digit numbers. The model writes each column's sum and the carry between `<think>` tags, and
-then the result. The rewards pay for the right number and for the form. All rows have the answer, and only a few the
+The task: additions of two two-digit numbers. The model writes each column's sum, adds the carry between `<think>` tags, and
+then writes the result. The rewards pay for the right number and for the form. All rows have the answer, and only a few the
 reasoning, which people must write.
 
 Each run is a training job of its own, `python -m trainer.train`, that ends within the same minutes: start, learnability
-gate, evaluations, merge and proofs included. Then the merged model answers additions that are in no row, greedily, and the
-run's rewards score the answers. The table has the mean share of right answers in the right form, its standard deviation over
-the seeds, and the shares of dead, learnable and solved prompts before and after each phase.
+gate, evaluations, merge and proofs included. Runs at the same time share the machine's cores equally. Then the merged model
+answers additions that are in no row, greedily, and the run's rewards score the answers. The table has the mean share of
+right answers in the right form, its standard deviation over the seeds, and the shares of dead, learnable and solved prompts
+before and after each phase.
 """
 
 import argparse
@@ -22,8 +22,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainer import models
 from trainer.dataset import chat_ids
@@ -50,14 +54,13 @@ CONFIG: dict[str, Any] = {
     "alerts": {"stop_on": ["NON_FINITE"]},
     "sft": {"learning_rate": 6e-4, "num_train_epochs": 60, "rows_per_step": 8},
     "grpo": {
-        "learning_rate": 1.5e-4,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 3,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "constant",
         "scale_rewards": "batch",
         "num_train_epochs": 2,
         "num_generations": 8,
         "per_device_train_batch_size": 48,
-        "max_completion_length": 40,
+        "max_completion_length": 48,
         "activation_checkpointing": False,
     },
 }
@@ -65,12 +68,14 @@ CONFIG: dict[str, Any] = {
 
 def row(first: int, second: int) -> dict[str, Any]:
     """Return the row of an addition, with its carried steps as reasoning."""
-    ones = first % 10 + second % 10
-    carry = ones // 10
-    tens = first // 10 + second // 10 + carry
+    ones, tens = first % 10 + second % 10, first // 10 + second // 10
+    steps = [
+        f"{first % 10}+{second % 10}={ones}",
+        f"{first // 10}+{second // 10}={tens}",
+        f"{tens}+{ones // 10}={tens + ones // 10}",
+    ]
     prompt = [{"role": "system", "content": CONFIG["system_prompt"]}, {"role": "user", "content": f"{first} + {second}"}]
-    reasoning = f"{first % 10}+{second % 10}={ones} carry {carry}, {first // 10}+{second // 10}+{carry}={tens}"
-    return {"id": f"{first}+{second}", "prompt": prompt, "answer": str(first + second), "reasoning": reasoning}
+    return {"id": f"{first}+{second}", "prompt": prompt, "answer": str(first + second), "reasoning": ", ".join(steps)}
 
 
 def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -83,8 +88,14 @@ def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[st
     return rows[:ROWS], rows[ROWS : ROWS + HELDOUT], rows[ROWS + HELDOUT :]
 
 
-def train(method: str, seed: int, minutes: float, folder: Path, tests: int) -> tuple[float, dict[str, Any]]:
+def train(method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any]]:
     """Train by a method in a folder of its own; return the share of right answers to the tests, and training.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train_in(Path(folder), method, seed, minutes, tests)
+
+
+def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any]]:
+    """As `train`, in this folder. The job has as many threads as this process."""
     values = CONFIG | METHODS[method] | {"columns": {"prompt": "{prompt}", "answer": "answer"}}
     values = values | {"grpo": values["grpo"] | {"seed": seed}}
     learn, heldout, asked = additions(seed, tests)
@@ -101,6 +112,7 @@ def train(method: str, seed: int, minutes: float, folder: Path, tests: int) -> t
         "SM_CHANNEL_TRAINING": str(folder / "training"),
         "SM_CHANNEL_MODELS": str(ROOT / ".tunedrop/models"),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'functions'}",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-m", "trainer.train", "--max-runtime", str(round(60 * minutes))]
     with (folder / "log").open("w") as log:
@@ -139,22 +151,29 @@ def shares(training: dict[str, Any]) -> str:
 def main() -> None:
     """Print each run, and the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each run, from its start to its saved model")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of each run, from its start to its saved model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tests", type=int, default=128)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="runs at a time (default: one for each core)")
     arguments = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // arguments.at_once)
+    jobs = [(method, seed) for method in arguments.methods.split(",") for seed in range(arguments.seeds)]
     results: dict[str, list[float]] = {}
-    for method in arguments.methods.split(","):
-        for seed in range(arguments.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                found, training = train(method, seed, arguments.minutes, Path(folder), arguments.tests)
+    with ProcessPoolExecutor(
+        arguments.at_once, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        runs = [pool.submit(train, method, seed, arguments.minutes, arguments.tests) for method, seed in jobs]
+        for (method, seed), run in zip(jobs, runs, strict=True):
+            found, training = run.result()
             results.setdefault(method, []).append(found)
             warm = training["warm_start"]
             steps = f"{warm['steps']} steps of warm start ({warm['ended']}), " if warm else ""
             print(f"{method}  seed {seed}  right {found:.3f}  {steps}{training['steps']} steps ({training['ended']})")
             print(f"    {shares(training)}", flush=True)
-    print(f"\nmethod             right  standard deviation   ({arguments.minutes:g} minutes, {arguments.tests} tests)")
+    cores = f"{threads} core" + "s" * (threads > 1)
+    print(f"\n{arguments.minutes:g} minutes of {cores} each, {arguments.tests} tests")
+    print("method             right  standard deviation")
     for method, values in results.items():
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"{method:17}  {statistics.fmean(values):5.3f}  {deviation:18.3f}")
