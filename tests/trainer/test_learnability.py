@@ -331,7 +331,8 @@ def test_the_gate_asks_no_longer_than_its_share_of_the_time(monkeypatch, policy,
     )
     rewards = build_rewards(config.rewards)
     found = learnability_gate.ask_model(trainer, config, rewards, [{"answer": "1"}] * 1000, seconds)
-    assert found and found.estimate.prompts == prompts
+    assert found
+    assert found.estimate.prompts == prompts
 
 
 def test_a_task_with_too_little_to_learn_is_stopped_on_request(job, monkeypatch):
