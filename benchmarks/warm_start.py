@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.warm_start
     .venv/bin/python -m benchmarks.warm_start --seeds 1 --methods "warm start + GRPO"     # a quick look
 
-The task: additions of two two-digit numbers. The model writes each column's sum, adds the carry between `<think>` tags, and
-then writes the result. The rewards pay for the right number and for the form. All rows have the answer, and only a few the
+The task: additions of two two-digit numbers. Between `<think>` tags, the model writes each column's sum, and adds the carry;
+then it writes the result. The rewards pay for the right number and for the form. All rows have the answer, and a few the
 reasoning, which people must write.
 
 Each run is a training job of its own, `python -m trainer.train`, that ends within the same minutes: start, learnability

@@ -60,7 +60,7 @@ def prepare(run: Run) -> bool:
     saved = checkpoints.newest(folder(), trainer.run)
     gate = functools.partial(ask_model, trainer, run.config, run.rewards, run.data.rows, GATE_SHARE * run.limit.seconds)
     if saved is None:
-        find = functools.cache(lambda: _enough_rows(run))
+        find = functools.cache(lambda: _enough_sequences(run))
         asked = gate(enough=lambda estimate: why(run.config, estimate) is not None and find() is not None)
         reason = why(run.config, asked.estimate if asked else None)
         learned = find() if reason else None
@@ -122,7 +122,7 @@ def shares(asked: Asked | None) -> dict[str, Any] | None:
     return asked.estimate.shares() if asked else None
 
 
-def _enough_rows(run: Run) -> Sequences | None:
+def _enough_sequences(run: Run) -> Sequences | None:
     """Return the sequences to learn, None if they are no step's worth; raise JobError where the config demands them."""
     learned = learned_sequences(run, run.data.rows)
     wanted = min(run.config.sft.rows_per_step, len(run.data.rows))
