@@ -22,6 +22,7 @@ import random
 import statistics
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,12 +106,10 @@ def simulated(kind: str, share: float, groups: int, lots: random.Random) -> Simu
         ]
 
     most = most_gate_prompts(groups * GROUP, GROUP)
-    answers = learnability_gate.ask(sample, range(groups), most, GROUP, 0.0)
-    estimate = learnability.estimate(learnability_gate.scores_of(answers), GROUP)
+    judge = partial(learnability_gate.estimate_of, group=GROUP)
+    _, estimate = learnability_gate.ask(sample, range(groups), most, judge, 0.0)
     prompts = asked
-    fixed = learnability.estimate(
-        learnability_gate.scores_of(learnability_gate.ask(sample, range(groups), FIXED, GROUP, None)), GROUP
-    )
+    _, fixed = learnability_gate.ask(sample, range(groups), FIXED, judge, None)
     return Simulation(not estimate.has_gradient, prompts, estimate.expected_nonzero_groups, fixed.expected_nonzero_groups)
 
 

@@ -25,7 +25,7 @@ from tunedrop.config.schedule import FIRST_GATE_PROMPTS
 BLOCK = 8  # prompts of a block after the first
 # Candidate strengths of the prior, in pseudo-completions.
 STRENGTHS = [2.0 ** (power / 2) for power in range(-12, 17)]
-# Rewards that are equal to this many digits count as one value, as in TRL's frac_reward_zero_std.
+# Rewards that are equal to this many digits count as one value, here and in the metric frac_reward_zero_std.
 DIGITS = 6
 STANDARD_ERRORS = 2.0
 

@@ -7,10 +7,11 @@
 `trainer.learnability` has the statistics.
 """
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,10 +39,13 @@ REASON_ROOM = REASON_CHARACTERS - 40
 TO_GO_ON = "To train all the same, set learnability.policy to go_on."
 
 
-class Asked(NamedTuple):
-    """What the model answered to each of some rows, by the row's index, and the estimate from it."""
+Answers = dict[int, list[ScoredCompletion]]  # what the model answered to each of some rows, by the row's index
 
-    answers: dict[int, list[ScoredCompletion]]
+
+class Asked(NamedTuple):
+    """The model's answers, and the estimate from them."""
+
+    answers: Answers
     estimate: Learnability
     seconds: float
 
@@ -75,22 +79,18 @@ def ask_model(
     # `drop` judges each row that it asks, and therefore asks as many as it may.
     threshold = {"stop": policy.min_nonzero_groups, "drop": None}.get(policy.policy, 0.0)
 
-    def ends(found: Learnability) -> bool:
+    def ends(found: Learnability, prompts: int) -> bool:
         spent: float = gather_object([time.monotonic() - began])[0]  # all ranks ask the same prompts
-        no_time = spent * (1 + learnability.BLOCK / found.prompts) >= seconds
+        no_time = spent * (1 + learnability.BLOCK / prompts) >= seconds
         return no_time or policy.policy == "go_on" or enough(found)
 
     def sample(chosen: list[int], seed: int) -> list[list[ScoredCompletion]]:
         return sample_completions(trainer, rewards, [rows[index] for index in chosen], policy.samples, seed=seed)
 
-    most = most_gate_prompts(total, policy.samples)
-    answers = ask(sample, trainer.row_order(), most, trainer.num_generations, threshold, ends)
     comparing = [reward.__name__ for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
-    answered = [
-        not comparing or any((each.rewards[name] or 0.0) > 0 for each in found for name in comparing)
-        for found in answers.values()
-    ]
-    estimate = learnability.estimate(scores_of(answers), trainer.num_generations, answered)
+    judge = functools.partial(estimate_of, group=trainer.num_generations, comparing=comparing)
+    most = most_gate_prompts(total, policy.samples)
+    answers, estimate = ask(sample, trainer.row_order(), most, judge, threshold, ends)
     return Asked(answers, estimate, round(time.monotonic() - began, 1))
 
 
@@ -129,28 +129,37 @@ def ask(
     sample: Callable[[list[int], int], list[list[ScoredCompletion]]],
     order: Sequence[int],
     most: int,
-    group: int,
+    judge: Callable[[Answers], Learnability],
     threshold: float | None,
-    ends: Callable[[Learnability], bool] = lambda _estimate: False,
-) -> dict[int, list[ScoredCompletion]]:
-    """Return the model's answers by row: block by block of prompts, at most `most`, until the answer is clear or it `ends`.
+    ends: Callable[[Learnability, int], bool] = lambda _estimate, _prompts: False,
+) -> tuple[Answers, Learnability]:
+    """Return the model's answers by row, and the estimate: block by block of prompts, until it is clear or `ends` says so.
 
     `sample` returns the answers to rows, for a seed. `order` is the training's order of the rows: the first steps will
-    measure the same rows. Few rows are asked again. `group` and `threshold` are those of `trainer.learnability`; without a
-    threshold, no answer is clear.
+    measure the same rows. At most `most` prompts are asked; few rows are asked again. `judge` estimates from the answers.
+    Without a `threshold` (of `Learnability.is_clear`), no estimate is clear. `ends` gets the number of asked prompts, too.
     """
-    answers: dict[int, list[ScoredCompletion]] = {}
+    answers: Answers = {}
     for start, end in learnability.blocks(most):
         chosen = [order[place % len(order)] for place in range(start, end)]
         for index, completions in zip(chosen, sample(chosen, start), strict=True):
             answers.setdefault(index, []).extend(completions)
-        found = learnability.estimate(scores_of(answers), group)
-        if ends(found) or (threshold is not None and found.is_clear(threshold)):
+        found = judge(answers)
+        if ends(found, end) or (threshold is not None and found.is_clear(threshold)):
             break
-    return answers
+    return answers, found
 
 
-def scores_of(answers: Mapping[int, Sequence[ScoredCompletion]]) -> list[list[float]]:
+def estimate_of(answers: Answers, group: int, comparing: Sequence[str] = ()) -> Learnability:
+    """Return the estimate for groups of `group` completions. `comparing` names the rewards that compare with the answer."""
+    answered = [
+        not comparing or any((each.rewards[name] or 0.0) > 0 for each in found for name in comparing)
+        for found in answers.values()
+    ]
+    return learnability.estimate(scores_of(answers), group, answered)
+
+
+def scores_of(answers: Answers) -> list[list[float]]:
     """Return the scores of answers by row."""
     return [[each.score for each in found] for found in answers.values()]
 

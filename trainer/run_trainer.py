@@ -35,6 +35,7 @@ from trainer.dataset import chat_ids
 from trainer.fused_lora import FusedLora
 from trainer.fused_norms import fuse_norms
 from trainer.latest_rollout import Rollout
+from trainer.learnability import DIGITS
 from trainer.progress import memory_gb, ordered_samples
 from trainer.rollout_mismatch import mismatch
 from trainer.shared_prefix import ATTENTION, Packed, backbone
@@ -212,6 +213,7 @@ class _RunMethods(WholeCheckpoints):
     OWN: tuple[str, ...] = (*WholeCheckpoints.OWN, "_base", "_fused", "_buffered_inputs", "ref_model")
     _known: tuple[list[list[int]], Tensor, list[list[float]] | None] | None = None
     _ended: list[tuple[int, int, bool]]
+    _flat: float  # the share of the latest rollout's groups whose completions all got the same reward, or none
     _places: Tensor | None = None
     sampler_log_probs: list[list[float]] | None = None  # of the latest completions, by token
     rollout: Rollout | None = None  # the latest one
@@ -291,6 +293,8 @@ class _RunMethods(WholeCheckpoints):
             batch = super()._generate_and_score_completions(inputs)
         finally:
             self._known = None
+        # TRL's own value is that of the whole batch if `scale_rewards` is batch.
+        self._metrics["train"]["frac_reward_zero_std"][-1] = self._flat
         batch["place"] = torch.arange(len(inputs), device=self.args.device)
         rows, tokens, cut = (list(each) for each in zip(*self._ended, strict=True))
         self.rollout = Rollout(
@@ -335,6 +339,9 @@ class _RunMethods(WholeCheckpoints):
         self._ended = gather_object(own)
         cut = torch.tensor([was_cut for _, _, was_cut in self._ended], device=rewards.device)
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        silent = rewards.isnan().all(dim=1)
+        high, low = (totals.masked_fill(silent, none).view(-1, self.num_generations) for none in (-torch.inf, torch.inf))
+        self._flat = float((high.amax(dim=1) - low.amin(dim=1) < 10**-DIGITS).float().mean())
         self._log_metric("answers", float(len(totals)))
         self._log_metric("abstained", float(rewards.isnan().float().mean()))
         self._log_metric("reward_best", float(totals.max()))

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from functools import partial
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -116,17 +117,20 @@ def completion(score, text="an answer", cut=False, **rewards):
     return ScoredCompletion(text, score, rewards or {"exact_match": score}, cut)
 
 
-def asked(rows, chance, most, threshold, ends=lambda _estimate: False):
-    """Return the rows that the gate asks of `rows` rows, whose answers are right with this chance, and its estimate."""
+judge = partial(learnability_gate.estimate_of, group=8)
+
+
+def asked(rows, chance, most, threshold, ends=lambda _estimate, _prompts: False):
+    """Return the answers that the gate gets of `rows` rows, whose answers are right with this chance, and its estimate."""
     lots, seeds = random.Random(0), []
 
     def sample(chosen, seed):
         seeds.append(seed)
         return [[completion(float(lots.random() < chance)) for _ in range(8)] for _ in chosen]
 
-    answers = learnability_gate.ask(sample, range(rows), most, 8, threshold, ends)
+    found = learnability_gate.ask(sample, range(rows), most, judge, threshold, ends)
     assert len(set(seeds)) == len(seeds)  # a row that is asked again answers anew
-    return answers, learnability.estimate(learnability_gate.scores_of(answers), 8)
+    return found
 
 
 def test_the_gate_stops_asking_when_its_answer_is_clear():
@@ -140,8 +144,33 @@ def test_the_gate_stops_asking_when_its_answer_is_clear():
 
 @pytest.mark.parametrize("threshold", [0.0, None])
 def test_the_gate_stops_asking_when_its_caller_knows_enough(threshold):
-    assert len(asked(1000, 0.0, 300, threshold, lambda estimate: estimate.prompts >= 24)[0]) == 24
-    assert len(asked(1000, 0.0, 300, threshold, lambda _: True)[0]) == 16
+    assert len(asked(1000, 0.0, 300, threshold, lambda estimate, _: estimate.prompts >= 24)[0]) == 24
+    assert len(asked(1000, 0.0, 300, threshold, lambda *_: True)[0]) == 16
+
+
+def test_the_gate_sees_while_it_asks_that_answers_differ_in_their_form_alone():
+    seen = []
+
+    def sample(chosen, _seed):
+        return [[completion(float(n % 2), form=float(n % 2), answer=0.0) for n in range(8)] for _ in chosen]
+
+    def ends(estimate, _prompts):
+        seen.append(estimate.dead)
+        return False
+
+    learnability_gate.ask(sample, range(1000), 24, partial(judge, comparing=["answer"]), None, ends)
+    assert seen == [1.0, 1.0]
+
+
+def test_the_prompts_asked_are_counted_where_few_rows_are_asked_again():
+    counts = []
+
+    def ends(_estimate, prompts):
+        counts.append(prompts)
+        return False
+
+    asked(10, 0.0, 40, 0.0, ends)
+    assert counts == [16, 24, 32, 40]
 
 
 def test_a_run_with_few_rows_asks_them_again():
@@ -160,8 +189,7 @@ def test_ending_early_hardly_moves_the_forecast(teaching, runs):
         return [[completion(float(lots.random() < chance)) for _ in range(8)] for _ in chosen]
 
     def forecast(threshold):
-        answers = learnability_gate.ask(sample, range(1000), 24, 8, threshold)
-        return learnability.estimate(learnability_gate.scores_of(answers), 8).expected_nonzero_groups
+        return learnability_gate.ask(sample, range(1000), 24, judge, threshold)[1].expected_nonzero_groups
 
     early, late = (fmean(forecast(threshold) for _ in range(runs)) for threshold in (0.0, None))
     assert early == pytest.approx(late, abs=0.03)
@@ -249,21 +277,25 @@ class ByRow:
         return [{"always": 1.0, "never": 0.0}.get(kind, float(self.lots.random() < 0.5)) for kind in answer]
 
 
-def prepare(job, monkeypatch, answers, steps=4, **policy):
-    job.config(learnability=policy, grpo={"max_steps": steps})
+def prepare(job, monkeypatch, answers, steps=4, grpo=(), **policy):
+    job.config(learnability=policy, grpo={"max_steps": steps} | dict(grpo))
     rows = [{"id": f"r{i}", "prompt": [{"role": "user", "content": f"say {i}"}], "answer": a} for i, a in enumerate(answers)]
     job.channel("training", "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(train, "build_rewards", lambda *_: [ByRow()])
 
 
-def test_the_forecast_is_what_training_then_measures(job, monkeypatch):
-    prepare(job, monkeypatch, ["never"] * 6 + ["sometimes"] * 12 + ["always"] * 6, steps=12)
+@pytest.mark.parametrize("scaling", ["group", "batch"])
+def test_the_forecast_is_what_training_then_measures(job, monkeypatch, scaling):
+    grpo = {"scale_rewards": scaling}
+    prepare(job, monkeypatch, ["never"] * 6 + ["sometimes"] * 12 + ["always"] * 6, steps=12, grpo=grpo)
     train.train(train.parse_flags([]))
     result = job.training()["learnability"]
     assert (result["prompts"], result["samples"]) == (16, 8)
     assert result["dead"] + result["learnable"] + result["solved"] == pytest.approx(1, abs=1e-3)
     assert result["expected_nonzero_groups"] == pytest.approx(0.5, abs=0.2)
-    points = job.metrics()[: result["measured_groups"] // 2]  # two groups a step
+    flat = sum(2 * point["frac_reward_zero_std"] for point in job.metrics())  # two groups a step, each row once
+    assert flat == pytest.approx(12, abs=1)
+    points = job.metrics()[: result["measured_groups"] // 2]
     shares = [1 - point["frac_reward_zero_std"] for point in points]
     assert result["measured_nonzero_groups"] == pytest.approx(fmean(shares), abs=1e-3)
 
