@@ -37,9 +37,9 @@ from tunedrop.rewards import build_rewards, score
 
 ROOT = Path(__file__).parents[1]
 MODEL = "SmolLM2-135M-Instruct"
-ROWS, SOLVED, HELDOUT = 600, 12, 32  # SOLVED of the ROWS have the reasoning
+ROWS, SOLVED, HELDOUT = 600, 12, 16  # SOLVED of the ROWS have the reasoning
 METHODS: dict[str, dict[str, Any]] = {
-    "GRPO alone": {"warm_start": {"policy": "never"}, "learnability": {"samples": 4, "policy": "go_on"}},
+    "GRPO alone": {"warm_start": {"policy": "never"}},
     "SFT alone": {"method": "sft"},
     "warm start + GRPO": {},
 }
@@ -49,13 +49,14 @@ CONFIG: dict[str, Any] = {
     "rewards": [{"type": "think_format", "weight": 0.2}, {"type": "numeric", "only_if": "think_format"}],
     "lora": {"r": 16, "lora_alpha": 32},
     "max_prompt_length": 64,
-    "learnability": {"samples": 4},
+    "learnability": {"samples": 4, "policy": "go_on"},
     "warm_start": {"max_share": 0.5},
     "alerts": {"stop_on": ["NON_FINITE"]},
     "sft": {"learning_rate": 6e-4, "num_train_epochs": 60, "rows_per_step": 8},
     "grpo": {
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 5,
         "scale_rewards": "batch",
         "num_train_epochs": 2,
         "num_generations": 8,
@@ -89,15 +90,15 @@ def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def train(method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any]]:
-    """Train by a method in a folder of its own; return the share of right answers to the tests, and training.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        return train_in(Path(folder), method, seed, minutes, tests)
+    """Train by a method, with as many threads as this process; return the share of right answers, and training.json."""
+    with tempfile.TemporaryDirectory() as path:
+        return train_in(Path(path), method, seed, minutes, tests)
 
 
 def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any]]:
-    """As `train`, in this folder. The job has as many threads as this process."""
+    """As `train`, in this folder."""
     values = CONFIG | METHODS[method] | {"columns": {"prompt": "{prompt}", "answer": "answer"}}
-    values = values | {"grpo": values["grpo"] | {"seed": seed}}
+    values |= {"grpo": values["grpo"] | {"seed": seed}, "compute": {"max_runtime": round(60 * minutes)}}
     learn, heldout, asked = additions(seed, tests)
     files = {
         "run/config.json": json.dumps(values),
@@ -114,9 +115,10 @@ def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -
         "PYTHONPATH": f"{ROOT}:{ROOT / 'functions'}",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = [sys.executable, "-m", "trainer.train", "--max-runtime", str(round(60 * minutes))]
     with (folder / "log").open("w") as log:
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer.train"], cwd=folder, env=environment, stdout=log, stderr=log, check=False
+        )
     if done.returncode:
         sys.exit((folder / "log").read_text()[-4000:])
     training: dict[str, Any] = json.loads((folder / "output/model/training.json").read_text())
@@ -151,7 +153,7 @@ def shares(training: dict[str, Any]) -> str:
 def main() -> None:
     """Print each run, and the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=12.0, help="of each run, from its start to its saved model")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of each run, from its start to its saved model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tests", type=int, default=128)
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
