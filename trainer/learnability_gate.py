@@ -90,6 +90,7 @@ def ask_model(
     comparing = [reward.__name__ for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
     judge = functools.partial(estimate_of, group=trainer.num_generations, comparing=comparing)
     most = most_gate_prompts(total, policy.samples)
+    log.info("note=asking the model what it can learn: up to %d prompts, %d times each", most, policy.samples)
     answers, estimate = ask(sample, trainer.row_order(), most, judge, threshold, ends)
     return Asked(answers, estimate, round(time.monotonic() - began, 1))
 
@@ -108,6 +109,13 @@ def check_learnability(trainer: "RunTrainer", config: RunConfig, rows: list[Row]
             trainer.curriculum.observe(index, group)
     numbers = trainer.record.learnability = asked.summary()
     log.info("learnability %s", " ".join(f"{name}={value}" for name, value in numbers.items()))
+    log.info(
+        "note=of %d prompts, the model solves %.0f%%, can learn from %.0f%%, and is lost at %.0f%%",
+        estimate.prompts,
+        100 * estimate.solved,
+        100 * estimate.learnable,
+        100 * estimate.dead,
+    )
     limit = trainer.args.max_completion_length
     solved_by_warm_start = trainer.record.warm_start is not None and estimate.dead == 0
     if policy.policy != "go_on" and not estimate.has_gradient and not solved_by_warm_start:

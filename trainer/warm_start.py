@@ -70,7 +70,8 @@ def prepare(run: Run) -> bool:
         Probe(trainer, run.config, run.heldout, interval(run, trainer))  # it keeps what the model knows before any step
         told = {"reason": reason, "targets": learned.summary, "before": shares(asked)}
         phase = Record(warm_start=told, probe=record.probe)
-        log.info("warm start: %s; %s", reason, learned.summary)
+        log.info("warm start: %s", learned.summary)
+        log.info("note=warm start, because %s", reason)
     else:
         phase, learned = saved.record, None
         record.seconds, record.probe = phase.seconds, phase.probe

@@ -10,7 +10,7 @@ from rich.console import Console
 from pipeline.runs.states import FINAL, Run, RunState
 from tunedrop.plain import printable
 from tunedrop_cli.deployment import Deployment, in_words
-from tunedrop_cli.progress import Alert, Progress, read_line
+from tunedrop_cli.progress import Alert, Note, Progress, read_line
 from tunedrop_cli.rollouts import Folder, newest_groups, sample_lines
 
 COST_EVERY = 30.0  # seconds between two requests for a job's cost
@@ -83,6 +83,8 @@ def _follow(deployment: Deployment, run: Run, show: Show, every: float, samples:
             match read_line(line):
                 case Progress() as step:
                     show.progress(step.done, step.total, _progress_text(step, spent))
+                case Note(text):
+                    show.say(f"  {text}")
                 case Alert() as alert:
                     show.say(f"  {alert.code} at step {alert.step}: {alert.message}")
         if samples and run.state == RunState.TRAINING and time.monotonic() >= next_sample:
@@ -111,7 +113,7 @@ def _show_samples(deployment: Deployment, run: Run, after: int, say: Callable[[s
 def _progress_text(step: Progress, spent: float | None) -> str:
     """Return a step's figures in aligned columns, for example `step  3/10  reward=0.5       1:12 left  $0.40`."""
     done = f"{step.done:>{len(str(step.total))}}/{step.total}"
-    columns = [f"{step.model or 'step'} {done}"]
+    columns = [f"{step.label} {done}"]
     columns += [f"{name}={value:<{FIGURE_WIDTH}}" for name, value in step.figures.items()]
     columns += [step.left] if step.left else []
     if spent is not None:

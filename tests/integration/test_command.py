@@ -73,12 +73,15 @@ def test_watch_shows_steps_time_left_cost_and_what_the_trainer_noticed(world, tu
     run = world.start(world.drop())
     logs = boto3.client("logs")
     logs.create_log_group(logGroupName=LOG_GROUP)
+    log(logs, run.train_job, "note=asking the model what it can learn")
+    log(logs, run.train_job, "phase=sft step=2 max_steps=4 loss=0.7")
     log(logs, run.train_job, "step=3 max_steps=9 reward=0.5 kl=0.1 step_seconds=2 eta_seconds=72")
     log(logs, run.train_job, "alert=ENTROPY_COLLAPSE step=3 The model stopped exploring.")
     ends = iter([lambda: world.trained(run), lambda: world.tested(world.run(run.run_id))])
     monkeypatch.setattr("time.sleep", lambda _seconds: next(ends)())
     printed = tunedrop("watch", run.run_id)
     assert f"{run.run_id}: training\n" in printed
+    assert "  asking the model what it can learn\n  sft step 2/4  loss=0.7 " in printed
     assert "  step 3/9  reward=0.5       1:12 left  $" in printed
     assert "ENTROPY_COLLAPSE at step 3: The model stopped exploring." in printed
     assert f"{run.run_id}: testing base and tuned model\n" in printed

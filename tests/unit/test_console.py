@@ -13,7 +13,7 @@ from local_app.stack import PROJECT
 from pipeline.runs.states import RunState
 from tunedrop_cli.console.live import LOG_LINES, Live, stages
 from tunedrop_cli.console.pages import STATIC
-from tunedrop_cli.progress import Alert, Progress, read_line
+from tunedrop_cli.progress import Alert, Note, Progress, read_line
 
 STATIC_FILES = PROJECT / "tunedrop_cli/console/static"
 
@@ -54,13 +54,15 @@ def test_the_stages_of_a_run(state: str, jobs: int, expected: str) -> None:
             "INFO step=3 max_steps=9 reward=0.5 loss=-0.1 kl=0.1 eta_seconds=72",
             Progress(3, 9, None, {"reward": "0.5", "loss": "-0.1"}, 72),
         ),
+        ("phase=sft step=3 max_steps=9 loss=1.2", Progress(3, 9, None, {"loss": "1.2"}, None, "sft")),
+        ("INFO note=asking the model", Note("asking the model")),
         ("tested=4 total=30 model=tuned", Progress(4, 30, "tuned", {}, None)),
         ("alert=PLATEAU step=12 the reward has stayed", Alert("PLATEAU", 12, "the reward has stayed")),
         ("loading the model", None),
         ("model=step=", None),
     ],
 )
-def test_what_a_line_says(line: str, expected: Progress | Alert | None) -> None:
+def test_what_a_line_says(line: str, expected: Progress | Note | Alert | None) -> None:
     assert read_line(line) == expected
 
 
