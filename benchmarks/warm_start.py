@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from tunedrop.rewards import build_rewards, score
 ROOT = Path(__file__).parents[1]
 MODEL = "SmolLM2-135M-Instruct"
 ROWS, SOLVED, HELDOUT = 600, 12, 16  # SOLVED of the ROWS have the reasoning
+UNCHANGED = "The adapter does not change the base model's output"  # the reason why a job fails that learned nothing
 METHODS: dict[str, dict[str, Any]] = {
     "GRPO alone": {"warm_start": {"policy": "never"}},
     "SFT alone": {"method": "sft"},
@@ -89,14 +90,14 @@ def additions(seed: int, tests: int) -> tuple[list[dict[str, Any]], list[dict[st
     return rows[:ROWS], rows[ROWS : ROWS + HELDOUT], rows[ROWS + HELDOUT :]
 
 
-def train(method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any]]:
+def train(method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any] | None]:
     """Train by a method, with as many threads as this process; return the share of right answers, and training.json."""
     with tempfile.TemporaryDirectory() as path:
         return train_in(Path(path), method, seed, minutes, tests)
 
 
-def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any]]:
-    """As `train`, in this folder."""
+def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -> tuple[float, dict[str, Any] | None]:
+    """As `train`, in this folder. A job that learned nothing fails and has no training.json: the answers are the base's."""
     values = CONFIG | METHODS[method] | {"columns": {"prompt": "{prompt}", "answer": "answer"}}
     values |= {"grpo": values["grpo"] | {"seed": seed}, "compute": {"max_runtime": round(60 * minutes)}}
     learn, heldout, asked = additions(seed, tests)
@@ -120,7 +121,10 @@ def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -
             [sys.executable, "-m", "trainer.train"], cwd=folder, env=environment, stdout=log, stderr=log, check=False
         )
     if done.returncode:
-        sys.exit((folder / "log").read_text()[-4000:])
+        said = (folder / "log").read_text()
+        if UNCHANGED not in said:
+            raise RuntimeError(said[-4000:])
+        return right(values, ROOT / ".tunedrop/models" / MODEL, asked), None
     training: dict[str, Any] = json.loads((folder / "output/model/training.json").read_text())
     return right(values, folder / "output/model/merged", asked), training
 
@@ -142,12 +146,17 @@ def right(values: dict[str, Any], merged: Path, rows: list[dict[str, Any]]) -> f
     return statistics.fmean(each["rewards"]["numeric"] or 0.0 for each in scored)
 
 
-def shares(training: dict[str, Any]) -> str:
-    """Return the shares of dead, learnable and solved prompts by phase, in words."""
-    return "; ".join(
+def in_words(training: dict[str, Any] | None) -> str:
+    """Return the steps of a run, and the shares of dead, learnable and solved prompts by phase."""
+    if training is None:
+        return "no group had a gradient: the job failed, and says so"
+    warm = training["warm_start"]
+    steps = f"{warm['steps']} steps of warm start ({warm['ended']}), " if warm else ""
+    shares = "; ".join(
         f"{phase}: {each['dead']:.0%} dead, {each['learnable']:.0%} learnable, {each['solved']:.0%} solved"
         for phase, each in training["shares"].items()
     )
+    return f"{steps}{training['steps']} steps ({training['ended']})\n    {shares}"
 
 
 def main() -> None:
@@ -165,14 +174,13 @@ def main() -> None:
     with ProcessPoolExecutor(
         arguments.at_once, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
-        runs = [pool.submit(train, method, seed, arguments.minutes, arguments.tests) for method, seed in jobs]
-        for (method, seed), run in zip(jobs, runs, strict=True):
-            found, training = run.result()
+        runs = {
+            pool.submit(train, method, seed, arguments.minutes, arguments.tests): (method, seed) for method, seed in jobs
+        }
+        for run in as_completed(runs):
+            (method, seed), (found, training) = runs[run], run.result()
             results.setdefault(method, []).append(found)
-            warm = training["warm_start"]
-            steps = f"{warm['steps']} steps of warm start ({warm['ended']}), " if warm else ""
-            print(f"{method}  seed {seed}  right {found:.3f}  {steps}{training['steps']} steps ({training['ended']})")
-            print(f"    {shares(training)}", flush=True)
+            print(f"{method}  seed {seed}  right {found:.3f}  {in_words(training)}", flush=True)
     cores = f"{threads} core" + "s" * (threads > 1)
     print(f"\n{arguments.minutes:g} minutes of {cores} each, {arguments.tests} tests")
     print("method             right  standard deviation")
