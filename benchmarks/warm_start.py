@@ -38,7 +38,7 @@ from tunedrop.rewards import build_rewards, score
 ROOT = Path(__file__).parents[1]
 MODEL = "SmolLM2-135M-Instruct"
 ROWS, SOLVED, HELDOUT = 600, 12, 16  # SOLVED of the ROWS have the reasoning
-UNCHANGED = "The adapter does not change the base model's output"  # the reason why a job fails that learned nothing
+NO_GRADIENT = "so that no group had a gradient"  # of the reason why a job fails that learned nothing
 METHODS: dict[str, dict[str, Any]] = {
     "GRPO alone": {"warm_start": {"policy": "never"}},
     "SFT alone": {"method": "sft"},
@@ -122,7 +122,7 @@ def train_in(folder: Path, method: str, seed: int, minutes: float, tests: int) -
         )
     if done.returncode:
         said = (folder / "log").read_text()
-        if UNCHANGED not in said:
+        if NO_GRADIENT not in said:
             raise RuntimeError(said[-4000:])
         return right(values, ROOT / ".tunedrop/models" / MODEL, asked), None
     training: dict[str, Any] = json.loads((folder / "output/model/training.json").read_text())

@@ -90,7 +90,6 @@ def ask_model(
     comparing = [reward.__name__ for reward in rewards if reward.weight > 0 and reward.spec.measures(rows[0]) == "answer"]
     judge = functools.partial(estimate_of, group=trainer.num_generations, comparing=comparing)
     most = most_gate_prompts(total, policy.samples)
-    log.info("note=asking the model what it can learn: up to %d prompts, %d times each", most, policy.samples)
     answers, estimate = ask(sample, trainer.row_order(), most, judge, threshold, ends)
     return Asked(answers, estimate, round(time.monotonic() - began, 1))
 

@@ -53,6 +53,8 @@ def prepare(run: Run) -> bool:
     `warm_start: {policy: always}` has no row to learn from.
     """
     trainer, record = run.trainer, run.trainer.record
+    if run.config.learnability.samples:
+        log.info("note=asking the model what it can learn")
     if run.config.method == "sft":
         asked = ask_first(trainer, run.config, run.rewards, run.data.rows)
         record.learnability = asked.summary() if asked else None
