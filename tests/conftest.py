@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_aws
 import strict_model
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,7 @@ os.environ["POWERTOOLS_METRICS_NAMESPACE"] = "tunedrop"
 
 
 strict_model.install()
+quick_aws.quick_botocore()
 
 
 @pytest.fixture(autouse=True)

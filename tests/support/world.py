@@ -13,6 +13,7 @@ from typing import Any
 import boto3
 import msgspec
 import pytest
+import quick_aws
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 from fake_serving import FakeServing
@@ -28,6 +29,8 @@ from local_app.sagemaker.quotas import check_quotas
 from pipeline.aws import Aws, connect
 from pipeline.runs.states import Run
 from tunedrop.object_keys import JobName
+
+quick_aws.quick_moto()
 
 # A job as the quota of all types together sees it.
 ALL_INSTANCES = {"ResourceConfig": {"InstanceType": "Instances across all types", "InstanceCount": 1}}
