@@ -13,7 +13,8 @@ DEPLOY := .venv-deploy/.installed
 FUZZ := .venv-fuzz/.installed
 SBOM := .venv-sbom/.installed
 LIGHT = .venv-$(notdir $(PYTHON))
-# Without --no-compile, pip compiles 50,000 modules, four times as many as are ever imported; Python compiles those itself.
+# Python compiles modules as it first imports them, and keeps them: a fifth of what pip would compile.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = bin/python -m pip install -qq --disable-pip-version-check --no-compile
 # Two environments at a time.
 ifeq ($(MAKELEVEL),0)
@@ -37,6 +38,8 @@ $(APP): requirements/app.lock requirements/torch.txt pyproject.toml
 	$(call environment,.venv,$<)
 	@.venv/$(PIP_INSTALL) -r requirements/torch.txt
 	@.venv/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@# Jobs may not write into the environment: their imports are compiled here.
+	@.venv/bin/python -c "import trainer.run_trainer, trainer.test_model"
 	@touch $@
 
 $(SAM): requirements/sam.lock
@@ -91,8 +94,8 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/mypy functions trainer release tunedrop_cli local_app tests benchmarks
 
-# Two test files at a time. OMP_NUM_THREADS=1 keeps torch's threads from competing for the cores.
-PYTEST = -m pytest -n 2 --dist loadfile
+# Test files at a time: 2, and 3 where tests wait for processes. OMP_NUM_THREADS=1 keeps torch's threads from competing for the cores.
+PYTEST = -m pytest --dist loadfile -n
 
 # Runs every test once. Tests without torch run with another Python, if one is installed. The trainer's tests come first, in processes
 # of their own: the others need less memory without torch. These run in the order of their folders, because xdist's order, files with
@@ -101,8 +104,8 @@ WITHOUT_TORCH = tests/unit tests/contract tests/template
 OTHER = $(call runs,$(filter-out $(notdir $(PYTHON)),python3.13 python3.12))
 test: lint light browser $(LINT)
 	$(NO_BROWSER)
-	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) tests/trainer
-	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) --no-loadscope-reorder --ignore=tests/trainer $(WITHOUT_BROWSER) \
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) 2 tests/trainer
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) 3 --no-loadscope-reorder --ignore=tests/trainer $(WITHOUT_BROWSER) \
 	  $(if $(OTHER),$(addprefix --ignore=,$(WITHOUT_TORCH)))
 	$(if $(OTHER),$(MAKE) test-python PYTHON=$(OTHER))
 	$(NO_BROWSER)
@@ -115,7 +118,7 @@ COVERAGE = --cov=functions --cov=release --cov=tunedrop_cli --cov-fail-under=61
 
 # `make test-python PYTHON=python3.12` runs the tests without torch: the command, the functions, the template.
 test-python: $(LIGHT)/.installed $(SAM) $(LINT)
-	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) $(COVERAGE) $(WITHOUT_TORCH)
+	COVERAGE_CORE=sysmon $(LIGHT)/bin/python $(PYTEST) 2 $(COVERAGE) $(WITHOUT_TORCH)
 
 # The long tests: random search, crashes at every point, large files. The searches fork for each case: without torch, their
 # processes are a tenth as large.
