@@ -2,8 +2,8 @@
 
     python vllm_container.py --model FOLDER --port PORT
 
-The model's folder has a file `version`. Its environment can make it unhealthy (`UNHEALTHY=1`) or end it at once (`CRASH=1`).
-An adapter is a folder with a file `version`; one that says `broken` is refused, and one that says `deadly` ends the
+The model's folder has a file `version`. It is read at the start, as a server loads its model: the folder may go while the
+last requests are answered. The environment can make it unhealthy (`UNHEALTHY=1`) or end it at once (`CRASH=1`). An adapter is a folder with a file `version`; one that says `broken` is refused, and one that says `deadly` ends the
 process. The body of an invocation can have `sleep` (seconds), `status` (the answer's), `die`, and `stream` with `parts` and
 `pause` (seconds), as server-sent events with `documents`. With a file `answers.json`, the answers by question, the model
 answers with chat completions.
@@ -22,7 +22,8 @@ from typing import Any
 class Handler(BaseHTTPRequestHandler):
     """The contract's routes."""
 
-    model: Path
+    version: str
+    answers: dict[str, str]
     adapters: dict[str, str]
     protocol_version = "HTTP/1.1"  # with chunks: a stream that breaks off is no stream that ends
 
@@ -56,11 +57,11 @@ class Handler(BaseHTTPRequestHandler):
         if adapter and adapter not in self.adapters:
             self._answer(404, {"error": f"no adapter {adapter}"})
             return
-        if (answers := self.model / "answers.json").exists():
-            text = json.loads(answers.read_text())[body["messages"][-1]["content"]]
+        if self.answers:
+            text = self.answers[body["messages"][-1]["content"]]
             self._answer(200, {"choices": [{"message": {"content": text}}]})
             return
-        version = self.adapters[adapter] if adapter else (self.model / "version").read_text()
+        version = self.adapters[adapter] if adapter else self.version
         time.sleep(body.get("sleep", 0))
         if body.get("die"):
             os._exit(3)
@@ -105,7 +106,10 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("CRASH"):
         sys.exit(1)
-    Handler.model, Handler.adapters = options.model, {}
+    version, answers = options.model / "version", options.model / "answers.json"
+    Handler.version = version.read_text() if version.exists() else ""
+    Handler.answers = json.loads(answers.read_text()) if answers.exists() else {}
+    Handler.adapters = {}
     ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
 
 
