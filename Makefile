@@ -92,7 +92,7 @@ demo: install
 lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy functions trainer release tunedrop_cli local_app tests benchmarks
+	.venv/bin/mypy -n 2 functions trainer release tunedrop_cli local_app tests benchmarks
 
 # Test files at a time: 2, and 3 where tests wait for processes. OMP_NUM_THREADS=1 keeps torch's threads from competing for the cores.
 PYTEST = -m pytest --dist loadfile -n

@@ -3,10 +3,11 @@
     python vllm_container.py --model FOLDER --port PORT
 
 The model's folder has a file `version`. It is read at the start, as a server loads its model: the folder may go while the
-last requests are answered. The environment can make it unhealthy (`UNHEALTHY=1`) or end it at once (`CRASH=1`). An adapter is a folder with a file `version`; one that says `broken` is refused, and one that says `deadly` ends the
-process. The body of an invocation can have `sleep` (seconds), `status` (the answer's), `die`, and `stream` with `parts` and
-`pause` (seconds), as server-sent events with `documents`. With a file `answers.json`, the answers by question, the model
-answers with chat completions.
+last requests are answered. The environment can make it unhealthy (`UNHEALTHY=1`) or end it at once (`CRASH=1`). An adapter
+is a folder with a file `version`; one that says `broken` is refused, and one that says `deadly` ends the process. The body
+of an invocation can have `sleep` (seconds), `status` (the answer's), `die`, and `stream` with `parts` and `pause` (seconds),
+as server-sent events with `documents`. With a file `answers.json`, the answers by question, the model answers with chat
+completions.
 """
 
 import argparse
