@@ -39,7 +39,8 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._file.readline(batches.MAX_ROW_BYTES)
+        # One byte more than a record may have: a longer line is refused before the csv module sees any of it.
+        line = self._file.readline(batches.MAX_ROW_BYTES + 1)
         if not line:
             raise StopIteration
         self._empty += line in _EMPTY
