@@ -132,7 +132,7 @@ def test_make_leaves_the_browser_tests_out_where_there_is_no_browser_and_says_so
         (tmp_path / program).chmod(0o700)
     make = [shutil.which("make") or "make", "--dry-run", "test"]
     done = subprocess.run(make, cwd=PROJECT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
-    assert "-m pytest -n 2" in done.stdout
+    assert "-m pytest --dist loadfile -n 3" in done.stdout
     left_out = (
         "--ignore=tests/report",
         "--deselect=tests/integration/test_console.py::test_a_file_is_dragged_into_a_browser",
