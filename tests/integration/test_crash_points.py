@@ -367,8 +367,8 @@ def still_time(monkeypatch):
 # `make soak` searches every scenario.
 
 
-def test_a_run_survives_death_at_every_twelfth_call(deploy, say):
-    tried = search(deploy, published, [die_before, die_after], every=12)
+def test_a_run_survives_death_at_every_sixth_call(deploy, say):
+    tried = search(deploy, published, [die_before, die_after], every=6)
     say(f"{tried} crash points of a run that ends published")
     assert tried >= 10
 
@@ -464,7 +464,7 @@ def stopped_at(deploy, scenario, delivery: int, at: int) -> bool:
 @pytest.mark.parametrize(
     "scenario",
     [
-        (published, 8),
+        (published, 4),
         *(
             pytest.param((each, 1), marks=pytest.mark.soak)
             for each in (published, no_capacity, untested_for_want_of_capacity, overtaken)
@@ -478,4 +478,4 @@ def test_a_run_can_be_stopped_before_its_calls(deploy, scenario, say):
     moments = [(delivery, at) for delivery, operations in enumerate(calls) for at in range(len(operations))][::every]
     tried = sum(stopped_at(deploy, scenario, *moment) for moment in moments)
     say(f"{tried} stops of a run {scenario.__name__}")
-    assert tried >= 8
+    assert tried >= 15

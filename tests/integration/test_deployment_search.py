@@ -208,9 +208,9 @@ def go_on(world: World, trouble: Any, at: int, expected: dict[str, Any]) -> None
     assert account(world) == expected
 
 
-@pytest.mark.parametrize(("scenario", "least"), [(next_model, 5), (next_on_bedrock, 2)])
-def test_a_deployment_survives_death_at_every_thirtieth_call(deploy, say, scenario, least):
-    tried = search(deploy, scenario, [die_after], every=30)
+@pytest.mark.parametrize(("scenario", "least"), [(next_model, 8), (next_on_bedrock, 3)])
+def test_a_deployment_survives_death_at_every_twentieth_call(deploy, say, scenario, least):
+    tried = search(deploy, scenario, [die_after], every=20)
     say(f"{tried} crash points of the deployment {scenario.__name__}")
     assert tried >= least
 
